@@ -1,0 +1,1 @@
+"""Fine-tune one image classifier; knows nothing of studies, databases or reports."""

@@ -1,0 +1,1 @@
+"""Read the record and show it as tables, plots and pages; never imports torch."""

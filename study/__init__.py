@@ -1,0 +1,1 @@
+"""Decide what to train, run it, and keep the record; `python -m study` is the command line."""
