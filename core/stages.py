@@ -1,0 +1,441 @@
+"""Freeze levels of any backbone, from the cut points of its traced graph.
+
+A *cut point* is a place in the graph where exactly one tensor is alive, so that everything before
+it is a prefix and everything after it a suffix. The cut before each change of spatial resolution
+bounds a stage; where a network has fewer changes than there are levels (a ViT has none after its
+patches), its longest stages are divided into equal groups of blocks, and where it has more, its
+smallest neighbours are joined. Every backbone so offers the same levels.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import NodePathTracer
+
+from core.config import MAX_FREEZE_DEPTH
+
+# Three, since hardly any network has a dimension of three behind its first layer: a tensor whose
+# first dimension is not three (windows of a Swin block, say) no longer holds one row a picture.
+_PROBE_BATCH = 3
+# A token more (a class token: 196 -> 197) is no change of resolution; pooling at least halves.
+_RESOLUTION_DROP = 0.7
+# A last stage of fewer weights than this share of the trunk (ConvNeXt's norm behind the pooling,
+# say) is no level of its own. Assumption.
+_LEAST_REST = 0.01
+# How much of a group's length one level of module nesting is worth when equal groups are sought:
+# enough to keep a cut at a block's border, not enough to skip a whole block. Assumption.
+_NESTING_PENALTY = 0.25
+
+
+class StagesError(ValueError):
+    """The network cannot be divided into freeze levels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Which parts of a network each freeze level freezes.
+
+    Attributes:
+        stage_of: Stage of every parameter by its name: 0 to 4 in the backbone, counted from the
+            input, and `MAX_FREEZE_DEPTH` for the head. Level d freezes the stages below d.
+        eval_modules: For each level, the modules that run in eval mode: all their work lies in
+            the frozen prefix. The names are maximal: a child of a named module is not named.
+        flops: Forward FLOPs of one picture in each stage, the head's last.
+    """
+
+    stage_of: dict[str, int]
+    eval_modules: tuple[tuple[str, ...], ...]
+    flops: tuple[int, ...]
+
+    def frozen_flops_share(self, depth: int) -> float:
+        """Return the share of the forward pass that level `depth` freezes, in [0, 1]."""
+        return sum(self.flops[:depth]) / max(1, sum(self.flops))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A place between two nodes where one tensor is alive.
+
+    Attributes:
+        position: Index of the last node before the cut.
+        spatial: Positions per picture of the tensor: height times width, or tokens.
+        numel: Elements of the tensor.
+        nesting: Modules that hold both neighbours; small at the border of a large block.
+    """
+
+    position: int
+    spatial: int
+    numel: int
+    nesting: int
+
+
+class _Weights:
+    """How many scalars of the trunk have been used up to a node."""
+
+    def __init__(self, model: nn.Module, uses: dict[str, int]) -> None:
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self._uses = [(at, sizes[name]) for name, at in uses.items()]
+        self.total = sum(size for _, size in self._uses)
+
+    def before(self, position: int) -> int:
+        return sum(size for at, size in self._uses if at <= position)
+
+
+class _Measure(fx.Interpreter):
+    """Runs the graph once and notes each node's FLOPs and the shape of its tensor."""
+
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(module)
+        self.counter = counter
+        self.flops: list[int] = []
+        self.values: list[Any] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        value = super().run_node(n)
+        self.flops.append(self.counter.get_total_flops() - before)
+        self.values.append(_shape(value))
+        return value
+
+
+def _shape(value: Any) -> Any:
+    """Reduce a node's value to a tensor's shape, `...` for a container of tensors, or None."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape) if value.is_floating_point() else ...
+    if isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value):
+        return ...
+    return None
+
+
+class _Traced:
+    """A network's graph with what each node is called, uses, and costs."""
+
+    def __init__(self, model: nn.Module, image_size: int) -> None:
+        modules, functions = _untraceable()
+        tracer = NodePathTracer(leaf_modules=modules, autowrap_functions=functions)
+        was_training = model.training
+        model.eval()
+        try:
+            graph = tracer.trace(model)
+            images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                measure = _Measure(fx.GraphModule(model, graph), counter)
+                measure.run(images)
+        finally:
+            model.train(was_training)
+        self.nodes = list(graph.nodes)
+        self.paths = [tracer.node_to_qualname.get(node, "").split(".") for node in self.nodes]
+        self.flops = [flops // _PROBE_BATCH for flops in measure.flops]
+        self.shapes = measure.values
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+
+    def last_use(self, i: int) -> int:
+        return max((self.index[user] for user in self.nodes[i].users), default=i)
+
+    def parameter_uses(self, model: nn.Module) -> dict[str, int]:
+        """Map each used parameter to the last node that uses it."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        uses: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            if node.op == "call_module":
+                found: Iterable[nn.Parameter] = model.get_submodule(str(node.target)).parameters()
+                at = i
+            elif node.op == "get_attr":
+                value = functools.reduce(getattr, str(node.target).split("."), model)
+                found = [value] if isinstance(value, nn.Parameter) else []
+                at = self.last_use(i)
+            else:
+                continue
+            for parameter in found:
+                name = names[id(parameter)]
+                uses[name] = max(uses.get(name, 0), at)
+        return uses
+
+    def cuts(self, end: int) -> list[_Cut]:
+        """Return the cut points before node `end`, in the graph's order."""
+        alive_until = [
+            self.last_use(i) if self.shapes[i] is not None and node.op != "get_attr" else -1
+            for i, node in enumerate(self.nodes)
+        ]
+        cuts = []
+        alive: set[int] = set()
+        for i in range(end):
+            if alive_until[i] > i:
+                alive.add(i)
+            alive = {j for j in alive if alive_until[j] > i}
+            if len(alive) != 1:
+                continue
+            shape = self.shapes[next(iter(alive))]
+            if shape is ... or shape[0] != _PROBE_BATCH or len(shape) < 2:
+                continue
+            nesting = _common(self.paths[i], self.paths[i + 1])
+            cuts.append(_Cut(i, _spatial(shape), _numel(shape), nesting))
+        return cuts
+
+
+def _untraceable() -> tuple[list[type[nn.Module]], list[Any]]:
+    """Return timm's own lists of modules and functions to keep whole while tracing."""
+    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+
+    return list(get_notrace_modules()), list(get_notrace_functions())
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    pairs = zip(a, b, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _spatial(shape: tuple[int, ...]) -> int:
+    """Count positions per picture, whether channels come first (N, C, H, W) or last."""
+    if len(shape) == 4:
+        return shape[2] * shape[3] if shape[2] == shape[3] else shape[1] * shape[2]
+    return shape[1] if len(shape) == 3 else 1
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)
+
+
+def _resolution_cuts(traced: _Traced, cuts: list[_Cut]) -> list[_Cut]:
+    """Pick the cut before each drop of resolution, at the border of the block that drops it.
+
+    Inside such a block (an inverted bottleneck that first widens, say) there may be later cuts
+    with wider tensors; so of the borders of all modules that hold the dropping operation, the
+    narrowest is taken, and the latest of equals.
+    """
+    groups: list[list[_Cut]] = []
+    for cut in cuts:
+        if groups and cut.spatial > groups[-1][-1].spatial * _RESOLUTION_DROP:
+            groups[-1].append(cut)
+        else:
+            groups.append([cut])
+    picked = []
+    for group in groups:
+        at = {cut.position: cut for cut in group}
+        path = traced.paths[group[-1].position + 1]
+        starts = {_start(traced.paths, path[:k]) for k in range(1, len(path) + 1)}
+        borders = [at[start - 1] for start in starts if start - 1 in at] or [group[-1]]
+        picked.append(min(borders, key=lambda cut: (cut.numel, -cut.position)))
+    return picked
+
+
+def _start(paths: list[list[str]], prefix: list[str]) -> int:
+    return next(i for i, path in enumerate(paths) if path[: len(prefix)] == prefix)
+
+
+def _distinct(cuts: Iterable[_Cut], weights: _Weights) -> list[_Cut]:
+    """Keep cuts that freeze strictly more than the one before, and leave something to train."""
+    kept, frozen = [], 0
+    for cut in cuts:
+        size = weights.before(cut.position)
+        if frozen < size <= (1 - _LEAST_REST) * weights.total:
+            kept.append(cut)
+            frozen = size
+    return kept
+
+
+def _join_smallest(bounds: list[_Cut], cost: list[int], end: int) -> list[_Cut]:
+    """Drop cuts until there are as many as levels need, joining the cheapest neighbours."""
+    bounds = list(bounds)
+    while len(bounds) > MAX_FREEZE_DEPTH - 1:
+        edges = [-1, *(cut.position for cut in bounds), end]
+        joined = [cost[edges[i + 2]] - cost[edges[i] + 1] for i in range(len(bounds))]
+        del bounds[joined.index(min(joined))]
+    return bounds
+
+
+def _split_longest(bounds: list[_Cut], cuts: list[_Cut], cost: list[int], end: int) -> list[_Cut]:
+    """Add cuts until there are as many as levels need: equal groups in the costliest stages."""
+    edges = [-1, *(cut.position for cut in bounds), end]
+    segments = []
+    for low, high in itertools.pairwise(edges):
+        inner = [cut for cut in cuts if low < cut.position < high]
+        segments.append((cost[low + 1], cost[high] - cost[low + 1], inner))
+    pieces = [1] * len(segments)
+    while sum(pieces) < MAX_FREEZE_DEPTH:
+        open_ = [i for i, (_, _, inner) in enumerate(segments) if len(inner) >= pieces[i]]
+        if not open_:
+            break
+        pieces[max(open_, key=lambda i: segments[i][1] / pieces[i])] += 1
+    result = list(bounds)
+    for (begin, length, inner), k in zip(segments, pieces, strict=True):
+        left = list(inner)
+        for j in range(1, k):
+            best = min(left, key=lambda cut: _misfit(cut, begin, length, j / k, k, cost))
+            result.append(best)
+            left = [cut for cut in left if cut.position > best.position] or left
+    return sorted(set(result), key=lambda cut: cut.position)
+
+
+def _misfit(cut: _Cut, begin: int, length: int, target: float, k: int, cost: list[int]) -> float:
+    share = (cost[cut.position + 1] - begin) / max(1, length)
+    return abs(share - target) + _NESTING_PENALTY / k * cut.nesting
+
+
+def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Stages:
+    """Trace a network and divide it into the stages that freeze levels count.
+
+    Args:
+        model: Network with its new head, on the CPU.
+        head: Names of the head's modules.
+        image_size: Side of the input, pixels.
+
+    Raises:
+        StagesError: `torch.fx` cannot follow the network, or it has too few cut points.
+    """
+    try:
+        traced = _Traced(model, image_size)
+    except Exception as err:  # tracing runs the model's own code
+        raise StagesError(f"the network cannot be traced by torch.fx: {err}") from err
+    uses = traced.parameter_uses(model)
+    in_head = {name for name in uses if any(name.startswith(f"{h}.") for h in head)}
+    end = min(uses[name] for name in in_head)
+    trunk = {name: at for name, at in uses.items() if name not in in_head}
+    cost = [0, *itertools.accumulate(traced.flops)]
+    cuts = traced.cuts(end)
+    weights = _Weights(model, trunk)
+    bounds = _distinct(_resolution_cuts(traced, cuts), weights)
+    bounds = _join_smallest(bounds, cost, end)
+    if len(bounds) < MAX_FREEZE_DEPTH - 1:
+        usable = _outermost(cuts, bounds, weights)
+        bounds = _distinct(_split_longest(bounds, usable, cost, end), weights)
+    if len(bounds) != MAX_FREEZE_DEPTH - 1:
+        raise StagesError(
+            f"the network has only {len(bounds)} usable cut points, but "
+            f"{MAX_FREEZE_DEPTH - 1} are needed; choose another backbone."
+        )
+    edges = [cut.position for cut in bounds]
+    stage_of = {
+        name: sum(at > edge for edge in edges) if name in trunk else MAX_FREEZE_DEPTH
+        for name, at in uses.items()
+    }
+    limits = [-1, *edges, end - 1]
+    flops = [cost[high + 1] - cost[low + 1] for low, high in itertools.pairwise(limits)]
+    flops.append(cost[-1] - cost[end])
+    eval_modules = tuple(_modules_before(traced, model, limit) for limit in limits)
+    return Stages(stage_of, eval_modules, tuple(flops))
+
+
+def _outermost(cuts: list[_Cut], taken: list[_Cut], weights: _Weights) -> list[_Cut]:
+    """Keep, of the cuts that freeze the same parameters, the one at the outermost border."""
+    frozen_by_taken = {weights.before(cut.position) for cut in taken}
+    best: dict[int, _Cut] = {}
+    for cut in cuts:
+        size = weights.before(cut.position)
+        is_new = size not in frozen_by_taken and 0 < size < weights.total
+        if is_new and (size not in best or cut.nesting <= best[size].nesting):
+            best[size] = cut
+    return list(best.values())
+
+
+def _modules_before(traced: _Traced, model: nn.Module, limit: int) -> tuple[str, ...]:
+    """Name the outermost modules all of whose nodes lie at or before `limit`."""
+    first_to_last: dict[str, int] = {}
+    for i, (node, path) in enumerate(zip(traced.nodes, traced.paths, strict=True)):
+        if node.op in ("placeholder", "output"):
+            continue
+        depth = len(path) if node.op == "call_module" else len(path) - 1
+        for k in range(1, depth + 1):
+            first_to_last[".".join(path[:k])] = i
+    modules = dict(model.named_modules())
+    inside = {name for name, last in first_to_last.items() if last <= limit and name in modules}
+    return tuple(
+        name
+        for name in first_to_last
+        if name in inside and not any(parent in inside for parent in _parents(name))
+    )
+
+
+def _parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:k]) for k in range(1, len(parts)))
+
+
+def freeze(model: nn.Module, stages: Stages, depth: int) -> list[str]:
+    """Freeze the stages below `depth`: no gradient, and eval mode by `train_mode`.
+
+    Parameters that the forward pass never uses are frozen at every level.
+
+    Returns:
+        Names of the parameters that stay trainable, in the network's order.
+    """
+    trainable = []
+    for name, parameter in model.named_parameters():
+        is_trained = stages.stage_of.get(name, -1) >= depth
+        parameter.requires_grad_(is_trained)
+        if is_trained:
+            trainable.append(name)
+    return trainable
+
+
+def train_mode(model: nn.Module, stages: Stages, depth: int) -> None:
+    """Put the network in training mode, its frozen prefix in eval mode.
+
+    To be called wherever `model.train()` would be: a frozen batch norm so keeps the source
+    model's statistics to the bit, and frozen dropout is off.
+    """
+    model.train()
+    for name in stages.eval_modules[depth]:
+        model.get_submodule(name).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One freeze level of a backbone, as `study backbones NAME` shows it.
+
+    Attributes:
+        depth: The level.
+        newly_frozen: Modules that it freezes and the level below it does not.
+        trained_parameters: Number of scalars that are still trained, head included.
+        frozen_flops_share: Share of the forward pass that is frozen, in [0, 1].
+    """
+
+    depth: int
+    newly_frozen: tuple[str, ...]
+    trained_parameters: int
+    frozen_flops_share: float
+
+
+def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
+    """List the freeze levels, 0 to `MAX_FREEZE_DEPTH`."""
+    sizes: Counter[int] = Counter()
+    for name, parameter in model.named_parameters():
+        sizes[stages.stage_of.get(name, -1)] += parameter.numel()
+    levels = []
+    for depth in range(MAX_FREEZE_DEPTH + 1):
+        before = set(stages.eval_modules[depth - 1]) if depth else set()
+        named = [
+            name
+            for name in stages.eval_modules[depth]
+            if name not in before and not _all_within(name, before, model)
+        ]
+        levels.append(
+            Level(
+                depth,
+                tuple(_shorten(named, before)),
+                sum(size for stage, size in sizes.items() if stage >= depth),
+                stages.frozen_flops_share(depth),
+            )
+        )
+    return levels
+
+
+def _all_within(name: str, before: set[str], model: nn.Module) -> bool:
+    """Say whether every parameter of a module was already in one of the named modules."""
+    module = model.get_submodule(name)
+    inner = [f"{name}.{p}" for p, _ in module.named_parameters()]
+    return not inner or all(any(p.startswith(f"{b}.") for b in before) for p in inner)
+
+
+def _shorten(names: list[str], before: set[str]) -> Iterator[str]:
+    """Write `blocks` as `rest of blocks` where a part of it was frozen earlier."""
+    for name in names:
+        rest = any(b.startswith(f"{name}.") for b in before)
+        yield f"rest of {name}" if rest else name
