@@ -123,9 +123,7 @@ class TrainConfig:
     )
     optimizer: Optimizer = setting("sgd", "sgd (with momentum) or adamw.")
     base_lr: float = setting(0.01, "Peak learning rate of the backbone.", gt=0)
-    head_lr_mult: float = setting(
-        10.0, "The head's learning rate is base_lr times this.", gt=0
-    )
+    head_lr_mult: float = setting(10.0, "The head's learning rate is base_lr times this.", gt=0)
     weight_decay: float = setting(
         1e-4, "Weight decay (SGD: L2 as PyTorch adds it; AdamW: decoupled).", ge=0
     )
@@ -223,8 +221,10 @@ class DataConfig:
         "digits, the embedded default (scikit-learn's handwritten digits).",
     )
     val_fraction: float = setting(
-        0.2, "Share of the training pictures held out to choose by, where no val split is given.",
-        gt=0, lt=1,
+        0.2,
+        "Share of the training pictures held out to choose by, where no val split is given.",
+        gt=0,
+        lt=1,
     )
     test_fraction: float = setting(
         0.2, "Share held out for the final test, where the folder is not split at all.", gt=0, lt=1

@@ -1,0 +1,113 @@
+"""The device a run computes on: choice, precision, determinism and memory."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from core.config import Amp
+
+
+class DeviceError(ValueError):
+    """The named device is not there."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device by name; `auto` takes cuda, mps, cpu, in this order.
+
+    Raises:
+        DeviceError: No such device here.
+    """
+    if name == "auto":
+        return _best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise DeviceError(
+            f"device must be one that PyTorch finds here, but got device={name!r} "
+            f"({str(err).splitlines()[0]}). Use auto or cpu."
+        ) from err
+    return device
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name for the record, such as `cuda: NVIDIA H200`."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def amp_dtype(amp: Amp, device: torch.device) -> torch.dtype | None:
+    """Return the type of mixed precision, or None for float32.
+
+    `auto` leaves a CPU in float32: there bf16's backward pass costs more than it saves (measured
+    on an AMD EPYC with AVX-512 bf16).
+    """
+    if amp == "off" or (amp == "auto" and device.type == "cpu"):
+        return None
+    if amp == "fp16":
+        return torch.float16
+    if amp == "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float16
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Make the device's kernels give the same numbers again, inside the block."""
+    if device.type != "cuda":
+        yield
+        return
+    # cuBLAS reads it when its handle is made; without it its sums may change their order.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators inside the block, and leave them as they were after it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory in use so far: of the GPU, or resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

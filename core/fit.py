@@ -1,0 +1,294 @@
+"""Fine-tune one network: a generator of one `EpochMetrics` per epoch."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator, Philox
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from core.backbones import library_versions
+from core.build import Built, build
+from core.checkpoint import Card, save_checkpoint, write_predictions
+from core.config import TrainConfig
+from core.data import ImageData
+from core.device import (
+    amp_dtype,
+    choose_device,
+    deterministic,
+    peak_memory_bytes,
+    seeded,
+    synchronize,
+)
+from core.evaluate import Evaluation, evaluate
+from core.feed import Feed
+from core.metrics import EpochMetrics, TrainingDiverged
+from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
+from core.stages import freeze, train_mode
+
+# Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
+# and still stops a diverged run within a fraction of a second.
+_FINITE_CHECK_EVERY = 16
+_TAG_DROPOUT, _TAG_MIX = 101, 102
+
+
+def fit(
+    config: TrainConfig, data: ImageData, checkpoint_dir: Path | None = None
+) -> Iterator[EpochMetrics]:
+    """Fine-tune a network and yield each epoch's figures.
+
+    Equal configuration, data and device give equal figures. The caller stops early by closing
+    the generator; a checkpoint is written only by a run that reaches its last epoch.
+
+    Args:
+        config: What to train, and how.
+        data: Pictures; `train` and `val` are read, `test` never.
+        checkpoint_dir: Where the best epoch's weights, card and validation predictions go; None
+            to keep nothing.
+
+    Yields:
+        One record per epoch, in order.
+
+    Raises:
+        TrainingDiverged: The loss is not a finite number any more.
+        ValueError: The backbone, its weights, the device or the batch size cannot be used.
+    """
+    _check_batch(config, data)
+    device = choose_device(config.device)
+    built = build_for(config, data.classes)
+    run = _Run(config, built, device)
+    best: tuple[EpochMetrics, Evaluation, dict[str, Tensor]] | None = None
+    with Feed(config, built.preprocessing, data, device) as feed:
+        for epoch in range(config.epochs):
+            with deterministic(device), seeded(_mixed(config.seed, epoch), device):
+                begin = time.perf_counter()
+                train_loss, data_s, n_images = run.train_epoch(epoch, feed)
+                between = time.perf_counter()
+                evaluation = run.evaluate(feed)
+                end = time.perf_counter()
+            metrics = EpochMetrics(
+                epoch=epoch,
+                train_loss=train_loss,
+                val_loss=evaluation.loss,
+                val_acc=evaluation.acc,
+                val_balanced_acc=evaluation.balanced_acc,
+                val_macro_f1=evaluation.macro_f1,
+                base_lr=config.base_lr * run.lr_factor,
+                head_lr=config.base_lr * config.head_lr_mult * run.lr_factor,
+                images_per_s=n_images / (between - begin),
+                data_s=data_s,
+                train_s=between - begin - data_s,
+                eval_s=end - between,
+                peak_memory_bytes=peak_memory_bytes(device),
+                micro_batch_size=run.micro_batch_size,
+                is_best=best is None or evaluation.acc > best[0].val_acc,
+            )
+            if metrics.is_best:
+                kept = run.snapshot() if checkpoint_dir else {}
+                best = (metrics, evaluation, kept)
+            yield metrics
+    if checkpoint_dir is not None and best is not None:
+        metrics, evaluation, state = best
+        save_checkpoint(checkpoint_dir, state, _card(config, built, data, metrics))
+        write_predictions(checkpoint_dir, evaluation)
+
+
+def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
+    """Build the network that a configuration names, for these classes."""
+    return build(
+        config.backbone,
+        config.weights,
+        classes,
+        seed=config.seed,
+        image_size=config.image_size,
+        normalize=config.normalize,
+        head_init=config.head_init,
+    )
+
+
+def _check_batch(config: TrainConfig, data: ImageData) -> None:
+    if config.batch_size > len(data.train):
+        raise ValueError(
+            f"batch_size must be <= the number of training pictures, {len(data.train)}, but got "
+            f"batch_size={config.batch_size!r}. Set it smaller."
+        )
+
+
+def _mixed(seed: int, *rest: int) -> int:
+    """Derive one seed from several numbers."""
+    return int(np.random.SeedSequence((seed, _TAG_DROPOUT, *rest)).generate_state(1, np.uint64)[0])
+
+
+def _card(config: TrainConfig, built: Built, data: ImageData, metrics: EpochMetrics) -> Card:
+    return Card(
+        backbone=config.backbone,
+        classes=data.classes,
+        preprocessing=built.preprocessing,
+        config=config,
+        metrics=metrics,
+        weights=built.weights,
+        data={"source": data.source, "fingerprint": data.fingerprint},
+        versions=library_versions(),
+    )
+
+
+class _Run:
+    """A network with its optimizer, as it goes through the epochs."""
+
+    def __init__(self, config: TrainConfig, built: Built, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.stages = built.stages
+        trainable = freeze(built.model, built.stages, config.freeze_depth)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model: nn.Module = built.model.to(device)
+        self.model.to(memory_format=layout)
+        groups = parameter_groups(self.model, trainable, built.head, config)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(groups, config, device)
+        self.forward: Any = torch.compile(self.model) if config.compile else self.model
+        dtype = amp_dtype(config.amp, device)
+        self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self.ema = self._start_ema()
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.step = 0
+        self.lr_factor = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def _start_ema(self) -> ModelEmaV3 | None:
+        if self.config.ema_decay is None:
+            return None
+        return ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
+
+    def train_epoch(self, epoch: int, feed: Feed) -> tuple[float, float, int]:
+        """Train one epoch.
+
+        Returns:
+            Mean training loss per picture, seconds spent waiting for pictures, and how many
+            pictures there were.
+        """
+        train_mode(self.model, self.stages, self.config.freeze_depth)
+        total = torch.zeros((), device=self.device)
+        data_s, n_images = 0.0, 0
+        batches = feed.train(epoch)
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            data_s += time.perf_counter() - begin
+            if batch is None:
+                break
+            images, labels = batch
+            self.lr_factor = lr_factor(self.config, self.step, feed.steps_per_epoch)
+            set_lr(self.optimizer, self.lr_factor)
+            total += self._train_batch(images, labels, epoch)
+            n_images += len(labels)
+            self.step += 1
+            if self.device.type == "cpu" or self.step % _FINITE_CHECK_EVERY == 0:
+                self._check_finite(total, epoch)
+        self._check_finite(total, epoch)  # GPU sync
+        synchronize(self.device)
+        return float(total) / n_images, data_s, n_images
+
+    def _check_finite(self, total: Tensor, epoch: int) -> None:
+        if not torch.isfinite(total):
+            raise TrainingDiverged(
+                f"the training loss is no longer finite at epoch {epoch}, step {self.step} "
+                f"(base_lr={self.config.base_lr:g}, head_lr_mult={self.config.head_lr_mult:g}); "
+                "lower base_lr, or set clip_norm."
+            )
+
+    def _train_batch(self, images: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Take one optimizer step; a GPU that runs out of memory gets half as much at a time."""
+        mixed = self._mix(images, labels, epoch)
+        while True:
+            try:
+                loss = self._accumulate(*mixed)
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batch_size == 1:
+                    raise
+                self.optimizer.zero_grad(set_to_none=True)
+                self.micro_batch_size = (min(self.micro_batch_size, len(labels)) + 1) // 2
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step + 1)
+        return loss
+
+    def _accumulate(self, images: Tensor, labels: Tensor, partners: Tensor, lam: float) -> Tensor:
+        """Run forward and backward over micro-batches; return the summed loss, (), detached."""
+        n = len(labels)
+        total = torch.zeros((), device=self.device)
+        smoothing = self.config.label_smoothing
+        scale = 1.0 if self.config.loss_reduction == "sum" else 1.0 / n
+        for at in range(0, n, self.micro_batch_size):
+            part = slice(at, at + self.micro_batch_size)
+            with self.autocast:
+                logits = self.forward(images[part])
+                loss = lam * cross_entropy(
+                    logits, labels[part], reduction="sum", label_smoothing=smoothing
+                )
+                if lam < 1:
+                    loss = loss + (1 - lam) * cross_entropy(
+                        logits, partners[part], reduction="sum", label_smoothing=smoothing
+                    )
+            torch.autograd.backward(self.scaler.scale(loss * scale))
+            total += loss.detach()
+        return total
+
+    def _mix(
+        self, images: Tensor, labels: Tensor, epoch: int
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Blend each picture with its mirror in the batch (mixup), or paste a box of it (CutMix).
+
+        The share is drawn from (seed, epoch, step) alone.
+        """
+        alpha = self.config.mixup or self.config.cutmix
+        if not alpha:
+            return images, labels, labels, 1.0
+        key = np.random.SeedSequence((self.config.seed, _TAG_MIX, epoch, self.step))
+        rng = Generator(Philox(key))
+        lam = float(rng.beta(alpha, alpha))
+        if self.config.mixup:
+            images = images.mul(lam).add_(images.flip(0), alpha=1 - lam)
+        else:
+            images, lam = _cut_mix(images, lam, rng)
+        return images, labels, labels.flip(0), lam
+
+    def evaluate(self, feed: Feed) -> Evaluation:
+        """Evaluate the weights that would be kept on the validation split."""
+        model = self.ema.module if self.ema is not None else self.model
+        with self.autocast:
+            return evaluate(model, feed.val(), feed.val_labels)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copy the weights that were evaluated to the CPU."""
+        model = self.ema.module if self.ema is not None else self.model
+        return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+
+
+def _cut_mix(images: Tensor, lam: float, rng: Generator) -> tuple[Tensor, float]:
+    """Paste a box of the mirrored batch; return the pictures and the share left uncovered."""
+    height, width = images.shape[-2:]
+    cut = float(np.sqrt(1 - lam))
+    row, column = int(rng.integers(height)), int(rng.integers(width))
+    half_h, half_w = int(height * cut) // 2, int(width * cut) // 2
+    rows = slice(max(0, row - half_h), min(height, row + half_h))
+    columns = slice(max(0, column - half_w), min(width, column + half_w))
+    mixed = images.clone()
+    mixed[..., rows, columns] = images.flip(0)[..., rows, columns]
+    covered = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return mixed, 1 - covered / (height * width)
