@@ -29,9 +29,9 @@ class ConfigError(ValueError):
         faults: Every fault, each with its file or flag, key, rule, value and remedy.
     """
 
-    def __init__(self, faults: Sequence[str]) -> None:
+    def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
-        self.faults = tuple(faults)
+        self.faults = faults
 
 
 def _seconds(value: object) -> object:
@@ -242,7 +242,7 @@ def load_config(
     try:
         raw = read_toml(path)
     except ValueError as err:
-        raise ConfigError([f"{path}: {err}"]) from err
+        raise ConfigError(f"{path}: {err}") from err
     return parse_config(raw, str(path), overrides, flags)
 
 
@@ -310,7 +310,7 @@ def _checked(layers: Layers) -> StudyConfig:
         tell("space", _space_faults(space, made["train"]))
         tell("search", _search_faults(space, made["search"]))
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(*faults)
     return StudyConfig(**made, space=space)
 
 
@@ -416,7 +416,7 @@ def check_backbones(config: StudyConfig) -> None:
         except BackboneError as err:
             faults.append(f"{section}.backbone: {err}")
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(*faults)
 
 
 def config_schema() -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""How values are written for people, and for programs as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from study.space import ParamValue
+
+
+def format_accuracy(value: float | None) -> str:
+    """Write a fraction as per cent."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Write a duration with two units at most."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def format_value(value: ParamValue) -> str:
+    """Write a setting's value, a real number with three figures."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "none" if value is None else str(value)
+
+
+def format_params(params: Mapping[str, ParamValue]) -> str:
+    """Write a trial's settings in one line."""
+    return ", ".join(f"{name}={format_value(value)}" for name, value in params.items())
+
+
+def json_text(value: object) -> str:
+    """Write a value as one line of JSON; a number that is not finite becomes null."""
+    return json.dumps(_jsonable(value), allow_nan=False, ensure_ascii=False)
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            item.name: _jsonable(getattr(value, item.name)) for item in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
