@@ -19,6 +19,7 @@ from core.weights import WeightsError, load
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "card.json"
+PREDICTIONS_FILE = "val_predictions.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = np.arange(len(evaluation.labels))
     np.savez_compressed(
-        folder / "val_predictions.npz",
+        folder / PREDICTIONS_FILE,
         labels=evaluation.labels,
         predicted=evaluation.predicted,
         probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),

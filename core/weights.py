@@ -291,8 +291,8 @@ def _misfit(what: str, trunk: State, given: State) -> str:
         for k in wrong[:2]
     ]
     return (
-        f"weights = {what} do not fit the backbone: of its {len(trunk)} tensors {len(missing)} are "
-        f"missing and {len(wrong)} have another shape ({'; '.join(told)}), and the file's "
+        f"weights = {what} do not fit the backbone: of its {len(trunk)} tensors "
+        f"{len(missing)} are missing and {len(wrong)} have another shape ({'; '.join(told)}), and the file's "
         f"{len(given)} tensors do not agree with them in order either. Take the file that belongs "
         "to this backbone and image_size."
     )

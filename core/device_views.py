@@ -1,0 +1,135 @@
+"""The same views made on an accelerator, a batch at a time, from pictures in its memory.
+
+A random resized crop with an antialiased filter is separable: each output row is a weighted sum of
+picture rows, each output column of picture columns. For a batch this is two batched matrix
+products with weights built from the crop boxes, the flip folded into the column weights.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.data import Split
+from core.evaluate import IntArray
+from core.views import (
+    FloatArray,
+    ViewSpec,
+    batch_positions,
+    crop_boxes,
+    epoch_order,
+    eval_boxes,
+    flips,
+    view_draws,
+)
+
+# Share of the device's free memory that pictures may take; the rest is the network's. Assumption.
+_MEMORY_SHARE = 0.3
+_CUBIC_A = -0.5  # Pillow's and torch's antialiased bicubic coefficient
+
+
+def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
+    """Say whether a split's pictures fit the device and its augmentation can be done there."""
+    if spec.augment not in ("none", "standard") or device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return padded_bytes(split) <= _MEMORY_SHARE * free
+
+
+def padded_bytes(split: Split) -> int:
+    """Return the size of a split's pictures in one array, each padded to the largest."""
+    height, width = split.store.sizes[split.indices].max(axis=0)
+    return int(len(split) * height * width * 3)
+
+
+class DeviceViews:
+    """Training views of a split whose pictures lie in the device's memory.
+
+    Args:
+        split: Pictures.
+        spec: What a view is; `none` and `standard` augmentation only.
+        device: Where they lie and views are made.
+    """
+
+    def __init__(self, split: Split, spec: ViewSpec, device: torch.device) -> None:
+        self.split, self.spec, self.device = split, spec, device
+        self.sizes: IntArray = split.store.sizes[split.indices]
+        height, width = (int(side) for side in self.sizes.max(axis=0))
+        shape = (len(split), 3, height, width)
+        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        for row, index in enumerate(split.indices.tolist()):
+            picture = torch.from_numpy(np.array(split.store.picture(index)))
+            h, w = self.sizes[row]
+            self.pixels[row, :, :h, :w] = picture.permute(2, 0, 1).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+
+    def epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch: views float in [0, 255], (B, 3, S, S), and labels (B,)."""
+        order = epoch_order(len(self.split), seed, epoch)
+        boxes, mirrored = self._boxes(seed, epoch)
+        table = np.concatenate([boxes, mirrored[:, None], np.arange(len(boxes))[:, None]], axis=1)
+        ordered = torch.from_numpy(table[order]).to(self.device)  # one copy an epoch
+        at = 0
+        for positions in batch_positions(order, batch_size):
+            rows = ordered[at : at + len(positions)]
+            at += len(positions)
+            which = rows[:, 5].long()
+            yield self.views(which, rows[:, :4], rows[:, 4] > 0), self.labels[which]
+
+    def _boxes(self, seed: int, epoch: int) -> tuple[FloatArray, FloatArray]:
+        if self.spec.augment == "none":
+            return eval_boxes(self.sizes, self.spec), np.zeros(len(self.split))
+        draws = view_draws(len(self.split), seed, epoch)
+        boxes = crop_boxes(draws, self.sizes, self.spec.crop_scale).astype(np.float64)
+        return boxes, flips(draws, self.spec.flip).astype(np.float64)
+
+    def views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
+        """Cut boxes out of pictures and resize them.
+
+        Args:
+            which: Rows of the split, (B,).
+            boxes: Top, left, height, width, (B, 4), float.
+            mirrored: Flip left and right, (B,).
+
+        Returns:
+            Views, rounded to whole numbers in [0, 255], float32, (B, 3, S, S).
+        """
+        height, width = self.pixels.shape[2:]
+        is_crop = self.spec.augment != "none"
+        rows = self._weights(boxes[:, 0], boxes[:, 2], height, is_crop)  # (B, S, H)
+        columns = self._weights(boxes[:, 1], boxes[:, 3], width, is_crop)  # (B, S, W)
+        columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+        pictures = self.pixels[which].to(rows.dtype)  # (B, 3, H, W)
+        views = rows[:, None] @ (pictures @ columns.transpose(1, 2)[:, None])
+        return views.float().round_().clamp_(0, 255)
+
+    def _weights(self, start: Tensor, length: Tensor, n: int, is_crop: bool) -> Tensor:
+        """Build antialiased resampling weights, (B, S, n), each row summing to 1.
+
+        A crop reads nothing outside its box; the evaluation view resizes the whole picture first,
+        so its filter may reach beyond.
+        """
+        size = self.spec.image_size
+        scale = (length / size)[:, None, None]  # (B, 1, 1), picture pixels per view pixel
+        support = scale.clamp(min=1.0)
+        out = torch.arange(size, device=self.device, dtype=start.dtype)[None, :, None] + 0.5
+        centre = start[:, None, None] + out * scale  # (B, S, 1)
+        pixel = torch.arange(n, device=self.device, dtype=start.dtype)[None, None] + 0.5
+        weights = _filter((pixel - centre) / support, self.spec.interpolation)
+        if is_crop:
+            inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
+            weights = weights * inside
+        weights = weights / weights.sum(dim=2, keepdim=True)
+        return weights.to(torch.float32)
+
+
+def _filter(x: Tensor, interpolation: str) -> Tensor:
+    """Evaluate the triangle or the cubic convolution kernel at distances in support units."""
+    x = x.abs()
+    if interpolation == "bilinear":
+        return (1 - x).clamp(min=0)
+    a = _CUBIC_A
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
