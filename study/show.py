@@ -1,0 +1,314 @@
+"""What the command line shows: tables of studies, trials, freeze levels, and an estimate."""
+
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from core.metrics import EpochMetrics
+from study.progress import Outcome
+from study.words import format_accuracy, format_duration, format_params, format_value
+
+if TYPE_CHECKING:
+    from core.stages import Level
+    from study.estimate import Estimate
+    from study.store import StudyRow, StudySummary, TestRow, TrialRow
+
+_SUMMARY_ROWS = 5
+# Above this many trials, `show` lists the best ones only.
+_SHOWN_TRIALS = 50
+_STOPPED = {
+    "trials": "All trials are done.",
+    "timeout": "Time is up (study.timeout).",
+    "patience": "Nothing has improved for study.patience trials.",
+    "space exhausted": "Every setting of the space has been tried.",
+    "interrupted": "Interrupted; the record is complete up to here.",
+}
+
+
+def make_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """Make an empty table; the columns named in `right` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        is_right = name in right
+        table.add_column(name, justify="right" if is_right else "left", no_wrap=is_right)
+    return table
+
+
+def _add(table: Table, *cells: object) -> None:
+    """Add a row of plain texts: names with brackets are no markup."""
+    table.add_row(*(Text("-" if cell is None else str(cell)) for cell in cells))
+
+
+def _facts(pairs: Iterable[tuple[str, object]]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in pairs:
+        _add(table, name, value)
+    return table
+
+
+def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
+    """Show all studies of a database."""
+    if not summaries:
+        return Text("No study yet; `python -m study run` makes one.")
+    counts = ("complete", "pruned", "failed", "running")
+    table = make_table(
+        "study", "best", "trial", *counts, "updated", right=("best", "trial", *counts)
+    )
+    for row in summaries:
+        _add(
+            table,
+            row.name,
+            format_accuracy(row.best_value),
+            row.best_number,
+            row.n_complete,
+            row.n_pruned,
+            row.n_failed,
+            row.n_running,
+            str(row.updated_at)[:19],
+        )
+    return table
+
+
+def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
+    """Sort trials: complete ones by accuracy, then the pruned, then the others."""
+    rank = {"complete": 0, "pruned": 1}
+    return sorted(
+        trials,
+        key=lambda row: (
+            rank.get(row.state, 2),
+            -(row.value if row.value is not None else -1.0),
+            row.number,
+        ),
+    )
+
+
+def trials_table(trials: Sequence["TrialRow"]) -> Table:
+    """Show trials in the given order."""
+    right = ("trial", "accuracy", "epochs", "time")
+    table = make_table(*right, "state", "from", "settings", right=right)
+    for row in trials:
+        _add(
+            table,
+            row.number,
+            format_accuracy(row.value),
+            row.epochs_done,
+            format_duration(row.duration_s),
+            row.state,
+            row.origin,
+            format_params(row.params) or "as configured",
+        )
+    return table
+
+
+def study_view(
+    study: "StudyRow", trials: Sequence["TrialRow"], tests: Sequence["TestRow"]
+) -> RenderableType:
+    """Show a study: its data, its trials, its tests."""
+    data: Mapping[str, Any] = study.data
+    pictures = ", ".join(f"{data[f'n_{split}']} {split}" for split in ("train", "val", "test"))
+    facts = _facts(
+        [
+            ("study", study.name),
+            ("pictures", f"{data['source']}: {pictures}, {len(data['classes'])} classes"),
+            ("begun", str(study.created_at)[:19]),
+            ("output", Path(study.config["study"]["output"]) / study.name),
+        ]
+    )
+    parts: list[RenderableType] = [facts]
+    if len(trials) > _SHOWN_TRIALS:
+        parts += [Text(f"\nThe best {_SHOWN_TRIALS} of {len(trials)} trials:")]
+        parts += [trials_table(best_first(trials)[:_SHOWN_TRIALS])]
+    else:
+        parts += [Text(""), trials_table(trials)]
+    parts += [Text(f"\n{tested_sentence(row)}") for row in tests]
+    return Group(*parts)
+
+
+def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableType:
+    """Show a trial: how it went, its settings, its epochs."""
+    parameters = f"{trial.trained_parameters or 0:,} of {trial.total_parameters or 0:,}"
+    facts = [
+        ("trial", trial.number),
+        ("state", f"{trial.state}: {trial.reason}" if trial.reason else trial.state),
+        ("from", trial.origin),
+        ("accuracy", f"{format_accuracy(trial.value)} (validation, epoch {trial.best_epoch})"),
+        ("time", format_duration(trial.duration_s)),
+        ("trained parameters", parameters),
+        ("device", trial.device),
+        ("checkpoint", trial.checkpoint or "not kept"),
+        ("settings", format_params(trial.params) or "as configured"),
+    ]
+    config = [(key, format_value(value)) for key, value in trial.config.items()]
+    head = "\nConfiguration:"
+    return Group(_facts(facts), Text(""), epochs_table(epochs), Text(head), _facts(config))
+
+
+def epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
+    """Show a trial's epochs."""
+    columns = ("epoch", "train loss", "val loss", "accuracy", "balanced", "base_lr", "images/s")
+    table = make_table(*columns, right=columns)
+    for row in epochs:
+        _add(
+            table,
+            row.epoch,
+            f"{row.train_loss:.4f}",
+            f"{row.val_loss:.4f}",
+            format_accuracy(row.val_acc) + (" *" if row.is_best else "  "),
+            format_accuracy(row.val_balanced_acc),
+            f"{row.base_lr:.3g}",
+            f"{row.images_per_s:.0f}",
+        )
+    return table
+
+
+def trial_differences(a: "TrialRow", b: "TrialRow") -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two trials: settings first, then results."""
+    found = {}
+    for key in dict.fromkeys((*a.config, *b.config)):
+        pair = a.config.get(key), b.config.get(key)
+        if pair[0] != pair[1]:
+            found[key] = pair
+    for key in ("state", "value", "best_epoch", "epochs_done", "trained_parameters", "duration_s"):
+        pair = getattr(a, key), getattr(b, key)
+        if pair[0] != pair[1]:
+            found[key] = pair
+    return found
+
+
+def differences_table(a: "TrialRow", b: "TrialRow") -> RenderableType:
+    """Show what differs between two trials."""
+    table = make_table("", f"trial {a.number}", f"trial {b.number}")
+    for key, pair in trial_differences(a, b).items():
+        _add(table, key, *(format_value(value) for value in pair))
+    if a.value is not None and b.value is not None:
+        gain = 100 * (b.value - a.value)
+        return Group(table, Text(f"\nTrial {b.number} is {gain:+.1f} points of accuracy away."))
+    return table
+
+
+def selection_bonus(value: float, n_val: int, n_trials: int) -> float:
+    """Return how much the best of many trials flatters itself at most, in accuracy.
+
+    If all trials were equally good and their validation errors independent, the best one would
+    lie this far above the truth: the expected largest of `n_trials` normal draws (Blom 1958)
+    times the standard error of an accuracy on `n_val` pictures. Trials share the pictures and are
+    not equally good, so the truth is milder.
+    """
+    if n_trials < 2 or n_val < 1:
+        return 0.0
+    largest = statistics.NormalDist().inv_cdf((n_trials - 0.375) / (n_trials + 0.25))
+    return largest * math.sqrt(value * (1 - value) / n_val)
+
+
+def summary_view(
+    outcome: Outcome, trials: Sequence["TrialRow"], n_val: int, target: int
+) -> RenderableType:
+    """Show how a run ended: the best trials, and how far to trust the best one."""
+    counts = outcome.counts
+    head = (
+        f"\n{_STOPPED.get(outcome.stopped_because, outcome.stopped_because)} Study "
+        f"{outcome.study_name}: {counts.finished} of {target} trials, {counts.complete} complete, "
+        f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
+    )
+    parts: list[RenderableType] = [Text(head)]
+    best = [row for row in best_first(trials) if row.state == "complete"][:_SUMMARY_ROWS]
+    if not best or outcome.best_value is None:
+        failed = next((row for row in reversed(trials) if row.state == "failed"), None)
+        why = f" The last one failed: {failed.reason}." if failed else ""
+        return Group(*parts, Text(f"No trial is complete.{why}"))
+    parts += [trials_table(best)]
+    n_seen = counts.complete + counts.pruned
+    bonus = selection_bonus(outcome.best_value, n_val, n_seen)
+    if bonus > 0:
+        parts.append(
+            Text(
+                f"The best of {n_seen} trials on {n_val} validation pictures flatters itself: by "
+                f"up to {100 * bonus:.1f} points if all were equally good. The test split decides."
+            )
+        )
+    parts.append(Text(f"Best checkpoint: {outcome.checkpoint or 'not kept'}"))
+    return Group(*parts)
+
+
+def next_commands(name: str, storage: str, *, is_interrupted: bool = False) -> list[str]:
+    """Return the commands to try after a run, ready to be pasted."""
+    rest = [shlex.quote(name)]
+    if storage != "studies.db":
+        rest += ["--storage", shlex.quote(storage)]
+    words = " ".join(rest)
+    url = storage if "://" in storage else f"sqlite:///{storage}"
+    first = f"python -m study {'resume' if is_interrupted else 'show'} {words}"
+    return [first, f"python -m study test {words}", f"optuna-dashboard {shlex.quote(url)}"]
+
+
+def tested_sentence(row: "TestRow") -> str:
+    """Say what the test split said, and how it compares with what validation promised."""
+    text = (
+        f"Test of trial {row.trial_number}: {format_accuracy(row.accuracy)} of {row.n} pictures "
+        f"(95 % interval {format_accuracy(row.low)} to {format_accuracy(row.high)})."
+    )
+    if row.val_acc is None:
+        return text
+    gap = 100 * (row.val_acc - row.accuracy)
+    if gap > 0:
+        word = f"{gap:.1f} points too optimistic"
+    else:
+        word = f"{-gap:.1f} points too pessimistic" if gap < 0 else "exact"
+    inside = "inside" if row.low <= row.val_acc <= row.high else "outside"
+    said = f"Validation had said {format_accuracy(row.val_acc)}: {word}, {inside} the interval."
+    return f"{text} {said}"
+
+
+def levels_table(backbone: str, levels: Sequence["Level"]) -> RenderableType:
+    """Show a backbone's freeze levels."""
+    right = ("freeze_depth", "trained parameters", "forward frozen")
+    table = make_table(*right, "freezes, beyond the level above", right=right)
+    for row in levels:
+        _add(
+            table,
+            row.depth,
+            f"{row.trained_parameters:,}",
+            f"{100 * row.frozen_flops_share:.0f} %",
+            ", ".join(row.newly_frozen) or "nothing",
+        )
+    return Group(Text(backbone, style="bold"), table)
+
+
+def estimate_view(estimate: "Estimate") -> RenderableType:
+    """Show what a study would cost."""
+    right = ("size", "all trained", "head alone", "checkpoint")
+    table = make_table("backbone", *right, right=right)
+    for cost in estimate.costs:
+        _add(
+            table,
+            cost.backbone,
+            f"{cost.image_size} px",
+            f"{1 / cost.train_s[0]:.0f} images/s",
+            f"{1 / cost.train_s[-1]:.0f} images/s",
+            format_bytes(cost.weights_bytes),
+        )
+    total = (
+        f"{estimate.n_trials} trials on {estimate.device}, {estimate.n_train} training and "
+        f"{estimate.n_val} validation pictures: about {format_duration(estimate.trial_s)} a "
+        f"trial, {format_duration(estimate.total_s)} if none is pruned, "
+        f"{format_bytes(estimate.checkpoint_bytes)} of checkpoints."
+    )
+    return Group(table, Text(total))
+
+
+def format_bytes(size: float) -> str:
+    """Write a number of bytes in the unit that suits it."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
