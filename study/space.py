@@ -175,7 +175,7 @@ def _parse_choices(
 
 
 def _parse_range(key: str, table: Mapping[str, object]) -> tuple[Range | None, list[Fault]]:
-    known = {"low", "high", "log", "step"}
+    known = ("low", "high", "log", "step")
     faults = [
         Fault(
             key, f"takes low, high, log and step, or choices, but got {name}.{near(name, known)}"
@@ -185,7 +185,7 @@ def _parse_range(key: str, table: Mapping[str, object]) -> tuple[Range | None, l
     ]
     if not (is_int(TrainConfig, key) or is_float(TrainConfig, key)):
         faults.append(Fault(key, "is no number, so it takes choices = [...], not low and high."))
-    elif not known & {"low", "high"} <= set(table):
+    elif not faults and not {"low", "high"} <= set(table):
         faults.append(Fault(key, "needs both low and high (or choices = [...])."))
     if faults:
         return None, faults

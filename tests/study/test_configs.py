@@ -1,0 +1,66 @@
+"""Every shipped study loads, and the two that are written elsewhere too are the same there."""
+
+from pathlib import Path
+
+import pytest
+
+from core.config import TrainConfig
+from study.config import StudyConfig, load_config
+from study.init import DEMO, template
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*.toml"))
+
+
+def test_there_are_shipped_studies() -> None:
+    assert {path.stem for path in FILES} >= {
+        "d2l-hotdog",
+        "d2l-hotdog-scratch",
+        "default",
+        "demo",
+        "frozen-extractor",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_study_loads(path: Path) -> None:
+    config = load_config(path)
+    assert StudyConfig.from_record(config.to_record()) == config
+
+
+def test_the_default_study_is_what_init_writes_and_holds_the_defaults() -> None:
+    path = CONFIGS / "default.toml"
+    assert path.read_text(encoding="utf-8") == template(load_config())
+    assert load_config(path) == StudyConfig()
+
+
+def test_the_demo_is_the_embedded_one() -> None:
+    assert (CONFIGS / "demo.toml").read_text(encoding="utf-8") == DEMO
+
+
+def test_the_books_recipe_is_kept() -> None:
+    train = load_config(CONFIGS / "d2l-hotdog.toml").train
+    assert train == TrainConfig(
+        backbone="resnet18",
+        weights="imagenet:IMAGENET1K_V1",
+        image_size=224,
+        head_init="xavier",
+        epochs=5,
+        batch_size=128,
+        momentum=0.0,
+        base_lr=5e-5,
+        loss_reduction="sum",
+        head_lr_mult=10.0,
+        weight_decay=1e-3,
+        decay_all=True,
+        schedule="constant",
+        crop_scale=0.08,
+        amp="off",
+    )
+
+
+def test_recipes_with_seeds_are_three_trials() -> None:
+    for name in ("d2l-hotdog", "d2l-hotdog-scratch", "frozen-extractor"):
+        config = load_config(CONFIGS / f"{name}.toml")
+        assert config.study.trials == config.space["seed"].n_points == 3
+        assert config.search.recipe_names == ()

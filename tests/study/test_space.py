@@ -1,0 +1,147 @@
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.config import TrainConfig
+from study.config import StudyConfig
+from study.space import (
+    RECIPES,
+    Choices,
+    Range,
+    apply_params,
+    distributions,
+    n_points,
+    recipes,
+    suggest,
+)
+
+SPACE = {
+    "backbone": Choices(("resnet18", "resnet34")),
+    "freeze_depth": Range(0, 5),
+    "base_lr": Range(1e-4, 3e-2, log=True),
+    "momentum": Range(0.0, 0.9, step=0.3),
+    "clip_norm": Choices((None, 1.0)),
+}
+
+
+def test_suggest_draws_every_dimension_inside_its_bounds() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        params = suggest(study.ask(), SPACE)
+        assert list(params) == list(SPACE)
+        assert all(dimension.holds(params[name]) for name, dimension in SPACE.items())
+
+
+def test_distributions_are_those_that_suggest_uses() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    suggest(trial, SPACE)
+    assert trial.distributions == distributions(SPACE)
+
+
+def test_apply_params_sets_them() -> None:
+    config = apply_params(TrainConfig(), {"base_lr": 0.5, "backbone": "vgg11"})
+    assert (config.base_lr, config.backbone, config.epochs) == (0.5, "vgg11", 10)
+
+
+def test_apply_params_refuses_an_unknown_key() -> None:
+    with pytest.raises(ValueError, match=r"got 'base_rl'\. Did you mean base_lr\?"):
+        apply_params(TrainConfig(), {"base_rl": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("space", "n"),
+    [
+        ({}, 1),
+        ({"seed": Choices((0, 1, 2))}, 3),
+        ({"freeze_depth": Range(0, 5)}, 6),
+        ({"freeze_depth": Range(0, 5, step=2)}, 3),
+        ({"momentum": Range(0.0, 0.9, step=0.3)}, 4),
+        ({"seed": Choices((0, 1)), "freeze_depth": Range(0, 5)}, 12),
+        ({"seed": Choices((0, 1)), "base_lr": Range(0.1, 1.0)}, None),
+    ],
+)
+def test_points_of_a_space_are_counted(space: dict[str, Range | Choices], n: int | None) -> None:
+    assert n_points(space) == n
+
+
+@given(st.floats(-10, 10), st.floats(0.01, 3), st.integers(1, 20))
+def test_the_nearest_value_is_one_of_the_range(value: float, step: float, n: int) -> None:
+    dimension = Range(0.0, n * step, step=step)
+    found = dimension.nearest(value)
+    assert isinstance(found, float)
+    assert dimension.holds(found)
+    assert all(
+        abs(found - value) <= abs(k * step - value) + 1e-9 for k in range(dimension.n_points or 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(7, 5), (-1, 0), (2, 2), ("x", 0), (None, 0), (True, 0)]
+)
+def test_the_nearest_whole_number(value: int | str | None, found: int) -> None:
+    assert Range(0, 5).nearest(value) == found
+
+
+def test_the_nearest_choice() -> None:
+    assert Choices((None, 0.1, 1.0)).nearest(0.4) == 0.1
+    assert Choices(("a", "b")).nearest("b") == "b"
+    assert Choices(("a", "b")).nearest("c") == "a"
+    # True == 1, but it is no batch size.
+    assert not Choices((1, 2)).holds(True)
+
+
+def test_the_default_space_has_every_recipe() -> None:
+    config = StudyConfig()
+    found = recipes(config.space, config.train)
+    assert len(found) == len(config.backbones) + 2
+    probe = found[f"linear-probe {config.backbones[1]}"]
+    assert probe == {
+        "backbone": config.backbones[1],
+        "freeze_depth": 5,
+        "base_lr": 0.01,
+        "head_lr_mult": 10.0,
+        "weight_decay": config.train.weight_decay,
+    }
+    for params in found.values():
+        assert all(config.space[name].holds(value) for name, value in params.items())
+
+
+def test_a_recipes_rate_is_clipped_into_the_space() -> None:
+    space = {"base_lr": Range(2e-3, 5e-3), "freeze_depth": Range(0, 5)}
+    found = recipes(space, TrainConfig())
+    assert found["linear-probe"] == {"base_lr": 5e-3, "freeze_depth": 5}
+    assert found["fine-tune-all"] == {"base_lr": 2e-3, "freeze_depth": 0}
+
+
+@pytest.mark.parametrize(
+    ("space", "base", "names"),
+    [
+        ({"freeze_depth": Range(0, 4)}, TrainConfig(), ["fine-tune-half", "fine-tune-all"]),
+        ({"base_lr": Range(1e-3, 1e-1)}, TrainConfig(freeze_depth=5), ["linear-probe"]),
+        ({"base_lr": Range(1e-3, 1e-1)}, TrainConfig(freeze_depth=2), []),
+        ({"seed": Choices((0, 1))}, TrainConfig(freeze_depth=5), []),
+        ({}, TrainConfig(), []),
+    ],
+)
+def test_a_recipe_that_the_space_cannot_express_is_left_out(
+    space: dict[str, Range | Choices], base: TrainConfig, names: list[str]
+) -> None:
+    assert list(recipes(space, base)) == names
+
+
+def test_only_named_recipes_are_given() -> None:
+    assert list(recipes(SPACE, TrainConfig(), ["fine-tune-all"])) == ["fine-tune-all resnet18"]
+    assert recipes(SPACE, TrainConfig(), []) == {}
+
+
+def test_equal_recipes_are_given_once() -> None:
+    space = {"head_lr_mult": Range(1.0, 5.0), "freeze_depth": Choices((5, 3))}
+    found = recipes(space, TrainConfig(backbone="resnet18"))
+    assert len({tuple(params.items()) for params in found.values()}) == len(found) == 2
+
+
+def test_every_recipe_is_a_valid_configuration() -> None:
+    for recipe in RECIPES.values():
+        apply_params(TrainConfig(), recipe)

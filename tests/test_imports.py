@@ -1,0 +1,99 @@
+"""The arrows between the rooms: core -> nothing, study -> core, reports -> the record only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("core", "study", "reports")
+MODULES = sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
+# What a report may read of the study: the record. Parts of it may be files of their own.
+RECORD = ("study.store", "study.tables")
+HEAVY = ("torch", "torchvision", "timm")
+# These answer before torch is loaded, or run where it is not needed.
+WITHOUT_TORCH = (
+    "core/config.py",
+    "core/metrics.py",
+    "study/config.py",
+    "study/fields.py",
+    "study/init.py",
+    "study/layers.py",
+    "study/parser.py",
+    "study/progress.py",
+    "study/schema.py",
+    "study/sections.py",
+    "study/show.py",
+    "study/space.py",
+    "study/words.py",
+)
+
+
+def imports(path: Path, *, at_top_only: bool = False) -> Iterator[str]:
+    """Give the modules that a file imports; not those for type checking only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            # `from core import weights` names a file too.
+            yield from [f"{module}.{a.name}" for a in node.names] if module in OURS else [module]
+        elif not (at_top_only and isinstance(node, ast.FunctionDef)):
+            nodes.extend(ast.iter_child_nodes(node))  # type: ignore[arg-type]
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    if name(path) == "study/__main__.py":
+        return
+    allowed = {"core": ("core",), "study": ("core", "study"), "reports": ("reports", "study")}
+    for module in imports(path):
+        assert module not in OURS, f"{name(path)} imports {module}: name the file"
+        if room(module) in OURS:
+            assert room(module) in allowed[room(name(path).split("/")[0])], module
+        if name(path).startswith("reports/"):
+            assert room(module) not in HEAVY, module
+            assert room(module) != "study" or module in RECORD, module
+
+
+def test_the_record_imports_neither_torch_nor_optuna_nor_pandas_at_the_top() -> None:
+    path = ROOT / "study" / "store.py"
+    rooms = {room(module) for module in imports(path, at_top_only=True)}
+    assert not rooms & {*HEAVY, "optuna", "pandas"}
+
+
+@pytest.mark.parametrize("file", WITHOUT_TORCH)
+def test_light_modules_load_nothing_heavy(file: str) -> None:
+    """Follow the imports of a file through our own modules."""
+    seen: set[str] = set()
+    todo = [ROOT / file]
+    while todo:
+        for module in imports(todo.pop(), at_top_only=True):
+            assert room(module) not in (*HEAVY, "optuna", "pandas", "matplotlib"), module
+            if room(module) in OURS and module not in seen:
+                seen.add(module)
+                todo.append(ROOT / f"{module.replace('.', '/')}.py")
+
+
+def test_the_command_line_loads_only_the_standard_library_and_its_parser() -> None:
+    ours = [
+        module
+        for module in imports(ROOT / "study" / "__main__.py", at_top_only=True)
+        if room(module) in OURS
+    ]
+    assert ours == ["study.parser"]
