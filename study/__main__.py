@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import contextlib
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -248,17 +247,15 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _delete(args: argparse.Namespace) -> int:
     with _opened(args) as store:
-        study = store.study(args.study)
-        trials = store.trials(study.id)
-        kept = [Path(row.checkpoint) for row in trials if row.checkpoint]
-        what = f"study {study.name}: {len(trials)} trials, {len(kept)} checkpoints"
-        if not args.yes and not _agreed(f"Delete {what}?"):
+        n_trials = len(store.trials(store.study(args.study).id))
+        question = f"Delete study {args.study}, {n_trials} trials, with its checkpoints?"
+        if not args.yes and not _agreed(question):
             print("Nothing deleted.")
             return 0
-        store.delete_study(study.name)
-    for folder in kept:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"Deleted {what}.")
+        from study.delete import delete_study
+
+        folders = delete_study(store, args.study, command=args.line)
+    print(f"Deleted study {args.study}: {n_trials} trials, {len(folders)} checkpoints.")
     return 0
 
 
@@ -266,12 +263,12 @@ def _agreed(question: str) -> bool:
     from study.config import ConfigError
 
     if not sys.stdin.isatty():
-        raise ConfigError("delete must be confirmed, but there is no terminal to ask; add --yes.")
+        raise ConfigError("delete must be confirmed, but there is no terminal; add --yes.")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _test(args: argparse.Namespace) -> int:
-    from study.show import tested_sentence
+    from study.show import say_test
     from study.test_split import test_study
 
     with _opened(args) as store, _progress(args) as progress:
@@ -279,7 +276,7 @@ def _test(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(row)
     else:
-        print(tested_sentence(row))
+        print(say_test(row))
     return 0
 
 

@@ -18,7 +18,7 @@ from study.words import format_accuracy, format_duration, format_params, format_
 if TYPE_CHECKING:
     from core.stages import Level
     from study.estimate import Estimate
-    from study.store import StudyRow, StudySummary, TestRow, TrialRow
+    from study.rows import StudyRow, StudySummary, TestRow, TrialRow
 
 _SUMMARY_ROWS = 5
 # Above this many trials, `show` lists the best ones only.
@@ -61,7 +61,7 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
         return Text("No study yet; `python -m study run` makes one.")
     counts = ("complete", "pruned", "failed", "running")
     table = make_table(
-        "study", "best", "trial", *counts, "updated", right=("best", "trial", *counts)
+        "study", "best", "trial", *counts, "updated (UTC)", right=("best", "trial", *counts)
     )
     for row in summaries:
         _add(
@@ -129,20 +129,21 @@ def study_view(
         parts += [trials_table(best_first(trials)[:_SHOWN_TRIALS])]
     else:
         parts += [Text(""), trials_table(trials)]
-    parts += [Text(f"\n{tested_sentence(row)}") for row in tests]
+    parts += [Text(f"\n{say_test(row)}") for row in tests]
     return Group(*parts)
 
 
 def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableType:
     """Show a trial: how it went, its settings, its epochs."""
-    parameters = f"{trial.trained_parameters or 0:,} of {trial.total_parameters or 0:,}"
+    best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch})"
+    trained, total = trial.trained_parameters, trial.total_parameters
     facts = [
         ("trial", trial.number),
         ("state", f"{trial.state}: {trial.reason}" if trial.reason else trial.state),
         ("from", trial.origin),
-        ("accuracy", f"{format_accuracy(trial.value)} (validation, epoch {trial.best_epoch})"),
+        ("accuracy", f"{format_accuracy(trial.value)}{best}"),
         ("time", format_duration(trial.duration_s)),
-        ("trained parameters", parameters),
+        ("trained parameters", None if trained is None else f"{trained:,} of {total:,}"),
         ("device", trial.device),
         ("checkpoint", trial.checkpoint or "not kept"),
         ("settings", format_params(trial.params) or "as configured"),
@@ -250,7 +251,7 @@ def next_commands(name: str, storage: str, *, is_interrupted: bool = False) -> l
     return [first, f"python -m study test {words}", f"optuna-dashboard {shlex.quote(url)}"]
 
 
-def tested_sentence(row: "TestRow") -> str:
+def say_test(row: "TestRow") -> str:
     """Say what the test split said, and how it compares with what validation promised."""
     text = (
         f"Test of trial {row.trial_number}: {format_accuracy(row.accuracy)} of {row.n} pictures "

@@ -1,0 +1,32 @@
+"""Remove a study: its record, Optuna's, and the checkpoints that it kept."""
+
+import shutil
+from pathlib import Path
+
+from study.ledger import delete_optuna_study
+from study.store import Store
+
+
+def delete_study(store: Store, name: str, *, command: str) -> list[Path]:
+    """Delete a study for good; the report that was written for it stays.
+
+    Args:
+        store: The record.
+        name: The study.
+        command: Command line, for the record while it lasts.
+
+    Returns:
+        The checkpoint folders that were removed.
+
+    Raises:
+        StoreError: There is no such study, or a process is running it.
+    """
+    study = store.study(name)
+    # Entering as the process that works on it keeps others out until it is gone.
+    store.begin_run(study.id, command=command, device="none", versions={})
+    folders = [Path(row.checkpoint) for row in store.trials(study.id) if row.checkpoint]
+    delete_optuna_study(store.storage, name)
+    store.delete_study(name)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folders
