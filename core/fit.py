@@ -1,13 +1,14 @@
 """Fine-tune one network: a generator of one `EpochMetrics` per epoch."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import Generator, Philox
+from numpy import random as nprandom
+from numpy.random import Philox
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -39,7 +40,7 @@ _TAG_DROPOUT, _TAG_MIX = 101, 102
 
 def fit(
     config: TrainConfig, data: ImageData, checkpoint_dir: Path | None = None
-) -> Iterator[EpochMetrics]:
+) -> Generator[EpochMetrics, None, None]:
     """Fine-tune a network and yield each epoch's figures.
 
     Equal configuration, data and device give equal figures. The caller stops early by closing
@@ -260,7 +261,7 @@ class _Run:
         if not alpha:
             return images, labels, labels, 1.0
         key = np.random.SeedSequence((self.config.seed, _TAG_MIX, epoch, self.step))
-        rng = Generator(Philox(key))
+        rng = nprandom.Generator(Philox(key))
         lam = float(rng.beta(alpha, alpha))
         if self.config.mixup:
             images = images.mul(lam).add_(images.flip(0), alpha=1 - lam)
@@ -280,7 +281,7 @@ class _Run:
         return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
-def _cut_mix(images: Tensor, lam: float, rng: Generator) -> tuple[Tensor, float]:
+def _cut_mix(images: Tensor, lam: float, rng: nprandom.Generator) -> tuple[Tensor, float]:
     """Paste a box of the mirrored batch; return the pictures and the share left uncovered."""
     height, width = images.shape[-2:]
     cut = float(np.sqrt(1 - lam))

@@ -85,7 +85,8 @@ def _to_8_bits(values: NDArray[Any]) -> UInt8Array:
         scaled = values * 255 if top <= 1 else values / _16_TO_8 if top > 255 else values
     else:
         scaled = values / _16_TO_8
-    return np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+    pixels: UInt8Array = np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _reduced(image: Image.Image, bound: int) -> Image.Image:

@@ -292,9 +292,9 @@ def _misfit(what: str, trunk: State, given: State) -> str:
     ]
     return (
         f"weights = {what} do not fit the backbone: of its {len(trunk)} tensors "
-        f"{len(missing)} are missing and {len(wrong)} have another shape ({'; '.join(told)}), and the file's "
-        f"{len(given)} tensors do not agree with them in order either. Take the file that belongs "
-        "to this backbone and image_size."
+        f"{len(missing)} are missing and {len(wrong)} have another shape ({'; '.join(told)}), and "
+        f"the file's {len(given)} tensors do not agree with them in order either. Take the file "
+        "that belongs to this backbone and image_size."
     )
 
 

@@ -31,12 +31,7 @@ _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 
 
 def _run(args: argparse.Namespace) -> int:
     config = _configured(args)
-    from study.config import check_backbones
-
-    check_backbones(config)
-    if args.dry_run:
-        return _dry_run(config, args)
-    return _search(config, args)
+    return _dry_run(config, args) if args.dry_run else _search(config, args)
 
 
 def _configured(args: argparse.Namespace) -> "StudyConfig":
@@ -89,7 +84,11 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
         where = Path(config.study.output) / config.study.name
         progress.note(f"Study {config.study.name} in {config.study.storage}, files in {where}")
         outcome = run_search(
-            config, progress=progress, command=args.line, allow_changes=args.allow_changes
+            config,
+            progress=progress,
+            command=args.line,
+            allow_changes=args.allow_changes,
+            take_over=args.take_over,
         )
         progress.study_ended(outcome)
     is_interrupted = outcome.stopped_because == "interrupted"
@@ -134,11 +133,13 @@ def _sum_up(
 
 
 def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
+    from study.config import check_backbones
     from study.estimate import estimate
     from study.init import config_text
     from study.search import load_pictures
     from study.show import estimate_view
 
+    check_backbones(config)
     if not args.json:
         print(config_text(config))
     with _progress(args) as progress:

@@ -114,6 +114,11 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue a study although its configuration or its pictures changed",
     )
+    add(
+        "--take-over",
+        action="store_true",
+        help="continue a study that a process on another, lost machine has not signed off",
+    )
     add("--quiet", action="store_true", help="print warnings and the summary only")
     _add_json(parser)
 

@@ -1,0 +1,198 @@
+"""Open the database: whose it is, which version, and how SQLite is told to behave."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
+
+from study.tables import PREFIX, SCHEMA_VERSION, Base, InfoTable, TestTable
+
+# Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
+BUSY_TIMEOUT_S = 60
+_OPTUNA_TABLES = {"studies", "trials", "trial_params", "alembic_version"}
+_MAGIC = b"SQLite format 3\x00"
+_TRIES = 20
+
+
+class StoreError(ValueError):
+    """The database cannot be used, or does not hold what was asked for."""
+
+
+def database_url(storage: str) -> URL:
+    """Read a storage setting: an SQLAlchemy URL, or the path of an SQLite file.
+
+    Raises:
+        StoreError: Neither.
+    """
+    try:
+        if "://" in storage:
+            return make_url(storage)
+        return URL.create("sqlite", database=str(Path(storage).expanduser()))
+    except ArgumentError as err:
+        raise StoreError(
+            f"storage must be a file or a database URL such as sqlite:///studies.db, but got "
+            f"{storage!r}."
+        ) from err
+
+
+def sqlite_pragmas(engine: Engine) -> None:
+    """Make SQLite fast and patient: write-ahead log, no wait for the disk, wait for locks.
+
+    With WAL, `synchronous = NORMAL` loses at most the last transactions when the power fails, and
+    nothing when a process is killed.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+
+    @event.listens_for(engine, "connect")
+    def _set(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+
+def open_database(storage: str, *, create: bool) -> Engine:
+    """Open a database of ours, bringing an older one up to date.
+
+    Args:
+        storage: SQLAlchemy URL or path of an SQLite file.
+        create: Make it where there is none.
+
+    Raises:
+        StoreError: Missing, not a database, another program's, or of a newer Frostline.
+    """
+    url = database_url(storage)
+    if url.get_backend_name() == "sqlite":
+        _check_file(url.database, create)
+    try:
+        engine = create_engine(url)
+        sqlite_pragmas(engine)
+        _with_patience(lambda: _prepare(engine, str(storage), create))
+    except (DatabaseError, ModuleNotFoundError) as err:
+        why = str(getattr(err, "orig", None) or err)
+        raise StoreError(
+            f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
+            "name another with --storage."
+        ) from err
+    return engine
+
+
+def _check_file(database: str | None, create: bool) -> None:
+    if not database or database == ":memory:":
+        raise StoreError("storage must be a file, but got an SQLite database in memory.")
+    path = Path(database)
+    if path.is_dir():
+        raise StoreError(f"storage must be a file, but {path} is a folder.")
+    if not path.parent.is_dir():
+        raise StoreError(
+            f"storage {path} must lie in a folder that exists, but {path.parent} "
+            "does not. Make it, or name another with --storage."
+        )
+    if not path.exists():
+        if create:
+            return
+        raise StoreError(
+            f"there is no database {path}. `python -m study run` makes one; --storage names "
+            "another."
+        )
+    with open(path, "rb") as file:
+        head = file.read(len(_MAGIC))
+    if head and head != _MAGIC:
+        raise StoreError(f"{path} is not an SQLite database. Name another file with --storage.")
+
+
+def _with_patience(action: Callable[[], None]) -> None:
+    """Try again while another process creates the same tables."""
+    for attempt in range(_TRIES):
+        try:
+            action()
+            return
+        except (OperationalError, IntegrityError) as err:
+            told = str(err.orig)
+            is_race = "already exists" in told or "locked" in told or "UNIQUE" in told
+            if not is_race or attempt == _TRIES - 1:
+                raise
+            time.sleep(0.05)
+
+
+def _prepare(engine: Engine, storage: str, create: bool) -> None:
+    tables = set(inspect(engine).get_table_names())
+    ours = {name for name in tables if name.startswith(PREFIX)}
+    if not ours:
+        _refuse_foreign(tables, storage)
+        if not create:
+            raise StoreError(
+                f"database {storage} is empty. `python -m study run` fills it; --storage names "
+                "another."
+            )
+        with engine.begin() as connection:
+            Base.metadata.create_all(connection)
+            version = {"key": "schema_version", "value": str(SCHEMA_VERSION)}
+            connection.execute(insert(InfoTable), version)
+        return
+    _migrate(engine, storage)
+
+
+def _refuse_foreign(tables: set[str], storage: str) -> None:
+    if not tables:
+        return
+    remedy = "Name another file with --storage."
+    if tables >= _OPTUNA_TABLES:
+        raise StoreError(
+            f"database {storage} holds plain Optuna studies, not Frostline's, and is left as it "
+            f"is. {remedy}"
+        )
+    shown = ", ".join(sorted(tables)[:3])
+    raise StoreError(f"database {storage} belongs to another program (tables {shown}). {remedy}")
+
+
+def _migrate(engine: Engine, storage: str) -> None:
+    with engine.begin() as connection:
+        key = select(InfoTable.value).where(InfoTable.key == "schema_version")
+        found = connection.execute(key).scalar()
+        version = int(found) if found and found.isdigit() else 0
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"database {storage} was written by a newer Frostline (schema {version}; this one "
+                f"knows {SCHEMA_VERSION}). Update with pip install --upgrade frostline."
+            )
+        if version not in (SCHEMA_VERSION, *MIGRATIONS):
+            raise StoreError(
+                f"database {storage} has schema version {found!r}, which no Frostline wrote."
+            )
+        for step in range(version, SCHEMA_VERSION):
+            MIGRATIONS[step](connection)
+        if version < SCHEMA_VERSION:
+            connection.execute(
+                update(InfoTable)
+                .where(InfoTable.key == "schema_version")
+                .values(value=str(SCHEMA_VERSION))
+            )
+
+
+def _add_tests_and_ablation(connection: Connection) -> None:
+    """Version 1 had no looks at the test split and no columns for ablation runs."""
+    for column in ("factor VARCHAR", "level VARCHAR", "replicate INTEGER"):
+        connection.execute(text(f"ALTER TABLE {PREFIX}trials ADD COLUMN {column}"))
+    TestTable.__table__.create(connection)  # type: ignore[attr-defined]  # typed as FromClause
+
+
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _add_tests_and_ablation}
+"""Steps from a schema version to the next."""

@@ -1,0 +1,153 @@
+"""What a study would cost: time and disk, from a measured step of each backbone."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.build import Built, build
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
+from core.data import ImageData
+from core.device import amp_dtype, choose_device, synchronize
+from core.stages import freeze, train_mode
+from study.config import StudyConfig
+from study.search import corner_configs
+from study.space import Choices, Dimension
+
+_MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneCost:
+    """What one picture costs on one backbone.
+
+    Attributes:
+        backbone: Its name.
+        image_size: Side of its input, pixels.
+        train_s: Seconds per training picture at each freeze level, 0 to 5.
+        eval_s: Seconds per evaluated picture.
+        weights_bytes: Size of a checkpoint.
+    """
+
+    backbone: str
+    image_size: int
+    train_s: tuple[float, ...]
+    eval_s: float
+    weights_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a study would cost if no trial were pruned.
+
+    Attributes:
+        device: Where the steps were measured.
+        n_trials: Trials that would be run.
+        n_train: Training pictures.
+        n_val: Validation pictures.
+        costs: Per backbone.
+        trial_s: Mean seconds of a trial over backbones and freeze levels, all epochs.
+        total_s: All trials; pruning makes it less.
+        checkpoint_bytes: Checkpoints that are kept, at the largest backbone.
+    """
+
+    device: str
+    n_trials: int
+    n_train: int
+    n_val: int
+    costs: tuple[BackboneCost, ...]
+    trial_s: float
+    total_s: float
+    checkpoint_bytes: int
+
+
+def estimate(config: StudyConfig, data: ImageData) -> Estimate:
+    """Measure a training step and a forward pass of each backbone and add up the study.
+
+    Between the measured levels (everything trained, head alone) a step's time follows the share
+    of the forward pass that is not frozen. Loading of pictures is not in it.
+
+    Raises:
+        ValueError: A backbone or the device cannot be used.
+    """
+    device = choose_device(config.train.device)
+    n_classes = len(data.classes)
+    costs = tuple(_measure(train, n_classes, device) for train in corner_configs(config))
+    depths = _levels(config.space.get("freeze_depth"), config.train.freeze_depth)
+    epochs = config.train.epochs
+    per_trial = [
+        epochs * (len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s)
+        for cost in costs
+        for depth in depths
+    ]
+    trial_s = statistics.fmean(per_trial)
+    return Estimate(
+        device=str(device),
+        n_trials=config.study.trials,
+        n_train=len(data.train),
+        n_val=len(data.val),
+        costs=costs,
+        trial_s=trial_s,
+        total_s=trial_s * config.study.trials,
+        checkpoint_bytes=config.study.keep_checkpoints * max(c.weights_bytes for c in costs),
+    )
+
+
+def _levels(dimension: Dimension | None, fixed: int) -> list[int]:
+    if dimension is None:
+        return [fixed]
+    if isinstance(dimension, Choices):
+        return [int(value) for value in dimension.choices if value is not None]
+    return list(range(int(dimension.low), int(dimension.high) + 1))
+
+
+def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> BackboneCost:
+    names = tuple(f"class {i}" for i in range(n_classes))
+    # The time of a step does not depend on the weights' values: none need be downloaded.
+    built = build(train.backbone, "none", names, seed=0, image_size=_size(train))
+    side = built.preprocessing.image_size
+    batch = min(train.batch_size, train.micro_batch_size or train.batch_size)
+    images = torch.randn(batch, 3, side, side, device=device)
+    if train.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    model = built.model.to(device)
+    full = _seconds(train, model, built, images, 0, device)
+    top = _seconds(train, model, built, images, MAX_FREEZE_DEPTH, device)
+    shares = [built.stages.frozen_flops_share(d) for d in range(MAX_FREEZE_DEPTH + 1)]
+    span = shares[MAX_FREEZE_DEPTH] or 1.0
+    steps = tuple((full + (top - full) * share / span) / batch for share in shares)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return BackboneCost(train.backbone, side, steps, top / batch, size)
+
+
+def _size(train: TrainConfig) -> int:
+    from core.build import input_of
+
+    return input_of(train.backbone, train.weights, train.image_size).image_size
+
+
+def _seconds(
+    train: TrainConfig,
+    model: nn.Module,
+    built: Built,
+    images: Tensor,
+    depth: int,
+    device: torch.device,
+) -> float:
+    """Time one training step at a freeze level: the median of a few, after one to warm up."""
+    freeze(model, built.stages, depth)
+    dtype = amp_dtype(train.amp, device)
+    times = []
+    for _ in range(_MEASURED_STEPS + 1):
+        train_mode(model, built.stages, depth)
+        synchronize(device)
+        begin = time.perf_counter()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            loss = model(images).float().square().mean()
+        torch.autograd.backward(loss)
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+        model.zero_grad(set_to_none=True)
+    return statistics.median(times[1:])

@@ -1,0 +1,217 @@
+"""Run one trial: the only caller of `core.fit` and the only writer of trials to the record."""
+
+import contextlib
+import dataclasses
+import io
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from core.checkpoint import PREDICTIONS_FILE
+from core.config import TrainConfig
+from core.data import ImageData
+from core.device import choose_device, describe_device
+from core.fit import fit
+from core.metrics import EpochMetrics, TrainingDiverged
+from study.progress import Progress
+from study.store import PictureRow, Store, config_hash
+
+# These settings do not change what a trial learns, so they do not tell two trials apart.
+_NOT_IDENTITY = ("device", "workers")
+# The worst pictures that a report shows, and the side of their thumbnails in pixels.
+_N_WORST = 16
+_THUMBNAIL = 160
+
+REASON_INTERRUPTED = "interrupted"
+REASON_KILLED = "killed"
+REASON_DIVERGED = "diverged"
+REASON_OUT_OF_MEMORY = "out of memory"
+REASON_ERROR = "error"
+# A trial cut short from outside says nothing about its settings: they are run again.
+RERUN_REASONS = (REASON_INTERRUPTED, REASON_KILLED)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """How a trial ended.
+
+    Attributes:
+        state: `complete`, `pruned` or `failed`.
+        value: Best validation accuracy, in [0, 1]; None if no epoch was finished.
+        reason: Why it failed or was pruned; None for a complete trial.
+        duration_s: Wall time.
+    """
+
+    state: str
+    value: float | None
+    reason: str | None
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all trials of one process share.
+
+    Attributes:
+        store: The record.
+        study_id: The study's key in it.
+        run_id: This process's key in it.
+        data: Pictures.
+        output: Folder of the study's checkpoints.
+        progress: What the user sees.
+        stop: Set when the process is to leave after the current epoch.
+    """
+
+    store: Store
+    study_id: int
+    run_id: int
+    data: ImageData
+    output: Path
+    progress: Progress
+    stop: threading.Event
+
+
+def identity(config: TrainConfig) -> str:
+    """Return the hash by which two trials are the same setting under the same seed."""
+    settings = dataclasses.asdict(config)
+    return config_hash({k: v for k, v in settings.items() if k not in _NOT_IDENTITY})
+
+
+def run_trial(
+    work: Work,
+    number: int,
+    config: TrainConfig,
+    params: Mapping[str, Any],
+    origin: str,
+    should_stop: Callable[[EpochMetrics], bool],
+) -> TrialResult:
+    """Train one configuration and keep its record, whatever becomes of it.
+
+    Args:
+        work: What the trials share.
+        number: The trial's number in its study.
+        config: What to train.
+        params: The values that the search chose, for the record.
+        origin: Where the setting came from: a recipe, the sampler, or an earlier trial.
+        should_stop: Asked after every epoch; True prunes the trial.
+
+    Raises:
+        OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
+    """
+    begin = time.perf_counter()
+    trial_id = work.store.begin_trial(
+        work.study_id,
+        number,
+        work.run_id,
+        origin=origin,
+        params=dict(params),
+        config=dataclasses.asdict(config),
+        config_hash=identity(config),
+        seed=config.seed,
+        backbone=config.backbone,
+        freeze_depth=config.freeze_depth,
+        device=describe_device(choose_device(config.device)),
+    )
+    work.progress.trial_started(number, origin, params, config.epochs)
+    folder = checkpoint_folder(work.output, number)
+    best: EpochMetrics | None = None
+    last: EpochMetrics | None = None
+    state, reason, fatal = "complete", None, None
+    try:
+        with contextlib.closing(fit(config, work.data, folder)) as epochs:
+            for metrics in epochs:
+                last = metrics
+                best = metrics if metrics.is_best else best
+                work.store.add_epoch(trial_id, metrics, time.perf_counter() - begin)
+                work.progress.epoch(number, metrics)
+                is_last = metrics.epoch == config.epochs - 1
+                # Asked at the last epoch too, since it also tells the search the figure.
+                if should_stop(metrics) and not is_last:
+                    state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
+                    break
+                if not is_last and work.stop.is_set():
+                    state, reason = "failed", REASON_INTERRUPTED
+                    break
+    except TrainingDiverged as err:
+        state, reason = "failed", f"{REASON_DIVERGED}: {err}"
+    except torch.OutOfMemoryError as err:
+        state = "failed"
+        reason = f"{REASON_OUT_OF_MEMORY}: even one picture at a time does not fit ({err})"
+    except OSError as err:
+        state, reason, fatal = "failed", f"{REASON_ERROR}: {err}", err
+    except Exception as err:  # one broken setting must not end a night's search
+        state, reason = "failed", f"{REASON_ERROR}: {_told(err)}"
+    duration = time.perf_counter() - begin
+    value = best.val_acc if best else None
+    work.store.end_trial(
+        trial_id,
+        state,
+        reason=reason,
+        value=value,
+        best_epoch=best.epoch if best else None,
+        epochs_done=last.epoch + 1 if last else 0,
+        duration_s=duration,
+        checkpoint=str(folder) if state == "complete" else None,
+    )
+    work.progress.trial_ended(number, state, value, reason, duration)
+    if fatal is not None:
+        raise fatal
+    return TrialResult(state, value, reason, duration)
+
+
+def _told(err: Exception) -> str:
+    """Tell a user's fault in its own words, and a fault of ours with where it happened."""
+    if isinstance(err, ValueError):
+        return str(err)
+    where = traceback.extract_tb(err.__traceback__)[-1]
+    return f"{type(err).__name__}: {err} ({Path(where.filename).name}:{where.lineno})"
+
+
+def checkpoint_folder(output: Path, number: int) -> Path:
+    """Return where a trial's checkpoint lies."""
+    return output / f"trial-{number:04d}"
+
+
+def record_predictions(work: Work, number: int) -> None:
+    """Put a finished trial's confusion matrix and worst pictures into the record.
+
+    Reads what `fit` left beside the checkpoint; reports then need the database only.
+    """
+    trial = work.store.trial(work.study_id, number)
+    folder = checkpoint_folder(work.output, number)
+    with np.load(folder / PREDICTIONS_FILE) as saved:
+        labels, predicted = saved["labels"], saved["predicted"]
+        probability, confusion = saved["probability"], saved["confusion"]
+    work.store.add_confusion(trial.id, "val", confusion.tolist())
+    wrong = np.flatnonzero(labels != predicted)
+    worst = wrong[np.argsort(probability[wrong], kind="stable")][:_N_WORST]
+    split, classes = work.data.val, work.data.classes
+    rows = [
+        PictureRow(
+            split="val",
+            rank=rank,
+            path=split.paths[i],
+            label=classes[labels[i]],
+            predicted=classes[predicted[i]],
+            probability=float(probability[i]),
+            thumbnail=_thumbnail(split.store.picture(int(split.indices[i]))),
+        )
+        for rank, i in enumerate(worst.tolist())
+    ]
+    work.store.add_pictures(trial.id, rows)
+
+
+def _thumbnail(picture: np.ndarray[Any, Any]) -> bytes:
+    image = Image.fromarray(np.asarray(picture))
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()

@@ -1,0 +1,139 @@
+"""Optuna's samplers and pruners by name, each one entry."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from optuna import pruners, samplers
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
+
+Distributions = Mapping[str, BaseDistribution]
+GridValue = str | float | int | bool | None
+
+# Points of a continuous dimension that the grid sampler takes. Assumption.
+_GRID_POINTS = 5
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """What a sampler is made from.
+
+    Attributes:
+        trial_seed: Differs from trial to trial: for samplers that keep no state, so that a
+            resumed study draws what it would have drawn without the stop, and never repeats.
+        study_seed: The same for all trials: for samplers that walk through a fixed sequence and
+            keep their place in the study.
+        space: Distributions by name.
+    """
+
+    trial_seed: int
+    study_seed: int
+    space: Distributions
+
+
+def _grid(draw: _Draw) -> samplers.BaseSampler:
+    return samplers.GridSampler(
+        {name: grid_points(dist) for name, dist in draw.space.items()}, seed=draw.study_seed
+    )
+
+
+_SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
+    "tpe": lambda draw: samplers.TPESampler(seed=draw.trial_seed),
+    "random": lambda draw: samplers.RandomSampler(seed=draw.trial_seed),
+    "gp": lambda draw: samplers.GPSampler(seed=draw.trial_seed, deterministic_objective=False),
+    "cmaes": lambda draw: samplers.CmaEsSampler(seed=draw.study_seed),
+    "qmc": lambda draw: samplers.QMCSampler(seed=draw.study_seed, scramble=True),
+    "grid": _grid,
+    "bruteforce": lambda draw: samplers.BruteForceSampler(seed=draw.trial_seed),
+}
+
+_PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {
+    "hyperband": lambda epochs: pruners.HyperbandPruner(
+        min_resource=1, max_resource=max(1, epochs), reduction_factor=3
+    ),
+    "median": lambda epochs: pruners.MedianPruner(
+        n_startup_trials=4, n_warmup_steps=_warmup(epochs)
+    ),
+    "percentile": lambda epochs: pruners.PercentilePruner(
+        25.0, n_startup_trials=4, n_warmup_steps=_warmup(epochs)
+    ),
+    "halving": lambda epochs: pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+    "wilcoxon": lambda epochs: pruners.WilcoxonPruner(p_threshold=0.1),
+    "none": lambda epochs: pruners.NopPruner(),
+}
+
+SAMPLER_NAMES = tuple(_SAMPLERS)
+PRUNER_NAMES = tuple(_PRUNERS)
+
+
+def _warmup(epochs: int) -> int:
+    """Return how many epochs a trial has before it may be compared: a fifth, one at least."""
+    return max(1, epochs // 5)
+
+
+def make_sampler(
+    name: str, seed: int, trial_number: int, space: Distributions
+) -> samplers.BaseSampler:
+    """Build a sampler for one trial.
+
+    Args:
+        name: One of `SAMPLER_NAMES`.
+        seed: The study's seed.
+        trial_number: Number of the trial that it will draw.
+        space: Distributions by name.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if name not in _SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, but got {name!r}.")
+    words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
+    with quiet_experiments():
+        return _SAMPLERS[name](_Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space))
+
+
+def make_pruner(name: str, epochs: int) -> pruners.BasePruner:
+    """Build a pruner for trials of at most so many epochs.
+
+    Args:
+        name: One of `PRUNER_NAMES`.
+        epochs: A trial's full length.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if name not in _PRUNERS:
+        raise ValueError(f"pruner must be one of {', '.join(PRUNER_NAMES)}, but got {name!r}.")
+    with quiet_experiments():
+        return _PRUNERS[name](epochs)
+
+
+def quiet_experiments() -> warnings.catch_warnings:
+    """Silence Optuna's notes that a sampler's or pruner's interface may still change."""
+    return warnings.catch_warnings(action="ignore", category=ExperimentalWarning)
+
+
+def grid_points(distribution: BaseDistribution) -> list[GridValue]:
+    """List the values that the grid takes of a dimension."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, optuna.distributions.IntDistribution) and not distribution.log:
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    assert isinstance(
+        distribution,
+        (optuna.distributions.IntDistribution, optuna.distributions.FloatDistribution),
+    )
+    low, high = distribution.low, distribution.high
+    if isinstance(distribution, optuna.distributions.FloatDistribution) and distribution.step:
+        count = math.floor((high - low) / distribution.step + 1e-9) + 1
+        return [low + k * distribution.step for k in range(count)]
+    spread = np.geomspace if distribution.log else np.linspace
+    values = spread(low, high, _GRID_POINTS).clip(low, high).tolist()
+    if isinstance(distribution, optuna.distributions.IntDistribution):
+        return sorted({round(value) for value in values})
+    return list(values)

@@ -1,0 +1,498 @@
+"""Run a search: ask Optuna, run the trial, tell it; stop and resume as the user wishes."""
+
+import dataclasses
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from core.backbones import library_versions
+from core.build import build, input_of
+from core.config import TrainConfig
+from core.data import ImageData, load_data
+from core.device import choose_device, describe_device
+from study.config import ConfigError, StudyConfig, check_backbones, config_diff
+from study.ledger import Ledger
+from study.progress import Counts, Progress
+from study.runner import (
+    REASON_KILLED,
+    RERUN_REASONS,
+    TrialResult,
+    Work,
+    checkpoint_folder,
+    identity,
+    record_predictions,
+    run_trial,
+)
+from study.samplers import make_pruner, make_sampler
+from study.space import ParamValue, apply_params, distributions, n_points, recipes
+from study.store import Store, TrialRow
+
+# A setting that took the process down with it this often is not tried again.
+_MOST_RERUNS = 3
+# The store keeps pictures this much larger than a network looks at, so that random crops of them
+# still have detail. Assumption.
+_STORE_MARGIN = 1.25
+_ORIGIN, _RERUNS = "origin", "reruns"
+
+
+_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOutcome:
+    """How a search ended.
+
+    Attributes:
+        study_name: The study.
+        stopped_because: `trials`, `timeout`, `patience`, `space exhausted` or `interrupted`.
+        counts: Trials of the study by state.
+        best_number: The complete trial with the highest validation accuracy, if any.
+        best_value: Its validation accuracy, in [0, 1].
+        best_params: Its values of the searched settings.
+        checkpoint: Its checkpoint folder, if it is still there.
+        n_val: Pictures of the validation split.
+        duration_s: Wall time of this run.
+    """
+
+    study_name: str
+    stopped_because: str
+    counts: Counts
+    best_number: int | None
+    best_value: float | None
+    best_params: dict[str, ParamValue]
+    checkpoint: Path | None
+    n_val: int
+    duration_s: float
+
+
+def picture_size(config: StudyConfig) -> int:
+    """Return the shorter side at which decoded pictures are kept: enough for every backbone."""
+    resizes = [
+        input_of(train.backbone, train.weights, train.image_size).resize_size
+        for train in corner_configs(config)
+    ]
+    return round(_STORE_MARGIN * max(resizes))
+
+
+def corner_configs(config: StudyConfig) -> list[TrainConfig]:
+    """Return the base configuration at every backbone, weights and image size of the space."""
+    corners: list[dict[str, ParamValue]] = [{}]
+    for name in ("backbone", "weights", "image_size"):
+        if name in config.space:
+            ends = config.space[name].ends
+            corners = [{**corner, name: end} for corner in corners for end in ends]
+    return [apply_params(config.train, corner) for corner in corners]
+
+
+def load_pictures(config: StudyConfig, progress: Progress) -> ImageData:
+    """Load the study's pictures, telling progress and warnings."""
+    data = load_data(config.data, picture_size(config), progress.pictures)
+    for warning in data.warnings:
+        progress.note(warning)
+    return data
+
+
+def preflight(config: StudyConfig, data: ImageData) -> None:
+    """Build every network of the space once, so that a fault shows before the first trial.
+
+    Raises:
+        ValueError: A backbone, its weights, the device, or the batch size cannot be used.
+    """
+    choose_device(config.train.device)
+    for train in corner_configs(config):
+        build(
+            train.backbone,
+            train.weights,
+            data.classes,
+            seed=train.seed,
+            image_size=train.image_size,
+            normalize=train.normalize,
+        )
+    largest = config.train.batch_size
+    if "batch_size" in config.space:
+        largest = max(int(v) for v in config.space["batch_size"].ends if v is not None)
+    if largest > len(data.train):
+        raise ConfigError(
+            f"train.batch_size must be <= the number of training pictures, {len(data.train)}, but "
+            f"got batch_size={largest}; set it smaller (--set train.batch_size={len(data.train)})."
+        )
+
+
+def run_search(
+    config: StudyConfig,
+    *,
+    progress: Progress,
+    command: str,
+    allow_changes: bool = False,
+    take_over: bool = False,
+) -> SearchOutcome:
+    """Run or continue the study that a configuration names.
+
+    Args:
+        config: The resolved configuration.
+        progress: What the user sees.
+        command: Command line, for the record.
+        allow_changes: Continue a stored study although its configuration or pictures changed.
+        take_over: Begin although a process of another machine has not signed off.
+
+    Raises:
+        ConfigError: The configuration differs from the stored one, or cannot be run.
+        StoreError: The database is not ours, or the study is being run elsewhere.
+        ValueError: Pictures, weights, backbone or device cannot be used.
+    """
+    begin = time.monotonic()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_backbones(config)
+    with Store.open(config.study.storage, create=True) as store:
+        _refuse_changes(store, config, allow_changes)
+        data = load_pictures(config, progress)
+        preflight(config, data)
+        study_id = _enter(store, config, data, allow_changes)
+        device = describe_device(choose_device(config.train.device))
+        run_id = store.begin_run(
+            study_id, command=command, device=device, versions=versions(), take_over=take_over
+        )
+        with _leaving_cleanly(progress) as stop:
+            output = Path(config.study.output) / config.study.name
+            work = Work(store, study_id, run_id, data, output, progress, stop)
+            because = "error"
+            try:
+                search = _Search(work, config, begin)
+                because = search.run()
+            finally:
+                store.end_run(run_id, because)
+            outcome = search.outcome(because)
+            progress.study_ended(outcome)
+            return outcome
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a study's numbers, for the record."""
+    import platform
+    from importlib.metadata import version
+
+    ours = {name: version(name) for name in ("frostline", "optuna", "numpy", "pillow")}
+    return {"python": platform.python_version(), **library_versions(), **ours}
+
+
+def _refuse_changes(store: Store, config: StudyConfig, allow_changes: bool) -> None:
+    row = store.find_study(config.study.name)
+    if row is None or allow_changes:
+        return
+    changes = config_diff(StudyConfig.from_record(row.config), config)
+    if changes:
+        raise ConfigError(
+            f"study {config.study.name} is already in {config.study.storage} with another "
+            "configuration:\n  " + "\n  ".join(changes) + "\nUse another --name, or "
+            "--allow-changes to go on with the new one."
+        )
+
+
+def _enter(store: Store, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
+    """Create the study in the record, or check that its pictures are the same."""
+    row = store.find_study(config.study.name)
+    described = {
+        "source": data.source,
+        "classes": list(data.classes),
+        "n_train": len(data.train),
+        "n_val": len(data.val),
+        "n_test": len(data.test) if data.test else 0,
+        "fingerprint": data.fingerprint,
+        "warnings": list(data.warnings),
+    }
+    if row is None:
+        return store.create_study(config.study.name, config.to_record(), described, versions())
+    if row.data["fingerprint"] != data.fingerprint and not allow_changes:
+        raise ConfigError(
+            f"the pictures of study {config.study.name} have changed since it began "
+            f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
+            f"{len(data.val)} training and validation pictures now, or other contents). Use "
+            "another --name, or --allow-changes to mix both."
+        )
+    store.update_study(row.id, config.to_record(), described)
+    return row.id
+
+
+@contextmanager
+def _leaving_cleanly(progress: Progress) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C (or TERM) into a wish to stop; the second leaves at once."""
+    stop = threading.Event()
+
+    def wish(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+        progress.note("Stopping after this epoch; press Ctrl-C again to leave at once.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Search:
+    """One process's part in a study, from its first ask to its last tell."""
+
+    def __init__(self, work: Work, config: StudyConfig, begin: float) -> None:
+        self.work = work
+        self.config = config
+        self.begin = begin
+        self.distributions = distributions(config.space)
+        self.ledger = Ledger(
+            config.study.storage,
+            config.study.name,
+            make_pruner(config.search.pruner, config.train.epochs),
+        )
+        self.rows = {row.number: row for row in work.store.trials(work.study_id)}
+
+    def run(self) -> str:
+        """Run trials until something says stop; return what did."""
+        self._recover()
+        if self.ledger.n_trials == 0:
+            self._enqueue_recipes()
+        self.work.progress.study_started(
+            self.config.study.name, self.config.study.trials, self.counts(), self._best_value()
+        )
+        while (because := self._reason_to_stop()) is None:
+            self._one_trial()
+        self._tidy_checkpoints()
+        return because
+
+    def _recover(self) -> None:
+        """Close the trials that a killed process left open, and put their settings in line."""
+        store, ledger = self.work.store, self.ledger
+        cut = {trial.number: trial for trial in ledger.fail_open()}
+        for row in store.stale_trials(self.work.study_id):
+            store.end_trial(
+                row.id,
+                "failed",
+                reason=REASON_KILLED,
+                value=row.value,
+                best_epoch=row.best_epoch,
+                epochs_done=row.epochs_done,
+                duration_s=row.duration_s or 0.0,
+                checkpoint=None,
+            )
+            self.work.progress.note(
+                f"Trial {row.number} was cut short when its process died; its settings are run "
+                "again."
+            )
+            if row.number >= ledger.n_trials:
+                ledger.add_failed(row.params, self.distributions)
+            known = cut.pop(row.number, None)
+            self._again(row.number, row.params, dict(known.user_attrs) if known else {})
+        for number, trial in cut.items():  # asked for, but never entered in the record
+            self._again(number, dict(trial.params), dict(trial.user_attrs))
+        self._reload()
+
+    def _again(self, number: int, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+        """Put a cut trial's settings in line, unless they keep taking the process down."""
+        reruns = int(attrs.get(_RERUNS, 0)) + 1
+        if set(params) == set(self.distributions) and reruns <= _MOST_RERUNS:
+            self.ledger.enqueue(params, {_ORIGIN: f"retry of {number}", _RERUNS: reruns})
+
+    def _enqueue_recipes(self) -> None:
+        wanted = self.config.search.recipe_names
+        for name, params in recipes(self.config.space, self.config.train, wanted).items():
+            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}"})
+
+    def _reason_to_stop(self) -> str | None:
+        settings = self.config.study
+        if self.work.stop.is_set():
+            return "interrupted"
+        if self._n_finished() >= settings.trials:
+            return "trials"
+        if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
+            return "timeout"
+        if settings.patience is not None and self._since_best() >= settings.patience:
+            return "patience"
+        size = n_points(self.config.space)
+        if size is not None and self._n_settings() >= size:
+            return "space exhausted"
+        return None
+
+    def _one_trial(self) -> None:
+        settings, ledger = self.config, self.ledger
+        sampler = make_sampler(
+            settings.search.sampler,
+            settings.study.seed,
+            ledger.next_number(),
+            self.distributions,
+        )
+        trial = ledger.ask(sampler, self.distributions)
+        origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
+        try:
+            config = apply_params(self.config.train, trial.params)
+        except ValueError as err:
+            self._refused(trial, origin, err)
+            return
+        known = self.work.store.find_finished(self.work.study_id, identity(config))
+        if known is not None:
+            self._repeat(trial, config, known)
+            return
+        result = run_trial(
+            self.work,
+            trial.number,
+            config,
+            trial.params,
+            origin,
+            # A pruner counts epochs done (its resource), so the first report is at step 1.
+            lambda metrics: ledger.report(trial, metrics.val_acc, metrics.epoch + 1),
+        )
+        self._tell(trial, result)
+        self._reload(trial.number)
+        if result.state == "complete":
+            self._keep_best(trial.number)
+
+    def _tell(self, trial: Trial, result: TrialResult) -> None:
+        self.ledger.tell(trial, _STATES[result.state], result.value)
+        if result.reason in RERUN_REASONS:
+            self._again(trial.number, trial.params, trial.user_attrs)
+
+    def _refused(self, trial: Trial, origin: str, err: ValueError) -> None:
+        """Record a combination of settings that the rules forbid; it is not trained."""
+        self._record_untrained(
+            trial, self.config.train, origin, "failed", f"not allowed: {err}", None
+        )
+        self.ledger.tell(trial, TrialState.FAIL)
+
+    def _repeat(self, trial: Trial, config: TrainConfig, known: TrialRow) -> None:
+        """Take over the result of an equal trial instead of training it again."""
+        reason = f"same settings and seed as trial {known.number}"
+        origin = f"same as {known.number}"
+        self._record_untrained(trial, config, origin, known.state, reason, known)
+        for metrics in self.work.store.epochs(known.id):
+            self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
+        self.ledger.tell(trial, _STATES[known.state], known.value)
+
+    def _record_untrained(
+        self,
+        trial: Trial,
+        config: TrainConfig,
+        origin: str,
+        state: str,
+        reason: str,
+        known: TrialRow | None,
+    ) -> None:
+        store, progress = self.work.store, self.work.progress
+        trial_id = store.begin_trial(
+            self.work.study_id,
+            trial.number,
+            self.work.run_id,
+            origin=origin,
+            params=trial.params,
+            config=dataclasses.asdict(config),
+            config_hash=identity(config),
+            seed=config.seed,
+            backbone=config.backbone,
+            freeze_depth=config.freeze_depth,
+            device="none",
+        )
+        value = known.value if known else None
+        progress.trial_started(trial.number, origin, trial.params, config.epochs)
+        store.end_trial(
+            trial_id,
+            state,
+            reason=reason,
+            value=value,
+            best_epoch=known.best_epoch if known else None,
+            epochs_done=0,
+            duration_s=0.0,
+            checkpoint=None,
+        )
+        progress.trial_ended(trial.number, state, value, reason, 0.0)
+        self._reload(trial.number)
+
+    def _reload(self, number: int | None = None) -> None:
+        store, study_id = self.work.store, self.work.study_id
+        if number is None:
+            self.rows = {row.number: row for row in store.trials(study_id)}
+        else:
+            self.rows[number] = store.trial(study_id, number)
+
+    def _finished(self) -> list[TrialRow]:
+        """Return the trials that count: those cut short from outside do not."""
+        return [
+            row
+            for row in self.rows.values()
+            if row.state != "running" and row.reason not in RERUN_REASONS
+        ]
+
+    def _n_finished(self) -> int:
+        return len(self._finished())
+
+    def _n_settings(self) -> int:
+        return len({row.config_hash for row in self._finished()})
+
+    def _ranking(self) -> list[TrialRow]:
+        """Return the complete trials, best first; of equals the earlier one."""
+        complete = [row for row in self.rows.values() if row.state == "complete"]
+        return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
+
+    def _since_best(self) -> int:
+        ranking = self._ranking()
+        best = ranking[0].number if ranking else -1
+        return sum(row.number > best for row in self._finished())
+
+    def _best_value(self) -> float | None:
+        ranking = self._ranking()
+        return ranking[0].value if ranking else None
+
+    def _keep_best(self, number: int) -> None:
+        """Record what the new best trial got wrong, and drop checkpoints that fell behind."""
+        if self._ranking()[0].number == number:
+            record_predictions(self.work, number)
+        self._tidy_checkpoints()
+
+    def _tidy_checkpoints(self) -> None:
+        kept = [row for row in self._ranking() if row.checkpoint]
+        for row in kept[self.config.study.keep_checkpoints :]:
+            self.work.store.set_checkpoint(row.id, None)
+            shutil.rmtree(checkpoint_folder(self.work.output, row.number), ignore_errors=True)
+            self._reload(row.number)
+
+    def counts(self) -> Counts:
+        """Count the study's trials by state."""
+        states = [row.state for row in self.rows.values()]
+        return Counts(
+            complete=states.count("complete"),
+            pruned=states.count("pruned"),
+            failed=states.count("failed"),
+            running=states.count("running"),
+        )
+
+    def outcome(self, because: str) -> SearchOutcome:
+        """Sum up the study after this run."""
+        ranking = self._ranking()
+        best = ranking[0] if ranking else None
+        return SearchOutcome(
+            study_name=self.config.study.name,
+            stopped_because=because,
+            counts=self.counts(),
+            best_number=best.number if best else None,
+            best_value=best.value if best else None,
+            best_params=dict(best.params) if best else {},
+            checkpoint=Path(best.checkpoint) if best and best.checkpoint else None,
+            n_val=len(self.work.data.val),
+            duration_s=time.monotonic() - self.begin,
+        )

@@ -1,0 +1,559 @@
+"""The record: every study, trial, epoch and look at the test split, written and read back."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from sqlalchemy import Engine, case, delete, func, insert, select, update
+
+from core.metrics import EpochMetrics
+from study.database import StoreError, open_database
+from study.rows import Json, PictureRow, RunRow, StudyRow, StudySummary, TestRow, TrialRow
+from study.tables import (
+    Base,
+    ConfusionTable,
+    EpochTable,
+    PictureTable,
+    RunTable,
+    StudyTable,
+    TestTable,
+    TrialTable,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+__all__ = [
+    "PictureRow",
+    "RunRow",
+    "Store",
+    "StoreError",
+    "StudyRow",
+    "StudySummary",
+    "TestRow",
+    "TrialRow",
+    "config_hash",
+    "read_confusion",
+    "read_epochs",
+    "read_pictures",
+    "read_trials",
+]
+
+Row = TypeVar("Row")
+_EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics))
+# Two readings of a process's start differ by rounding only.
+_SAME_START_S = 2.0
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of settings, hexadecimal; their order does not count."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _now() -> datetime:
+    """Return the time in UTC; SQLite keeps no zone, so neither do the rows."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _columns(table: type[Base], row: type[Any]) -> list[Any]:
+    return [getattr(table, field.name) for field in dataclasses.fields(row)]
+
+
+_STUDY = _columns(StudyTable, StudyRow)
+_RUN = _columns(RunTable, RunRow)
+_TRIAL = _columns(TrialTable, TrialRow)
+_PICTURE = _columns(PictureTable, PictureRow)
+_TEST = _columns(TestTable, TestRow)
+
+
+class Store:
+    """The record in one database, open for reading and writing.
+
+    Args:
+        engine: From `open_database`.
+        storage: What the user called it.
+    """
+
+    def __init__(self, engine: Engine, storage: str) -> None:
+        self._engine = engine
+        self.storage = storage
+
+    @classmethod
+    def open(cls, storage: str, *, create: bool = False) -> Self:
+        """Open the record.
+
+        Args:
+            storage: SQLAlchemy URL, or path of an SQLite file.
+            create: Make it where there is none.
+
+        Raises:
+            StoreError: Missing, not a database, another program's, or of a newer Frostline.
+        """
+        return cls(open_database(storage, create=create), storage)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Studies
+
+    def create_study(
+        self, name: str, config: Json, data: Json, versions: Mapping[str, str]
+    ) -> int:
+        """Add a study and return its key."""
+        values = {
+            "name": name,
+            "created_at": _now(),
+            "config": config,
+            "data": data,
+            "versions": dict(versions),
+        }
+        return self._insert(StudyTable, values)
+
+    def find_study(self, name: str) -> StudyRow | None:
+        """Return a study, or None."""
+        rows = self._rows(StudyRow, select(*_STUDY).where(StudyTable.name == name))
+        return rows[0] if rows else None
+
+    def study(self, name: str) -> StudyRow:
+        """Return a study.
+
+        Raises:
+            StoreError: There is none of that name; names the nearest.
+        """
+        row = self.find_study(name)
+        if row is not None:
+            return row
+        with self._engine.connect() as connection:
+            names = list(connection.execute(select(StudyTable.name)).scalars())
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+        known = f" There is: {', '.join(near)}." if near else " It holds no study yet."
+        raise StoreError(f"there is no study {name} in {self.storage}.{known}")
+
+    def studies(self) -> list[StudySummary]:
+        """List all studies, the newest first."""
+
+        def count(state: str) -> Any:
+            return func.count(case((TrialTable.state == state, 1)))
+
+        complete_value = case((TrialTable.state == "complete", TrialTable.value))
+        touched = func.max(func.coalesce(TrialTable.ended_at, TrialTable.started_at))
+        query = (
+            select(
+                StudyTable.id,
+                StudyTable.name,
+                StudyTable.created_at,
+                func.coalesce(touched, StudyTable.created_at),
+                count("complete"),
+                count("pruned"),
+                count("failed"),
+                count("running"),
+                func.max(complete_value),
+            )
+            .outerjoin(TrialTable, TrialTable.study_id == StudyTable.id)
+            .group_by(StudyTable.id)
+            .order_by(StudyTable.id.desc())
+        )
+        summaries = []
+        with self._engine.connect() as connection:
+            for study_id, name, created, touched_at, *counts, best in connection.execute(query):
+                first = select(func.min(TrialTable.number)).where(
+                    TrialTable.study_id == study_id,
+                    TrialTable.state == "complete",
+                    TrialTable.value == best,
+                )
+                number = None if best is None else connection.execute(first).scalar()
+                complete, pruned, failed, running = counts
+                summaries.append(
+                    StudySummary(
+                        name, created, touched_at, complete, pruned, failed, running, best, number
+                    )
+                )
+        return summaries
+
+    def update_study(self, study_id: int, config: Json, data: Json) -> None:
+        """Replace a study's configuration and description of its pictures."""
+        self._update(StudyTable, study_id, {"config": config, "data": data})
+
+    def delete_study(self, name: str) -> None:
+        """Remove a study of ours with all its trials (Optuna's tables are not touched).
+
+        Raises:
+            StoreError: There is none of that name.
+        """
+        row = self.study(name)
+        trials = select(TrialTable.id).where(TrialTable.study_id == row.id)
+        with self._engine.begin() as connection:
+            for table in (EpochTable, ConfusionTable, PictureTable):
+                connection.execute(delete(table).where(table.trial_id.in_(trials)))
+            for owned in (TestTable, TrialTable, RunTable):
+                connection.execute(delete(owned).where(owned.study_id == row.id))
+            connection.execute(delete(StudyTable).where(StudyTable.id == row.id))
+
+    # Runs
+
+    def begin_run(
+        self,
+        study_id: int,
+        *,
+        command: str,
+        device: str,
+        versions: Mapping[str, str],
+        take_over: bool = False,
+    ) -> int:
+        """Enter this process as the one that works on a study; return the run's key.
+
+        Args:
+            study_id: The study.
+            command: Command line.
+            device: What it runs on.
+            versions: Libraries.
+            take_over: Enter even if a process of another machine has not signed off.
+
+        Raises:
+            StoreError: Another process is at it.
+        """
+        for run in self.runs(study_id):
+            if run.ended_at is None and _is_alive(run, take_over):
+                raise StoreError(_told_alive(run))
+        values = {
+            "study_id": study_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_started": _process_start(os.getpid()),
+            "started_at": _now(),
+            "command": command,
+            "device": device,
+            "versions": dict(versions),
+        }
+        return self._insert(RunTable, values)
+
+    def end_run(self, run_id: int, outcome: str) -> None:
+        """Sign a process off."""
+        self._update(RunTable, run_id, {"ended_at": _now(), "outcome": outcome})
+
+    def runs(self, study_id: int) -> list[RunRow]:
+        """List the processes that worked on a study, oldest first."""
+        query = select(*_RUN).where(RunTable.study_id == study_id).order_by(RunTable.id)
+        return self._rows(RunRow, query)
+
+    # Trials
+
+    def begin_trial(
+        self,
+        study_id: int,
+        number: int,
+        run_id: int,
+        *,
+        origin: str,
+        params: Mapping[str, Any],
+        config: Json,
+        config_hash: str,
+        seed: int,
+        backbone: str,
+        freeze_depth: int,
+        device: str,
+        **more: Any,
+    ) -> int:
+        """Enter a trial as running; return its key.
+
+        Args:
+            study_id: Its study.
+            number: Its number in the study.
+            run_id: The process that runs it.
+            origin: Where its settings came from.
+            params: Values that the search chose.
+            config: Full `TrainConfig`.
+            config_hash: Identity of the settings.
+            seed: Seed of the run.
+            backbone: Its backbone.
+            freeze_depth: Its freeze level.
+            device: What it runs on.
+            more: Further columns: trained_parameters, total_parameters, factor, level, replicate.
+        """
+        values = {
+            "study_id": study_id,
+            "number": number,
+            "run_id": run_id,
+            "state": "running",
+            "origin": origin,
+            "params": dict(params),
+            "config": config,
+            "config_hash": config_hash,
+            "seed": seed,
+            "backbone": backbone,
+            "freeze_depth": freeze_depth,
+            "device": device,
+            "started_at": _now(),
+            "epochs_done": 0,
+            **more,
+        }
+        return self._insert(TrialTable, values)
+
+    def add_epoch(self, trial_id: int, metrics: EpochMetrics, seconds_since_start: float) -> None:
+        """Add an epoch, and keep the trial's own figures up to date with it."""
+        values = {name: getattr(metrics, name) for name in _EPOCH_FIELDS}
+        values |= {"trial_id": trial_id, "seconds_since_start": seconds_since_start}
+        so_far: Json = {"epochs_done": metrics.epoch + 1}
+        if metrics.is_best:
+            so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch}
+        with self._engine.begin() as connection:
+            connection.execute(insert(EpochTable), values)
+            connection.execute(update(TrialTable).where(TrialTable.id == trial_id), so_far)
+
+    def end_trial(
+        self,
+        trial_id: int,
+        state: str,
+        *,
+        reason: str | None,
+        value: float | None,
+        best_epoch: int | None,
+        epochs_done: int,
+        duration_s: float,
+        checkpoint: str | None,
+    ) -> None:
+        """Close a trial with its last state and figures."""
+        values = {
+            "state": state,
+            "reason": reason,
+            "value": value,
+            "best_epoch": best_epoch,
+            "epochs_done": epochs_done,
+            "duration_s": duration_s,
+            "checkpoint": checkpoint,
+            "ended_at": _now(),
+        }
+        self._update(TrialTable, trial_id, values)
+
+    def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
+        """Note where a trial's weights lie, or that they were removed."""
+        self._update(TrialTable, trial_id, {"checkpoint": checkpoint})
+
+    def trials(self, study_id: int) -> list[TrialRow]:
+        """List a study's trials by number."""
+        query = select(*_TRIAL).where(TrialTable.study_id == study_id)
+        return self._rows(TrialRow, query.order_by(TrialTable.number))
+
+    def trial(self, study_id: int, number: int) -> TrialRow:
+        """Return a trial.
+
+        Raises:
+            StoreError: The study has no trial of that number.
+        """
+        query = select(*_TRIAL).where(TrialTable.study_id == study_id, TrialTable.number == number)
+        rows = self._rows(TrialRow, query)
+        if not rows:
+            last = select(func.max(TrialTable.number)).where(TrialTable.study_id == study_id)
+            with self._engine.connect() as connection:
+                top = connection.execute(last).scalar()
+            range_ = "it has none yet" if top is None else f"they go from 0 to {top}"
+            raise StoreError(f"there is no trial {number} in that study; {range_}.")
+        return rows[0]
+
+    def stale_trials(self, study_id: int) -> list[TrialRow]:
+        """List trials marked as running: once a run has begun, their processes are gone."""
+        query = select(*_TRIAL).where(
+            TrialTable.study_id == study_id, TrialTable.state == "running"
+        )
+        return self._rows(TrialRow, query.order_by(TrialTable.number))
+
+    def find_finished(self, study_id: int, config_hash: str) -> TrialRow | None:
+        """Return the first complete or pruned trial of equal settings, if any."""
+        query = select(*_TRIAL).where(
+            TrialTable.study_id == study_id,
+            TrialTable.config_hash == config_hash,
+            TrialTable.state.in_(("complete", "pruned")),
+        )
+        rows = self._rows(TrialRow, query.order_by(TrialTable.number).limit(1))
+        return rows[0] if rows else None
+
+    def epochs(self, trial_id: int) -> list[EpochMetrics]:
+        """List a trial's epochs in order."""
+        columns = [getattr(EpochTable, name) for name in _EPOCH_FIELDS]
+        query = select(*columns).where(EpochTable.trial_id == trial_id)
+        return self._rows(EpochMetrics, query.order_by(EpochTable.epoch))
+
+    # Results
+
+    def add_confusion(self, trial_id: int, split: str, matrix: list[list[int]]) -> None:
+        """Keep a trial's confusion matrix on a split, rows the truth; an earlier one goes."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                delete(ConfusionTable).where(
+                    ConfusionTable.trial_id == trial_id, ConfusionTable.split == split
+                )
+            )
+            values = {"trial_id": trial_id, "split": split, "matrix": matrix}
+            connection.execute(insert(ConfusionTable), values)
+
+    def add_pictures(self, trial_id: int, rows: Sequence[PictureRow]) -> None:
+        """Keep the pictures that a trial got wrong; earlier ones of the trial go."""
+        values = [{"trial_id": trial_id, **dataclasses.asdict(row)} for row in rows]
+        with self._engine.begin() as connection:
+            connection.execute(delete(PictureTable).where(PictureTable.trial_id == trial_id))
+            if values:
+                connection.execute(insert(PictureTable), values)
+
+    def add_test(
+        self,
+        study_id: int,
+        trial_number: int,
+        *,
+        n: int,
+        n_correct: int,
+        balanced_acc: float,
+        macro_f1: float,
+        val_acc: float | None,
+        confusion: list[list[int]],
+        command: str,
+    ) -> int:
+        """Record a look at the test split, with its 95 % Wilson interval; return its key."""
+        from scipy.stats import binomtest
+
+        interval = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
+        values = {
+            "study_id": study_id,
+            "trial_number": trial_number,
+            "created_at": _now(),
+            "n": n,
+            "n_correct": n_correct,
+            "accuracy": n_correct / n,
+            "low": float(interval.low),
+            "high": float(interval.high),
+            "balanced_acc": balanced_acc,
+            "macro_f1": macro_f1,
+            "val_acc": val_acc,
+            "confusion": confusion,
+            "command": command,
+        }
+        return self._insert(TestTable, values)
+
+    def tests(self, study_id: int) -> list[TestRow]:
+        """List the looks at a study's test split, oldest first."""
+        query = select(*_TEST).where(TestTable.study_id == study_id).order_by(TestTable.id)
+        return self._rows(TestRow, query)
+
+    def _insert(self, table: type[Base], values: Json) -> int:
+        with self._engine.begin() as connection:
+            key = connection.execute(insert(table), values).inserted_primary_key
+        assert key is not None
+        return int(key[0])
+
+    def _update(self, table: type[Any], key: int, values: Json) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(update(table).where(table.id == key), values)
+
+    def _rows(self, kind: type[Row], query: Any) -> list[Row]:
+        with self._engine.connect() as connection:
+            return [kind(*values) for values in connection.execute(query).all()]
+
+
+def _process_start(pid: int) -> float:
+    import psutil
+
+    return float(psutil.Process(pid).create_time())
+
+
+def _is_alive(run: RunRow, take_over: bool) -> bool:
+    """Say whether a run's process still exists; of another machine's, only it could know."""
+    import psutil
+
+    if run.host != socket.gethostname():
+        return not take_over
+    try:
+        return abs(_process_start(run.pid) - run.pid_started) < _SAME_START_S
+    except psutil.Error:
+        return False
+
+
+def _told_alive(run: RunRow) -> str:
+    where = f"process {run.pid} on {run.host} since {run.started_at:%Y-%m-%d %H:%M} UTC"
+    remedy = "Wait for it, stop it, or use another --name."
+    if run.host != socket.gethostname():
+        remedy += " If that machine is gone, add --take-over."
+    return f"the study is being run by {where}. {remedy}"
+
+
+def read_trials(store: Store, name: str) -> "pd.DataFrame":
+    """Read a study's trials: one row each, its parameters as columns `params_NAME`.
+
+    Raises:
+        StoreError: There is no such study.
+    """
+    import pandas as pd
+
+    rows = [dataclasses.asdict(row) for row in store.trials(store.study(name).id)]
+    names = [f.name for f in dataclasses.fields(TrialRow) if f.name not in ("params", "config")]
+    frame = pd.DataFrame([{k: row[k] for k in names} for row in rows], columns=names)
+    searched = list(dict.fromkeys(key for row in rows for key in row["params"]))
+    for key in searched:
+        values = [row["params"].get(key) for row in rows]
+        is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        frame[f"params_{key}"] = pd.Series(values, dtype=None if is_number else object)
+    return frame
+
+
+def read_epochs(store: Store, name: str) -> "pd.DataFrame":
+    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order.
+
+    Raises:
+        StoreError: There is no such study.
+    """
+    import pandas as pd
+
+    columns = [TrialTable.number, *(getattr(EpochTable, f) for f in _EPOCH_FIELDS)]
+    query = (
+        select(*columns, EpochTable.seconds_since_start)
+        .join(TrialTable, TrialTable.id == EpochTable.trial_id)
+        .where(TrialTable.study_id == store.study(name).id)
+        .order_by(TrialTable.number, EpochTable.epoch)
+    )
+    with store._engine.connect() as connection:
+        rows = connection.execute(query).all()
+    return pd.DataFrame(
+        [tuple(row) for row in rows], columns=["number", *_EPOCH_FIELDS, "seconds_since_start"]
+    )
+
+
+def read_confusion(
+    store: Store, name: str, number: int, split: str = "val"
+) -> "NDArray[np.int64] | None":
+    """Read a trial's confusion matrix, (K, K), rows the truth; None if it was not kept."""
+    import numpy as np
+
+    trial = store.trial(store.study(name).id, number)
+    query = select(ConfusionTable.matrix).where(
+        ConfusionTable.trial_id == trial.id, ConfusionTable.split == split
+    )
+    with store._engine.connect() as connection:
+        matrix = connection.execute(query).scalar()
+    return None if matrix is None else np.array(matrix, dtype=np.int64)
+
+
+def read_pictures(store: Store, name: str, number: int) -> list[PictureRow]:
+    """Read the pictures that a trial got wrong, the worst first."""
+    trial = store.trial(store.study(name).id, number)
+    query = select(*_PICTURE).where(PictureTable.trial_id == trial.id)
+    return store._rows(PictureRow, query.order_by(PictureTable.split, PictureTable.rank))

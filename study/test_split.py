@@ -1,0 +1,99 @@
+"""Read the test split, once, for a chosen trial, and keep the result."""
+
+from pathlib import Path
+
+import torch
+
+from core.checkpoint import load_checkpoint
+from core.device import amp_dtype, choose_device
+from core.evaluate import Evaluation, evaluate
+from core.feed import Normalizer, eval_batches, view_spec
+from study.config import ConfigError, StudyConfig
+from study.progress import Progress
+from study.search import load_pictures
+from study.store import Store, StudyRow, TestRow, TrialRow
+
+
+def test_study(
+    store: Store, name: str, number: int | None, *, progress: Progress, command: str
+) -> TestRow:
+    """Evaluate a trial on the test split and record it; a recorded result is returned as it is.
+
+    Args:
+        store: The record.
+        name: The study.
+        number: The trial; None for the one with the best validation accuracy.
+        progress: What the user sees.
+        command: Command line, for the record.
+
+    Returns:
+        Accuracy with a 95 % Wilson interval, beside the validation accuracy that chose the trial.
+
+    Raises:
+        ConfigError: No complete trial, no checkpoint, no test split, or other pictures.
+        StoreError: No such study or trial.
+    """
+    study = store.study(name)
+    trial = _chosen(store, study, number)
+    for row in store.tests(study.id):
+        if row.trial_number == trial.number:
+            return row
+    config = StudyConfig.from_record(study.config)
+    evaluation = _evaluate(config, study, trial, progress)
+    store.add_test(
+        study.id,
+        trial.number,
+        n=len(evaluation.labels),
+        n_correct=evaluation.n_correct,
+        balanced_acc=evaluation.balanced_acc,
+        macro_f1=evaluation.macro_f1,
+        val_acc=trial.value,
+        confusion=evaluation.confusion.tolist(),
+        command=command,
+    )
+    return next(r for r in store.tests(study.id) if r.trial_number == trial.number)
+
+
+def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
+    if number is not None:
+        trial = store.trial(study.id, number)
+    else:
+        complete = [row for row in store.trials(study.id) if row.state == "complete"]
+        if not complete:
+            raise ConfigError(
+                f"study {study.name} must have a complete trial to be tested, but has none. Run "
+                f"it on: python -m study resume {study.name}"
+            )
+        trial = max(complete, key=lambda row: (row.value or 0.0, -row.number))
+    if trial.checkpoint is None or not Path(trial.checkpoint).is_dir():
+        raise ConfigError(
+            f"trial {trial.number} of study {study.name} must have its checkpoint, but "
+            f"{trial.checkpoint or 'none'} was kept ({trial.state}). Choose a trial that has one "
+            f"(python -m study show {study.name}), or raise study.keep_checkpoints."
+        )
+    return trial
+
+
+def _evaluate(
+    config: StudyConfig, study: StudyRow, trial: TrialRow, progress: Progress
+) -> Evaluation:
+    data = load_pictures(config, progress)
+    if data.fingerprint != study.data["fingerprint"]:
+        raise ConfigError(
+            f"the pictures of study {study.name} must be those it was run on, but they have "
+            "changed since. Restore them, or run the study again under another name."
+        )
+    if data.test is None or len(data.test) == 0:
+        raise ConfigError(
+            f"study {study.name} must have a test split, but {data.source} has none."
+        )
+    model, card = load_checkpoint(Path(str(trial.checkpoint)))
+    train = card.config
+    device = choose_device(config.train.device)
+    normalize = Normalizer(card.preprocessing, device, train.channels_last)
+    spec = view_spec(train, card.preprocessing)
+    batches = map(normalize, eval_batches(data.test, spec, device))
+    dtype = amp_dtype(train.amp, device)
+
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        return evaluate(model.to(device), batches, data.test.labels)
