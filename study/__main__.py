@@ -43,6 +43,8 @@ def _configured(args: argparse.Namespace) -> "StudyConfig":
 
         from study.init import DEMO
 
+        if Path("study.toml").exists():
+            print("This is the demo; yours: --config study.toml", file=sys.stderr)
         return parse_config(tomllib.loads(DEMO), "the demo", args.set, flags)
     return load_config(args.config, args.set, flags)
 
