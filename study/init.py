@@ -89,7 +89,7 @@ def _section(config: StudyConfig, name: str, values: Any, with_help: bool) -> It
             yield f"# {item.name} is searched: see [space]."
         elif value is None:
             yield f"# {item.name} ="
-        elif item.name == "name" and value == default_name(config.data.source):
+        elif with_help and item.name == "name" and value == default_name(config.data.source):
             yield f"# {item.name} = {toml_value(value)}"
         else:
             yield f"{item.name} = {toml_value(value)}"

@@ -297,12 +297,15 @@ def apply_params(base: TrainConfig, params: Mapping[str, ParamValue]) -> TrainCo
 
 
 _LINEAR_PROBE = "linear-probe"
-# Rates for SGD with momentum at batch 32, the scale at which torchvision's and timm's fine-tuning
-# examples start; a head ten times as fast as the backbone is D2L's recipe (d2l.ai, section 14.2).
+# Rates for SGD with momentum at batch 32; a head ten times as fast as the backbone is D2L's recipe
+# (https://d2l.ai, section 14.2). Measured on EfficientNet-Lite0 at 64 px, 3 epochs, one seed, 400
+# digits and 200 hot dog photos, base rates 3e-4 to 1e-2: the probe at 1e-3 was best on digits (78.8
+# against 71.6 % at 1e-2, where its loss grows) and level on photos; training everything wants
+# 3e-3 (59 and 80 %) rather than 1e-3 (40 and 75 %).
 RECIPES: dict[str, dict[str, ParamValue]] = {
-    _LINEAR_PROBE: {"freeze_depth": MAX_FREEZE_DEPTH, "base_lr": 0.01, "head_lr_mult": 10.0},
+    _LINEAR_PROBE: {"freeze_depth": MAX_FREEZE_DEPTH, "base_lr": 1e-3, "head_lr_mult": 10.0},
     "fine-tune-half": {"freeze_depth": 3, "base_lr": 3e-3, "head_lr_mult": 10.0},
-    "fine-tune-all": {"freeze_depth": 0, "base_lr": 1e-3, "head_lr_mult": 10.0},
+    "fine-tune-all": {"freeze_depth": 0, "base_lr": 3e-3, "head_lr_mult": 10.0},
 }
 """Settings that are known to work, tried before the sampler draws."""
 

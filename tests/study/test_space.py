@@ -100,7 +100,7 @@ def test_the_default_space_has_every_recipe() -> None:
     assert probe == {
         "backbone": config.backbones[1],
         "freeze_depth": 5,
-        "base_lr": 0.01,
+        "base_lr": 1e-3,
         "head_lr_mult": 10.0,
         "weight_decay": config.train.weight_decay,
     }
@@ -109,10 +109,10 @@ def test_the_default_space_has_every_recipe() -> None:
 
 
 def test_a_recipes_rate_is_clipped_into_the_space() -> None:
-    space = {"base_lr": Range(2e-3, 5e-3), "freeze_depth": Range(0, 5)}
-    found = recipes(space, TrainConfig())
-    assert found["linear-probe"] == {"base_lr": 5e-3, "freeze_depth": 5}
-    assert found["fine-tune-all"] == {"base_lr": 2e-3, "freeze_depth": 0}
+    found = recipes({"base_lr": Range(1e-4, 5e-4), "freeze_depth": Range(0, 5)}, TrainConfig())
+    assert found["linear-probe"] == {"base_lr": 5e-4, "freeze_depth": 5}
+    found = recipes({"base_lr": Range(0.01, 0.1), "freeze_depth": Range(0, 5)}, TrainConfig())
+    assert found["fine-tune-all"] == {"base_lr": 0.01, "freeze_depth": 0}
 
 
 @pytest.mark.parametrize(
