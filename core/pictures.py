@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,10 +125,12 @@ class PictureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with np.load(folder / _INDEX) as index:
+        with open(folder / _INDEX, "rb") as file, np.load(file) as index:
             self.sizes: IntArray = index["sizes"]
             self.offsets: IntArray = index["offsets"]
             self.checksums: IntArray = index["checksums"]
+            reasons = zip(index["broken"].tolist(), index["reasons"].tolist(), strict=True)
+            self.broken: dict[str, str] = dict(reasons)
         self._open()
 
     def _open(self) -> None:
@@ -213,20 +216,15 @@ def build_store(
 def _opened(
     folder: Path, contents: list[str]
 ) -> tuple[PictureStore, dict[str, int], dict[str, str]] | None:
+    """Open a store that is there and sound; None where there is none."""
     try:
         store = PictureStore(folder)
-        with np.load(folder / _INDEX) as index:
-            broken = dict(zip(index["broken"].tolist(), index["reasons"].tolist(), strict=True))
         if not store.is_sound():
             return None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
         return None
-    except Exception as err:  # a damaged zip raises zipfile's own kind
-        if type(err).__name__ != "BadZipFile":
-            raise
-        return None
-    readable = [content for content in contents if content not in broken]
-    return store, {content: i for i, content in enumerate(readable)}, broken
+    readable = [content for content in contents if content not in store.broken]
+    return store, {content: i for i, content in enumerate(readable)}, store.broken
 
 
 def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:

@@ -1,5 +1,6 @@
 """Seeded views: (seed, epoch, position) decides a picture's crop, flip and augmentation."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -292,7 +293,11 @@ class Loader:
         """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
         self._batches.epoch = epoch
         if self._loader is not None:
-            yield from self._loader
+            with warnings.catch_warnings():
+                # More workers than cores are slower, not wrong; the user asked for them.
+                warnings.filterwarnings("ignore", "This DataLoader will create")
+                batches = iter(self._loader)
+            yield from batches
             return
         for keys in self._batches:
             yield self._views.__getitems__(keys)

@@ -1,0 +1,210 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from support import make_folder
+
+from core import fit as fit_module
+from core.backbones import create
+from core.checkpoint import load_checkpoint, read_card
+from core.config import DataConfig, TrainConfig
+from core.data import ImageData, load_data
+from core.feed import Feed, view_spec
+from core.fit import fit
+from core.metrics import EpochMetrics, TrainingDiverged
+from core.weights import WeightsError
+
+TINY = TrainConfig(
+    backbone="resnet18",
+    weights="none",
+    image_size=32,
+    epochs=2,
+    batch_size=8,
+    base_lr=0.01,
+    head_lr_mult=2,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    folder = tmp_path_factory.mktemp("pictures")
+    make_folder(folder / "photos", {"red": 20, "blue": 20}, side=40)
+    config = DataConfig(source=f"folder:{folder / 'photos'}", cache_dir=str(folder / "cache"))
+    return load_data(config, 40)
+
+
+def _numbers(epochs: list[EpochMetrics]) -> list[tuple[float, ...]]:
+    return [(m.train_loss, m.val_loss, m.val_acc, m.val_macro_f1) for m in epochs]
+
+
+def test_same_seed_gives_the_same_numbers_and_another_seed_others(data: ImageData) -> None:
+    first = _numbers(list(fit(TINY, data)))
+    assert first == _numbers(list(fit(TINY, data)))
+    assert first != _numbers(list(fit(replace(TINY, seed=1), data)))
+
+
+def test_numbers_do_not_depend_on_the_global_generator(data: ImageData) -> None:
+    torch.manual_seed(1)
+    first = _numbers(list(fit(TINY, data)))
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert first == _numbers(list(fit(TINY, data)))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_numbers_do_not_depend_on_loader_workers(data: ImageData) -> None:
+    alone = _numbers(list(fit(TINY, data)))
+    assert alone == _numbers(list(fit(replace(TINY, workers=1), data)))
+
+
+def test_other_runs_in_between_change_nothing(data: ImageData) -> None:
+    alone = _numbers(list(fit(TINY, data)))
+    mixed = []
+    other = fit(replace(TINY, seed=9, freeze_depth=3), data)
+    for metrics in fit(TINY, data):
+        next(other, None)
+        mixed.append(metrics)
+    assert alone == _numbers(mixed)
+
+
+def test_a_learnable_task_is_learned(data: ImageData) -> None:
+    config = replace(TINY, epochs=12, base_lr=2e-3)
+    last = list(fit(config, data))[-1]
+    assert last.val_acc == 1.0
+    assert last.train_loss < 0.3
+
+
+def test_accumulated_gradients_take_the_same_step(data: ImageData) -> None:
+    # Without batch norm, which sees the batch's parts, halves add up to the whole.
+    config = replace(TINY, backbone="alexnet", image_size=64, epochs=1, base_lr=1e-3)
+    config = replace(config, freeze_depth=5)
+    whole = list(fit(config, data))[0]
+    halves = list(fit(replace(config, micro_batch_size=3), data))[0]
+    assert halves.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
+    assert halves.val_loss == pytest.approx(whole.val_loss, rel=1e-5)
+
+
+def test_sum_reduction_is_the_mean_at_a_rate_times_the_batch(data: ImageData) -> None:
+    config = replace(TINY, batch_size=8, momentum=0, weight_decay=0, schedule="constant", epochs=1)
+    mean = list(fit(replace(config, base_lr=0.008), data))[0]
+    summed = list(fit(replace(config, base_lr=0.001, loss_reduction="sum"), data))[0]
+    assert summed.val_loss == pytest.approx(mean.val_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "adamw", "base_lr": 1e-3},
+        {"nesterov": True},
+        {"schedule": "one-cycle"},
+        {"schedule": "step", "step_epochs": 1},
+        {"label_smoothing": 0.1, "clip_norm": 1.0},
+        {"mixup": 0.2},
+        {"cutmix": 1.0},
+        {"ema_decay": 0.99},
+        {"amp": "bf16"},
+        {"augment": "trivial"},
+        {"augment": "rand"},
+        {"augment": "none"},
+        {"channels_last": False},
+        {"head_init": "zero", "freeze_depth": 5},
+        {"normalize": "none"},
+    ],
+    ids=lambda change: ", ".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_every_option_changes_the_numbers_and_is_deterministic(
+    data: ImageData, change: dict[str, object]
+) -> None:
+    config = replace(TINY, epochs=2, **change)
+    plain = replace(TINY, freeze_depth=config.freeze_depth)
+    first = _numbers(list(fit(config, data)))
+    assert first == _numbers(list(fit(config, data)))
+    if "channels_last" not in change:
+        assert first != _numbers(list(fit(plain, data)))
+    assert all(np.isfinite(value) for row in first for value in row)
+
+
+def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
+    epochs = fit(replace(TINY, base_lr=1e30, momentum=0, schedule="constant"), data)
+    with pytest.raises(TrainingDiverged, match="no longer finite at epoch 0"):
+        list(epochs)
+
+
+def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fit_module.cross_entropy
+
+    def small_memory(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if len(logits) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(logits, *args, **kwargs)
+
+    monkeypatch.setattr(fit_module, "cross_entropy", small_memory)
+    config = replace(TINY, backbone="alexnet", image_size=64, epochs=1, freeze_depth=5)
+    squeezed = list(fit(config, data))[0]
+    monkeypatch.undo()
+    free = list(fit(config, data))[0]
+    assert (squeezed.micro_batch_size, free.micro_batch_size) == (2, 8)
+    assert squeezed.train_loss == pytest.approx(free.train_loss, rel=1e-5)
+
+
+def test_batch_larger_than_the_data_is_refused(data: ImageData) -> None:
+    with pytest.raises(ValueError, match="batch_size must be <= the number of training pictures"):
+        next(fit(replace(TINY, batch_size=500), data))
+
+
+def test_checkpoint_is_the_best_epoch_and_loads_into_plain_torchvision(
+    data: ImageData, tmp_path: Path
+) -> None:
+    config = replace(TINY, epochs=3)
+    epochs = list(fit(config, data, tmp_path))
+    best = max(epochs, key=lambda m: (m.val_acc, -m.epoch))
+    card = read_card(tmp_path)
+    assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
+    assert card.classes == data.classes
+    assert card.data["fingerprint"] == data.fingerprint
+    plain = create("resnet18", 32, 2, is_pretrained=False).model
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    model, card = load_checkpoint(tmp_path)
+    with Feed(config, card.preprocessing, data, torch.device("cpu")) as feed, torch.no_grad():
+        logits = torch.cat([model(images) for images in feed.val()])
+    acc = (logits.argmax(1).numpy() == data.val.labels).mean()
+    assert acc == pytest.approx(best.val_acc)
+    assert view_spec(config, card.preprocessing) == feed.spec
+
+
+def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: Path) -> None:
+    epochs = fit(TINY, data, tmp_path / "trial")
+    next(epochs)
+    epochs.close()
+    assert not (tmp_path / "trial").exists()
+
+
+def test_missing_checkpoint_is_told(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no readable card.json"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(WeightsError, match="no readable card.json"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_network_trains(data: ImageData) -> None:
+    pytest.importorskip("torch._inductor")
+    config = replace(TINY, compile=True, epochs=1, freeze_depth=5)
+    compiled = list(fit(config, data))[0]
+    plain = list(fit(replace(config, compile=False), data))[0]
+    assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_same_numbers_twice(data: ImageData) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    config = replace(TINY, device="cuda", image_size=64)
+    assert _numbers(list(fit(config, data))) == _numbers(list(fit(config, data)))

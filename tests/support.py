@@ -1,0 +1,41 @@
+"""What several tests need: small folders of real picture files, and the shared photo sets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_data(name: str) -> Path:
+    """Return a photo set's folder beside the project, or skip the test."""
+    folder = SHARED / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"the photo set {name} is not beside the project (shared/data)")
+    return folder
+
+
+def shared_weights(name: str) -> Path:
+    """Return a weights file beside the project, or skip the test."""
+    path = SHARED / "weights" / name
+    if not path.is_file():
+        pytest.skip(f"the weights {name} are not beside the project (shared/weights)")
+    return path
+
+
+def make_folder(
+    root: Path, classes: Mapping[str, int], side: int = 40, seed: int = 0, suffix: str = "png"
+) -> Path:
+    """Write noisy pictures, one folder a class; class k is brighter in colour channel k mod 3."""
+    rng = np.random.default_rng(seed)
+    for k, (name, n) in enumerate(classes.items()):
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = rng.integers(0, 120, (side, side + i % 5, 3))
+            pixels[..., k % 3] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.{suffix}")
+    return root
