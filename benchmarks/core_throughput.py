@@ -123,7 +123,9 @@ def main() -> None:
     device = describe_device(choose_device(args.device))
     print(f"{args.backbone} at {args.size} px, batch {args.batch}, depth {args.depth}, {device}")
     for k, (ours, bare) in enumerate(pairs):
-        print(f"  round {k}: fit {ours:9.1f} images/s, bare step {bare:9.1f}, ratio {ours / bare:.3f}")
+        print(
+            f"  round {k}: fit {ours:9.1f} images/s, bare step {bare:9.1f}, ratio {ours / bare:.3f}"
+        )
     ratios = [ours / bare for ours, bare in pairs]
     print(
         f"fit / bare step: median {statistics.median(ratios):.3f} "

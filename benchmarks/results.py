@@ -120,9 +120,7 @@ def reference(config: StudyConfig) -> float:
     """Test scikit-learn's logistic regression on the frozen network's features."""
     data = load_pictures(config, QuietProgress())
     train = config.train
-    built = build(
-        train.backbone, train.weights, data.classes, seed=0, image_size=train.image_size
-    )
+    built = build(train.backbone, train.weights, data.classes, seed=0, image_size=train.image_size)
     shown = built.preprocessing
     for name in built.head:
         parent, _, child = name.rpartition(".")
@@ -172,6 +170,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="file of MobileNetV2's weights")
     parser.add_argument("--lite-weights", type=Path, help="file of EfficientNet-Lite0's weights")
     parser.add_argument("--work", type=Path, required=True, help="folder for studies and caches")
+    parser.add_argument("--backbones", nargs="+", help="only these")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON lines, one a cell")
@@ -184,13 +183,17 @@ def main() -> None:
     }
     for folder in args.data:
         for backbone, weights in backbones.items():
+            if args.backbones and backbone not in args.backbones:
+                continue
             print(f"\n{folder.name}, {backbone}, {args.size} px, {args.seeds} seeds")
             for recipe in RECIPES:
                 config = study_config(recipe, backbone, weights, folder, args)
                 accuracies, seconds, n = run_recipe(config)
                 print(f"  {recipe:48} {told(accuracies):32} {seconds:7.1f} s", flush=True)
                 write(args.out, folder.name, backbone, recipe, accuracies, seconds, n)
-            score = reference(study_config("fine-tune all (ours)", backbone, weights, folder, args))
+            score = reference(
+                study_config("fine-tune all (ours)", backbone, weights, folder, args)
+            )
             print(f"  {'logistic regression on frozen features':48} {100 * score:.1f}", flush=True)
             write(args.out, folder.name, backbone, "logistic regression", [score], 0.0, n)
 

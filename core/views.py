@@ -1,5 +1,6 @@
 """Seeded views: (seed, epoch, position) decides a picture's crop, flip and augmentation."""
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -279,23 +280,22 @@ class Loader:
         self._views = _Views(split, spec, seed)
         self._loader: DataLoader[Batch] | None = None
         if workers:
-            self._loader = DataLoader(
-                self._views,
-                batch_sampler=self._batches,
-                num_workers=workers,
-                persistent_workers=True,
-                pin_memory=torch.cuda.is_available(),
-                collate_fn=_as_it_is,
-                worker_init_fn=_one_thread,
-            )
+            with _quiet_about_workers():
+                self._loader = DataLoader(
+                    self._views,
+                    batch_sampler=self._batches,
+                    num_workers=workers,
+                    persistent_workers=True,
+                    pin_memory=torch.cuda.is_available(),
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_one_thread,
+                )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
         self._batches.epoch = epoch
         if self._loader is not None:
-            with warnings.catch_warnings():
-                # More workers than cores are slower, not wrong; the user asked for them.
-                warnings.filterwarnings("ignore", "This DataLoader will create")
+            with _quiet_about_workers():
                 batches = iter(self._loader)
             yield from batches
             return
@@ -305,6 +305,14 @@ class Loader:
     def close(self) -> None:
         """End the workers."""
         self._loader = None
+
+
+@contextlib.contextmanager
+def _quiet_about_workers() -> Iterator[None]:
+    """Silence the note that workers outnumber cores: slower, not wrong, and asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
 
 
 def _as_it_is(batch: Any) -> Any:
