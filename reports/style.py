@@ -1,0 +1,145 @@
+"""How plots look: colours, type, axes, legends; letters that can be drawn, drawn as they are."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
+
+from reports.words import shorten
+
+# Okabe and Ito's colours, told apart with any colour vision: https://jfly.uni-koeln.de/color/
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#858C97"
+
+# Every state has a shape of its own too, so that a print without colours can be read.
+STATE_MARKS: dict[str, dict[str, Any]] = {
+    "complete": {"marker": "o", "color": BLUE, "s": 20, "linewidths": 0},
+    "pruned": {"marker": "x", "color": ORANGE, "s": 20, "linewidths": 1.2},
+}
+STATE_NAMES = {"complete": "finished", "pruned": "pruned (when stopped)"}
+# Fonts that may be there for names outside Latin, Greek and Cyrillic scripts.
+_MORE_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "Hiragino Sans", "PingFang SC", "Arial Unicode MS",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def style(*, is_dark: bool = False) -> Iterator[None]:
+    """Set how plots look while the context lasts: drawing and saving both belong inside.
+
+    Names are drawn letter by letter (no mathtext), and an SVG of the same data is the same file.
+    """
+    ink, paper = ("#d8dbe0", "#16191f") if is_dark else ("#22262c", "white")
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    settings: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans", *(name for name in _MORE_FONTS if name in known)],
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 9,
+        "legend.fontsize": 8,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "text.parse_math": False,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "figure.facecolor": paper,
+        "axes.facecolor": paper,
+        "savefig.facecolor": paper,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "axes.grid": True,
+        "grid.color": ink,
+        "grid.alpha": 0.13,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.4,
+        "figure.constrained_layout.use": True,
+        "svg.hashsalt": "frostline",
+        "svg.fonttype": "path",
+        "axes.unicode_minus": True,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def ink() -> str:
+    """Return the colour of text in the present style."""
+    return str(mpl.rcParams["text.color"])
+
+
+def drawable(name: Any, limit: int = 22) -> str:
+    """Shorten a name and replace letters that no font at hand can draw."""
+    text = " ".join(shorten(str(name), limit).split()) or "?"
+    fonts = [
+        font_manager.get_font(font_manager.findfont(family))
+        for family in mpl.rcParams["font.family"]
+    ]
+    charmaps = [font.get_charmap() for font in fonts]
+    return "".join(c if any(ord(c) in known for known in charmaps) else "?" for c in text)
+
+
+def accuracy_axis(axis: Any) -> None:
+    """Write an axis of fractions as per cent, with a decimal where the span is narrow."""
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
+
+
+def plain_log_axis(axis: Any) -> None:
+    """Write a logarithmic axis as 0.001, not as a power: there is no mathtext."""
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    if math.log10(high / low) < 1.2:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def entry(marker: str, color: str, label: str, **more: Any) -> Line2D:
+    """Make a legend entry that is a marker."""
+    options: dict[str, Any] = {"linestyle": "", "markersize": 5, "markeredgewidth": 1.2} | more
+    return Line2D([], [], marker=marker, color=color, label=label, **options)
+
+
+def legend_above(ax: Axes, entries: Sequence[Line2D], n_columns: int = 3) -> None:
+    """Put the legend above the axes, where it hides no data."""
+    if entries:
+        ax.legend(
+            handles=list(entries),
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=n_columns,
+            borderaxespad=0.2,
+            handletextpad=0.3,
+            columnspacing=1.1,
+        )
+
+
+def scatter_states(frame: pd.DataFrame, x: str, ax: Axes) -> list[Line2D]:
+    """Draw scored trials by state; return the legend's entries."""
+    entries = []
+    for state in ("pruned", "complete"):  # finished ones on top
+        part = frame[(frame["state"] == state) & frame["value"].notna()]
+        if len(part):
+            marks = STATE_MARKS[state]
+            ax.scatter(part[x], part["value"], **marks, label=STATE_NAMES[state])
+            entries.append(entry(marks["marker"], marks["color"], STATE_NAMES[state]))
+    return entries[::-1]

@@ -1,0 +1,84 @@
+"""How figures and names are written for people, and made safe for Markdown."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# What Markdown, or HTML inside it, could take for markup.
+_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+
+
+def is_missing(value: Any) -> bool:
+    """Say whether a cell holds nothing: None, NaN or NaT."""
+    return value is None or value != value
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """Write a fraction as per cent."""
+    return "–" if is_missing(value) else f"{100 * value:.{digits}f} %"
+
+
+def points(value: float) -> str:
+    """Write a difference of fractions as percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def duration(seconds: Any) -> str:
+    """Write a duration with two units at most."""
+    if is_missing(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def setting(value: Any) -> str:
+    """Write a setting's value, a real number with three figures."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.3g}"
+    return "none" if value is None else str(value)
+
+
+def count(value: Any) -> str:
+    """Write a whole number with its thousands set apart."""
+    return "–" if is_missing(value) else f"{int(value):,}"
+
+
+def moment(value: Any) -> str:
+    """Write a point in time (the record keeps UTC)."""
+    return "–" if is_missing(value) else f"{value:%Y-%m-%d %H:%M} UTC"
+
+
+def plural(n: int, noun: str) -> str:
+    """Write a number with its noun."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut the middle out of a long name; its two ends tell most."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) // 2 + (limit - 1) % 2
+    return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def markdown_text(value: Any) -> str:
+    """Write a value so that Markdown shows it letter by letter, on one line."""
+    line = " ".join(str(value).split())
+    return _MARKUP.sub(r"\\\1", line).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a Markdown table; every cell is escaped."""
+    lines = [header, ["---"] * len(header)]
+    text = ["| " + " | ".join(map(markdown_text, lines[0])) + " |"]
+    text.append("| " + " | ".join(lines[1]) + " |")
+    text += ["| " + " | ".join(map(markdown_text, row)) + " |" for row in rows]
+    return "\n".join(text)
