@@ -94,9 +94,14 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
         )
         progress.study_ended(outcome)
     is_interrupted = outcome.stopped_because == "interrupted"
+    if not args.json:
+        _print_summary(config, outcome)
     # Drawing takes seconds; who pressed Ctrl-C wants the terminal back.
     report = None if is_interrupted else _written(config, where / "report")
-    _sum_up(config, outcome, report, args)
+    if args.json:
+        _print_json({"event": "study_ended", **_dict(outcome), "report": report})
+    else:
+        _print_next(config, report)
     if is_interrupted:
         return _INTERRUPTED
     return 0 if outcome.best_number is not None else 1
@@ -107,30 +112,29 @@ def _written(config: "StudyConfig", folder: Path) -> Path:
 
     from study.store import Store
 
-    with Store.open(config.study.storage, create=False) as store:
+    with Store.open(config.study.storage) as store:
         return write_report(store, config.study.name, folder).html
 
 
-def _sum_up(
-    config: "StudyConfig", outcome: "SearchOutcome", report: Path | None, args: argparse.Namespace
-) -> None:
-    from study.show import next_commands, summary_view
+def _print_summary(config: "StudyConfig", outcome: "SearchOutcome") -> None:
+    from study.show import summary_view
     from study.store import Store
 
-    is_interrupted = report is None
-    commands = next_commands(
-        config.study.name, config.study.storage, is_interrupted=is_interrupted
-    )
-    if args.json:
-        _print_json({"event": "study_ended", **_dict(outcome), "report": report})
-        return
-    with Store.open(config.study.storage, create=False) as store:
+    with Store.open(config.study.storage) as store:
         trials = store.trials(store.study(config.study.name).id)
     _print(summary_view(outcome, trials, outcome.n_val, config.study.trials))
+
+
+def _print_next(config: "StudyConfig", report: Path | None) -> None:
+    from study.show import next_commands
+
     if report:
         print(f"Report: {report}")
     print("\nNext:")
-    for line in commands:
+    is_interrupted = report is None
+    for line in next_commands(
+        config.study.name, config.study.storage, is_interrupted=is_interrupted
+    ):
         print(f"  {line}")
 
 
@@ -314,7 +318,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _opened(args: argparse.Namespace) -> "Store":
     from study.store import Store
 
-    return Store.open(args.storage, create=False)
+    return Store.open(args.storage)
 
 
 def _print(view: "RenderableType") -> None:

@@ -22,19 +22,32 @@ _PICTURES_EVERY_S = 10.0
 _REFRESH_PER_S = 2.0
 
 
+CUT_SHORT = ("interrupted", "killed")
+"""Reasons of trials that were stopped from outside: they are run again, and do not count."""
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Trials of a study by state."""
+    """Trials of a study by state.
+
+    Attributes:
+        complete: Reached their last epoch.
+        pruned: Stopped by the pruner.
+        failed: Diverged, broke, or were cut short.
+        running: Under way.
+        cut_short: Those of the failed that will be run again.
+    """
 
     complete: int = 0
     pruned: int = 0
     failed: int = 0
     running: int = 0
+    cut_short: int = 0
 
     @property
     def finished(self) -> int:
-        """Return how many trials came to an end."""
-        return self.complete + self.pruned + self.failed
+        """Return how many trials came to an end of their own, as the study's target counts."""
+        return self.complete + self.pruned + self.failed - self.cut_short
 
 
 class Outcome(Protocol):
@@ -130,9 +143,13 @@ class _Board:
         trial.best = max(trial.best or 0.0, metrics.val_acc)
         return trial
 
-    def end(self, number: int, state: str, value: float | None) -> _Running | None:
-        n_in_state = getattr(self.counts, state)
-        self.counts = dataclasses.replace(self.counts, **{state: n_in_state + 1})
+    def end(
+        self, number: int, state: str, value: float | None, reason: str | None
+    ) -> _Running | None:
+        counts = {state: getattr(self.counts, state) + 1}
+        if reason in CUT_SHORT:
+            counts["cut_short"] = self.counts.cut_short + 1
+        self.counts = dataclasses.replace(self.counts, **counts)
         if state == "complete" and value is not None and value > (self.best or -1.0):
             self.best = value
         return self.running.pop(number, None)
@@ -237,7 +254,7 @@ class PlainProgress(_Silent):
         self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
     ) -> None:
         """Say how it ended, and where the study stands."""
-        self._board.end(number, state, value)
+        self._board.end(number, state, value, reason)
         self._say(_ended_line(number, state, value, reason, duration_s))
         self._say(f"study {self._board.name}: {self._board.summary()}")
 
@@ -318,7 +335,7 @@ class LiveProgress(_Silent):
         self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
     ) -> None:
         """Move the row above the table."""
-        trial = self._board.end(number, state, value)
+        trial = self._board.end(number, state, value, reason)
         settings = format_params(trial.params) if trial else ""
         line = _ended_line(number, state, value, reason, duration_s)
         self._print(f"{line}  {settings}".rstrip(), "red" if state == "failed" else None)

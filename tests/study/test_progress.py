@@ -8,6 +8,7 @@ from rich.console import Console
 
 from core.metrics import EpochMetrics
 from study.progress import (
+    CUT_SHORT,
     Counts,
     JsonProgress,
     LiveProgress,
@@ -169,7 +170,7 @@ def test_json_lines_hold_every_event_and_no_number_that_json_lacks() -> None:
         "event": "study_started",
         "study": "ants",
         "target": 6,
-        "counts": {"complete": 2, "pruned": 0, "failed": 0, "running": 0},
+        "counts": {"complete": 2, "pruned": 0, "failed": 0, "running": 0, "cut_short": 0},
         "best": 0.8,
     }
     assert events[2]["params"] == {"base_lr": 0.00123, "depth": 5}
@@ -188,3 +189,20 @@ def test_without_a_terminal_lines_are_chosen() -> None:
     assert isinstance(choose_progress(), PlainProgress)
     assert isinstance(choose_progress(is_quiet=True), QuietProgress)
     assert isinstance(choose_progress(is_json=True, is_quiet=True), JsonProgress)
+
+
+def test_a_trial_that_was_cut_short_does_not_count_towards_the_target() -> None:
+    out = io.StringIO()
+    progress = PlainProgress(out)
+    progress.study_started("ants", 6, Counts(complete=2, failed=2, cut_short=1), 0.8)
+    progress.trial_started(4, "sampler", {}, 2)
+    progress.trial_ended(4, "failed", None, "interrupted", 1.0)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("study ants: 3 of 6 trials · 2 complete, 0 pruned, 2 failed")
+    assert lines[-1].startswith("study ants: 3 of 6 trials · 2 complete, 0 pruned, 3 failed")
+
+
+def test_the_reasons_that_cut_a_trial_short_are_the_runners() -> None:
+    from study.runner import RERUN_REASONS
+
+    assert set(CUT_SHORT) == set(RERUN_REASONS)
