@@ -57,7 +57,7 @@ def plot_history(frame: pd.DataFrame, ax: Axes, *, by_time: bool = False) -> Axe
     if not by_time:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis(ax.yaxis)
-    legend_above(ax, entries, 4)
+    legend_above(ax, entries)
     return ax
 
 
@@ -119,7 +119,7 @@ def plot_curves(frame: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_ylabel("Validation accuracy")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis(ax.yaxis)
-    legend_above(ax, entries, 4)
+    legend_above(ax, entries)
     return ax
 
 
@@ -150,12 +150,7 @@ def plot_cost(frame: pd.DataFrame, ax: Axes) -> Axes:
     front = frame[frame["is_front"]].sort_values("duration_s")
     if len(front):
         ax.step(front["duration_s"] / scale, front["value"], where="post", color=ink(), lw=1)
-        ring: dict[str, Any] = {
-            "facecolor": "none",
-            "edgecolor": ink(),
-            "linewidths": 1.1,
-            "s": 70,
-        }
+        ring: dict[str, Any] = {"facecolor": "none", "edgecolor": ink(), "linewidths": 1.1}
         ax.scatter(front["duration_s"] / scale, front["value"], s=70, **ring)
         for _, row in front.iterrows():
             ax.annotate(
@@ -186,7 +181,7 @@ def plot_cost(frame: pd.DataFrame, ax: Axes) -> Axes:
         ax.set_xscale("log")
         plain_log_axis(ax.xaxis)
     accuracy_axis(ax.yaxis)
-    legend_above(ax, entries, 2)
+    legend_above(ax, entries)
     return ax
 
 

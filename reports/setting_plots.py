@@ -72,7 +72,7 @@ def plot_importance(factors: Sequence[FactorImportance], ax: Axes) -> Axes:
     ax.grid(visible=False, axis="y")
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_xlabel("Share of the importance")
-    legend_above(ax, entries, 2)
+    legend_above(ax, entries)
     return ax
 
 
@@ -110,7 +110,8 @@ def plot_slice(frame: pd.DataFrame, dimension: Dimension, ax: Axes) -> Axes:
         ax.set_xlim(dimension.low / 1.15, dimension.high * 1.15)
         plain_log_axis(ax.xaxis)
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=dimension.is_int))
+        n_ticks = 12 if is_listed else 6
+        ax.xaxis.set_major_locator(MaxNLocator(n_ticks, integer=dimension.is_int))
     ax.set_xlabel(drawable(dimension.name, 40))
     accuracy_axis(ax.yaxis)
     return ax
@@ -147,7 +148,7 @@ def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes
         )  # fmt: skip
     entries = [
         entry("o", GREY, "finished"),
-        entry("X", GREY, "pruned (when stopped)"),
+        entry("X", GREY, "pruned"),
     ]
     finished = frame[frame["state"] == "complete"]
     if len(finished):
@@ -167,5 +168,5 @@ def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes
     ax.set_xlabel("Base learning rate")
     ax.set_ylabel("Freeze depth (0 = all trained)")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(ax, entries, 3)
+    legend_above(ax, entries)
     return ax

@@ -29,7 +29,9 @@ STATE_MARKS: dict[str, dict[str, Any]] = {
     "complete": {"marker": "o", "color": BLUE, "s": 20, "linewidths": 0},
     "pruned": {"marker": "x", "color": ORANGE, "s": 20, "linewidths": 1.2},
 }
-STATE_NAMES = {"complete": "finished", "pruned": "pruned (when stopped)"}
+STATE_NAMES = {"complete": "finished", "pruned": "pruned"}
+# Of the legend's type, measured.
+_LETTERS_PER_INCH = 15
 # Fonts that may be there for names outside Latin, Greek and Cyrillic scripts.
 _MORE_FONTS = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Microsoft YaHei", "Yu Gothic",
@@ -106,7 +108,7 @@ def accuracy_axis(axis: Any) -> None:
 
 def plain_log_axis(axis: Any) -> None:
     """Write a logarithmic axis as 0.001, not as a power: there is no mathtext."""
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("e-0", "e-")))
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
     if math.log10(high / low) < 1.2:
@@ -119,18 +121,22 @@ def entry(marker: str, color: str, label: str, **more: Any) -> Line2D:
     return Line2D([], [], marker=marker, color=color, label=label, **options)
 
 
-def legend_above(ax: Axes, entries: Sequence[Line2D], n_columns: int = 3) -> None:
-    """Put the legend above the axes, where it hides no data."""
-    if entries:
-        ax.legend(
-            handles=list(entries),
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-            ncols=n_columns,
-            borderaxespad=0.2,
-            handletextpad=0.3,
-            columnspacing=1.1,
-        )
+def legend_above(ax: Axes, entries: Sequence[Line2D]) -> None:
+    """Put the legend above the axes, where it hides no data, in as many rows as it needs."""
+    if not entries:
+        return
+    widest = max(len(str(line.get_label())) for line in entries) + 5
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that are drawn on belong to a figure"
+    n_fitting = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH // widest)
+    figure.legend(
+        handles=list(entries),
+        loc="outside upper left",
+        ncols=max(1, min(n_fitting, len(entries))),
+        borderaxespad=0.2,
+        handletextpad=0.4,
+        columnspacing=1.1,
+    )
 
 
 def scatter_states(frame: pd.DataFrame, x: str, ax: Axes) -> list[Line2D]:

@@ -19,6 +19,11 @@ def percent(value: Any, digits: int = 1) -> str:
     return "–" if is_missing(value) else f"{100 * value:.{digits}f} %"
 
 
+def percent_range(low: float, high: float, digits: int = 1) -> str:
+    """Write the ends of an interval of fractions as per cent."""
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f} %"
+
+
 def points(value: float) -> str:
     """Write a difference of fractions as percentage points, with its sign."""
     return f"{100 * value:+.1f}".replace("-", "−")

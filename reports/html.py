@@ -1,0 +1,147 @@
+"""Write the report of a study: one HTML page, Markdown, CSV, and every figure as PNG and SVG."""
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from reports import tables
+from reports.figures import Drawing, draw_figures, save_figures
+from reports.importance import Importance, estimate_importance
+from reports.record import Record, read_record
+from reports.summary import describe, summarise
+from reports.words import markdown_table, markdown_text, moment, percent, percent_range, shorten
+from study.store import Store
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPaths:
+    """Where a report's files lie.
+
+    Attributes:
+        html: The page, complete in itself.
+        markdown: The same as text; it shows the figures' files.
+        csv: All trials.
+        figures: PNG and SVG of each figure.
+    """
+
+    html: Path
+    markdown: Path
+    csv: Path
+    figures: tuple[Path, ...]
+
+
+class _Markdown(str):
+    """Text that is Markdown already and is not to be escaped."""
+
+
+def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
+    """Write a study's report into a folder, over an earlier one.
+
+    Reads the database only. The same record gives the same figures and numbers.
+
+    Args:
+        store: The record.
+        study_name: Which study.
+        out_dir: Made where it is missing.
+
+    Raises:
+        StoreError: There is no such study.
+    """
+    record = read_record(store, study_name)
+    importance = estimate_importance(
+        record.trials, record.epochs, record.dims, np.random.default_rng(_seed(study_name))
+    )
+    drawings = draw_figures(record, importance)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = ReportPaths(
+        html=out_dir / "report.html",
+        markdown=out_dir / "report.md",
+        csv=out_dir / "trials.csv",
+        figures=save_figures(drawings, out_dir / "figures"),
+    )
+    told = _contents(record, importance, drawings)
+    paths.html.write_text(_render("report.html", told), encoding="utf-8")
+    paths.markdown.write_text(_render("report.md", told), encoding="utf-8")
+    paths.csv.write_text(tables.trials_csv(record.trials), encoding="utf-8", newline="")
+    return paths
+
+
+def _seed(name: str) -> int:
+    """Seed the bootstrap by the study's name, so that a report repeats itself."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _contents(record: Record, importance: Importance, drawings: list[Drawing]) -> dict[str, Any]:
+    """Collect what both templates show."""
+    slices = [drawing for drawing in drawings if drawing.name.startswith("slice-")]
+    return {
+        "study": record.study,
+        "record": record,
+        "summary": summarise(record, importance),
+        "best_settings": describe(record.best) if record.best else "",
+        "importance": importance,
+        "basis": tables.importance_basis(importance),
+        "figure": {drawing.name: drawing for drawing in drawings},
+        "slices": slices,
+        "best": tables.best_table(record),
+        "epochs": tables.epochs_table(record),
+        "tests": tables.tests_table(summarise(record, importance)),
+        "importances": tables.importance_table(importance),
+        "confused": tables.confused_table(record),
+        "trials": tables.trials_table(record),
+        "data": tables.data_table(record),
+        "space": tables.space_table(record.dims),
+        "runs": tables.runs_table(record),
+        "warnings": [str(warning) for warning in record.study.data.get("warnings", [])],
+        "config": json.dumps(record.study.config, indent=2, ensure_ascii=False, default=str),
+        "best_config": _best_config(record),
+        "written": moment(datetime.now(UTC)),
+    }
+
+
+def _best_config(record: Record) -> str:
+    if record.best is None:
+        return ""
+    return json.dumps(record.best.config, indent=2, ensure_ascii=False, default=str)
+
+
+def _render(template: str, contents: dict[str, Any]) -> str:
+    is_html = template.endswith(".html")
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES, encoding="utf-8"),
+        autoescape=is_html,
+        # Every value of the Markdown template is escaped unless it is marked as Markdown.
+        finalize=None if is_html else _escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        percent=percent,
+        interval=lambda told: percent_range(told.low, told.high),
+        shorten=shorten,
+        data_uri=_data_uri,
+        table=lambda table: _Markdown(markdown_table(table.header, table.rows)),
+        md=_Markdown,
+        file=lambda name: _Markdown(f"figures/{name}.png"),
+        code=lambda text: _Markdown("\n".join(f"    {line}" for line in str(text).splitlines())),
+    )
+    return environment.get_template(template).render(contents)
+
+
+def _escaped(value: Any) -> str:
+    return value if isinstance(value, _Markdown) else markdown_text(value)
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
