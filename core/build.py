@@ -8,7 +8,7 @@ from torch import nn
 
 from core import weights as weights_
 from core.backbones import check_backbone, create, preprocessing, scaled
-from core.config import HeadInit, Preprocessing
+from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing
 from core.head import init_head
 from core.stages import Stages, find_stages
 
@@ -110,6 +110,18 @@ def _stages(backbone: str, image_size: int, is_pretrained: bool) -> Stages:
     with torch.random.fork_rng(devices=[]):
         network = create(backbone, image_size, _SOURCE_CLASSES, is_pretrained=is_pretrained)
     return find_stages(network.model, network.head, image_size)
+
+
+def count_parameters(
+    backbone: str, weights: str, image_size: int | None, depth: int, n_classes: int
+) -> tuple[int, int]:
+    """Return how many scalars a freeze level trains, and how many the network has."""
+    shown = input_of(backbone, weights, image_size)
+    is_pretrained = weights_.resolve(backbone, weights) != "none"
+    sizes = list(_stages(backbone, shown.image_size, is_pretrained).sizes)
+    # The stages were measured with the source's classes; a head's size goes with its classes.
+    sizes[MAX_FREEZE_DEPTH] = sizes[MAX_FREEZE_DEPTH] * n_classes // _SOURCE_CLASSES
+    return sum(sizes[depth : MAX_FREEZE_DEPTH + 1]), sum(sizes)
 
 
 def stages_of(backbone: str, image_size: int | None = None) -> tuple[nn.Module, Stages]:

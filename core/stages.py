@@ -48,11 +48,13 @@ class Stages:
         eval_modules: For each level, the modules that run in eval mode: all their work lies in
             the frozen prefix. The names are maximal: a child of a named module is not named.
         flops: Forward FLOPs of one picture in each stage, the head's last.
+        sizes: Parameters (scalars) in each stage, the head's last, then those never used.
     """
 
     stage_of: dict[str, int]
     eval_modules: tuple[tuple[str, ...], ...]
     flops: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     def frozen_flops_share(self, depth: int) -> float:
         """Return the share of the forward pass that level `depth` freezes, in [0, 1]."""
@@ -320,7 +322,15 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
     flops = [cost[high + 1] - cost[low + 1] for low, high in itertools.pairwise(limits)]
     flops.append(cost[-1] - cost[end])
     eval_modules = tuple(_modules_before(traced, model, limit) for limit in limits)
-    return Stages(stage_of, eval_modules, tuple(flops))
+    return Stages(stage_of, eval_modules, tuple(flops), _sizes(model, stage_of))
+
+
+def _sizes(model: nn.Module, stage_of: dict[str, int]) -> tuple[int, ...]:
+    unused = MAX_FREEZE_DEPTH + 1
+    counts: Counter[int] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[stage_of.get(name, unused)] += parameter.numel()
+    return tuple(counts[stage] for stage in range(unused + 1))
 
 
 def _outermost(cuts: list[_Cut], taken: list[_Cut], weights: _Weights) -> list[_Cut]:
@@ -405,9 +415,6 @@ class Level:
 
 def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
     """List the freeze levels, 0 to `MAX_FREEZE_DEPTH`."""
-    sizes: Counter[int] = Counter()
-    for name, parameter in model.named_parameters():
-        sizes[stages.stage_of.get(name, -1)] += parameter.numel()
     levels = []
     for depth in range(MAX_FREEZE_DEPTH + 1):
         before = set(stages.eval_modules[depth - 1]) if depth else set()
@@ -420,7 +427,7 @@ def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
             Level(
                 depth,
                 tuple(_shorten(named, before)),
-                sum(size for stage, size in sizes.items() if stage >= depth),
+                sum(stages.sizes[depth : MAX_FREEZE_DEPTH + 1]),
                 stages.frozen_flops_share(depth),
             )
         )

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core.build import count_parameters
 from core.checkpoint import PREDICTIONS_FILE
 from core.config import TrainConfig
 from core.data import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
-from study.progress import Progress
+from study.progress import CUT_SHORT, Progress
 from study.store import PictureRow, Store, config_hash
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
@@ -30,13 +31,12 @@ _NOT_IDENTITY = ("device", "workers")
 _N_WORST = 16
 _THUMBNAIL = 160
 
-REASON_INTERRUPTED = "interrupted"
-REASON_KILLED = "killed"
+REASON_INTERRUPTED, REASON_KILLED = CUT_SHORT
 REASON_DIVERGED = "diverged"
 REASON_OUT_OF_MEMORY = "out of memory"
 REASON_ERROR = "error"
 # A trial cut short from outside says nothing about its settings: they are run again.
-RERUN_REASONS = (REASON_INTERRUPTED, REASON_KILLED)
+RERUN_REASONS = CUT_SHORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,13 @@ def run_trial(
         OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
     """
     begin = time.perf_counter()
+    trained, total = count_parameters(
+        config.backbone,
+        config.weights,
+        config.image_size,
+        config.freeze_depth,
+        len(work.data.classes),
+    )
     trial_id = work.store.begin_trial(
         work.study_id,
         number,
@@ -119,6 +126,8 @@ def run_trial(
         backbone=config.backbone,
         freeze_depth=config.freeze_depth,
         device=describe_device(choose_device(config.device)),
+        trained_parameters=trained,
+        total_parameters=total,
     )
     work.progress.trial_started(number, origin, params, config.epochs)
     folder = checkpoint_folder(work.output, number)

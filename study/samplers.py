@@ -36,10 +36,27 @@ class _Draw:
     space: Distributions
 
 
+class _Unstopped:
+    """Leaves it to the search to see that every setting was tried.
+
+    Optuna's exhaustive samplers stop the study themselves, which asking and telling forbids.
+    """
+
+    def after_trial(self, *_: object) -> None:
+        """Do nothing."""
+
+
+class _Grid(_Unstopped, samplers.GridSampler):
+    pass
+
+
+class _BruteForce(_Unstopped, samplers.BruteForceSampler):
+    pass
+
+
 def _grid(draw: _Draw) -> samplers.BaseSampler:
-    return samplers.GridSampler(
-        {name: grid_points(dist) for name, dist in draw.space.items()}, seed=draw.study_seed
-    )
+    grid = {name: grid_points(dist) for name, dist in draw.space.items()}
+    return _Grid(grid, seed=draw.study_seed)
 
 
 _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
@@ -49,7 +66,7 @@ _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
     "cmaes": lambda draw: samplers.CmaEsSampler(seed=draw.study_seed),
     "qmc": lambda draw: samplers.QMCSampler(seed=draw.study_seed, scramble=True),
     "grid": _grid,
-    "bruteforce": lambda draw: samplers.BruteForceSampler(seed=draw.trial_seed),
+    "bruteforce": lambda draw: _BruteForce(seed=draw.trial_seed),
 }
 
 _PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {

@@ -479,6 +479,7 @@ class _Search:
             pruned=states.count("pruned"),
             failed=states.count("failed"),
             running=states.count("running"),
+            cut_short=sum(row.reason in RERUN_REASONS for row in self.rows.values()),
         )
 
     def outcome(self, because: str) -> SearchOutcome:
