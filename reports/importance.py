@@ -26,9 +26,11 @@ MIN_TRIALS = 8
 """Fewer scored trials say nothing about importance: assumption; PED-ANOVA's documentation asks for
 five among the best alone."""
 
-# Shares of the trials that count as good, one after the other: assumption; more of them change
-# little and cost time.
-_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Shares of the trials that count as good, one after the other. Each stands for the accuracies
+# between the middles to its neighbours; the best and the worst twentieth weigh nothing, so that
+# one odd trial does not decide: assumption.
+_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_HALF_STEP = 0.05
 # The best tenth (Optuna's default), but at least five (its documentation's advice), and never more
 # than half of the trials (else "best" means nothing).
 _TOP_SHARE, _MIN_TOP, _MAX_TOP_SHARE = 0.1, 5, 0.5
@@ -89,9 +91,9 @@ def estimate_final(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
     later are estimated first and then serve as references for those pruned earlier, so order at a
     rung is kept. The estimate is never above the best final accuracy among references equal to it
     at that epoch, and never below v, which the trial did reach. Worse than every reference, it
-    stays worse by as much (parallel curves). Without references it keeps v. Diverged trials get 0,
-    the worst; trials that failed for other reasons say nothing about their settings and are left
-    out, and so are those that were not trained because an equal one had been.
+    stays worse by as much (parallel curves). Without references it keeps v. Diverged trials get
+    the lowest score of all others. Left out are trials that failed for other reasons, which say
+    nothing about their settings, and those not trained because an equal one had been.
 
     Args:
         trials: One row per trial.
@@ -123,7 +125,7 @@ def estimate_final(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
         )
         scores.update(zip(stopped, estimates, strict=True))
     diverged = set(trials.loc[is_diverged(trials), "number"].astype(int))
-    scores.update(dict.fromkeys(diverged, 0.0))
+    scores.update(dict.fromkeys(diverged, min(scores.values(), default=0.0)))
     frame = trials.loc[trials["number"].isin(list(scores)), ["number", "state"]]
     frame = frame.reset_index(drop=True)
     frame["state"] = frame["state"].mask(frame["number"].isin(list(diverged)), "diverged")
@@ -165,11 +167,11 @@ def estimate_importance(
     """Estimate how much each setting mattered for the accuracy, over all trials.
 
     PED-ANOVA with a threshold estimates the variance of "this trial is among the best p" that a
-    setting explains alone, from where the best p lie and where all trials lie. Summed over
-    thresholds p from the best tenth to the best nine tenths, that is the first-order
-    Cramer-von Mises index: it sees what makes a trial hopeless and what makes it excellent, needs
-    ranks only (so the estimated accuracies of pruned trials weigh by their order), and does not
-    hang on one cut. The interval is a percentile bootstrap over trials (estimated accuracies are
+    setting explains alone, from where the best p lie and where all trials lie. Here that is
+    summed over thresholds p, each weighed by the accuracy that lies between it and its
+    neighbours: a first-order Cramer-von Mises index over accuracy. So it sees what makes a trial
+    hopeless and what makes it excellent in proportion to the points at stake, and does not hang
+    on one cut. The interval is a percentile bootstrap over trials (estimated accuracies are
     kept): it says what another search of the same kind could have shown.
 
     Args:
@@ -181,7 +183,7 @@ def estimate_importance(
 
     References:
         Watanabe et al. 2023, https://arxiv.org/abs/2304.10255 (PED-ANOVA);
-        Gamboa et al. 2018, https://arxiv.org/abs/1506.04133 (Cramer-von Mises indices);
+        Gamboa et al. 2021, https://arxiv.org/abs/2002.04465 (indices integrated over thresholds);
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     scored = estimate_final(trials, epochs)
@@ -231,14 +233,13 @@ def _factors(
     is_complete = (scored["state"] == "complete").to_list()
     completed = [trial for trial, is_kept in zip(frozen, is_complete, strict=True) if is_kept]
     names = [dim.name for dim in varied]
-    study = _memory_study(frozen)
-    shares = _shares(study, names, _THRESHOLDS)
-    top = _shares(study, names, (_n_top(len(frozen)) / len(frozen),))
-    own = _shares(_memory_study(completed), names, (_TOP_SHARE,)) if len(completed) > 1 else {}
+    shares = _shares(frozen, names)
+    top = _shares(frozen, names, _n_top(len(frozen)) / len(frozen))
+    own = _shares(completed, names, _TOP_SHARE) if len(completed) > 1 else {}
     draws = []
     for _ in range(n_resamples):
         picked = rng.integers(len(frozen), size=len(frozen))
-        draws.append(_shares(_memory_study([frozen[i] for i in picked]), names, _THRESHOLDS))
+        draws.append(_shares([frozen[i] for i in picked], names))
     factors = []
     for name in names:
         share = shares.get(name, 0.0)
@@ -285,29 +286,47 @@ def _distribution(dim: Dimension) -> Any:
     return FloatDistribution(dim.low, dim.high, log=dim.is_log)
 
 
-def _shares(study: "Study", names: list[str], thresholds: tuple[float, ...]) -> dict[str, float]:
-    """Sum PED-ANOVA over thresholds and scale the settings' sums to 1; empty if all are 0.
+def _shares(
+    frozen: list["FrozenTrial"], names: list[str], threshold: float | None = None
+) -> dict[str, float]:
+    """Run PED-ANOVA and scale what the settings explain to a sum of 1; empty if all is 0.
 
-    The study's direction says that higher is better; a `target` would be taken as a loss.
+    Args:
+        frozen: The trials, all as completed ones.
+        names: The settings.
+        threshold: Share of the trials that count as good; None goes over all thresholds.
     """
     from optuna.exceptions import ExperimentalWarning
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    tried = {name for trial in study.trials for name in trial.params}
-    totals = {name: 0.0 for name in names if name in tried}
+    weights = _weights(frozen) if threshold is None else {threshold: 1.0}
+    # The study's direction says that higher is better; a `target` would be taken as a loss.
+    study = _memory_study(frozen)
+    totals = {name: 0.0 for name in names if any(name in trial.params for trial in frozen)}
     with warnings.catch_warnings():
         # Where the best and all trials are the same set, the threshold has nothing to tell.
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", ExperimentalWarning)  # `normalize`
-        for threshold in thresholds:
-            evaluator = PedAnovaImportanceEvaluator(target_quantile=threshold)
+        for quantile, weight in weights.items():
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
             explained = get_param_importances(
                 study, evaluator=evaluator, params=list(totals), normalize=False
             )
             for name, value in explained.items():
-                totals[name] += value
+                totals[name] += weight * value
     total = sum(totals.values())
     return {name: value / total for name, value in totals.items()} if total > 0 else {}
+
+
+def _weights(frozen: list["FrozenTrial"]) -> dict[float, float]:
+    """Weigh each threshold by the accuracy between the middles to its neighbours."""
+    values = np.array([trial.value for trial in frozen], dtype=float)
+    middles = 1 - (_THRESHOLDS[0] - _HALF_STEP + 2 * _HALF_STEP * np.arange(len(_THRESHOLDS) + 1))
+    gaps = -np.diff(np.quantile(values, np.clip(middles, 0, 1)))
+    if not gaps.sum() > 0:  # all but a few are equal: then by rank
+        gaps = np.ones(len(_THRESHOLDS))
+    pairs = zip(_THRESHOLDS, gaps.tolist(), strict=True)
+    return {threshold: gap for threshold, gap in pairs if gap > 0}
 
 
 def _memory_study(frozen: list["FrozenTrial"]) -> "Study":

@@ -70,7 +70,7 @@ def read_record(store: Store, name: str) -> Record:
         StoreError: There is no such study.
     """
     study = store.study(name)
-    trials = read_trials(store, name)
+    trials = _as_floats(read_trials(store, name), ("value", "duration_s"))
     number = best_number(trials)
     confusion, pictures = None, []
     if number is not None:
@@ -80,7 +80,7 @@ def read_record(store: Store, name: str) -> Record:
     return Record(
         study=study,
         trials=trials,
-        epochs=read_epochs(store, name),
+        epochs=_as_floats(read_epochs(store, name), ("val_acc",)),
         dims=dimensions(study.config.get("space", {}), trials),
         runs=store.runs(study.id),
         tests=store.tests(study.id),
@@ -88,6 +88,11 @@ def read_record(store: Store, name: str) -> Record:
         confusion=confusion,
         pictures=pictures,
     )
+
+
+def _as_floats(frame: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Make figures of columns that hold no value yet: pandas would take them for objects."""
+    return frame.astype(dict.fromkeys(columns, float))
 
 
 def _trained_as(trials: pd.DataFrame, number: int) -> int:

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from reports.frames import Dimension
@@ -18,8 +17,6 @@ from reports.style import (
     GREY,
     ORANGE,
     RED,
-    STATE_MARKS,
-    STATE_NAMES,
     accuracy_axis,
     drawable,
     entry,
@@ -115,16 +112,6 @@ def plot_slice(frame: pd.DataFrame, dimension: Dimension, ax: Axes) -> Axes:
     ax.set_xlabel(drawable(dimension.name, 40))
     accuracy_axis(ax.yaxis)
     return ax
-
-
-def slice_legend() -> list[Line2D]:
-    """Give the entries that explain a slice plot."""
-    marks = STATE_MARKS
-    entries = [
-        entry(marks[state]["marker"], marks[state]["color"], STATE_NAMES[state])
-        for state in ("complete", "pruned")
-    ]
-    return [*entries, Line2D([], [], color=GREEN, lw=2, label="median of the finished")]
 
 
 def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes:

@@ -1,0 +1,165 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from reports.frames import (
+    Dimension,
+    best_number,
+    busy_seconds,
+    confused_pairs,
+    cost_frame,
+    curves_frame,
+    depth_lr_frame,
+    dimensions,
+    history_frame,
+    is_copy,
+    is_diverged,
+    is_on_front,
+    slice_frame,
+)
+
+
+def trials_of(**columns: list[object]) -> pd.DataFrame:
+    n = len(next(iter(columns.values())))
+    minute = pd.Timedelta(minutes=1)
+    start = pd.Timestamp("2026-03-01")
+    frame = {
+        "number": list(range(n)),
+        "state": ["complete"] * n,
+        "reason": [None] * n,
+        "origin": ["sampler"] * n,
+        "value": [0.5] * n,
+        "started_at": [start + i * minute for i in range(n)],
+        "ended_at": [start + (i + 1) * minute for i in range(n)],
+        "duration_s": [60.0] * n,
+        "backbone": ["resnet18"] * n,
+        "freeze_depth": [0] * n,
+    }
+    return pd.DataFrame(frame | columns)
+
+
+def test_dimensions_come_from_the_space_in_its_order() -> None:
+    trials = trials_of(params_b=["x", "y"], params_a=[0.1, 0.2], params_n=[1, 2])
+    space = {
+        "a": {"low": 0.01, "high": 1.0, "log": True},
+        "n": {"low": 0, "high": 5},
+        "b": {"choices": ["y", "x", "z"]},
+        "unused": {"low": 0, "high": 1},
+    }
+    assert dimensions(space, trials) == (
+        Dimension("a", low=0.01, high=1.0, is_log=True),
+        Dimension("n", low=0, high=5, is_int=True),
+        Dimension("b", choices=("y", "x", "z")),
+    )
+
+
+def test_values_outside_the_space_widen_it() -> None:
+    trials = trials_of(params_a=[0.1, 2.0], params_b=["x", "old"])
+    space = {"a": {"low": 0.2, "high": 1.0}, "b": {"choices": ["x"]}}
+    assert dimensions(space, trials) == (
+        Dimension("a", low=0.1, high=2.0),
+        Dimension("b", choices=("x", "old")),
+    )
+
+
+def test_dimensions_without_a_space_are_read_from_the_values() -> None:
+    many = [10.0**-i for i in range(8)]
+    trials = trials_of(params_lr=many, params_opt=["sgd", "adamw"] * 4, params_n=list(range(8)))
+    told = {dim.name: dim for dim in dimensions({}, trials)}
+    assert told["lr"].is_log and not told["lr"].choices
+    assert told["opt"].choices == ("adamw", "sgd")
+    assert told["n"].is_int and told["n"].high == 7
+
+
+def test_a_column_with_gaps_gives_back_what_was_suggested() -> None:
+    whole = Dimension("n", low=0, high=5, is_int=True)
+    assert whole.value(np.float64(3.0)) == 3 and isinstance(whole.value(np.float64(3.0)), int)
+    assert Dimension("c", choices=(None, 1.0)).value(np.nan) is None
+    with pytest.raises(KeyError, match="n"):
+        whole.value(np.nan)
+
+
+def test_the_best_is_the_earliest_of_the_highest_finished() -> None:
+    states = ["complete", "complete", "complete", "pruned"]
+    assert best_number(trials_of(value=[0.5, 0.9, 0.9, 0.95], state=states)) == 1
+    assert best_number(trials_of(value=[0.5, 0.6], state=["failed", "pruned"])) == 1
+    assert best_number(trials_of(value=[None, 0.6], state=["complete", "failed"])) is None
+
+
+def test_diverged_and_copied_trials_are_told_from_the_others() -> None:
+    trials = trials_of(
+        state=["failed", "failed", "complete", "pruned"],
+        reason=["diverged: loss is nan", "out of memory: no", None, "pruned after epoch 3"],
+        origin=["sampler", "retry of 3", "same as 0", "recipe:same as"],
+    )
+    assert is_diverged(trials).tolist() == [True, False, False, False]
+    assert is_copy(trials).tolist() == [False, False, True, False]
+
+
+def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
+    start = pd.Timestamp("2026-03-01")
+    at = [start + pd.Timedelta(seconds=s) for s in (0, 10, 12, 1000, 1500)]
+    end = [start + pd.Timedelta(seconds=s) for s in (20, 15, 30, 1010, 1500)]
+    told = busy_seconds(trials_of(started_at=at, ended_at=[*end[:4], pd.NaT]))
+    assert told.tolist()[:4] == [20.0, 15.0, 30.0, 40.0]
+    assert np.isnan(told.iloc[4])
+
+
+def test_history_keeps_the_best_finished_value_by_number_and_by_time() -> None:
+    start = pd.Timestamp("2026-03-01")
+    trials = trials_of(
+        value=[0.5, 0.9, 0.7, None],
+        state=["complete", "pruned", "complete", "failed"],
+        ended_at=[start + pd.Timedelta(seconds=s) for s in (300, 70, 130, 310)],
+    )
+    told = history_frame(trials)
+    assert told["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
+    assert told["best_by_time"].isna().tolist() == [False, True, False, False]
+    assert told["best_by_time"].dropna().tolist() == [0.7, 0.7, 0.7]
+
+
+def test_curves_mark_the_best_trial() -> None:
+    epochs = pd.DataFrame({"number": [1, 0, 0], "epoch": [0, 1, 0], "val_acc": [0.3, 0.6, 0.5]})
+    told = curves_frame(trials_of(value=[0.6, 0.3]), epochs)
+    assert told["is_best"].tolist() == [True, True, False]
+    assert told["epoch"].tolist() == [0, 1, 0]
+
+
+def test_slices_hold_scored_trials_only() -> None:
+    trials = trials_of(
+        value=[0.5, None, 0.6, 0.7],
+        state=["complete", "failed", "pruned", "running"],
+        params_b=["x", "y", "z", "x"],
+    )
+    told = slice_frame(trials, Dimension("b", choices=("z", "x", "y")))
+    assert told.values.tolist() == [[0, 1.0, 0.5, "complete"], [2, 0.0, 0.6, "pruned"]]
+
+
+def test_the_front_has_what_nothing_beats() -> None:
+    cost, value = [3, 1, 2, 2, 5, 1], [0.9, 0.5, 0.5, 0.8, 0.9, 0.5]
+    assert is_on_front(cost, value).tolist() == [True, True, False, True, False, False]
+
+
+def test_copies_are_not_on_the_cost_front_for_free() -> None:
+    trials = trials_of(
+        value=[0.8, 0.8, 0.9],
+        duration_s=[60.0, 0.0, 5.0],
+        origin=["sampler", "same as 0", "sampler"],
+        state=["complete", "complete", "pruned"],
+    )
+    told = cost_frame(trials)
+    assert told["number"].tolist() == [0, 2]
+    assert told["is_front"].tolist() == [True, False]
+
+
+def test_the_depth_map_is_empty_without_a_searched_rate() -> None:
+    assert depth_lr_frame(trials_of(value=[0.5])).empty
+    told = depth_lr_frame(trials_of(params_base_lr=[0.1, 0.2], state=["complete", "failed"]))
+    assert told["number"].tolist() == [0]
+
+
+def test_confused_pairs_are_the_commonest_first() -> None:
+    matrix = np.array([[8, 2, 0], [0, 5, 5], [1, 0, 0]])
+    told = confused_pairs(matrix, ["a", "b", "c"], n_pairs=2)
+    assert told.values.tolist() == [["b", "c", 5, 0.5], ["a", "b", 2, 0.2]]
+    assert confused_pairs(np.eye(3), ["a", "b", "c"]).empty

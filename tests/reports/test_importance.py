@@ -1,0 +1,201 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from reports.frames import Dimension
+from reports.importance import MIN_TRIALS, Importance, estimate_final, estimate_importance
+
+UNIT = {"low": 0.0, "high": 1.0}
+DIMS = tuple(Dimension(name, **UNIT) for name in ("f1", "f2", "f3"))
+
+
+def trials_of(rows: list[dict[str, object]]) -> pd.DataFrame:
+    blank: dict[str, object] = {"state": "complete", "reason": None, "origin": "sampler"}
+    return pd.DataFrame([{"number": i, **blank, **row} for i, row in enumerate(rows)])
+
+
+def epochs_of(curves: list[list[float]]) -> pd.DataFrame:
+    rows = [(n, e, v) for n, curve in enumerate(curves) for e, v in enumerate(curve)]
+    return pd.DataFrame(rows, columns=["number", "epoch", "val_acc"])
+
+
+def planted(n: int = 60, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A search in which f1 alone decides, and every trial with a bad f1 is pruned."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, object]] = []
+    curves = []
+    for _ in range(n):
+        f1, f2, f3 = rng.random(3)
+        is_good = f1 < 0.5
+        final = (0.9 if is_good else 0.6) + 0.02 * f2 + rng.normal(0, 0.002)
+        curve = [final * (1 - 0.5 ** (epoch + 1)) for epoch in range(10 if is_good else 2)]
+        state = "complete" if is_good else "pruned"
+        params = {"params_f1": f1, "params_f2": f2, "params_f3": f3}
+        rows.append({"state": state, "value": curve[-1], **params})
+        curves.append(curve)
+    return trials_of(rows), epochs_of(curves)
+
+
+def finals(rows: list[dict[str, object]], curves: list[list[float]]) -> list[float]:
+    told = estimate_final(trials_of(rows), epochs_of(curves))
+    return [float(v) for v in told["score"]]
+
+
+def estimate(trials: pd.DataFrame, epochs: pd.DataFrame, n_resamples: int = 30) -> Importance:
+    rng = np.random.default_rng(1)
+    return estimate_importance(trials, epochs, DIMS, rng, n_resamples)
+
+
+def test_optuna_names_the_wrong_setting_and_we_the_right_one() -> None:
+    trials, epochs = planted()
+    told = estimate(trials, epochs)
+    own = {f.name: f.completed_only for f in told.factors}
+    assert max(own, key=lambda name: own[name] or 0.0) == "f2"
+    assert told.factors[0].name == "f1"
+    assert told.factors[0].share > 0.8
+    # The intervals of the two do not even touch.
+    assert told.factors[0].low > told.factors[1].high
+    assert (told.n_completed, told.n_pruned, told.n_left_out) == (
+        int((trials["state"] == "complete").sum()),
+        int((trials["state"] == "pruned").sum()),
+        0,
+    )
+
+
+def test_it_is_the_pruned_trials_that_make_the_difference() -> None:
+    """The same estimator without them names the wrong setting too."""
+    trials, epochs = planted()
+    told = estimate(trials[trials["state"] == "complete"].reset_index(drop=True), epochs, 0)
+    assert told.factors[0].name == "f2"
+
+
+def test_optunas_own_figure_is_optunas() -> None:
+    import optuna
+
+    trials, epochs = planted()
+    told = {f.name: f.completed_only for f in estimate(trials, epochs, 0).factors}
+    study = optuna.create_study(direction="maximize")
+    names = [dim.name for dim in DIMS]
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
+    for row in trials[trials["state"] == "complete"].to_dict("records"):
+        params = {name: row[f"params_{name}"] for name in names}
+        study.add_trial(
+            optuna.create_trial(value=row["value"], params=params, distributions=space)
+        )
+    assert told == pytest.approx(optuna.importance.get_param_importances(study))
+
+
+def test_shares_add_up_and_lie_in_their_intervals() -> None:
+    told = estimate(*planted(40, 3))
+    assert sum(f.share for f in told.factors) == pytest.approx(1)
+    assert all(0 <= f.low <= f.share <= f.high <= 1 for f in told.factors)
+
+
+def test_the_same_draws_give_the_same_intervals() -> None:
+    assert estimate(*planted(24)) == estimate(*planted(24))
+
+
+def test_a_pruned_trial_is_read_off_the_trials_that_went_further() -> None:
+    rows = [
+        {"value": 0.8},
+        {"value": 0.9},
+        {"state": "pruned", "value": 0.5},
+        {"state": "pruned", "value": 0.3},
+    ]
+    told = finals(rows, [[0.4, 0.8], [0.6, 0.9], [0.5], [0.3]])
+    # Half way between the two; and below both by as much as it was at that epoch.
+    assert told == pytest.approx([0.8, 0.9, 0.85, 0.7])
+
+
+def test_a_pruned_trial_is_no_better_than_its_equal_became() -> None:
+    """Who stood lower and ended higher does not lift it."""
+    rows = [{"value": 0.9}, {"value": 0.6}, {"state": "pruned", "value": 0.5}]
+    assert finals(rows, [[0.4, 0.9], [0.5, 0.6], [0.5]])[2] == pytest.approx(0.6)
+
+
+def test_what_a_trial_has_reached_is_not_taken_from_it() -> None:
+    rows = [{"value": 0.6}, {"state": "pruned", "value": 0.7}]
+    assert finals(rows, [[0.5, 0.6], [0.7]])[1] == pytest.approx(0.7)
+
+
+def test_trials_pruned_later_serve_those_pruned_earlier() -> None:
+    rows = [
+        {"value": 0.9},
+        {"state": "pruned", "value": 0.5},
+        {"state": "pruned", "value": 0.2},
+    ]
+    told = finals(rows, [[0.6, 0.8, 0.9], [0.3, 0.5], [0.2]])
+    # 0.5 at epoch 1 is 0.3 below the finished one; then 0.2 at epoch 0 is 0.1 below that.
+    assert told == pytest.approx([0.9, 0.6, 0.5])
+
+
+def test_the_best_epoch_so_far_counts_not_the_last() -> None:
+    rows = [{"value": 0.9}, {"state": "pruned", "value": 0.6}]
+    assert finals(rows, [[0.6, 0.6, 0.9], [0.6, 0.1]])[1] == pytest.approx(0.9)
+
+
+def test_without_finished_trials_each_keeps_what_it_had() -> None:
+    rows = [{"state": "pruned", "value": v} for v in (0.3, 0.4)]
+    assert finals(rows, [[0.3], [0.4]]) == [0.3, 0.4]
+
+
+def test_diverged_trials_are_the_worst_and_other_failures_say_nothing() -> None:
+    rows: list[dict[str, object]] = [
+        {"value": 0.9},
+        {"state": "failed", "reason": "diverged: loss is nan", "value": 0.95},
+        {"state": "failed", "reason": "error: disk is full", "value": 0.2},
+        {"value": 0.9, "origin": "same as 0"},
+        {"value": 0.3},
+        {"state": "running", "value": 0.5},
+        {"state": "pruned", "value": None},
+    ]
+    told = estimate_final(trials_of(rows), epochs_of([[0.9], [0.95], [0.2], [], [0.3], [0.5], []]))
+    assert told["number"].tolist() == [0, 1, 4]
+    assert told["state"].tolist() == ["complete", "diverged", "complete"]
+    assert told["score"].tolist() == [0.9, 0.3, 0.3]
+
+
+def test_estimates_keep_the_order_at_every_rung() -> None:
+    trials, epochs = planted(80, 5)
+    told = estimate_final(trials, epochs).set_index("number")["score"]
+    at_rung = epochs[epochs["epoch"] == 1].set_index("number")["val_acc"]
+    stopped = trials.loc[trials["state"] == "pruned", "number"]
+    ordered = at_rung[stopped].sort_values().index
+    assert told[ordered].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("n", range(MIN_TRIALS))
+def test_few_trials_give_a_reason_instead_of_a_figure(n: int) -> None:
+    trials, epochs = planted(max(n, 1))
+    told = estimate(trials.head(n), epochs[epochs["number"] < n])
+    assert told.factors == ()
+    assert told.why_empty is not None and f"has {n}" in told.why_empty
+
+
+def test_settings_with_one_value_and_equal_accuracies_give_a_reason() -> None:
+    trials, epochs = planted(20)
+    rng = np.random.default_rng(0)
+    single = (Dimension("f1", choices=("only",)),)
+    told = estimate_importance(trials, epochs, single, rng)
+    assert told.why_empty == "No setting was searched over more than one value."
+    trials = trials.assign(value=0.5, state="complete")
+    assert "same accuracy" in str(estimate(trials, epochs).why_empty)
+
+
+def test_a_setting_that_some_trials_lack_is_still_judged() -> None:
+    trials, epochs = planted(60)
+    trials.loc[:9, "params_f3"] = np.nan
+    assert estimate(trials, epochs, 0).factors[0].name == "f1"
+
+
+def test_choices_and_whole_numbers_are_judged_too() -> None:
+    trials, epochs = planted(60)
+    trials["params_f1"] = np.where(trials["params_f1"] < 0.5, "good", "bad")
+    trials["params_f2"] = (trials["params_f2"] * 5).round().astype(int)
+    dims = (
+        Dimension("f1", choices=("bad", "good", "never tried")),
+        Dimension("f2", low=0, high=5, is_int=True),
+        Dimension("f3", low=0.0, high=1.0),
+    )
+    told = estimate_importance(trials, epochs, dims, np.random.default_rng(0), 10)
+    assert told.factors[0].name == "f1"
