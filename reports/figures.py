@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from reports import frames
 from reports.importance import Importance
-from reports.plots import plot_confusion, plot_cost, plot_curves, plot_history
+from reports.plots import MAX_NAMED_CLASSES, plot_confusion, plot_cost, plot_curves, plot_history
 from reports.record import Record
 from reports.setting_plots import plot_depth_lr, plot_importance, plot_slice
 from reports.style import style
@@ -156,10 +156,13 @@ def _confusion_plans(record: Record) -> Iterator[_Plan]:
     elif len(classes) != len(matrix):
         why = "The confusion matrix and the names of the classes do not fit together."
     side = min(7.0, max(3.4, 2.6 + 0.13 * len(classes)))
+    caption = "Rows are the true class, columns what the network said, on the validation split."
+    if len(classes) > MAX_NAMED_CLASSES:
+        caption += " Classes are numbered from 0 in the order listed under Provenance."
     yield _Plan(
         "confusion",
         "What the best trial confuses",
-        "Rows are the true class, columns what the network said, on the validation split.",
+        caption,
         lambda ax: plot_confusion(matrix, classes, ax),
         why,
         (side + 0.9, side),

@@ -28,7 +28,9 @@ from reports.style import (
 
 _BACKBONE_COLOURS = (BLUE, RED, GREEN, PURPLE, SKY, GREY)
 _BACKBONE_MARKERS = "osD^vP"
-_MAX_NAMED_CLASSES, _MAX_COUNTED_CLASSES = 40, 12
+_MAX_COUNTED_CLASSES = 12
+MAX_NAMED_CLASSES = 40
+"""With more classes than this, a confusion matrix numbers them."""
 
 
 def plot_history(frame: pd.DataFrame, ax: Axes, *, by_time: bool = False) -> Axes:
@@ -97,7 +99,8 @@ def plot_curves(frame: pd.DataFrame, ax: Axes) -> Axes:
                     ends[state], color=look["color"], ms=4, alpha=0.9,
                 )  # fmt: skip
         if len(part):
-            label = f"{part['number'].nunique()} {names[state]}"
+            more = "more " if (frame["is_best"] & (frame["state"] == state)).any() else ""
+            label = f"{part['number'].nunique()} {more}{names[state]}"
             entries.append(
                 Line2D(
                     [],
@@ -203,14 +206,14 @@ def plot_confusion(matrix: np.ndarray[Any, Any], classes: Sequence[str], ax: Axe
             if n:
                 colour = "white" if shares[i, j] > 0.55 else "#22262c"
                 ax.text(j, i, str(n), ha="center", va="center", fontsize=7.5, color=colour)
-    if n_classes <= _MAX_NAMED_CLASSES:
+    if n_classes <= MAX_NAMED_CLASSES:
         names = [drawable(name, 18) for name in classes]
         size = 8 if n_classes <= 16 else 5.5
         ax.set_xticks(range(n_classes), names, rotation=90, fontsize=size)
         ax.set_yticks(range(n_classes), names, fontsize=size)
     else:
         ax.set_title(f"{n_classes} classes, by number", loc="left")
-    ax.tick_params(length=0 if n_classes <= _MAX_NAMED_CLASSES else 2)
+    ax.tick_params(length=0 if n_classes <= MAX_NAMED_CLASSES else 2)
     ax.set_xlabel("Predicted")
     ax.set_ylabel("True class")
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02)

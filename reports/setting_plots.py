@@ -109,6 +109,8 @@ def plot_slice(frame: pd.DataFrame, dimension: Dimension, ax: Axes) -> Axes:
     else:
         n_ticks = 12 if is_listed else 6
         ax.xaxis.set_major_locator(MaxNLocator(n_ticks, integer=dimension.is_int))
+        margin = 0.6 if is_listed else 0.04 * (dimension.high - dimension.low)
+        ax.set_xlim(dimension.low - margin, dimension.high + margin)
     ax.set_xlabel(drawable(dimension.name, 40))
     accuracy_axis(ax.yaxis)
     return ax
@@ -133,11 +135,10 @@ def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes
             part["base_lr"], y[part.index], c=part["value"], cmap="viridis", norm=norm,
             marker=marker, s=size, linewidths=0.5, edgecolors=ink(),
         )  # fmt: skip
-    entries = [
-        entry("o", GREY, "finished"),
-        entry("X", GREY, "pruned"),
-    ]
     finished = frame[frame["state"] == "complete"]
+    entries = [entry("o", GREY, "finished")] if len(finished) else []
+    if len(finished) < len(frame):
+        entries.append(entry("X", GREY, "pruned"))
     if len(finished):
         at = finished.sort_values(["value", "number"], ascending=[False, True]).index[0]
         ring: dict[str, Any] = {"facecolor": "none", "edgecolor": RED, "linewidths": 1.8, "s": 130}
@@ -154,6 +155,7 @@ def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes
     accuracy_axis(bar.ax.yaxis)
     ax.set_xlabel("Base learning rate")
     ax.set_ylabel("Freeze depth (0 = all trained)")
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    ax.set_ylim(frame["freeze_depth"].min() - 0.6, frame["freeze_depth"].max() + 0.6)
     legend_above(ax, entries)
     return ax
