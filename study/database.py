@@ -17,7 +17,13 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+)
 
 from study.tables import PREFIX, SCHEMA_VERSION, Base, InfoTable, TestTable
 
@@ -26,6 +32,7 @@ BUSY_TIMEOUT_S = 60
 _OPTUNA_TABLES = {"studies", "trials", "trial_params", "alembic_version"}
 _MAGIC = b"SQLite format 3\x00"
 _TRIES = 20
+_VERSION = select(InfoTable.value).where(InfoTable.key == "schema_version")
 
 
 class StoreError(ValueError):
@@ -83,10 +90,13 @@ def open_database(storage: str, *, create: bool) -> Engine:
         _check_file(url.database, create)
     try:
         engine = create_engine(url)
+        _check_owner(engine, str(storage), create)
+        # Only now, since switching to the write-ahead log changes the file.
+        engine.dispose()
         sqlite_pragmas(engine)
-        _with_patience(lambda: _prepare(engine, str(storage), create))
-    except (DatabaseError, ModuleNotFoundError) as err:
-        why = str(getattr(err, "orig", None) or err)
+        _with_patience(lambda: _prepare(engine))
+    except (DatabaseError, ModuleNotFoundError, NoSuchModuleError) as err:
+        why = str(getattr(err, "orig", None) or err).splitlines()[0]
         raise StoreError(
             f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
             "name another with --storage."
@@ -132,22 +142,45 @@ def _with_patience(action: Callable[[], None]) -> None:
             time.sleep(0.05)
 
 
-def _prepare(engine: Engine, storage: str, create: bool) -> None:
+def _check_owner(engine: Engine, storage: str, create: bool) -> None:
+    """Refuse another program's database and a newer one of ours; nothing is written."""
     tables = set(inspect(engine).get_table_names())
-    ours = {name for name in tables if name.startswith(PREFIX)}
-    if not ours:
+    if not any(name.startswith(PREFIX) for name in tables):
         _refuse_foreign(tables, storage)
         if not create:
             raise StoreError(
                 f"database {storage} is empty. `python -m study run` fills it; --storage names "
                 "another."
             )
-        with engine.begin() as connection:
+        return
+    with engine.connect() as connection:
+        found = connection.execute(_VERSION).scalar()
+    version = int(found) if found and found.isdigit() else 0
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"database {storage} was written by a newer Frostline (schema {version}; this one "
+            f"knows {SCHEMA_VERSION}). Update with pip install --upgrade frostline."
+        )
+    if version not in (SCHEMA_VERSION, *MIGRATIONS):
+        raise StoreError(
+            f"database {storage} has schema version {found!r}, which no Frostline wrote."
+        )
+
+
+def _prepare(engine: Engine) -> None:
+    """Create our tables where there are none, or bring them up to date."""
+    with engine.begin() as connection:
+        if not inspect(connection).has_table(InfoTable.__tablename__):
             Base.metadata.create_all(connection)
             version = {"key": "schema_version", "value": str(SCHEMA_VERSION)}
             connection.execute(insert(InfoTable), version)
-        return
-    _migrate(engine, storage)
+            return
+        found = int(connection.execute(_VERSION).scalar_one())
+        for step in range(found, SCHEMA_VERSION):
+            MIGRATIONS[step](connection)
+        if found < SCHEMA_VERSION:
+            key = InfoTable.key == "schema_version"
+            connection.execute(update(InfoTable).where(key).values(value=str(SCHEMA_VERSION)))
 
 
 def _refuse_foreign(tables: set[str], storage: str) -> None:
@@ -161,30 +194,6 @@ def _refuse_foreign(tables: set[str], storage: str) -> None:
         )
     shown = ", ".join(sorted(tables)[:3])
     raise StoreError(f"database {storage} belongs to another program (tables {shown}). {remedy}")
-
-
-def _migrate(engine: Engine, storage: str) -> None:
-    with engine.begin() as connection:
-        key = select(InfoTable.value).where(InfoTable.key == "schema_version")
-        found = connection.execute(key).scalar()
-        version = int(found) if found and found.isdigit() else 0
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"database {storage} was written by a newer Frostline (schema {version}; this one "
-                f"knows {SCHEMA_VERSION}). Update with pip install --upgrade frostline."
-            )
-        if version not in (SCHEMA_VERSION, *MIGRATIONS):
-            raise StoreError(
-                f"database {storage} has schema version {found!r}, which no Frostline wrote."
-            )
-        for step in range(version, SCHEMA_VERSION):
-            MIGRATIONS[step](connection)
-        if version < SCHEMA_VERSION:
-            connection.execute(
-                update(InfoTable)
-                .where(InfoTable.key == "schema_version")
-                .values(value=str(SCHEMA_VERSION))
-            )
 
 
 def _add_tests_and_ablation(connection: Connection) -> None:
