@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# What Markdown, or HTML inside it, could take for markup.
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+# What Markdown, or HTML inside it, could take for markup; an underscore only at a word's edge, and
+# a list's mark only at the start.
+_MARKUP = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<![^\W_])_|_(?![^\W_])|^[+-])")
 
 
 def is_missing(value: Any) -> bool:

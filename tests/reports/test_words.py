@@ -50,6 +50,13 @@ def test_markdown_text_is_literal() -> None:
     assert "\n" not in told
 
 
+def test_markdown_text_stays_readable() -> None:
+    told = "freeze_depth (5): 3.2 to 4 % - up to 1.5 times"
+    assert markdown_text(told) == told
+    assert markdown_text("_x_ and - y") == r"\_x\_ and - y"
+    assert markdown_text("- x") == r"\- x"
+
+
 def test_markdown_table_has_as_many_cells_in_every_row() -> None:
     lines = markdown_table(("a|b", "c"), [("1|2", "3"), ("x", "y|")]).splitlines()
     assert len(lines) == 4
