@@ -16,7 +16,15 @@ from reports.figures import Drawing, draw_figures, save_figures
 from reports.importance import Importance, estimate_importance
 from reports.record import Record, read_record
 from reports.summary import describe, summarise
-from reports.words import markdown_table, markdown_text, moment, percent, percent_range, shorten
+from reports.words import (
+    hide_password,
+    markdown_table,
+    markdown_text,
+    moment,
+    percent,
+    percent_range,
+    shorten,
+)
 from study.store import Store
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -102,16 +110,14 @@ def _contents(record: Record, importance: Importance, drawings: list[Drawing]) -
         "space": tables.space_table(record.dims),
         "runs": tables.runs_table(record),
         "warnings": [str(warning) for warning in record.study.data.get("warnings", [])],
-        "config": json.dumps(record.study.config, indent=2, ensure_ascii=False, default=str),
-        "best_config": _best_config(record),
+        "config": hide_password(_json(record.study.config)),
+        "best_config": _json(record.best.config) if record.best else "",
         "written": moment(datetime.now(UTC)),
     }
 
 
-def _best_config(record: Record) -> str:
-    if record.best is None:
-        return ""
-    return json.dumps(record.best.config, indent=2, ensure_ascii=False, default=str)
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
 def _render(template: str, contents: dict[str, Any]) -> str:

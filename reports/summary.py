@@ -9,9 +9,19 @@ from reports.frames import busy_seconds, is_copy
 from reports.importance import Importance
 from reports.intervals import Interval, difference_interval, wilson_interval
 from reports.record import Record
-from reports.words import count, duration, percent, percent_range, plural, points, setting
+from reports.words import (
+    count,
+    duration,
+    hide_password,
+    percent,
+    percent_range,
+    plural,
+    points,
+    setting,
+)
 from study.store import TestRow, TrialRow
 
+_STORAGE = "studies.db"  # where the command line looks if it is told nothing
 _STATES = (("complete", "finished"), ("pruned", "pruned"), ("failed", "failed"))
 
 
@@ -237,6 +247,9 @@ def _test_line(record: Record) -> str:
 
 def _next_commands(record: Record) -> tuple[str, ...]:
     name = shlex.quote(record.study.name)
+    storage = str(record.study.config.get("study", {}).get("storage", _STORAGE))
+    if storage != _STORAGE:
+        name += f" --storage {shlex.quote(hide_password(storage))}"
     commands = []
     if record.best is not None:
         commands.append(f"python -m study show {name} --trial {record.best.number}")

@@ -13,6 +13,7 @@ from reports.summary import Summary
 from reports.words import (
     count,
     duration,
+    hide_password,
     is_missing,
     moment,
     percent,
@@ -235,7 +236,7 @@ def runs_table(record: Record) -> Table:
             run.outcome or "–",
             run.host,
             run.device,
-            run.command,
+            hide_password(run.command),
         )
         for run in record.runs
     )
