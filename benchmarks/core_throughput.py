@@ -66,6 +66,7 @@ class Bare:
         self.labels = torch.randint(len(classes), (config.batch_size,), device=self.device)
 
     def images_per_s(self, steps: int) -> float:
+        """Take so many steps and return the pace."""
         train_mode(self.model, self.built.stages, self.config.freeze_depth)
         synchronize(self.device)
         begin = time.perf_counter()
@@ -124,7 +125,7 @@ def main() -> None:
     print(f"{args.backbone} at {args.size} px, batch {args.batch}, depth {args.depth}, {device}")
     for k, (ours, bare) in enumerate(pairs):
         print(
-            f"  round {k}: fit {ours:9.1f} images/s, bare step {bare:9.1f}, ratio {ours / bare:.3f}"
+            f"  round {k}: fit {ours:7.1f} images/s, bare {bare:7.1f}, ratio {ours / bare:.3f}"
         )
     ratios = [ours / bare for ours, bare in pairs]
     print(

@@ -13,6 +13,7 @@ Schedule = Literal["constant", "cosine", "one-cycle", "step"]
 Augment = Literal["none", "standard", "trivial", "rand"]
 Amp = Literal["auto", "bf16", "fp16", "off"]
 Normalize = Literal["weights", "none"]
+BatchNorm = Literal["auto", "train", "frozen"]
 LossReduction = Literal["mean", "sum"]
 
 
@@ -154,6 +155,12 @@ class TrainConfig:
         "Evaluate and keep an exponential moving average of the weights. Leave out for none.",
         gt=0,
         lt=1,
+    )
+    batch_norm: BatchNorm = setting(
+        "auto",
+        "Batch norms of trained layers: train (normalise by the batch, follow it with running "
+        "statistics), frozen (keep the source's statistics), or auto (frozen where weights are "
+        "pretrained, train from scratch).",
     )
     augment: Augment = setting(
         "standard",

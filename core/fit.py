@@ -145,6 +145,9 @@ class _Run:
         self.config = config
         self.device = device
         self.stages = built.stages
+        self.freeze_statistics = config.batch_norm == "frozen" or (
+            config.batch_norm == "auto" and built.weights != "none"
+        )
         trainable = freeze(built.model, built.stages, config.freeze_depth)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: nn.Module = built.model.to(device)
@@ -175,7 +178,12 @@ class _Run:
             Mean training loss per picture, seconds spent waiting for pictures, and how many
             pictures there were.
         """
-        train_mode(self.model, self.stages, self.config.freeze_depth)
+        train_mode(
+            self.model,
+            self.stages,
+            self.config.freeze_depth,
+            freeze_statistics=self.freeze_statistics,
+        )
         total = torch.zeros((), device=self.device)
         data_s, n_images = 0.0, 0
         batches = feed.train(epoch)

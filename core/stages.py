@@ -385,15 +385,27 @@ def freeze(model: nn.Module, stages: Stages, depth: int) -> list[str]:
     return trainable
 
 
-def train_mode(model: nn.Module, stages: Stages, depth: int) -> None:
+def train_mode(
+    model: nn.Module, stages: Stages, depth: int, *, freeze_statistics: bool = False
+) -> None:
     """Put the network in training mode, its frozen prefix in eval mode.
 
     To be called wherever `model.train()` would be: a frozen batch norm so keeps the source
     model's statistics to the bit, and frozen dropout is off.
+
+    Args:
+        model: The network.
+        stages: Its freeze levels.
+        depth: The level.
+        freeze_statistics: Keep the statistics of batch norms in trained stages too.
     """
     model.train()
     for name in stages.eval_modules[depth]:
         model.get_submodule(name).eval()
+    if freeze_statistics:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 @dataclass(frozen=True, slots=True)

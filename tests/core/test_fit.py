@@ -113,6 +113,7 @@ def test_sum_reduction_is_the_mean_at_a_rate_times_the_batch(data: ImageData) ->
         {"channels_last": False},
         {"head_init": "zero", "freeze_depth": 5},
         {"normalize": "none"},
+        {"batch_norm": "frozen"},
     ],
     ids=lambda change: ", ".join(f"{k}={v}" for k, v in change.items()),
 )
@@ -126,6 +127,18 @@ def test_every_option_changes_the_numbers_and_is_deterministic(
     if "channels_last" not in change:
         assert first != _numbers(list(fit(plain, data)))
     assert all(np.isfinite(value) for row in first for value in row)
+
+
+def test_frozen_statistics_stay_the_sources_to_the_bit(data: ImageData, tmp_path: Path) -> None:
+    source = create("resnet18", 32, 2, is_pretrained=True).model.state_dict()
+    safetensors.torch.save_file(source, tmp_path / "w.safetensors")
+    config = replace(TINY, weights=str(tmp_path / "w.safetensors"))
+    for batch_norm, is_kept in (("auto", True), ("train", False)):
+        folder = tmp_path / batch_norm
+        list(fit(replace(config, batch_norm=batch_norm), data, folder))
+        trained = safetensors.torch.load_file(folder / "model.safetensors")
+        assert torch.equal(trained["bn1.running_mean"], source["bn1.running_mean"]) is is_kept
+        assert not torch.equal(trained["bn1.weight"], source["bn1.weight"])
 
 
 def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
