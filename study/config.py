@@ -38,7 +38,7 @@ _BACKBONES = (
 DEFAULT_SPACE: dict[str, Any] = {
     "backbone": {"choices": list(_BACKBONES)},
     "freeze_depth": {"low": 0, "high": 5},
-    "base_lr": {"low": 1e-4, "high": 3e-2, "log": True},
+    "base_lr": {"low": 1e-4, "high": 1e-2, "log": True},
     "head_lr_mult": {"low": 1.0, "high": 100.0, "log": True},
     "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True},
 }

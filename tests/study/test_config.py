@@ -244,7 +244,7 @@ def test_the_difference_names_keys_and_leaves_free_ones_out() -> None:
     new = load_config(overrides=["epochs=3", "base_lr=0.1", "trials=50", "workers=2"])
     assert config_diff(old, new) == [
         "train.epochs: 10 -> 3",
-        "train.base_lr: searched in 0.0001 to 0.03, log -> 0.1",
+        "train.base_lr: searched in 0.0001 to 0.01, log -> 0.1",
     ]
     assert config_diff(old, old) == []
     assert {line.split(":")[0] for line in config_diff(old, new, with_free=True)} >= {

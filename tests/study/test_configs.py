@@ -55,6 +55,7 @@ def test_the_books_recipe_is_kept() -> None:
         decay_all=True,
         schedule="constant",
         crop_scale=0.08,
+        batch_norm="train",
         amp="off",
     )
 

@@ -19,7 +19,7 @@ from study.space import (
 SPACE = {
     "backbone": Choices(("resnet18", "resnet34")),
     "freeze_depth": Range(0, 5),
-    "base_lr": Range(1e-4, 3e-2, log=True),
+    "base_lr": Range(1e-4, 1e-2, log=True),
     "momentum": Range(0.0, 0.9, step=0.3),
     "clip_norm": Choices((None, 1.0)),
 }
