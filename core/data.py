@@ -10,8 +10,9 @@ import numpy as np
 import platformdirs
 
 from core.config import DataConfig
+from core.labelled import Labelled
 from core.pictures import DataError, IntArray, PictureStore, build_store
-from core.sources import Labelled, find_pictures
+from core.sources import find_pictures
 
 # Below this many training pictures a class cannot be learned or judged; worth a word. Assumption.
 _FEW = 10
@@ -84,6 +85,7 @@ def load_data(
     store, at, broken = build_store(items, bound, cache, progress)
     pictures = _readable(found.pictures, broken, config.skip_unreadable, notes)
     parts = _split(pictures, config, notes)
+    _check_classes(parts["train"], found.classes)
     parts["train"] = _limited(parts["train"], config.limit)
     _warn_of_few(parts, found.classes, notes)
     number = {name: k for k, name in enumerate(found.classes)}
@@ -137,6 +139,11 @@ def _split(
     if "all" in parts:
         whole = _without_copies(parts.pop("all"), notes)
         shares = {"test": config.test_fraction, "val": config.val_fraction}
+        if sum(shares.values()) >= 1:
+            raise DataError(
+                "data.val_fraction + data.test_fraction must be < 1, but got "
+                f"{config.val_fraction:g} + {config.test_fraction:g}."
+            )
         return _divide(whole, shares, config.split_seed)
     if "val" not in parts:
         whole = _without_copies(parts.pop("train"), notes)
@@ -161,12 +168,17 @@ def _divide(
     """Take a share of every class for each named part; the rest is `train`.
 
     A picture's place follows from its contents and the seed, so that adding or renaming files
-    moves as few others as can be.
+    moves as few others as can be. A picture that lies in several classes stays in `train`, where
+    it cannot leak.
     """
     parts: dict[str, list[Labelled]] = {name: [] for name in ("train", *shares)}
     by_class: dict[str, list[Labelled]] = defaultdict(list)
+    copies = Counter(picture.item.content for picture in pictures)
     for picture in pictures:
-        by_class[picture.label].append(picture)
+        if copies[picture.item.content] > 1:
+            parts["train"].append(picture)
+        else:
+            by_class[picture.label].append(picture)
     for label, members in by_class.items():
         need = len(shares) + 1
         if len(members) < need:
@@ -182,6 +194,15 @@ def _divide(
             rest = rest[n:]
         parts["train"] += rest
     return {name: sorted(part, key=lambda p: p.item.content) for name, part in parts.items()}
+
+
+def _check_classes(pictures: list[Labelled], classes: Iterable[str]) -> None:
+    absent = sorted(set(classes) - {p.label for p in pictures})
+    if absent:
+        raise DataError(
+            "every class must have pictures to train on that can be decoded, but there are none "
+            f"of {', '.join(absent)}. Add some or remove the class."
+        )
 
 
 def _lot(content: str, seed: int) -> bytes:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from core.data import Split
-from core.evaluate import IntArray
-from core.views import (
+from core.draws import (
     FloatArray,
-    ViewSpec,
+    IntArray,
     batch_positions,
     crop_boxes,
     epoch_order,
@@ -23,6 +22,7 @@ from core.views import (
     flips,
     view_draws,
 )
+from core.views import ViewSpec
 
 # Share of the device's free memory that pictures may take; the rest is the network's. Assumption.
 _MEMORY_SHARE = 0.3
@@ -68,21 +68,22 @@ class DeviceViews:
         """Iterate over an epoch: views float in [0, 255], (B, 3, S, S), and labels (B,)."""
         order = epoch_order(len(self.split), seed, epoch)
         boxes, mirrored = self._boxes(seed, epoch)
-        table = np.concatenate([boxes, mirrored[:, None], np.arange(len(boxes))[:, None]], axis=1)
-        ordered = torch.from_numpy(table[order]).to(self.device)  # one copy an epoch
+        # One copy an epoch; whole numbers of pixels and the fractions of a resize fit 32 bits.
+        table = np.concatenate([boxes, mirrored[:, None]], axis=1)[order].astype(np.float32)
+        rows, positions = (torch.from_numpy(a).to(self.device) for a in (table, order))
         at = 0
-        for positions in batch_positions(order, batch_size):
-            rows = ordered[at : at + len(positions)]
-            at += len(positions)
-            which = rows[:, 5].long()
-            yield self.views(which, rows[:, :4], rows[:, 4] > 0), self.labels[which]
+        for batch in batch_positions(order, batch_size):
+            part, which = rows[at : at + len(batch)], positions[at : at + len(batch)]
+            at += len(batch)
+            yield self.views(which, part[:, :4], part[:, 4] > 0), self.labels[which]
 
     def _boxes(self, seed: int, epoch: int) -> tuple[FloatArray, FloatArray]:
         if self.spec.augment == "none":
-            return eval_boxes(self.sizes, self.spec), np.zeros(len(self.split))
+            boxes = eval_boxes(self.sizes, self.spec.image_size, self.spec.resize_size)
+            return boxes, np.zeros(len(self.split))
         draws = view_draws(len(self.split), seed, epoch)
-        boxes = crop_boxes(draws, self.sizes, self.spec.crop_scale).astype(np.float64)
-        return boxes, flips(draws, self.spec.flip).astype(np.float64)
+        crops = crop_boxes(draws, self.sizes, self.spec.crop_scale)
+        return crops.astype(np.float64), flips(draws, self.spec.flip).astype(np.float64)
 
     def views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
         """Cut boxes out of pictures and resize them.
@@ -101,8 +102,12 @@ class DeviceViews:
         columns = self._weights(boxes[:, 1], boxes[:, 3], width, is_crop)  # (B, S, W)
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
         pictures = self.pixels[which].to(rows.dtype)  # (B, 3, H, W)
-        views = rows[:, None] @ (pictures @ columns.transpose(1, 2)[:, None])
-        return views.float().round_().clamp_(0, 255)
+        # Rounded between the passes as torchvision's uint8 kernel does: else bicubic, which
+        # overshoots at edges, is up to 12 levels away from it.
+        across = pictures.flatten(1, 2) @ columns.transpose(1, 2)  # (B, 3 H, S)
+        across = across.round_().clamp_(0, 255).view(len(which), 3, height, -1)
+        views: Tensor = (rows[:, None] @ across).round_().clamp_(0, 255)
+        return views
 
     def _weights(self, start: Tensor, length: Tensor, n: int, is_crop: bool) -> Tensor:
         """Build antialiased resampling weights, (B, S, n), each row summing to 1.
@@ -120,8 +125,7 @@ class DeviceViews:
         if is_crop:
             inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
             weights = weights * inside
-        weights = weights / weights.sum(dim=2, keepdim=True)
-        return weights.to(torch.float32)
+        return weights / weights.sum(dim=2, keepdim=True)
 
 
 def _filter(x: Tensor, interpolation: str) -> Tensor:

@@ -3,11 +3,10 @@
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import shutil
 import tempfile
-import warnings
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,87 +17,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from core.decode import Raw, UInt8Array, decode_one, strict_and_quiet
 from core.device import usable_cores
 
-UInt8Array = NDArray[np.uint8]
 IntArray = NDArray[np.int64]
-Raw = Path | bytes | Image.Image
 
 # Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
 _DECODER = 1
 _PIXELS, _INDEX = "pixels.bin", "index.npz"
+_PARTIAL = "partial-"
 # Checking every picture's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
-# One 16-bit step is 257 8-bit-scaled units: 65535 = 255 * 257.
-_16_TO_8 = 257
+# A partial store this old was left by a killed process: decoding takes minutes (assumption).
+_ABANDONED_S = 24 * 3600
+# These tell of the machine, not of the picture, and must not be kept as the picture's fault.
+_MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
 
 
 class DataError(ValueError):
     """The pictures cannot be used as they are; the message says which and what to do."""
-
-
-def decode_rgb(source: Raw, bound: int) -> UInt8Array:
-    """Decode a picture of any mode into upright RGB.
-
-    Palettes are looked up, transparency is laid over white, CMYK is converted, 16 bits are scaled
-    to 8, and the EXIF orientation is applied.
-
-    Args:
-        source: File, encoded bytes, or an opened image.
-        bound: Longest allowed shorter side, pixels; larger pictures are reduced, smaller kept.
-
-    Returns:
-        Pixels, (H, W, 3).
-
-    Raises:
-        OSError: Not a picture, or a damaged one.
-    """
-    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of very large pictures; both decode all the same.
-        warnings.simplefilter("ignore")
-        image = opened if isinstance(opened, Image.Image) else Image.open(opened)
-        with image:
-            image.draft("RGB", (2 * bound, 2 * bound))  # JPEG only: decodes at 1/2, 1/4, 1/8
-            image.load()
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-            pixels: UInt8Array = np.array(_reduced(rgb, bound), dtype=np.uint8)
-    return pixels
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bits(values: NDArray[Any]) -> UInt8Array:
-    """Scale grey values of 16 bits (or a float picture in [0, 1] or [0, 255]) to 8 bits."""
-    if values.dtype.kind == "f":
-        top = float(values.max(initial=0.0))
-        scaled = values * 255 if top <= 1 else values / _16_TO_8 if top > 255 else values
-    else:
-        scaled = values / _16_TO_8
-    pixels: UInt8Array = np.clip(np.round(scaled), 0, 255).astype(np.uint8)
-    return pixels
-
-
-def _reduced(image: Image.Image, bound: int) -> Image.Image:
-    short = min(image.size)
-    if short <= bound:
-        return image
-    size = (
-        max(1, round(image.width * bound / short)),
-        max(1, round(image.height * bound / short)),
-    )
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +137,11 @@ def build_store(
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+        _remove_abandoned(folder.parent)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
         try:
             _decode_all([unique[content] for content in contents], bound, partial, progress)
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was as fast: its store serves
-                os.replace(partial, folder)
+            _publish(partial, folder, contents)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as err:
@@ -211,6 +149,33 @@ def build_store(
     found = _opened(folder, contents)
     assert found is not None, "a store just built must open"
     return found
+
+
+def estimate_store_bytes(n: int, bound: int) -> int:
+    """Estimate the disk that n pictures take: 3 bytes a pixel, a third longer than wide."""
+    return 4 * n * bound * bound
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path, contents: list[str]) -> None:
+    """Put a store in its place, unless another process was as fast and its store is sound."""
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if _opened(folder, contents) is not None:
+            return
+        damaged = partial / "damaged"  # goes with what is left of the partial folder
+        fresh = partial.with_name(f"{partial.name}-fresh")
+        os.replace(partial, fresh)
+        partial.mkdir()
+        os.replace(folder, damaged)
+        os.replace(fresh, folder)
 
 
 def _opened(
@@ -228,11 +193,11 @@ def _opened(
 
 
 def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
-    need = n * bound * bound * 4 / 1e9  # 3 bytes a pixel, pictures a third longer than wide
+    need = estimate_store_bytes(n, bound) / 1e6
     is_full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     why = "the disk is full" if is_full else str(err)
     return DataError(
-        f"decoded pictures cannot be kept in {folder}: {why}. About {need:.1f} GB are needed; "
+        f"decoded pictures cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; "
         "make room, set data.cache_dir to another folder, or set data.picture_size lower."
     )
 
@@ -270,13 +235,17 @@ def _decoded(items: list[Item], bound: int) -> Iterator[tuple[Item, UInt8Array |
 
     def decode(item: Item) -> UInt8Array | str:
         try:
-            return np.ascontiguousarray(decode_rgb(item.read(), bound))
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as err:
+            return decode_one(item.read(), bound)
+        except MemoryError:
+            raise
+        except Exception as err:  # a damaged file makes decoders raise nearly anything
+            if isinstance(err, OSError) and err.errno in _MACHINE_ERRORS:
+                raise DataError(f"picture {item.path} cannot be read: {err.strerror}.") from err
             return (str(err).splitlines() or [type(err).__name__])[0]
 
     cores = usable_cores()
     window = 16 * cores
-    with ThreadPoolExecutor(cores) as pool:
+    with strict_and_quiet(), ThreadPoolExecutor(cores) as pool:
         for at in range(0, len(items), window):
             part = items[at : at + window]
             yield from zip(part, pool.map(decode, part), strict=True)

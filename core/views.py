@@ -2,14 +2,12 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.random import Generator, Philox, SeedSequence
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
@@ -17,16 +15,17 @@ from torchvision.transforms.v2 import functional
 
 from core.config import Augment
 from core.data import Split
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-
-_TAG_ORDER, _TAG_VIEW = 1, 2
-_TRIES = 10
-# Columns of a picture's row of random numbers: tries of (area, ratio), then these.
-_TOP, _LEFT, _FLIP, _POLICY = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2, 2 * _TRIES + 3
-_COLUMNS = 2 * _TRIES + 4
-_RATIOS = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
+from core.draws import (
+    FloatArray,
+    IntArray,
+    batch_positions,
+    crop_boxes,
+    epoch_order,
+    flips,
+    policy_seeds,
+    resized_size,
+    view_draws,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,78 +50,17 @@ class ViewSpec:
     flip: float
     rand_magnitude: int
 
+    def __post_init__(self) -> None:
+        """Check that the centre crop lies inside the resized picture.
 
-def epoch_order(n: int, seed: int, epoch: int) -> IntArray:
-    """Return the order in which an epoch visits n pictures: a function of its arguments alone."""
-    order: IntArray = _generator(seed, _TAG_ORDER, epoch).permutation(n).astype(np.int64)
-    return order
-
-
-def _generator(seed: int, tag: int, epoch: int) -> Generator:
-    return Generator(Philox(SeedSequence((seed, tag, epoch))))
-
-
-def view_draws(n: int, seed: int, epoch: int) -> FloatArray:
-    """Return one row of uniform random numbers per picture, (n, columns).
-
-    Row i depends on (seed, epoch, i) alone: the generator counts through the rows, so a larger n
-    only adds rows.
-    """
-    return _generator(seed, _TAG_VIEW, epoch).random((n, _COLUMNS))
-
-
-def crop_boxes(draws: FloatArray, sizes: IntArray, crop_scale: float) -> IntArray:
-    """Draw the boxes of random resized crops, as torchvision's RandomResizedCrop does.
-
-    Args:
-        draws: Uniform numbers, (B, columns).
-        sizes: Heights and widths of the pictures, (B, 2).
-        crop_scale: Smallest share of the picture's area.
-
-    Returns:
-        Top, left, height, width, (B, 4). Where ten tries do not fit, the largest centred box of
-        an allowed shape.
-    """
-    height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)  # (B, 1)
-    area = (crop_scale + (1 - crop_scale) * draws[:, :_TRIES]) * height * width  # (B, tries)
-    low, high = np.log(_RATIOS)
-    ratio = np.exp(low + (high - low) * draws[:, _TRIES : 2 * _TRIES])
-    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height)
-    first = np.where(fits.any(1), fits.argmax(1), -1)  # (B,)
-    rows = np.arange(len(draws))
-    box_h, box_w = heights[rows, first], widths[rows, first]
-    shape = np.clip(width / height, *_RATIOS)
-    none = first < 0
-    box_w[none] = np.rint(np.minimum(width, height * shape))[none, 0]
-    box_h[none] = np.rint(np.minimum(height, width / shape))[none, 0]
-    spare_h, spare_w = sizes[:, 0] - box_h, sizes[:, 1] - box_w
-    top = np.where(none, spare_h // 2, np.floor(draws[:, _TOP] * (spare_h + 1)))
-    left = np.where(none, spare_w // 2, np.floor(draws[:, _LEFT] * (spare_w + 1)))
-    return np.stack([top, left, box_h, box_w], axis=1).astype(np.int64)
-
-
-def flips(draws: FloatArray, flip: float) -> NDArray[np.bool_]:
-    """Say which pictures are flipped, (B,)."""
-    return np.asarray(draws[:, _FLIP] < flip)
-
-
-def resized_size(sizes: IntArray, resize_size: int) -> IntArray:
-    """Return heights and widths when the shorter side becomes `resize_size`, (B, 2)."""
-    short = sizes.min(axis=1, keepdims=True)
-    return np.asarray(np.maximum(sizes * resize_size // short, resize_size))
-
-
-def eval_boxes(sizes: IntArray, spec: ViewSpec) -> FloatArray:
-    """Return the region of each picture that its evaluation view shows.
-
-    Returns:
-        Top, left, height, width in the picture's own pixels, fractional, (B, 4).
-    """
-    resized = resized_size(sizes, spec.resize_size)
-    scale = sizes / resized
-    start = np.rint((resized - spec.image_size) / 2)
-    return np.concatenate([start * scale, spec.image_size * scale], axis=1)
+        Raises:
+            ValueError: It does not.
+        """
+        if self.resize_size < self.image_size:
+            raise ValueError(
+                "resize_size must be >= image_size, but got "
+                f"resize_size={self.resize_size!r} and image_size={self.image_size!r}."
+            )
 
 
 def eval_views(split: Split, positions: IntArray, spec: ViewSpec) -> Tensor:
@@ -136,10 +74,18 @@ def eval_views(split: Split, positions: IntArray, spec: ViewSpec) -> Tensor:
     Returns:
         Views, uint8, (B, 3, S, S).
     """
-    views = torch.empty(len(positions), 3, spec.image_size, spec.image_size, dtype=torch.uint8)
+    views = _room(len(positions), spec)
     for row, position in enumerate(positions):
         views[row] = _eval_view(_picture(split, int(position)), spec)
     return views
+
+
+def _room(n: int, spec: ViewSpec) -> Tensor:
+    """Make room for n views, laid out as they come, which spares a transposing copy."""
+    shape = (n, 3, spec.image_size, spec.image_size)
+    is_plain = spec.augment in ("trivial", "rand")
+    layout = torch.contiguous_format if is_plain else torch.channels_last
+    return torch.empty(shape, dtype=torch.uint8, memory_format=layout)
 
 
 def _eval_view(picture: Tensor, spec: ViewSpec) -> Tensor:
@@ -150,10 +96,13 @@ def _eval_view(picture: Tensor, spec: ViewSpec) -> Tensor:
     return view
 
 
-def _picture(split: Split, position: int) -> Tensor:
-    """Copy a picture out of the map, (3, H, W)."""
-    pixels = np.array(split.store.picture(int(split.indices[position])))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def _picture(split: Split, position: int, box: IntArray | None = None) -> Tensor:
+    """Copy a picture, or a box of it, out of the map, (3, H, W)."""
+    pixels = split.store.picture(int(split.indices[position]))
+    if box is not None:
+        top, left, height, width = box
+        pixels = pixels[top : top + height, left : left + width]
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def _mode(spec: ViewSpec) -> InterpolationMode:
@@ -184,32 +133,34 @@ def _train_views(split: Split, positions: IntArray, spec: ViewSpec, draws: Float
         return eval_views(split, positions, spec)
     draws = draws[positions]
     boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], spec.crop_scale)
+    seeds = policy_seeds(draws)
     mirrored = flips(draws, spec.flip)
     size = [spec.image_size, spec.image_size]
-    views = torch.empty(len(positions), 3, *size, dtype=torch.uint8)
+    policy = _policy(spec)
+    views = _room(len(positions), spec)
     for row, position in enumerate(positions):
-        picture = _picture(split, int(position))
-        view = functional.resized_crop(
-            picture, *boxes[row].tolist(), size=size, interpolation=_mode(spec), antialias=True
-        )
+        crop = _picture(split, int(position), boxes[row])
+        view = functional.resize(crop, size, _mode(spec), antialias=True)
         view = view.flip(-1) if mirrored[row] else view
-        views[row] = _policy(view, spec, float(draws[row, _POLICY]))
+        views[row] = _seeded(policy, view, int(seeds[row])) if policy else view
     return views
 
 
-def _policy(view: Tensor, spec: ViewSpec, draw: float) -> Tensor:
-    """Apply TrivialAugment or RandAugment under a generator seeded by the picture's own draw."""
-    if spec.augment not in ("trivial", "rand"):
-        return view
-    transform = (
-        v2.TrivialAugmentWide()
-        if spec.augment == "trivial"
-        else v2.RandAugment(magnitude=spec.rand_magnitude)
-    )
+def _policy(spec: ViewSpec) -> Callable[[Tensor], Tensor] | None:
+    """Return what is done after crop and flip, if anything."""
+    if spec.augment == "trivial":
+        return v2.TrivialAugmentWide()  # type: ignore[no-any-return]  # untyped library
+    if spec.augment == "rand":
+        return v2.RandAugment(magnitude=spec.rand_magnitude)  # type: ignore[no-any-return]
+    return None
+
+
+def _seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> Tensor:
+    """Transform a view under a generator of its own seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(draw * 2**53))
-        changed: Tensor = transform(view)
-    return changed
+        # Not torch.manual_seed: that would seed the accelerator's generator, dropout's, as well.
+        torch.default_generator.manual_seed(seed)
+        return transform(view.contiguous())  # channels last is slower here
 
 
 Key = tuple[int, int]
@@ -222,7 +173,7 @@ class _Views(Dataset[Batch]):
     def __init__(self, split: Split, spec: ViewSpec, seed: int) -> None:
         self.split, self.spec, self.seed = split, spec, seed
         self._epoch = -1
-        self._draws: FloatArray = np.empty((0, _COLUMNS))
+        self._draws: FloatArray = view_draws(0, seed, 0)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         epoch = keys[0][0]
@@ -248,16 +199,6 @@ class _Batches:
         order = epoch_order(self.n, self.seed, self.epoch)
         for positions in batch_positions(order, self.batch_size):
             yield [(self.epoch, int(position)) for position in positions]
-
-
-def batch_positions(order: IntArray, batch_size: int) -> list[IntArray]:
-    """Cut an epoch's order into batches; a last batch of one is left out.
-
-    Batch norm cannot train on one picture; the order changes with every epoch, and so does the
-    picture left out.
-    """
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 
 class Loader:
@@ -289,6 +230,8 @@ class Loader:
                     pin_memory=torch.cuda.is_available(),
                     collate_fn=_as_it_is,
                     worker_init_fn=_one_thread,
+                    # Else the loader draws its seeds from the generator that dropout uses.
+                    generator=torch.Generator(),
                 )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:

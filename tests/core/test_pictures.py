@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from support import make_folder
 
-from core.pictures import Item, PictureStore, build_store, decode_rgb
+from core.decode import decode_rgb
+from core.pictures import Item, PictureStore, build_store
 
 RED = (200, 30, 40)
 

@@ -12,16 +12,8 @@ from torchvision.transforms import v2
 from core.config import DataConfig
 from core.data import ImageData, load_data
 from core.device_views import DeviceViews, padded_bytes
-from core.views import (
-    Loader,
-    ViewSpec,
-    batch_positions,
-    crop_boxes,
-    epoch_order,
-    eval_views,
-    train_views,
-    view_draws,
-)
+from core.draws import batch_positions, crop_boxes, epoch_order, view_draws
+from core.views import Loader, ViewSpec, eval_views, train_views
 
 SPEC = ViewSpec(
     image_size=24,
