@@ -124,9 +124,7 @@ def main() -> None:
     device = describe_device(choose_device(args.device))
     print(f"{args.backbone} at {args.size} px, batch {args.batch}, depth {args.depth}, {device}")
     for k, (ours, bare) in enumerate(pairs):
-        print(
-            f"  round {k}: fit {ours:7.1f} images/s, bare {bare:7.1f}, ratio {ours / bare:.3f}"
-        )
+        print(f"  round {k}: fit {ours:7.1f} images/s, bare {bare:7.1f}, ratio {ours / bare:.3f}")
     ratios = [ours / bare for ours, bare in pairs]
     print(
         f"fit / bare step: median {statistics.median(ratios):.3f} "

@@ -79,8 +79,11 @@ class Ledger:
         for key, value in self._database.get_study_system_attrs(self._kept_id).items():
             if not key.startswith("study:"):
                 self._memory.set_study_system_attr(self._memory_id, key, value)
-        for trial in self._database.get_all_trials(self._kept_id, deepcopy=False):
+        kept = self._database.get_all_trials(self._kept_id, deepcopy=False)
+        for trial in kept:
             self._memory.create_new_trial(self._memory_id, template_trial=trial)
+        # Counted here, since Optuna reads every trial of the study to count them.
+        self._n_written = len(kept)
         self._attrs = self._memory.get_study_system_attrs(self._memory_id)
         self._key: int | None = None  # of the trial under way, in the database
         self._unwritten: dict[int, float] = {}
@@ -99,6 +102,7 @@ class Ledger:
         """Put a setting in line: it is asked for before the sampler is."""
         for study in (self.study, self._kept):
             study.enqueue_trial(dict(params), user_attrs=dict(user_attrs))
+        self._n_written += 1
 
     def next_number(self) -> int:
         """Return the number of the trial that `ask` will give."""
@@ -113,12 +117,9 @@ class Ledger:
         self._key = None
         self._unwritten = {}
         self._last_write = time.monotonic()
-        if trial.number < self._n_kept():
+        if trial.number < self._n_written:
             self._start_queued(trial)
         return trial
-
-    def _n_kept(self) -> int:
-        return self._database.get_n_trials(self._kept_id)
 
     def _start_queued(self, trial: Trial) -> None:
         """Start a trial that stands in line in the database already."""
@@ -141,13 +142,16 @@ class Ledger:
     def _write(self, trial: Trial) -> None:
         """Bring the database up to date with a running trial."""
         if self._key is None:
-            frozen = self._frozen(trial)
-            self._key = self._database.create_new_trial(self._kept_id, template_trial=frozen)
+            self._key = self._create(self._frozen(trial))
         else:
             for step, value in self._unwritten.items():
                 self._database.set_trial_intermediate_value(self._key, step, value)
         self._unwritten = {}
         self._last_write = time.monotonic()
+
+    def _create(self, trial: FrozenTrial) -> int:
+        self._n_written += 1
+        return self._database.create_new_trial(self._kept_id, template_trial=trial)
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self._memory.get_trial(self._memory_key(trial.number))
@@ -164,7 +168,7 @@ class Ledger:
             self.study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
         frozen = self._frozen(trial)
         if self._key is None:
-            self._database.create_new_trial(self._kept_id, template_trial=frozen)
+            self._create(frozen)
         else:
             for step, reported in self._unwritten.items():
                 self._database.set_trial_intermediate_value(self._key, step, reported)
@@ -201,3 +205,4 @@ class Ledger:
         )
         for study in (self.study, self._kept):
             study.add_trial(failed)
+        self._n_written += 1
