@@ -105,9 +105,8 @@ class DeviceViews:
         # Rounded between the passes as torchvision's uint8 kernel does: else bicubic, which
         # overshoots at edges, is up to 12 levels away from it.
         across = pictures.flatten(1, 2) @ columns.transpose(1, 2)  # (B, 3 H, S)
-        across = across.round_().clamp_(0, 255).view(len(which), 3, height, -1)
-        views: Tensor = (rows[:, None] @ across).round_().clamp_(0, 255)
-        return views
+        across = _to_levels(across).view(len(which), 3, height, -1)
+        return _to_levels(rows[:, None] @ across)
 
     def _weights(self, start: Tensor, length: Tensor, n: int, is_crop: bool) -> Tensor:
         """Build antialiased resampling weights, (B, S, n), each row summing to 1.
@@ -126,6 +125,11 @@ class DeviceViews:
             inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
             weights = weights * inside
         return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _to_levels(values: Tensor) -> Tensor:
+    """Round in place to whole levels, halves up as torchvision does: halved crops have many."""
+    return values.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _filter(x: Tensor, interpolation: str) -> Tensor:

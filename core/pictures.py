@@ -32,6 +32,8 @@ _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
 # A partial store this old was left by a killed process: decoding takes minutes (assumption).
 _ABANDONED_S = 24 * 3600
+# A rename takes microseconds; processes that collide part again after a try or two (assumption).
+_TRIES, _PAUSE_S = 10, 0.1
 # These tell of the machine, not of the picture, and must not be kept as the picture's fault.
 _MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
 
@@ -106,11 +108,13 @@ class PictureStore:
 
 
 Progress = Callable[[int, int], None]
+# A store, the position in it of each content, and why the other contents are unreadable.
+Opened = tuple[PictureStore, dict[str, int], dict[str, str]]
 
 
 def build_store(
     items: Sequence[Item], bound: int, cache: Path, progress: Progress | None = None
-) -> tuple[PictureStore, dict[str, int], dict[str, str]]:
+) -> Opened:
     """Open the store of these pictures, decoding them first where that was not done yet.
 
     The store is keyed by contents and bound, so folders may move and files be renamed; it appears
@@ -146,7 +150,7 @@ def build_store(
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as err:
         raise _cache_error(err, folder.parent, len(unique), bound) from err
-    found = _opened(folder, contents)
+    found = _opened_soon(folder, contents)
     assert found is not None, "a store just built must open"
     return found
 
@@ -164,23 +168,37 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _publish(partial: Path, folder: Path, contents: list[str]) -> None:
-    """Put a store in its place, unless another process was as fast and its store is sound."""
-    try:
-        os.replace(partial, folder)
-    except OSError:
+    """Put a store in its place, unless another process was as fast and its store is sound.
+
+    Processes that mend one store at the same time may push each other's away: hence the tries.
+    """
+    for attempt in range(_TRIES):
+        try:
+            os.replace(partial, folder)
+            return
+        except OSError as err:
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM):
+                raise
         if _opened(folder, contents) is not None:
             return
-        damaged = partial / "damaged"  # goes with what is left of the partial folder
-        fresh = partial.with_name(f"{partial.name}-fresh")
-        os.replace(partial, fresh)
-        partial.mkdir()
-        os.replace(folder, damaged)
-        os.replace(fresh, folder)
+        aside = partial.with_name(f"{partial.name}-{attempt}")
+        with contextlib.suppress(OSError):  # somebody else may have moved it just now
+            os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    os.replace(partial, folder)
 
 
-def _opened(
-    folder: Path, contents: list[str]
-) -> tuple[PictureStore, dict[str, int], dict[str, str]] | None:
+def _opened_soon(folder: Path, contents: list[str]) -> Opened | None:
+    """Open a store that another process may be putting in place of a damaged one."""
+    for _ in range(_TRIES):
+        found = _opened(folder, contents)
+        if found is not None:
+            return found
+        time.sleep(_PAUSE_S)
+    return None
+
+
+def _opened(folder: Path, contents: list[str]) -> Opened | None:
     """Open a store that is there and sound; None where there is none."""
     try:
         store = PictureStore(folder)

@@ -1,3 +1,4 @@
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -221,3 +222,73 @@ def test_a_torchvision_data_set_that_is_there_is_read(tmp_path: Path) -> None:
     data = load_data(config, 64)
     assert data.classes == ("Forest", "Highway", "River")
     assert len(data.train) + len(data.val) + len(data.test or ()) == 18
+
+
+def test_a_data_set_that_lists_its_files_gives_the_same_labels(tmp_path: Path) -> None:
+    base = tmp_path / "dtd" / "dtd"
+    make_folder(base / "images", {"dotted": 9, "banded": 9}, suffix="jpg")
+    (base / "labels").mkdir()
+    for k, part in enumerate(("train", "val", "test")):
+        names = [f"{c}/{i:03d}.jpg" for c in ("dotted", "banded") for i in range(3 * k, 3 * k + 3)]
+        (base / "labels" / f"{part}1.txt").write_text("\n".join(names))
+    config = DataConfig(
+        source="torchvision:DTD", root=str(tmp_path), cache_dir=str(tmp_path / "cache")
+    )
+    data = load_data(config, 40)
+    assert data.classes == ("banded", "dotted")
+    assert (len(data.train), len(data.val), len(data.test or ())) == (6, 6, 6)
+    for index, label in zip(data.train.indices, data.train.labels, strict=True):
+        # make_folder brightens channel 0 of its first class (dotted), 1 of its second (banded).
+        assert data.train.store.picture(int(index)).mean((0, 1))[:2].argmin() == label
+
+
+def test_a_picture_in_two_classes_is_never_in_two_splits(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 12, "b": 40})
+    for i in range(6):
+        shutil.copy(root / "a" / f"{i:03d}.png", root / "b" / f"same{i}.png")
+    for seed in range(5):
+        data = _load(root, split_seed=seed)
+        assert data.test is not None
+        parts = [{pixels for _, pixels in _contents(s)} for s in (data.train, data.val, data.test)]
+        assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
+def test_shares_that_leave_nothing_to_train_on_are_told(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 10, "b": 10})
+    with pytest.raises(DataError, match=r"val_fraction .* must be < 1, but got 0.5 \+ 0.5"):
+        _load(root, val_fraction=0.5, test_fraction=0.5)
+
+
+def test_val_and_test_without_train_are_told(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for part in ("val", "test"):
+        make_folder(root / part, {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="must have a train folder beside test, val"):
+        _load(root)
+
+
+def test_pictures_beside_the_class_folders_are_told(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 6, "b": 6})
+    shutil.copy(root / "a" / "000.png", root / "loose.png")
+    assert "1 pictures lie beside the class folders, not read" in _load(root).warnings[0]
+
+
+def test_a_class_without_a_readable_training_picture_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for k, part in enumerate(("train", "val")):
+        make_folder(root / part, {"a": 4, "b": 4}, seed=k)
+    for path in (root / "train" / "b").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="must have pictures to train on .* none of b"):
+        _load(root, skip_unreadable=True)
+
+
+def test_names_that_are_no_utf8_are_shown_all_the_same(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 6, "b": 6})
+    try:
+        os.rename(root / "a" / "000.png", os.fsencode(root / "a") + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    data = _load(root)
+    paths = [p for s in (data.train, data.val, data.test) if s is not None for p in s.paths]
+    assert [p.encode() for p in paths if "\ufffd" in p] == ["a/\ufffd.png".encode()]

@@ -1,10 +1,13 @@
-import io
+import errno
 import os
 import pickle
 import resource
 import subprocess
 import sys
 import textwrap
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,84 +16,7 @@ from PIL import Image
 from support import make_folder
 
 from core.decode import decode_rgb
-from core.pictures import Item, PictureStore, build_store
-
-RED = (200, 30, 40)
-
-
-def _bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def _solid(mode: str, colour: object) -> Image.Image:
-    return Image.new(mode, (8, 6), colour)
-
-
-def _palette(transparent: bool) -> bytes:
-    image = _solid("P", 1)
-    image.putpalette([0, 0, 0, *RED])
-    image.putpixel((0, 0), 0)
-    return _bytes(image, transparency=0) if transparent else _bytes(image)
-
-
-@pytest.mark.parametrize(
-    ("source", "pixel", "tolerance"),
-    [
-        (_bytes(_solid("RGB", RED)), RED, 0),
-        (_bytes(_solid("L", 77)), (77, 77, 77), 0),
-        (_bytes(_solid("1", 1)), (255, 255, 255), 0),
-        (_bytes(_solid("LA", (77, 255))), (77, 77, 77), 0),
-        (_bytes(_solid("LA", (77, 0))), (255, 255, 255), 0),
-        (_bytes(_solid("RGBA", (*RED, 255))), RED, 0),
-        (_bytes(_solid("RGBA", (0, 0, 0, 0))), (255, 255, 255), 0),
-        (_bytes(_solid("RGBA", (0, 0, 0, 128))), (127, 127, 127), 1),
-        (_palette(transparent=False), RED, 0),
-        (_palette(transparent=True), RED, 0),
-        (_bytes(_solid("I;16", 65535)), (255, 255, 255), 0),
-        (_bytes(_solid("I;16", 77 * 257)), (77, 77, 77), 0),
-        (_bytes(_solid("I", 77 * 257), "TIFF"), (77, 77, 77), 0),
-        (_bytes(_solid("F", 0.5), "TIFF"), (128, 128, 128), 1),
-        (_bytes(_solid("CMYK", (0, 255, 255, 0)), "JPEG"), (255, 0, 0), 3),
-        (_bytes(_solid("RGB", RED), "GIF"), RED, 2),
-        (_bytes(_solid("RGB", RED), "BMP"), RED, 0),
-        (_bytes(_solid("RGB", RED), "WEBP", lossless=True), RED, 0),
-    ],
-    ids=lambda value: "" if isinstance(value, bytes) else str(value),
-)
-def test_every_mode_becomes_right_rgb(
-    source: bytes, pixel: tuple[int, int, int], tolerance: int
-) -> None:
-    decoded = decode_rgb(source, 100)
-    assert decoded.shape == (6, 8, 3)
-    assert decoded.dtype == np.uint8
-    assert np.abs(decoded[3, 4].astype(int) - pixel).max() <= tolerance
-
-
-def test_transparent_palette_entry_is_white() -> None:
-    assert decode_rgb(_palette(transparent=True), 100)[0, 0].tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (5, 7)), (6, (0, 5))])
-def test_exif_rotation_is_applied(orientation: int, corner: tuple[int, int]) -> None:
-    image = _solid("RGB", (0, 0, 0))
-    image.putpixel((0, 0), (255, 255, 255))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    decoded = decode_rgb(_bytes(image, exif=exif), 100)
-    assert decoded[corner].tolist() == [255, 255, 255]
-    assert decoded.sum() == 3 * 255
-    assert decoded.shape == ((8, 6, 3) if orientation == 6 else (6, 8, 3))
-
-
-def test_large_pictures_are_reduced_and_small_ones_kept() -> None:
-    image = Image.new("RGB", (900, 600), RED)
-    for kind in ("PNG", "JPEG"):
-        decoded = decode_rgb(_bytes(image, kind), 100)
-        assert decoded.shape == (100, 150, 3)
-        assert np.abs(decoded[50, 50].astype(int) - RED).max() <= 3
-    assert decode_rgb(_bytes(image), 1000).shape == (600, 900, 3)
+from core.pictures import DataError, Item, PictureStore, build_store, estimate_store_bytes
 
 
 def _items(root: Path) -> list[Item]:
@@ -174,3 +100,66 @@ def test_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "data.cache_dir" in done.stdout
     assert list((tmp_path / "cache" / "pictures").iterdir()) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50_000
+
+
+def test_warnings_and_bombs_do_not_stop_decoding_in_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 40})
+    Image.new("RGB", (200, 200)).save(root / "a" / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 - 1)  # all warn, one is refused
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        store, _, broken = build_store(_items(root), 30, tmp_path / "cache")
+        assert warnings.filters == before
+    assert len(store) == 40
+    assert "exceeds limit" in next(iter(broken.values()))
+
+
+def test_a_fault_of_the_machine_is_not_kept_as_the_pictures(tmp_path: Path) -> None:
+    def fails() -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    items = [*_items(make_folder(tmp_path / "photos", {"a": 2})), Item("f" * 64, "c.png", fails)]
+    with pytest.raises(DataError, match=r"picture c.png cannot be read: Input/output error"):
+        build_store(items, 30, tmp_path / "cache")
+    assert list((tmp_path / "cache" / "pictures").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    items = _items(make_folder(tmp_path / "photos", {"a": 2}))
+    stores = tmp_path / "cache" / "pictures"
+    old, young = stores / "partial-old", stores / "partial-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+        (folder / "pixels.bin").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store, _, _ = build_store(items, 30, tmp_path / "cache")
+    assert set(stores.iterdir()) == {store.folder, young}
+
+
+def _build(root: Path) -> int:
+    store, _, _ = build_store(_items(root / "photos"), 30, root / "cache")
+    return int(sum(store.picture(i).sum() for i in range(len(store))))
+
+
+@pytest.mark.slow
+def test_processes_may_build_one_store_at_once(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"a": 30})
+    with ProcessPoolExecutor(2, get_context("forkserver")) as pool:
+        sums = list(pool.map(_build, [tmp_path] * 2))
+        (folder,) = (tmp_path / "cache" / "pictures").iterdir()
+        (folder / "index.npz").unlink()
+        sums += pool.map(_build, [tmp_path] * 2)
+    assert len(set(sums)) == 1
+    assert len(list((tmp_path / "cache" / "pictures").iterdir())) == 1
+
+
+def test_estimated_size_is_near_what_a_store_takes(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(4):
+        Image.new("RGB", (400, 300), (i, 0, 0)).save(root / f"{i}.png")
+    store, _, _ = build_store(_items(root), 90, tmp_path / "cache")
+    assert store.size_bytes == pytest.approx(estimate_store_bytes(4, 90), rel=0.01)

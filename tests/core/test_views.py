@@ -1,18 +1,13 @@
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support import make_folder
 from torchvision.transforms import v2
 
 from core.config import DataConfig
 from core.data import ImageData, load_data
-from core.device_views import DeviceViews, padded_bytes
-from core.draws import batch_positions, crop_boxes, epoch_order, view_draws
 from core.views import Loader, ViewSpec, eval_views, train_views
 
 SPEC = ViewSpec(
@@ -80,44 +75,6 @@ def test_views_leave_the_global_generator_alone(data: ImageData) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_draws_of_a_picture_do_not_depend_on_how_many_there_are() -> None:
-    assert np.array_equal(view_draws(10, 1, 2), view_draws(50, 1, 2)[:10])
-
-
-@given(
-    seed=st.integers(0, 2**32),
-    height=st.integers(1, 500),
-    width=st.integers(1, 500),
-    scale=st.floats(0.01, 1),
-)
-def test_boxes_lie_inside_the_picture(seed: int, height: int, width: int, scale: float) -> None:
-    sizes = np.tile([[height, width]], (20, 1))
-    top, left, box_h, box_w = crop_boxes(view_draws(20, seed, 0), sizes, scale).T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (box_h >= 1).all()
-    assert (box_w >= 1).all()
-    assert (top + box_h <= height).all()
-    assert (left + box_w <= width).all()
-
-
-def test_boxes_are_distributed_as_torchvisions() -> None:
-    n = 4000
-    sizes = np.tile([[200, 300]], (n, 1))
-    boxes = crop_boxes(view_draws(n, 0, 0), sizes, 0.2)
-    image = torch.empty(3, 200, 300)
-    torch.manual_seed(0)
-    theirs = np.array(
-        [v2.RandomResizedCrop(10, (0.2, 1)).make_params([image]) for _ in range(n)], dtype=object
-    )
-    reference = np.array([[p[k] for k in ("top", "left", "height", "width")] for p in theirs])
-    for column in range(4):
-        ours = np.quantile(boxes[:, column], [0.1, 0.25, 0.5, 0.75, 0.9])
-        expected = np.quantile(reference[:, column].astype(float), [0.1, 0.25, 0.5, 0.75, 0.9])
-        # About three standard errors of a quantile of 4,000 draws over a range of 300.
-        assert np.abs(ours - expected).max() < 8
-
-
 def test_evaluation_view_is_torchvisions_resize_and_centre_crop(data: ImageData) -> None:
     views = eval_views(data.val, np.arange(len(data.val)), SPEC)
     reference = v2.Compose([v2.Resize(28, antialias=True), v2.CenterCrop(24)])
@@ -126,50 +83,27 @@ def test_evaluation_view_is_torchvisions_resize_and_centre_crop(data: ImageData)
         assert torch.equal(views[row], reference(picture))
 
 
-def test_order_is_a_permutation_by_seed_and_epoch() -> None:
-    order = epoch_order(100, 0, 0)
-    assert sorted(order) == list(range(100))
-    assert np.array_equal(order, epoch_order(100, 0, 0))
-    assert not np.array_equal(order, epoch_order(100, 0, 1))
-    assert not np.array_equal(order, epoch_order(100, 1, 0))
-
-
-@pytest.mark.parametrize(("n", "sizes"), [(8, [4, 4]), (9, [4, 4]), (10, [4, 4, 2]), (1, [1])])
-def test_a_last_batch_of_one_is_left_out(n: int, sizes: list[int]) -> None:
-    assert [len(b) for b in batch_positions(np.arange(n), 4)] == sizes
-
-
-@pytest.mark.parametrize(
-    ("interpolation", "levels", "mean"), [("bilinear", 1, 0.25), ("bicubic", 12, 0.3)]
-)
-@pytest.mark.parametrize("augment", ["standard", "none"])
-@pytest.mark.parametrize("size", [24, 64])
-def test_device_views_equal_the_cpus_within_rounding(
-    data: ImageData, interpolation: str, levels: int, mean: float, augment: str, size: int
+def test_workers_and_policies_leave_all_global_generators_alone(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In levels of 255. torchvision's CPU kernel works in 16-bit integers and rounds (and, for
-    # bicubic, clips) between the two passes; the pictures here are noise, the worst case.
-    spec = replace(
-        SPEC,
-        interpolation=interpolation,
-        augment=augment,
-        image_size=size,
-        resize_size=round(size * 1.15),
-    )
-    views = DeviceViews(data.train, spec, torch.device("cpu"))
-    seen = 0
-    order = epoch_order(len(data.train), 5, 2)
-    for images, labels in views.epoch(5, 2, 8):
-        positions = order[seen : seen + len(labels)]
-        seen += len(labels)
-        expected = train_views(data.train, positions, spec, 5, 2).float()
-        difference = (images - expected).abs()
-        assert difference.max() <= levels
-        assert difference.mean() <= mean
-        assert labels.tolist() == data.train.labels[positions].tolist()
-    assert seen >= len(data.train) - 1
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded the GPU"))
+    before = torch.random.get_rng_state()
+    for workers in (0, 1):
+        loader = Loader(data.train, replace(SPEC, augment="rand"), 0, 8, workers)
+        list(loader.epoch(0))
+        list(loader.epoch(1))
+        loader.close()
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_padded_size_counts_the_largest_picture(data: ImageData, tmp_path: Path) -> None:
-    height, width = data.train.store.sizes[data.train.indices].max(axis=0)
-    assert padded_bytes(data.train) == len(data.train) * height * width * 3
+def test_an_epoch_that_was_left_early_does_not_spoil_the_next(data: ImageData) -> None:
+    alone, helped = Loader(data.train, SPEC, 0, 4, 0), Loader(data.train, SPEC, 0, 4, 2)
+    next(helped.epoch(0))
+    for ours, theirs in zip(alone.epoch(1), helped.epoch(1), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+    helped.close()
+
+
+def test_a_centre_crop_beyond_the_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="resize_size must be >= image_size, but got resize_si"):
+        replace(SPEC, resize_size=20)
