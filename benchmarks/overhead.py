@@ -114,7 +114,7 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
     def trial() -> None:
         number = ledger.next_number()
         with clock.phase("sampling"):
-            asked = ledger.ask(make_sampler("tpe", 0, number, SPACE), SPACE)
+            asked = ledger.ask(make_sampler("tpe", 0, number, SPACE, ledger.seen), SPACE)
         with clock.phase("record"):
             key = store.begin_trial(
                 study, number, run, origin="sampler", params=asked.params, config={"seed": 0},

@@ -229,7 +229,8 @@ class DataConfig:
     )
     val_fraction: float = setting(
         0.2,
-        "Share of the training pictures held out to choose by, where no val split is given.",
+        "Share held out to choose by: of the training pictures where a test split is given, of all "
+        "pictures where the folder is not split at all.",
         gt=0,
         lt=1,
     )

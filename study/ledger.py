@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
+from optuna.search_space import IntersectionSearchSpace
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -63,6 +64,10 @@ class Ledger:
         storage: SQLAlchemy URL or path of an SQLite file.
         name: The study; made where there is none.
         pruner: Decides which trials stop early.
+
+    Attributes:
+        study: The copy in memory.
+        seen: For `make_sampler`: what the trials so far have in common.
     """
 
     def __init__(self, storage: str, name: str, pruner: optuna.pruners.BasePruner) -> None:
@@ -85,6 +90,7 @@ class Ledger:
         # Counted here, since Optuna reads every trial of the study to count them.
         self._n_written = len(kept)
         self._attrs = self._memory.get_study_system_attrs(self._memory_id)
+        self.seen = IntersectionSearchSpace(include_pruned=True)
         self._key: int | None = None  # of the trial under way, in the database
         self._unwritten: dict[int, float] = {}
         self._last_write = 0.0

@@ -10,6 +10,8 @@ import optuna
 from optuna import pruners, samplers
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
+from optuna.search_space import IntersectionSearchSpace
+from optuna.trial import FrozenTrial
 
 Distributions = Mapping[str, BaseDistribution]
 GridValue = str | float | int | bool | None
@@ -29,11 +31,31 @@ class _Draw:
         study_seed: The same for all trials: for samplers that walk through a fixed sequence and
             keep their place in the study.
         space: Distributions by name.
+        seen: What the trials so far have in common; it remembers how far it has looked.
     """
 
     trial_seed: int
     study_seed: int
     space: Distributions
+    seen: IntersectionSearchSpace
+
+
+class _TPE(samplers.TPESampler):
+    """TPE that does not go through all trials again to find what they have in common.
+
+    A sampler is made anew for every trial; the common space is kept from one to the next.
+    """
+
+    def __init__(self, draw: _Draw) -> None:
+        super().__init__(seed=draw.trial_seed)
+        self._seen = draw.seen
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return the dimensions that all finished trials share."""
+        common = self._seen.calculate(study)
+        return {name: dist for name, dist in common.items() if not dist.single()}
 
 
 class _Unstopped:
@@ -60,7 +82,7 @@ def _grid(draw: _Draw) -> samplers.BaseSampler:
 
 
 _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
-    "tpe": lambda draw: samplers.TPESampler(seed=draw.trial_seed),
+    "tpe": _TPE,
     "random": lambda draw: samplers.RandomSampler(seed=draw.trial_seed),
     "gp": lambda draw: samplers.GPSampler(seed=draw.trial_seed, deterministic_objective=False),
     "cmaes": lambda draw: samplers.CmaEsSampler(seed=draw.study_seed),
@@ -94,7 +116,11 @@ def _warmup(epochs: int) -> int:
 
 
 def make_sampler(
-    name: str, seed: int, trial_number: int, space: Distributions
+    name: str,
+    seed: int,
+    trial_number: int,
+    space: Distributions,
+    seen: IntersectionSearchSpace | None = None,
 ) -> samplers.BaseSampler:
     """Build a sampler for one trial.
 
@@ -103,6 +129,8 @@ def make_sampler(
         seed: The study's seed.
         trial_number: Number of the trial that it will draw.
         space: Distributions by name.
+        seen: One object for all trials of a study, to spare the sampler old trials; None to look
+            at all of them.
 
     Raises:
         ValueError: Unknown name.
@@ -111,7 +139,8 @@ def make_sampler(
         raise ValueError(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, but got {name!r}.")
     words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
     with quiet_experiments():
-        return _SAMPLERS[name](_Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space))
+        seen = seen or IntersectionSearchSpace(include_pruned=True)
+        return _SAMPLERS[name](_Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, seen))
 
 
 def make_pruner(name: str, epochs: int) -> pruners.BasePruner:

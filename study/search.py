@@ -338,6 +338,7 @@ class _Search:
             settings.study.seed,
             ledger.next_number(),
             self.distributions,
+            ledger.seen,
         )
         trial = ledger.ask(sampler, self.distributions)
         origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))

@@ -298,10 +298,10 @@ def apply_params(base: TrainConfig, params: Mapping[str, ParamValue]) -> TrainCo
 
 _LINEAR_PROBE = "linear-probe"
 # Rates for SGD with momentum at batch 32; a head ten times as fast as the backbone is D2L's recipe
-# (https://d2l.ai, section 14.2). Measured on EfficientNet-Lite0, one seed each: on digits (64 px, 3
-# epochs, 400 pictures) the probe has 78.8 % at 1e-3 and 71.6 % at 1e-2, where its loss grows, and
-# with frozen batch norms three trained stages stay at chance at 3e-3; on hot dog photos (128 px, 8
-# to 15 epochs) 1e-3 does better than 3e-3 at every depth tried.
+# (https://d2l.ai, section 14.2). Measured on EfficientNet-Lite0, one seed each: on digits (64 px,
+# 3 epochs, 400 pictures) the probe has 78.8 % at 1e-3 and 71.6 % at 1e-2, where its loss grows,
+# and with frozen batch norms three trained stages stay at chance at 3e-3; on hot dog photos
+# (128 px, 8 to 15 epochs) 1e-3 does better than 3e-3 at every depth tried.
 RECIPES: dict[str, dict[str, ParamValue]] = {
     _LINEAR_PROBE: {"freeze_depth": MAX_FREEZE_DEPTH, "base_lr": 1e-3, "head_lr_mult": 10.0},
     "fine-tune-half": {"freeze_depth": 3, "base_lr": 1e-3, "head_lr_mult": 10.0},

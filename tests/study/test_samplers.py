@@ -114,3 +114,20 @@ def test_unknown_names_list_the_known_ones() -> None:
         make_sampler("tree", 0, 0, NUMBERS)
     with pytest.raises(ValueError, match="pruner must be one of hyperband, median"):
         make_pruner("scissors", 3)
+
+
+def test_tpe_with_a_memory_of_the_space_draws_what_it_draws_without() -> None:
+    def drawn(remembers: bool) -> list[dict[str, object]]:
+        study = optuna.create_study(direction="maximize", pruner=make_pruner("hyperband", 9))
+        seen = optuna.search_space.IntersectionSearchSpace(include_pruned=True)
+        params = []
+        for number in range(30):
+            study.sampler = make_sampler("tpe", 0, number, NUMBERS, seen if remembers else None)
+            trial = study.ask(NUMBERS)
+            trial.report(trial.params["x"], 1)
+            state = optuna.trial.TrialState.PRUNED if trial.should_prune() else None
+            study.tell(trial, None if state else trial.params["x"], state=state)
+            params.append(dict(trial.params))
+        return params
+
+    assert drawn(True) == drawn(False)
