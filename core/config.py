@@ -229,8 +229,8 @@ class DataConfig:
     )
     val_fraction: float = setting(
         0.2,
-        "Share held out to choose by: of the training pictures where a test split is given, of all "
-        "pictures where the folder is not split at all.",
+        "Share held out to choose by: of the training pictures where a test split is given, of "
+        "all pictures where the folder is not split at all.",
         gt=0,
         lt=1,
     )
