@@ -109,7 +109,6 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
 
 def _written(config: "StudyConfig", folder: Path) -> Path:
     from reports.html import write_report
-
     from study.store import Store
 
     with Store.open(config.study.storage) as store:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import make_folder, shared_data
 
 from core.config import DataConfig
 from core.data import ImageData, Split, load_data
 from core.pictures import DataError
+from support import make_folder, shared_data
 
 
 def _load(root: Path, **settings: object) -> ImageData:

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_folder, shared_data
 
 from core.config import DataConfig
 from core.data import ImageData, load_data
 from core.device_views import DeviceViews, padded_bytes
 from core.draws import epoch_order
 from core.views import ViewSpec, eval_views, train_views
+from support import make_folder, shared_data
 
 # Largest difference of a pixel from the CPU's view, of 255, and the mean over a batch. Measured
 # over 60 epochs of the noise below: worst batch 2 and 0.025 (24 px, bilinear); photos at 224 px:

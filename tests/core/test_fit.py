@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from support import make_folder
 
 from core import fit as fit_module
 from core.backbones import create
@@ -16,6 +15,7 @@ from core.feed import Feed, view_spec
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.weights import WeightsError
+from support import make_folder
 
 TINY = TrainConfig(
     backbone="resnet18",

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import make_folder
 
 from core.decode import decode_rgb
 from core.pictures import DataError, Item, PictureStore, build_store, estimate_store_bytes
+from support import make_folder
 
 
 def _items(root: Path) -> list[Item]:

@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import make_folder
 from torchvision.transforms import v2
 
 from core.config import DataConfig
 from core.data import ImageData, load_data
 from core.views import Loader, ViewSpec, eval_views, train_views
+from support import make_folder
 
 SPEC = ViewSpec(
     image_size=24,

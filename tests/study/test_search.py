@@ -8,7 +8,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from support import make_folder
 
 from study.config import ConfigError, StudyConfig, load_config
 from study.progress import QuietProgress
@@ -16,6 +15,7 @@ from study.runner import identity
 from study.search import run_search
 from study.store import Store, StoreError, read_trials
 from study.test_split import test_study as look_at_test_split
+from support import make_folder
 
 SETTINGS = [
     'train.backbone="resnet18"',
