@@ -36,7 +36,7 @@ def make_pictures(folder: Path, n: int, side: int) -> None:
     rng = np.random.default_rng(0)
     for i in range(n):
         split = "val" if i % 16 == 0 else "train"
-        path = folder / split / f"class{i // 2 % 2}" / f"{i}.jpg"
+        path = folder / split / f"class{(i // 16 + i) % 2}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(path)

@@ -36,7 +36,13 @@ from study.store import Store
 from study.test_split import test_study
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-OURS = ["train.epochs=12", "train.batch_size=32"]
+# Plain values in the space fix its dimensions.
+OURS = [
+    "train.epochs=12",
+    "space.base_lr=0.001",
+    "space.head_lr_mult=10",
+    "space.weight_decay=1e-4",
+]
 # Name -> (shipped study or None for the defaults, further settings).
 RECIPES: dict[str, tuple[str | None, list[str]]] = {
     "frozen extractor, as written": ("frozen-extractor.toml", []),
@@ -51,11 +57,11 @@ RECIPES: dict[str, tuple[str | None, list[str]]] = {
     "D2L, rate 5e-5 on the mean loss": ("d2l-hotdog.toml", ["train.loss_reduction=mean"]),
     "linear probe (ours)": (
         None,
-        [*OURS, "train.freeze_depth=5", "train.base_lr=0.001", "train.head_lr_mult=10"],
+        [*OURS, "space.freeze_depth=5"],
     ),
     "fine-tune half (ours)": (
         None,
-        [*OURS, "train.freeze_depth=3", "train.base_lr=0.001", "train.head_lr_mult=10"],
+        [*OURS, "space.freeze_depth=3"],
     ),
 }
 
@@ -71,7 +77,6 @@ def study_config(
         CONFIGS / file if file else None,
         [
             *settings,
-            *([] if file else [f"space.{key}={value}" for key, value in args.fixed(settings)]),
             f"space.seed=[{', '.join(str(s) for s in range(args.seeds))}]",
             f'train.backbone="{backbone}"',
             f'train.weights="{"none" if scratch else weights}"',
@@ -90,14 +95,6 @@ def study_config(
             "data.picture_size": round(args.size * 1.3),
         },
     )
-
-
-def fixed_space(settings: list[str]) -> list[tuple[str, str]]:
-    """Turn the default space's dimensions into plain values."""
-    given = dict(text.removeprefix("train.").split("=") for text in settings)
-    defaults = {"weight_decay": "1e-4"}
-    keys = ("freeze_depth", "base_lr", "head_lr_mult", "weight_decay")
-    return [(key, given.get(key, defaults.get(key, ""))) for key in keys]
 
 
 def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
@@ -176,7 +173,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON lines, one a cell")
     args = parser.parse_args()
-    args.fixed = fixed_space
     args.work.mkdir(parents=True, exist_ok=True)
     backbones = {
         "timm:tf_efficientnet_lite0": str(args.lite_weights or "packaged"),
