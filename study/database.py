@@ -1,7 +1,8 @@
 """Open the database: whose it is, which version, and how SQLite is told to behave."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from study.tables import PREFIX, SCHEMA_VERSION, Base, InfoTable, TestTable
 BUSY_TIMEOUT_S = 60
 _OPTUNA_TABLES = {"studies", "trials", "trial_params", "alembic_version"}
 _MAGIC = b"SQLite format 3\x00"
-_TRIES = 20
+_RETRY_S = 0.05
 _VERSION = select(InfoTable.value).where(InfoTable.key == "schema_version")
 
 
@@ -73,6 +74,19 @@ def sqlite_pragmas(engine: Engine) -> None:
         cursor.execute("PRAGMA synchronous = NORMAL")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
+
+
+@contextmanager
+def sole_writer(engine: Engine) -> Iterator[Connection]:
+    """Begin a transaction in which nobody else writes between our reading and our writing.
+
+    Python's SQLite driver begins transactions only before data is changed, and changes tables
+    outside of them; so here it is told to begin.
+    """
+    with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
 
 
 def open_database(storage: str, *, create: bool) -> Engine:
@@ -129,17 +143,21 @@ def _check_file(database: str | None, create: bool) -> None:
 
 
 def _with_patience(action: Callable[[], None]) -> None:
-    """Try again while another process creates the same tables."""
-    for attempt in range(_TRIES):
+    """Try again while another process creates the same tables.
+
+    SQLite does not wait by itself for the lock that a change to the write-ahead log takes.
+    """
+    last = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
         try:
             action()
             return
         except (OperationalError, IntegrityError) as err:
             told = str(err.orig)
             is_race = "already exists" in told or "locked" in told or "UNIQUE" in told
-            if not is_race or attempt == _TRIES - 1:
+            if not is_race or time.monotonic() > last:
                 raise
-            time.sleep(0.05)
+            time.sleep(_RETRY_S)
 
 
 def _check_owner(engine: Engine, storage: str, create: bool) -> None:
@@ -168,8 +186,8 @@ def _check_owner(engine: Engine, storage: str, create: bool) -> None:
 
 
 def _prepare(engine: Engine) -> None:
-    """Create our tables where there are none, or bring them up to date."""
-    with engine.begin() as connection:
+    """Create our tables where there are none, or bring them up to date; wholly or not at all."""
+    with sole_writer(engine) as connection:
         if not inspect(connection).has_table(InfoTable.__tablename__):
             Base.metadata.create_all(connection)
             version = {"key": "schema_version", "value": str(SCHEMA_VERSION)}

@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from sqlalchemy import Engine, case, delete, func, insert, select, update
+from sqlalchemy import Engine, Select, case, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from core.metrics import EpochMetrics
-from study.database import StoreError, open_database
+from study.database import StoreError, open_database, sole_writer
 from study.rows import Json, PictureRow, RunRow, StudyRow, StudySummary, TestRow, TrialRow
 from study.tables import (
     Base,
@@ -121,7 +122,11 @@ class Store:
     def create_study(
         self, name: str, config: Json, data: Json, versions: Mapping[str, str]
     ) -> int:
-        """Add a study and return its key."""
+        """Add a study and return its key.
+
+        Raises:
+            StoreError: There is one of that name.
+        """
         values = {
             "name": name,
             "created_at": _now(),
@@ -129,7 +134,13 @@ class Store:
             "data": data,
             "versions": dict(versions),
         }
-        return self._insert(StudyTable, values)
+        try:
+            return self._insert(StudyTable, values)
+        except IntegrityError as err:
+            raise StoreError(
+                f"a study's name must be new, but {self.storage} has a study {name}. Use another "
+                "--name, or go on with that one."
+            ) from err
 
     def find_study(self, name: str) -> StudyRow | None:
         """Return a study, or None."""
@@ -234,9 +245,6 @@ class Store:
         Raises:
             StoreError: Another process is at it.
         """
-        for run in self.runs(study_id):
-            if run.ended_at is None and _is_alive(run, take_over):
-                raise StoreError(_told_alive(run))
         values = {
             "study_id": study_id,
             "host": socket.gethostname(),
@@ -247,7 +255,16 @@ class Store:
             "device": device,
             "versions": dict(versions),
         }
-        return self._insert(RunTable, values)
+        with sole_writer(self._engine) as connection:
+            mine = select(StudyTable.id).where(StudyTable.id == study_id)
+            connection.execute(mine.with_for_update())  # where SQLite's lock does not serve
+            for row in connection.execute(_runs(study_id)).all():
+                run = RunRow(*row)
+                if run.ended_at is None and _is_alive(run, take_over):
+                    raise StoreError(_told_alive(run))
+            key = connection.execute(insert(RunTable), values).inserted_primary_key
+        assert key is not None
+        return int(key[0])
 
     def end_run(self, run_id: int, outcome: str) -> None:
         """Sign a process off."""
@@ -255,8 +272,7 @@ class Store:
 
     def runs(self, study_id: int) -> list[RunRow]:
         """List the processes that worked on a study, oldest first."""
-        query = select(*_RUN).where(RunTable.study_id == study_id).order_by(RunTable.id)
-        return self._rows(RunRow, query)
+        return self._rows(RunRow, _runs(study_id))
 
     # Trials
 
@@ -468,6 +484,10 @@ class Store:
     def _rows(self, kind: type[Row], query: Any) -> list[Row]:
         with self._engine.connect() as connection:
             return [kind(*values) for values in connection.execute(query).all()]
+
+
+def _runs(study_id: int) -> Select[Any]:
+    return select(*_RUN).where(RunTable.study_id == study_id).order_by(RunTable.id)
 
 
 def _process_start(pid: int) -> float:

@@ -1,12 +1,19 @@
+import contextlib
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import sqlalchemy
 
 from core.metrics import EpochMetrics
+from study import database
 from study.store import (
     PictureRow,
     Store,
@@ -204,6 +211,30 @@ def test_a_second_live_process_is_refused(store: Store) -> None:
         store.begin_run(study, command="second", device="cpu", versions={})
 
 
+def test_of_processes_that_begin_at_once_one_gets_the_study(store: Store) -> None:
+    # Threads stand in for processes: this process is alive, so each must refuse the others.
+    study = store.create_study("photos", {}, DATA, {})
+    barrier = Barrier(6)
+
+    def begins(_: int) -> bool:
+        barrier.wait()
+        try:
+            store.begin_run(study, command="x", device="cpu", versions={})
+        except StoreError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(begins, range(6))) == 1
+    assert len(store.runs(study)) == 1
+
+
+def test_a_name_is_given_once(store: Store) -> None:
+    _study(store)
+    with pytest.raises(StoreError, match=r"must be new, but .* has a study photos\. Use another"):
+        _study(store)
+
+
 def test_a_dead_process_is_no_hindrance_and_its_trials_are_told(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     script = (
@@ -290,22 +321,81 @@ def test_storages_that_cannot_be_are_told(storage: str, message: str) -> None:
         Store.open(storage, create=True)
 
 
-def test_a_database_of_schema_1_is_brought_up_to_date_and_keeps_its_data(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
+@contextlib.contextmanager
+def _without_power() -> Iterator[None]:
+    """Be somebody to whom permissions apply, even where the tests are root's."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
+def test_a_database_that_may_not_be_written_is_told() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder, path = Path(name), Path(name) / "s.db"
+        Store.open(str(path), create=True).close()
+        path.chmod(0o444)
+        folder.chmod(0o555)
+        with _without_power():
+            with pytest.raises(StoreError, match=r"cannot be opened: .* its permissions"):
+                Store.open(str(path))
+            with pytest.raises(StoreError, match="cannot be opened: unable to open database"):
+                Store.open(str(folder / "new.db"), create=True)
+        folder.chmod(0o755)
+
+
+def _version_1(path: Path) -> None:
+    """Write a database as version 1 laid it out, with one complete trial."""
     with Store.open(str(path), create=True) as store:
         study, run = _study(store)
-        _end(store, _trial(store, study, run, 0), "complete", 0.75)
+        trial = _trial(store, study, run, 0)
+        store.add_epoch(trial, _epoch(0, 0.75), 1.0)
+        _end(store, trial, "complete", 0.75)
         store.end_run(run, "trials")
-    with sqlite3.connect(path) as connection:  # what version 1 looked like
+    with sqlite3.connect(path) as connection:
         connection.execute("DROP TABLE frostline_tests")
         for column in ("factor", "level", "replicate"):
             connection.execute(f"ALTER TABLE frostline_trials DROP COLUMN {column}")
         connection.execute("UPDATE frostline_info SET value = '1'")
     connection.close()
+
+
+def test_a_migration_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.db"
+    _version_1(path)
+    step = database.MIGRATIONS[1]
+
+    def fails(connection: sqlalchemy.Connection) -> None:
+        step(connection)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(database.MIGRATIONS, 1, fails)
+        Store.open(str(path))
+    with sqlite3.connect(path) as connection:
+        names = {row[1] for row in connection.execute("PRAGMA table_info(frostline_trials)")}
+        version = connection.execute("SELECT value FROM frostline_info").fetchone()
+    connection.close()
+    assert version == ("1",)
+    assert "factor" not in names
+    with Store.open(str(path)) as store:
+        assert store.trial(store.study("photos").id, 0).value == 0.75
+
+
+def test_a_database_of_schema_1_is_brought_up_to_date_and_keeps_its_data(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    _version_1(path)
     with Store.open(str(path)) as store:
         study = store.study("photos").id
         assert store.trial(study, 0).value == 0.75
         assert store.trial(study, 0).factor is None
+        assert [epoch.val_acc for epoch in store.epochs(store.trial(study, 0).id)] == [0.75]
         assert store.tests(study) == []
     with sqlite3.connect(path) as connection:
         version = connection.execute("SELECT value FROM frostline_info").fetchone()
