@@ -188,9 +188,7 @@ def main() -> None:
                 accuracies, seconds, n = run_recipe(config)
                 print(f"  {recipe:48} {told(accuracies):32} {seconds:7.1f} s", flush=True)
                 write(args.out, folder.name, backbone, recipe, accuracies, seconds, n)
-            score = reference(
-                study_config("fine-tune all (ours)", backbone, weights, folder, args)
-            )
+            score = reference(study_config("linear probe (ours)", backbone, weights, folder, args))
             print(f"  {'logistic regression on frozen features':48} {100 * score:.1f}", flush=True)
             write(args.out, folder.name, backbone, "logistic regression", [score], 0.0, n)
 

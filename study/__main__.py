@@ -163,7 +163,10 @@ def _init(args: argparse.Namespace) -> int:
 
     config = load_config(flags=_given({"data.source": args.data}))
     write_new(args.file, DEMO if args.demo else template(config), may_replace=args.force)
-    print(f"Wrote {args.file}. Next:")
+    if args.data is None and not args.demo:
+        print(f"Wrote {args.file}. Set data.source in it to your pictures (now the digits), then:")
+    else:
+        print(f"Wrote {args.file}. Next:")
     print(f"  python -m study run --config {shlex.quote(str(args.file))}")
     return 0
 
@@ -279,6 +282,12 @@ def _test(args: argparse.Namespace) -> int:
 
     with _opened(args) as store, _progress(args) as progress:
         row = test_study(store, args.study, args.trial, progress=progress, command=args.line)
+        output = Path(store.study(args.study).config["study"]["output"])
+        report = output / args.study / "report"
+        if (report / "report.html").exists():  # what it says of the test split has changed
+            from reports.html import write_report
+
+            write_report(store, args.study, report)
     if args.json:
         _print_json(row)
     else:

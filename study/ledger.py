@@ -7,54 +7,23 @@ moment, so that dashboards see it, or at its end, if that comes first. The datab
 ordinary Optuna study.
 """
 
-import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
 from optuna.search_space import IntersectionSearchSpace
-from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.exc import IntegrityError, OperationalError
 
-from study.database import BUSY_TIMEOUT_S, database_url, sqlite_pragmas
+from study.optuna_storage import open_optuna_storage, write_reports, write_trial
 from study.samplers import Distributions, quiet_experiments
 
 # A trial or a report reaches the database this soon; shorter trials are written when they end.
 _WRITE_AFTER_S = 0.5
-_TRIES = 20
+_FIXED = "fixed_params"  # where Optuna keeps a queued trial's settings
 _DIRECTION = StudyDirection.MAXIMIZE
-
-
-def open_optuna_storage(storage: str) -> RDBStorage:
-    """Open Optuna's tables, with the same settings of SQLite as ours.
-
-    Several processes may open a new database at once; Optuna's creation of tables then fails in
-    all but one, and is tried again.
-    """
-    url = database_url(storage)
-    options: dict[str, Any] = {}
-    if url.get_backend_name() == "sqlite":
-        options = {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
-    for attempt in range(_TRIES):
-        try:
-            opened = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
-            break
-        except (IntegrityError, OperationalError):
-            if attempt == _TRIES - 1:
-                raise
-            time.sleep(0.1)
-    opened.engine.dispose()  # connections made so far lack the settings
-    sqlite_pragmas(opened.engine)
-    return opened
-
-
-def delete_optuna_study(storage: str, name: str) -> None:
-    """Remove a study from Optuna's tables, if it is there."""
-    with contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=open_optuna_storage(storage))
 
 
 class Ledger:
@@ -110,6 +79,25 @@ class Ledger:
             study.enqueue_trial(dict(params), user_attrs=dict(user_attrs))
         self._n_written += 1
 
+    def enqueue_first(self, params: Mapping[str, Any], user_attrs: Mapping[str, Any]) -> None:
+        """Put a setting at the head of the line.
+
+        Optuna takes queued trials by number, so the settings in line move back by one trial each.
+        """
+        waiting = self.trials(TrialState.WAITING)
+        line = [(dict(params), dict(user_attrs))]
+        line += [(t.system_attrs[_FIXED], dict(t.user_attrs)) for t in waiting]
+        self.enqueue(*line[-1])
+        for trial, (moved, attrs) in zip(waiting, line[:-1], strict=True):
+            number = trial.number
+            for storage, key in (
+                (self._memory, self._memory_key(number)),
+                (self._database, self._database_key(number)),
+            ):
+                storage.set_trial_system_attr(key, _FIXED, moved)
+                for name, value in attrs.items():
+                    storage.set_trial_user_attr(key, name, value)
+
     def next_number(self) -> int:
         """Return the number of the trial that `ask` will give."""
         waiting = self.trials(TrialState.WAITING)
@@ -150,14 +138,13 @@ class Ledger:
         if self._key is None:
             self._key = self._create(self._frozen(trial))
         else:
-            for step, value in self._unwritten.items():
-                self._database.set_trial_intermediate_value(self._key, step, value)
+            write_reports(self._database, self._key, self._unwritten)
         self._unwritten = {}
         self._last_write = time.monotonic()
 
     def _create(self, trial: FrozenTrial) -> int:
         self._n_written += 1
-        return self._database.create_new_trial(self._kept_id, template_trial=trial)
+        return write_trial(self._database, self._kept_id, trial)
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self._memory.get_trial(self._memory_key(trial.number))
@@ -176,8 +163,7 @@ class Ledger:
         if self._key is None:
             self._create(frozen)
         else:
-            for step, reported in self._unwritten.items():
-                self._database.set_trial_intermediate_value(self._key, step, reported)
+            write_reports(self._database, self._key, self._unwritten)
             for key, attr in frozen.system_attrs.items():
                 self._database.set_trial_system_attr(self._key, key, attr)
             self._database.set_trial_state_values(self._key, state, frozen.values)

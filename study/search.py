@@ -290,7 +290,7 @@ class _Search:
                 value=row.value,
                 best_epoch=row.best_epoch,
                 epochs_done=row.epochs_done,
-                duration_s=row.duration_s or 0.0,
+                duration_s=sum(m.data_s + m.train_s + m.eval_s for m in store.epochs(row.id)),
                 checkpoint=None,
             )
             self.work.progress.note(
@@ -309,12 +309,12 @@ class _Search:
         """Put a cut trial's settings in line, unless they keep taking the process down."""
         reruns = int(attrs.get(_RERUNS, 0)) + 1
         if set(params) == set(self.distributions) and reruns <= _MOST_RERUNS:
-            self.ledger.enqueue(params, {_ORIGIN: f"retry of {number}", _RERUNS: reruns})
+            self.ledger.enqueue_first(params, {_ORIGIN: f"retry of {number}", _RERUNS: reruns})
 
     def _enqueue_recipes(self) -> None:
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}"})
+            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}", _RERUNS: 0})
 
     def _reason_to_stop(self) -> str | None:
         settings = self.config.study

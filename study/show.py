@@ -1,8 +1,11 @@
 """What the command line shows: tables of studies, trials, freeze levels, and an estimate."""
 
 import math
+import os
 import shlex
+import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +138,7 @@ def study_view(
 
 def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableType:
     """Show a trial: how it went, its settings, its epochs."""
-    best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch})"
+    best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch + 1})"
     trained, total = trial.trained_parameters, trial.total_parameters
     facts = [
         ("trial", trial.number),
@@ -160,7 +163,7 @@ def epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
     for row in epochs:
         _add(
             table,
-            row.epoch,
+            row.epoch + 1,
             f"{row.train_loss:.4f}",
             f"{row.val_loss:.4f}",
             format_accuracy(row.val_acc) + (" *" if row.is_best else "  "),
@@ -236,7 +239,8 @@ def summary_view(
                 f"up to {100 * bonus:.1f} points if all were equally good. The test split decides."
             )
         )
-    parts.append(Text(f"Best checkpoint: {outcome.checkpoint or 'not kept'}"))
+    kept = outcome.checkpoint / "model.safetensors" if outcome.checkpoint else "not kept"
+    parts.append(Text(f"Best checkpoint: {kept}"))
     return Group(*parts)
 
 
@@ -247,8 +251,18 @@ def next_commands(name: str, storage: str, *, is_interrupted: bool = False) -> l
         rest += ["--storage", shlex.quote(storage)]
     words = " ".join(rest)
     url = storage if "://" in storage else f"sqlite:///{storage}"
-    first = f"python -m study {'resume' if is_interrupted else 'show'} {words}"
-    return [first, f"python -m study test {words}", f"optuna-dashboard {shlex.quote(url)}"]
+    python, dashboard = _program("python"), _program("optuna-dashboard")
+    first = f"{python} -m study {'resume' if is_interrupted else 'show'} {words}"
+    return [first, f"{python} -m study test {words}", f"{dashboard} {shlex.quote(url)}"]
+
+
+def _program(name: str) -> str:
+    """Return how to call a program of this environment: by its path where it is not activated."""
+    folder = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found is None or Path(found).parent != folder:
+        return shlex.quote(os.path.relpath(folder / name))
+    return name
 
 
 def say_test(row: "TestRow") -> str:

@@ -1,5 +1,4 @@
 import multiprocessing
-import sqlite3
 from pathlib import Path
 
 import optuna
@@ -8,7 +7,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from study import ledger as ledger_module
-from study.ledger import Ledger, delete_optuna_study, open_optuna_storage
+from study.ledger import Ledger
 from study.samplers import make_pruner, make_sampler
 from study.store import Store
 
@@ -88,6 +87,20 @@ def test_queued_settings_come_first_and_survive_a_stop(tmp_path: Path) -> None:
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
 
 
+def test_a_setting_can_be_put_at_the_head_of_the_line(tmp_path: Path) -> None:
+    first = _ledger(tmp_path / "s.db")
+    recipes = [{"base_lr": 0.01, "backbone": "b"}, {"base_lr": 0.02, "backbone": "a"}]
+    for params in recipes:
+        first.enqueue(params, {"origin": "recipe", "reruns": 0})
+    urgent = {"base_lr": 0.05, "backbone": "b"}
+    first.enqueue_first(urgent, {"origin": "retry", "reruns": 1})
+    second = _ledger(tmp_path / "s.db")
+    assert [_one(second) for _ in range(3)] == [urgent, *recipes]
+    study = optuna.load_study(study_name="photos", storage=f"sqlite:///{tmp_path}/s.db")
+    assert [t.user_attrs["origin"] for t in study.trials] == ["retry", "recipe", "recipe"]
+    assert [t.user_attrs["reruns"] for t in study.trials] == [1, 0, 0]
+
+
 def test_pruned_trials_keep_their_last_report(tmp_path: Path) -> None:
     ledger = _ledger(tmp_path / "s.db", "median")
     for _ in range(6):
@@ -147,25 +160,3 @@ def test_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-
-
-def test_database_is_in_wal_mode_and_waits_for_locks(tmp_path: Path) -> None:
-    storage = open_optuna_storage(str(tmp_path / "s.db"))
-    with storage.engine.connect() as connection:
-        pragma = {
-            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
-            for name in ("journal_mode", "synchronous", "busy_timeout")
-        }
-    assert pragma == {"journal_mode": "wal", "synchronous": 1, "busy_timeout": 60000}
-
-
-def test_deleting_a_study_leaves_the_others(tmp_path: Path) -> None:
-    path = str(tmp_path / "s.db")
-    for name in ("photos", "other"):
-        Ledger(path, name, make_pruner("none", 1))
-    delete_optuna_study(path, "photos")
-    delete_optuna_study(path, "photos")
-    with sqlite3.connect(path) as connection:
-        rows = connection.execute("SELECT study_name FROM studies").fetchall()
-    connection.close()
-    assert rows == [("other",)]

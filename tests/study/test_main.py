@@ -266,7 +266,7 @@ def test_list_show_and_diff_read_the_record(
 ) -> None:
     assert answered(capsys, "list").splitlines()[1].split()[:4] == ["ants", "75.0", "%", "1"]
     assert "digits: 8 train, 4 val, 0 test, 1 classes" in answered(capsys, "show", "ants")
-    assert "75.0 % (validation, epoch 0)" in answered(capsys, "show", "ants", "--trial", "1")
+    assert "75.0 % (validation, epoch 1)" in answered(capsys, "show", "ants", "--trial", "1")
     assert "+25.0 points" in answered(capsys, "diff", "ants", "--trials", "0", "1")
 
 
@@ -312,7 +312,7 @@ def test_delete_removes_the_study_from_optuna_too(
 ) -> None:
     import optuna
 
-    from study.ledger import open_optuna_storage
+    from study.optuna_storage import open_optuna_storage
 
     optuna.create_study(study_name="ants", storage=open_optuna_storage(DEFAULT_STORAGE))
     told = answered(capsys, "delete", "ants", "--yes")

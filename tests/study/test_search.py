@@ -241,6 +241,7 @@ def test_a_killed_study_loses_nothing_and_runs_the_cut_trial_again(home: Path) -
     assert states[2] == (2, "failed", "killed")
     assert sum(row.state == "complete" for row in rows) == 4
     (again,) = [row for row in rows if row.origin == "retry of 2"]
+    assert again.number == 3
     assert again.params == rows[2].params
     assert again.config_hash == rows[2].config_hash
     assert again.state == "complete"
@@ -265,7 +266,7 @@ def test_one_interrupt_finishes_the_record_and_leaves(home: Path) -> None:
     assert run.outcome == "interrupted"
     study = optuna.load_study(study_name="photos", storage=f"sqlite:///{home}/s.db")
     waiting = [t for t in study.trials if t.state is optuna.trial.TrialState.WAITING]
-    assert waiting[-1].user_attrs["origin"] == "retry of 0"
+    assert waiting[0].user_attrs["origin"] == "retry of 0"
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_a_trial_shows_reason_epochs_and_configuration(store: Store) -> None:
     text = text_of(trial_view(trial, store.epochs(trial.id)))
     assert "pruned: hopeless" in text
     assert "1,234 of 5,678" in text
-    assert "30.0 % (validation, epoch 0)" in text
+    assert "30.0 % (validation, epoch 1)" in text
     assert ["clip_norm", "none"] in [line.split() for line in text.splitlines()]
     failed = store.trial(study.id, 3)
     assert "failed: diverged [bad]" in text_of(trial_view(failed, []))
@@ -198,7 +199,23 @@ def test_a_test_is_told_beside_what_validation_said(val_acc: float | None, words
     assert sentence.endswith(words)
 
 
-def test_the_next_commands_can_be_pasted() -> None:
+def test_the_next_commands_name_the_programs_where_the_environment_is_not_activated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(Path(sys.executable).parent.parent)
+    folder = Path(sys.executable).parent.name
+    commands = next_commands("ants", "studies.db")
+    assert commands[0] == f"{folder}/python -m study show ants"
+    assert commands[2] == f"{folder}/optuna-dashboard sqlite:///studies.db"
+
+
+def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An activated environment with all its programs.
+    for name in ("python", "optuna-dashboard"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert next_commands("ants", "studies.db") == [
         "python -m study show ants",
         "python -m study test ants",
