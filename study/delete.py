@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from study.ledger import delete_optuna_study
+from study.optuna_storage import delete_optuna_study
 from study.store import Store
 
 

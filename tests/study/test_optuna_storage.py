@@ -1,13 +1,16 @@
+import json
 import sqlite3
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
+from optuna_dashboard import wsgi
 
 from study.ledger import Ledger
 from study.optuna_storage import (
@@ -93,9 +96,7 @@ def test_reports_are_the_rows_that_optuna_writes(tmp_path: Path) -> None:
     assert _dump(tmp_path / "ours.db") == _dump(tmp_path / "plain.db")
 
 
-def test_a_trial_is_written_wholly_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_is_written_wholly_or_not_at_all(tmp_path: Path) -> None:
     storage = open_optuna_storage(f"{tmp_path}/s.db")
     optuna.create_study(storage=storage, study_name="photos")
     trial = _trial(TrialState.COMPLETE, value=0.5)
@@ -107,20 +108,16 @@ def test_a_trial_is_written_wholly_or_not_at_all(
 
 
 def test_the_dashboard_reads_what_is_written(tmp_path: Path) -> None:
-    from optuna_dashboard._app import create_app
-
     storage = open_optuna_storage(f"{tmp_path}/s.db")
     optuna.create_study(storage=storage, study_name="photos", direction="maximize")
     for kind in ("complete", "pruned", "failed", "running"):
         write_trial(storage, 1, TRIALS[kind])
     answer: list[str] = []
-    environ = {
-        "REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0",
-        "SERVER_NAME": "x", "SERVER_PORT": "80", "wsgi.url_scheme": "http",
-    }  # fmt: skip
-    body = b"".join(create_app(storage)(environ, lambda status, _: answer.append(status)))
+    environ: dict[str, Any] = {"PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0"}
+    setup_testing_defaults(environ)
+    body = b"".join(wsgi(storage)(environ, lambda *head: answer.append(head[0])))
     assert answer == ["200 OK"]
-    told = __import__("json").loads(body)
+    told = json.loads(body)
     assert [trial["state"] for trial in told["trials"]] == [
         "Complete", "Pruned", "Fail", "Running",
     ]  # fmt: skip
