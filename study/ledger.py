@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.search_space import IntersectionSearchSpace
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from study.optuna_storage import open_optuna_storage, write_reports, write_trial
-from study.samplers import Distributions, quiet_experiments
+from study.samplers import Distributions, SeenTrials, quiet_experiments
 
 # A trial or a report reaches the database this soon; shorter trials are written when they end.
 _WRITE_AFTER_S = 0.5
@@ -36,7 +35,7 @@ class Ledger:
 
     Attributes:
         study: The copy in memory.
-        seen: For `make_sampler`: what the trials so far have in common.
+        seen: For `make_sampler`: what it remembers of the trials so far.
     """
 
     def __init__(self, storage: str, name: str, pruner: optuna.pruners.BasePruner) -> None:
@@ -59,7 +58,7 @@ class Ledger:
         # Counted here, since Optuna reads every trial of the study to count them.
         self._n_written = len(kept)
         self._attrs = self._memory.get_study_system_attrs(self._memory_id)
-        self.seen = IntersectionSearchSpace(include_pruned=True)
+        self.seen = SeenTrials()
         self._key: int | None = None  # of the trial under way, in the database
         self._unwritten: dict[int, float] = {}
         self._last_write = 0.0

@@ -2,11 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna import pruners, samplers
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
@@ -14,11 +15,43 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
 Distributions = Mapping[str, BaseDistribution]
+FloatArray = NDArray[np.float64]
 GridValue = str | float | int | bool | None
 
 # Points of a continuous dimension that the grid sampler takes. Assumption.
 _GRID_POINTS = 5
 _SEEDS = 2**31
+
+
+class SeenTrials(IntersectionSearchSpace):
+    """What the samplers of one study remember of its trials from one draw to the next.
+
+    A sampler is made anew for every trial; finished trials do not change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(include_pruned=True)
+        self._space: dict[str, BaseDistribution] = {}
+        self._points: dict[int, list[float]] = {}
+
+    def points(self, trials: Iterable[FrozenTrial], space: Distributions) -> FloatArray:
+        """Return finished trials as points of the space, (trials, dimensions).
+
+        Args:
+            trials: Finished ones, each with a value for every dimension.
+            space: From `calculate`.
+        """
+        if space != self._space:  # its bounds may widen as trials come in
+            self._space, self._points = dict(space), {}
+        points = self._points
+        rows = []
+        for trial in trials:
+            point = points.get(trial.number)
+            if point is None:
+                point = [d.to_internal_repr(trial.params[name]) for name, d in space.items()]
+                points[trial.number] = point
+            rows.append(point)
+        return np.array(rows, dtype=float).reshape(len(rows), len(space))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +64,43 @@ class _Draw:
         study_seed: The same for all trials: for samplers that walk through a fixed sequence and
             keep their place in the study.
         space: Distributions by name.
-        seen: What the trials so far have in common; it remembers how far it has looked.
+        seen: What is remembered from trial to trial.
     """
 
     trial_seed: int
     study_seed: int
     space: Distributions
-    seen: IntersectionSearchSpace
+    seen: SeenTrials
 
 
 class _TPE(samplers.TPESampler):
-    """TPE that does not go through all trials again to find what they have in common.
-
-    A sampler is made anew for every trial; the common space is kept from one to the next.
-    """
+    """TPE that does not go through all trials again for what it knew at the last draw."""
 
     def __init__(self, draw: _Draw) -> None:
         super().__init__(seed=draw.trial_seed)
         self._seen = draw.seen
+        self._common: dict[str, BaseDistribution] = {}
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Return the dimensions that all finished trials share."""
         common = self._seen.calculate(study)
-        return {name: dist for name, dist in common.items() if not dist.single()}
+        self._common = {name: dist for name, dist in common.items() if not dist.single()}
+        return self._common
+
+    def _get_internal_repr(
+        self,
+        trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+        study: optuna.Study,
+    ) -> dict[str, FloatArray]:
+        """Return the values of trials by dimension."""
+        are_finished = all(trial.state.is_finished() for trial in trials)
+        if not are_finished or search_space != self._common:
+            return super()._get_internal_repr(trials, search_space, study)
+        points = self._seen.points(trials, search_space)
+        return {name: points[:, k] for k, name in enumerate(search_space)}
 
 
 class _Unstopped:
@@ -66,6 +111,25 @@ class _Unstopped:
 
     def after_trial(self, *_: object) -> None:
         """Do nothing."""
+
+
+class _Hyperband(pruners.HyperbandPruner):
+    """Hyperband for one study, which works out a trial's bracket once.
+
+    Optuna hashes every trial of the study anew each time that one reaches a rung.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__(min_resource=1, max_resource=max(1, epochs), reduction_factor=3)
+        self._brackets: dict[int, int] = {}
+
+    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        if not self._pruners:  # its brackets are not laid out yet
+            return super()._get_bracket_id(study, trial)
+        number = trial.number
+        if number not in self._brackets:
+            self._brackets[number] = super()._get_bracket_id(study, trial)
+        return self._brackets[number]
 
 
 class _Grid(_Unstopped, samplers.GridSampler):
@@ -92,9 +156,7 @@ _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
 }
 
 _PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {
-    "hyperband": lambda epochs: pruners.HyperbandPruner(
-        min_resource=1, max_resource=max(1, epochs), reduction_factor=3
-    ),
+    "hyperband": _Hyperband,
     "median": lambda epochs: pruners.MedianPruner(
         n_startup_trials=4, n_warmup_steps=_warmup(epochs)
     ),
@@ -120,7 +182,7 @@ def make_sampler(
     seed: int,
     trial_number: int,
     space: Distributions,
-    seen: IntersectionSearchSpace | None = None,
+    seen: SeenTrials | None = None,
 ) -> samplers.BaseSampler:
     """Build a sampler for one trial.
 
@@ -130,7 +192,7 @@ def make_sampler(
         trial_number: Number of the trial that it will draw.
         space: Distributions by name.
         seen: One object for all trials of a study, to spare the sampler old trials; None to look
-            at all of them.
+            at all of them again.
 
     Raises:
         ValueError: Unknown name.
@@ -139,8 +201,8 @@ def make_sampler(
         raise ValueError(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, but got {name!r}.")
     words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
     with quiet_experiments():
-        seen = seen or IntersectionSearchSpace(include_pruned=True)
-        return _SAMPLERS[name](_Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, seen))
+        draw = _Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, seen or SeenTrials())
+        return _SAMPLERS[name](draw)
 
 
 def make_pruner(name: str, epochs: int) -> pruners.BasePruner:

@@ -1,10 +1,14 @@
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import HyperbandPruner
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState
 
 from study.samplers import (
     PRUNER_NAMES,
     SAMPLER_NAMES,
+    SeenTrials,
     grid_points,
     make_pruner,
     make_sampler,
@@ -117,18 +121,47 @@ def test_unknown_names_list_the_known_ones() -> None:
         make_pruner("scissors", 3)
 
 
-def test_tpe_with_a_memory_of_the_space_draws_what_it_draws_without() -> None:
-    def drawn(remembers: bool) -> list[dict[str, object]]:
-        study = optuna.create_study(direction="maximize", pruner=make_pruner("hyperband", 9))
-        seen = optuna.search_space.IntersectionSearchSpace(include_pruned=True)
-        params = []
-        for number in range(30):
-            study.sampler = make_sampler("tpe", 0, number, NUMBERS, seen if remembers else None)
-            trial = study.ask(NUMBERS)
-            trial.report(trial.params["x"], 1)
-            state = optuna.trial.TrialState.PRUNED if trial.should_prune() else None
-            study.tell(trial, None if state else trial.params["x"], state=state)
-            params.append(dict(trial.params))
-        return params
+def test_tpe_and_hyperband_with_a_memory_do_what_optunas_own_do() -> None:
+    space = {**NUMBERS, "c": CategoricalDistribution(("a", None, 2)), "one": IntDistribution(3, 3)}
 
-    assert drawn(True) == drawn(False)
+    def drawn(is_ours: bool) -> list[object]:
+        pruner = make_pruner("hyperband", 9) if is_ours else HyperbandPruner(1, 9, 3)
+        study = optuna.create_study(study_name="same", direction="maximize", pruner=pruner)
+        seen = SeenTrials()
+        told = []
+        for number in range(60):
+            study.sampler = make_sampler("tpe", 0, number, space, seen)
+            if not is_ours:
+                study.sampler = TPESampler(seed=study.sampler._rng.rng.get_state()[1][0])
+            trial = study.ask(space)
+            reached = 0
+            while reached < 9:
+                reached += 1
+                trial.report(trial.params["x"] * reached, reached)
+                if trial.should_prune():
+                    break
+            state = TrialState.PRUNED if reached < 9 else TrialState.COMPLETE
+            study.tell(trial, trial.params["x"] if reached == 9 else None, state=state)
+            told.append((trial.params, reached))
+        return told
+
+    ours = drawn(True)
+    assert ours == drawn(False)
+    assert {reached for _, reached in ours} == {1, 3, 9}
+
+
+def test_memory_of_trials_is_dropped_when_the_space_changes() -> None:
+    seen = SeenTrials()
+    study = optuna.create_study(direction="maximize", sampler=TPESampler(seed=0))
+    for number in range(30):
+        wide = {"x": FloatDistribution(0.0, 1.0 if number < 15 else 2.0), "k": NUMBERS["k"]}
+        study.sampler = make_sampler("tpe", 0, number, wide, seen)
+        fresh = make_sampler("tpe", 0, number, wide)
+        trial = study.ask(wide)
+        frozen = study.trials[-1]
+        assert study.sampler.infer_relative_search_space(
+            study, frozen
+        ) == fresh.infer_relative_search_space(study, frozen)
+        study.tell(trial, trial.params["x"])
+        if number > 15:
+            assert set(seen.calculate(study)) == {"k"}
