@@ -19,7 +19,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from study.optuna_storage import open_optuna_storage, write_reports, write_trial
 from study.samplers import Distributions, SeenTrials, quiet_experiments
 
-# A trial or a report reaches the database this soon; shorter trials are written when they end.
 _WRITE_AFTER_S = 0.5
 _FIXED = "fixed_params"  # where Optuna keeps a queued trial's settings
 _DIRECTION = StudyDirection.MAXIMIZE
@@ -32,13 +31,22 @@ class Ledger:
         storage: SQLAlchemy URL or path of an SQLite file.
         name: The study; made where there is none.
         pruner: Decides which trials stop early.
+        write_after_s: A trial or a report reaches the database this soon; shorter trials are
+            written when they end.
 
     Attributes:
         study: The copy in memory.
         seen: For `make_sampler`: what it remembers of the trials so far.
     """
 
-    def __init__(self, storage: str, name: str, pruner: optuna.pruners.BasePruner) -> None:
+    def __init__(
+        self,
+        storage: str,
+        name: str,
+        pruner: optuna.pruners.BasePruner,
+        *,
+        write_after_s: float = _WRITE_AFTER_S,
+    ) -> None:
         self._database = open_optuna_storage(storage)
         self._kept = optuna.create_study(
             study_name=name, storage=self._database, direction=_DIRECTION, load_if_exists=True
@@ -59,6 +67,7 @@ class Ledger:
         self._n_written = len(kept)
         self._attrs = self._memory.get_study_system_attrs(self._memory_id)
         self.seen = SeenTrials()
+        self._write_after_s = write_after_s
         self._key: int | None = None  # of the trial under way, in the database
         self._unwritten: dict[int, float] = {}
         self._last_write = 0.0
@@ -127,7 +136,7 @@ class Ledger:
         """Report a trial's value at a step (epochs done); return whether it is to stop."""
         trial.report(value, step)
         self._unwritten[step] = value
-        if time.monotonic() - self._last_write >= _WRITE_AFTER_S:
+        if time.monotonic() - self._last_write >= self._write_after_s:
             self._write(trial)
         with quiet_experiments():
             return trial.should_prune()

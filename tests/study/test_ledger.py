@@ -6,7 +6,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from study import ledger as ledger_module
 from study.ledger import Ledger
 from study.samplers import make_pruner, make_sampler
 from study.store import Store
@@ -18,8 +17,8 @@ SPACE = {
 }
 
 
-def _ledger(path: Path, pruner: str = "none") -> Ledger:
-    return Ledger(str(path), "photos", make_pruner(pruner, 5))
+def _ledger(path: Path, pruner: str = "none", write_after_s: float = 60.0) -> Ledger:
+    return Ledger(str(path), "photos", make_pruner(pruner, 5), write_after_s=write_after_s)
 
 
 def _one(ledger: Ledger, value: float = 0.5, steps: int = 3) -> dict[str, object]:
@@ -32,11 +31,8 @@ def _one(ledger: Ledger, value: float = 0.5, steps: int = 3) -> dict[str, object
 
 
 @pytest.mark.parametrize("write_after", [0.0, 60.0])
-def test_plain_optuna_reads_what_was_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_after: float
-) -> None:
-    monkeypatch.setattr(ledger_module, "_WRITE_AFTER_S", write_after)
-    ledger = _ledger(tmp_path / "s.db")
+def test_plain_optuna_reads_what_was_told(tmp_path: Path, write_after: float) -> None:
+    ledger = _ledger(tmp_path / "s.db", write_after_s=write_after)
     params = [_one(ledger, value) for value in (0.2, 0.8, 0.4)]
     study = optuna.load_study(study_name="photos", storage=f"sqlite:///{tmp_path}/s.db")
     assert [trial.params for trial in study.trials] == params
@@ -48,11 +44,8 @@ def test_plain_optuna_reads_what_was_told(
     assert all(trial.duration is not None for trial in study.trials)
 
 
-def test_a_running_trial_can_be_seen_from_outside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger_module, "_WRITE_AFTER_S", 0.0)
-    ledger = _ledger(tmp_path / "s.db")
+def test_a_running_trial_can_be_seen_from_outside(tmp_path: Path) -> None:
+    ledger = _ledger(tmp_path / "s.db", write_after_s=0.0)
     trial = ledger.ask(make_sampler("random", 0, 0, SPACE), SPACE)
     ledger.report(trial, 0.3, 1)
     (seen,) = optuna.load_study(study_name="photos", storage=f"sqlite:///{tmp_path}/s.db").trials
@@ -114,9 +107,8 @@ def test_pruned_trials_keep_their_last_report(tmp_path: Path) -> None:
     assert study.trials[6].value == 0.01
 
 
-def test_trials_left_running_are_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_WRITE_AFTER_S", 0.0)
-    first = _ledger(tmp_path / "s.db")
+def test_trials_left_running_are_failed(tmp_path: Path) -> None:
+    first = _ledger(tmp_path / "s.db", write_after_s=0.0)
     trial = first.ask(make_sampler("random", 0, 0, SPACE), SPACE)
     first.report(trial, 0.3, 1)
     second = _ledger(tmp_path / "s.db")
