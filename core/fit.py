@@ -72,6 +72,10 @@ def fit(
                 between = time.perf_counter()
                 evaluation = run.evaluate(feed)
                 end = time.perf_counter()
+            if not np.isfinite(evaluation.loss):
+                raise TrainingDiverged(
+                    f"the validation loss is no longer finite at epoch {epoch}; lower base_lr."
+                )
             metrics = EpochMetrics(
                 epoch=epoch,
                 train_loss=train_loss,

@@ -166,6 +166,8 @@ def run_search(
         run_id = store.begin_run(
             study_id, command=command, device=device, versions=versions(), take_over=take_over
         )
+        # Only now: a process that was refused must not have changed the study of the other.
+        store.update_study(study_id, config.to_record(), _described(data))
         with _leaving_cleanly(progress) as stop:
             output = Path(config.study.output) / config.study.name
             work = Work(store, study_id, run_id, data, output, progress, stop)
@@ -205,7 +207,21 @@ def _refuse_changes(store: Store, config: StudyConfig, allow_changes: bool) -> N
 def _enter(store: Store, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
     """Create the study in the record, or check that its pictures are the same."""
     row = store.find_study(config.study.name)
-    described = {
+    if row is None:
+        name, record = config.study.name, config.to_record()
+        return store.create_study(name, record, _described(data), versions())
+    if row.data["fingerprint"] != data.fingerprint and not allow_changes:
+        raise ConfigError(
+            f"the pictures of study {config.study.name} have changed since it began "
+            f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
+            f"{len(data.val)} training and validation pictures now, or other contents). Use "
+            "another --name, or --allow-changes to mix both."
+        )
+    return row.id
+
+
+def _described(data: ImageData) -> dict[str, Any]:
+    return {
         "source": data.source,
         "classes": list(data.classes),
         "n_train": len(data.train),
@@ -214,17 +230,6 @@ def _enter(store: Store, config: StudyConfig, data: ImageData, allow_changes: bo
         "fingerprint": data.fingerprint,
         "warnings": list(data.warnings),
     }
-    if row is None:
-        return store.create_study(config.study.name, config.to_record(), described, versions())
-    if row.data["fingerprint"] != data.fingerprint and not allow_changes:
-        raise ConfigError(
-            f"the pictures of study {config.study.name} have changed since it began "
-            f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
-            f"{len(data.val)} training and validation pictures now, or other contents). Use "
-            "another --name, or --allow-changes to mix both."
-        )
-    store.update_study(row.id, config.to_record(), described)
-    return row.id
 
 
 @contextmanager

@@ -147,6 +147,18 @@ def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
         list(epochs)
 
 
+def test_a_network_that_breaks_only_in_evaluation_has_diverged(
+    data: ImageData, tmp_path: Path
+) -> None:
+    # Training normalises by the batch; evaluation reads the running statistics, which are NaN.
+    state = create("resnet18", 32, 2, is_pretrained=True).model.state_dict()
+    state["bn1.running_mean"].fill_(float("nan"))
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    config = replace(TINY, weights=str(tmp_path / "w.safetensors"), batch_norm="train")
+    with pytest.raises(TrainingDiverged, match="validation loss is no longer finite at epoch 0"):
+        list(fit(config, data))
+
+
 def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,12 +273,14 @@ def test_one_interrupt_finishes_the_record_and_leaves(home: Path) -> None:
 def test_a_second_process_on_a_running_study_is_refused(home: Path) -> None:
     process = _start(home, 4, *LONG)
     _wait_for_event(process, "epoch", 0)
-    second = subprocess.run(_command(home, 4, *LONG), capture_output=True, text=True)
+    second = subprocess.run(_command(home, 9, *LONG), capture_output=True, text=True)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert second.returncode == 2
     assert "is being run by process" in second.stderr
     assert "Traceback" not in second.stderr
+    with Store.open(str(home / "s.db")) as store:
+        assert store.study("photos").config["study"]["trials"] == 4
 
 
 def test_the_database_is_untouched_when_it_is_not_ours(home: Path) -> None:
