@@ -31,7 +31,8 @@ from core.build import build
 from core.device import choose_device
 from study.config import StudyConfig, load_config
 from study.progress import QuietProgress
-from study.search import load_pictures, run_search
+from study.search import run_search
+from study.session import load_pictures
 from study.store import Store
 from study.test_split import test_study
 

@@ -238,6 +238,12 @@ class DataConfig:
         0.2, "Share held out for the final test, where the folder is not split at all.", gt=0, lt=1
     )
     split_seed: int = setting(0, "Seed of the splits that Frostline makes.", ge=0)
+    val_seed: int | None = setting(
+        None,
+        "Seed of the validation split alone, so that it can be drawn anew while the test split "
+        "stays. Leave out for split_seed.",
+        ge=0,
+    )
     limit: int | None = setting(
         None, "Use at most this many training pictures, the same share of every class.", ge=2
     )

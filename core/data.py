@@ -144,11 +144,22 @@ def _split(
                 "data.val_fraction + data.test_fraction must be < 1, but got "
                 f"{config.val_fraction:g} + {config.test_fraction:g}."
             )
-        return _divide(whole, shares, config.split_seed)
+        return _divide(whole, shares, _seeds(config))
     if "val" not in parts:
         whole = _without_copies(parts.pop("train"), notes)
-        parts |= _divide(whole, {"val": config.val_fraction}, config.split_seed)
+        parts |= _divide(whole, {"val": config.val_fraction}, _seeds(config))
+    elif config.val_seed is not None:
+        raise DataError(
+            f"data.val_seed must be left out where the source has a validation split of its own, "
+            f"but got val_seed={config.val_seed!r}. Remove the key, or merge val/ into train/."
+        )
     return dict(parts)
+
+
+def _seeds(config: DataConfig) -> dict[str, int]:
+    """Give each part that is drawn its seed; the test split never moves with the validation's."""
+    val_seed = config.split_seed if config.val_seed is None else config.val_seed
+    return {"test": config.split_seed, "val": val_seed}
 
 
 def _without_copies(pictures: list[Labelled], notes: list[str]) -> list[Labelled]:
@@ -163,13 +174,13 @@ def _without_copies(pictures: list[Labelled], notes: list[str]) -> list[Labelled
 
 
 def _divide(
-    pictures: list[Labelled], shares: dict[str, float], seed: int
+    pictures: list[Labelled], shares: dict[str, float], seeds: dict[str, int]
 ) -> dict[str, list[Labelled]]:
     """Take a share of every class for each named part; the rest is `train`.
 
-    A picture's place follows from its contents and the seed, so that adding or renaming files
-    moves as few others as can be. A picture that lies in several classes stays in `train`, where
-    it cannot leak.
+    A picture's place follows from its contents and the part's seed, so that adding or renaming
+    files moves as few others as can be. A picture that lies in several classes stays in `train`,
+    where it cannot leak.
     """
     parts: dict[str, list[Labelled]] = {name: [] for name in ("train", *shares)}
     by_class: dict[str, list[Labelled]] = defaultdict(list)
@@ -186,8 +197,10 @@ def _divide(
                 f"class {label} must have at least {need} different pictures to be split into "
                 f"{', '.join(parts)}, but has {len(members)}. Add pictures or remove the class."
             )
-        rest = sorted(members, key=lambda p: _lot(p.item.content, seed))
+        rest = members
         for k, (name, share) in enumerate(shares.items()):
+            seed = seeds[name]
+            rest = sorted(rest, key=lambda p: _lot(p.item.content, seed))
             left = len(shares) - k  # every later part and train get one at least
             n = min(max(1, round(share * len(members))), len(rest) - left)
             parts[name] += rest[:n]

@@ -24,6 +24,9 @@ from reports.words import percent
 _WIDTH, _HEIGHT = 4.6, 3.1
 _DPI = 220
 
+# What a file would say of when and by what it was written.
+_UNSTABLE = {"svg": ("Date",), "png": ("Software",), "pdf": ("CreationDate", "Producer")}
+
 Draw = Callable[[Axes], Any]
 
 
@@ -38,6 +41,7 @@ class Drawing:
         png: For a page or a slide; empty where `why_empty` says why.
         svg: The same, to scale.
         svg_dark: The same for a dark screen.
+        pdf: The same for a paper; empty where none is wanted.
         why_empty: One sentence, or None.
     """
 
@@ -47,11 +51,12 @@ class Drawing:
     png: bytes = b""
     svg: bytes = b""
     svg_dark: bytes = b""
+    pdf: bytes = b""
     why_empty: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """A figure to be drawn; what it needs is checked before."""
 
     name: str
@@ -60,6 +65,7 @@ class _Plan:
     draw: Draw
     why_empty: str | None = None
     size: tuple[float, float] = (_WIDTH, _HEIGHT)
+    with_pdf: bool = False
 
 
 def render(draw: Draw, size: tuple[float, float], kind: str, *, is_dark: bool = False) -> bytes:
@@ -68,7 +74,7 @@ def render(draw: Draw, size: tuple[float, float], kind: str, *, is_dark: bool = 
     Args:
         draw: Draws on the axes.
         size: Width and height, inches.
-        kind: `png` or `svg`.
+        kind: `png`, `svg` or `pdf`.
         is_dark: For a dark screen.
     """
     with style(is_dark=is_dark):
@@ -76,24 +82,25 @@ def render(draw: Draw, size: tuple[float, float], kind: str, *, is_dark: bool = 
         FigureCanvasAgg(figure)
         draw(figure.add_subplot())
         buffer = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        metadata: Any = dict.fromkeys(_UNSTABLE[kind])
         figure.savefig(buffer, format=kind, metadata=metadata)
     return buffer.getvalue()
 
 
 def draw_figures(record: Record, importance: Importance) -> list[Drawing]:
     """Draw all figures of a report, in reading order."""
-    return [_drawn(plan) for plan in _plans(record, importance)]
+    return [drawn(plan) for plan in _plans(record, importance)]
 
 
 def save_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
-    """Write each figure as PNG and SVG; return the paths."""
+    """Write each figure as PNG, SVG and, where there is one, PDF; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for drawing in drawings:
-        for suffix, content in ((".png", drawing.png), (".svg", drawing.svg)):
+        forms = ((".png", drawing.png), (".svg", drawing.svg), (".pdf", drawing.pdf))
+        for suffix, content in forms:
             path = folder / f"{drawing.name}{suffix}"
-            if drawing.why_empty is not None:
+            if drawing.why_empty is not None or not content:
                 path.unlink(missing_ok=True)  # of an earlier report of this study
                 continue
             path.write_bytes(content)
@@ -101,7 +108,8 @@ def save_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _drawn(plan: _Plan) -> Drawing:
+def drawn(plan: Plan) -> Drawing:
+    """Draw a figure in all its forms."""
     if plan.why_empty is not None:
         return Drawing(plan.name, plan.title, plan.caption, why_empty=plan.why_empty)
     return Drawing(
@@ -111,10 +119,11 @@ def _drawn(plan: _Plan) -> Drawing:
         png=render(plan.draw, plan.size, "png"),
         svg=render(plan.draw, plan.size, "svg"),
         svg_dark=render(plan.draw, plan.size, "svg", is_dark=True),
+        pdf=render(plan.draw, plan.size, "pdf") if plan.with_pdf else b"",
     )
 
 
-def _plans(record: Record, importance: Importance) -> Iterator[_Plan]:
+def _plans(record: Record, importance: Importance) -> Iterator[Plan]:
     yield _importance_plan(importance)
     yield from _confusion_plans(record)
     yield from _history_plans(record)
@@ -135,9 +144,9 @@ def _no_accuracy(record: Record) -> str | None:
     return f"No trial has an accuracy ({told})."
 
 
-def _importance_plan(importance: Importance) -> _Plan:
+def _importance_plan(importance: Importance) -> Plan:
     factors = importance.factors
-    return _Plan(
+    return Plan(
         "importance",
         "What mattered",
         "Bars: share of each setting in what decided the accuracy, over all trials; whiskers: "
@@ -148,7 +157,7 @@ def _importance_plan(importance: Importance) -> _Plan:
     )
 
 
-def _confusion_plans(record: Record) -> Iterator[_Plan]:
+def _confusion_plans(record: Record) -> Iterator[Plan]:
     classes, why = record.classes, None
     matrix = np.zeros((0, 0), dtype=np.int64) if record.confusion is None else record.confusion
     if record.confusion is None:
@@ -159,7 +168,7 @@ def _confusion_plans(record: Record) -> Iterator[_Plan]:
     caption = "Rows are the true class, columns what the network said, on the validation split."
     if len(classes) > MAX_NAMED_CLASSES:
         caption += " Classes are numbered from 0 in the order listed under Provenance."
-    yield _Plan(
+    yield Plan(
         "confusion",
         "What the best trial confuses",
         caption,
@@ -169,13 +178,13 @@ def _confusion_plans(record: Record) -> Iterator[_Plan]:
     )
 
 
-def _history_plans(record: Record) -> Iterator[_Plan]:
+def _history_plans(record: Record) -> Iterator[Plan]:
     why = _no_accuracy(record)
     history = frames.history_frame(record.trials)
     caption = "Each mark is a trial; the line is the best finished trial so far."
-    yield _Plan("history", "Trial by trial", caption, lambda ax: plot_history(history, ax), why)
+    yield Plan("history", "Trial by trial", caption, lambda ax: plot_history(history, ax), why)
     no_times = None if history["elapsed_s"].notna().any() else "No trial has an end time."
-    yield _Plan(
+    yield Plan(
         "history-time",
         "Over time",
         "The same over the time in which trials ran; pauses between runs are left out.",
@@ -183,7 +192,7 @@ def _history_plans(record: Record) -> Iterator[_Plan]:
         why or no_times,
     )
     curves = frames.curves_frame(record.trials, record.epochs)
-    yield _Plan(
+    yield Plan(
         "curves",
         "Epoch by epoch",
         "Validation accuracy after each epoch. Pruned trials are dashed and end in a cross.",
@@ -192,7 +201,7 @@ def _history_plans(record: Record) -> Iterator[_Plan]:
     )
 
 
-def _slice_plans(record: Record) -> Iterator[_Plan]:
+def _slice_plans(record: Record) -> Iterator[Plan]:
     used: set[str] = set()
     for dim in record.dims:
         frame = frames.slice_frame(record.trials, dim)
@@ -201,7 +210,7 @@ def _slice_plans(record: Record) -> Iterator[_Plan]:
             why = "It had one value only."
         elif why is None and not len(frame):
             why = "No trial with an accuracy has this setting."
-        yield _Plan(
+        yield Plan(
             _file_name(f"slice-{dim.name}", used),
             dim.name,
             "",
@@ -225,7 +234,7 @@ def _file_name(name: str, used: set[str]) -> str:
     return unique
 
 
-def _depth_lr_plan(record: Record) -> _Plan:
+def _depth_lr_plan(record: Record) -> Plan:
     frame = frames.depth_lr_frame(record.trials)
     dims = {dim.name: dim for dim in record.dims if not dim.is_single}
     missing = [name for name in ("freeze_depth", "base_lr") if name not in dims]
@@ -235,7 +244,7 @@ def _depth_lr_plan(record: Record) -> _Plan:
     elif why is None and not len(frame):
         why = "No trial with an accuracy has both settings."
     is_log = "base_lr" not in dims or dims["base_lr"].is_log
-    return _Plan(
+    return Plan(
         "depth-lr",
         "Freeze depth and learning rate",
         "Each mark is a trial, coloured by its accuracy; a ring marks the best finished one. "
@@ -245,11 +254,11 @@ def _depth_lr_plan(record: Record) -> _Plan:
     )
 
 
-def _cost_plan(record: Record) -> _Plan:
+def _cost_plan(record: Record) -> Plan:
     frame = frames.cost_frame(record.trials)
     front = frame[frame["is_front"]].sort_values("duration_s")
     worth = "; ".join(f"trial {r['number']}: {percent(r['value'])}" for _, r in front.iterrows())
-    return _Plan(
+    return Plan(
         "cost",
         "Accuracy against cost",
         "Ringed and numbered: no other finished trial is both quicker and better"

@@ -1,6 +1,5 @@
 """Write the report of a study: one HTML page, Markdown, CSV, and every figure as PNG and SVG."""
 
-import base64
 import hashlib
 import json
 from dataclasses import dataclass
@@ -9,25 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reports import tables
 from reports.figures import Drawing, draw_figures, save_figures
 from reports.importance import Importance, estimate_importance
 from reports.record import Record, read_record
 from reports.summary import describe, summarise
-from reports.words import (
-    hide_password,
-    markdown_table,
-    markdown_text,
-    moment,
-    percent,
-    percent_range,
-    shorten,
-)
+from reports.templating import render_template
+from reports.words import hide_password, moment
 from study.store import Store
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +34,6 @@ class ReportPaths:
     markdown: Path
     csv: Path
     figures: tuple[Path, ...]
-
-
-class _Markdown(str):
-    """Text that is Markdown already and is not to be escaped."""
 
 
 def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
@@ -77,8 +62,8 @@ def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
         figures=save_figures(drawings, out_dir / "figures"),
     )
     told = _contents(record, importance, drawings)
-    paths.html.write_text(_render("report.html", told), encoding="utf-8")
-    paths.markdown.write_text(_render("report.md", told), encoding="utf-8")
+    paths.html.write_text(render_template("report.html", told), encoding="utf-8")
+    paths.markdown.write_text(render_template("report.md", told), encoding="utf-8")
     paths.csv.write_text(tables.trials_csv(record.trials), encoding="utf-8", newline="")
     return paths
 
@@ -118,36 +103,3 @@ def _contents(record: Record, importance: Importance, drawings: list[Drawing]) -
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
-
-
-def _render(template: str, contents: dict[str, Any]) -> str:
-    is_html = template.endswith(".html")
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES, encoding="utf-8"),
-        autoescape=is_html,
-        # Every value of the Markdown template is escaped unless it is marked as Markdown.
-        finalize=None if is_html else _escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        percent=percent,
-        interval=lambda told: percent_range(told.low, told.high),
-        shorten=shorten,
-        data_uri=_data_uri,
-        table=lambda table: _Markdown(markdown_table(table.header, table.rows)),
-        md=_Markdown,
-        file=lambda name: _Markdown(f"figures/{name}.png"),
-        code=lambda text: _Markdown("\n".join(f"    {line}" for line in str(text).splitlines())),
-    )
-    return environment.get_template(template).render(contents)
-
-
-def _escaped(value: Any) -> str:
-    return value if isinstance(value, _Markdown) else markdown_text(value)
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from reports.frames import Dimension, best_number, dimensions
+from study.read import read_confusion, read_epochs, read_pictures, read_trials
 from study.store import (
     PictureRow,
     RunRow,
@@ -14,10 +15,6 @@ from study.store import (
     StudyRow,
     TestRow,
     TrialRow,
-    read_confusion,
-    read_epochs,
-    read_pictures,
-    read_trials,
 )
 
 

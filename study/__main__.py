@@ -67,8 +67,9 @@ def _resume(args: argparse.Namespace) -> int:
     from study.config import parse_config
 
     with _opened(args) as store:
-        record = store.study(args.study).config
-    config = parse_config(record, f"study {args.study}", args.set, _flags(args))
+        row = store.study(args.study)
+        _refuse_ablation(store, args.study, "ablate", "")
+    config = parse_config(row.config, f"study {args.study}", args.set, _flags(args))
     return _search(config, args)
 
 
@@ -141,7 +142,7 @@ def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
     from study.config import check_backbones
     from study.estimate import estimate
     from study.init import config_text
-    from study.search import load_pictures
+    from study.session import load_pictures
     from study.show import estimate_view
 
     check_backbones(config)
@@ -155,6 +156,13 @@ def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
     else:
         _print(estimate_view(found))
     return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from study.ablation_commands import ablate
+
+    with _progress(args) as progress:
+        return ablate(args, progress)
 
 
 def _init(args: argparse.Namespace) -> int:
@@ -281,6 +289,13 @@ def _test(args: argparse.Namespace) -> int:
     from study.test_split import test_study
 
     with _opened(args) as store, _progress(args) as progress:
+        if args.levels:
+            from study.ablation_commands import test_levels
+
+            _require_ablation(store, args.study, "--levels")
+            return test_levels(args, store, progress)
+        if args.trial is None:
+            _refuse_ablation(store, args.study, "test", " --levels all")
         row = test_study(store, args.study, args.trial, progress=progress, command=args.line)
         output = Path(store.study(args.study).config["study"]["output"])
         report = output / args.study / "report"
@@ -299,7 +314,12 @@ def _report(args: argparse.Namespace) -> int:
     from reports.html import write_report
 
     with _opened(args) as store:
-        output = Path(store.study(args.study).config["study"]["output"])
+        study = store.study(args.study)
+        if args.ablation or args.methods or args.beside or store.designs(study.id):
+            from study.ablation_commands import report_ablation
+
+            return report_ablation(args, store)
+        output = Path(study.config["study"]["output"])
         paths = write_report(store, args.study, args.out or output / args.study / "report")
     for path in (paths.html, paths.markdown, paths.csv):
         print(path)
@@ -309,6 +329,7 @@ def _report(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
+    "ablate": _ablate,
     "init": _init,
     "schema": _schema,
     "backbones": _backbones,
@@ -323,6 +344,27 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 # What the commands share.
 
 
+def _refuse_ablation(store: "Store", name: str, command: str, rest: str) -> None:
+    """Send the user of an ablation to the command that is meant for it."""
+    from study.config import ConfigError
+
+    if store.designs(store.study(name).id):
+        raise ConfigError(
+            f"study {name} is an ablation, of which no run is the best. Use: python -m study "
+            f"{command} {shlex.quote(name)}{rest}"
+        )
+
+
+def _require_ablation(store: "Store", name: str, flag: str) -> None:
+    from study.config import ConfigError
+
+    if not store.designs(store.study(name).id):
+        raise ConfigError(
+            f"{flag} is for ablations, but study {name} is a search. Leave it out, or make an "
+            f"ablation of it: python -m study ablate {shlex.quote(name)}"
+        )
+
+
 def _opened(args: argparse.Namespace) -> "Store":
     from study.store import Store
 
@@ -330,23 +372,21 @@ def _opened(args: argparse.Namespace) -> "Store":
 
 
 def _print(view: "RenderableType") -> None:
-    from rich.console import Console
+    from study.show import print_view
 
-    # A pipe gets whole lines, whatever the width that a terminal would have.
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False).print(view)
+    print_view(view)
+
+
+def _print_json(value: object) -> None:
+    from study.show import print_json
+
+    print_json(value)
 
 
 def _dict(row: Any) -> dict[str, Any]:
     import dataclasses
 
     return {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}
-
-
-def _print_json(value: object) -> None:
-    from study.words import json_text
-
-    print(json_text(value))
 
 
 def _is_users(err: ValueError) -> bool:

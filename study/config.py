@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.config import DataConfig, TrainConfig
+from study.factors import parse_factors
 from study.fields import Fault, Section, check_section, keys_of
 from study.layers import Layers, Origin, read_toml
-from study.sections import EXHAUSTIVE, SearchSection, StudySection
+from study.sections import EXHAUSTIVE, AblationSection, SearchSection, StudySection
 from study.space import Choices, Dimension, apply_params, n_points, parse_space
 
 
@@ -58,6 +59,7 @@ class StudyConfig(BaseModel):
         train: Settings of every trial; a searched key's value here is only a recipe's default.
         search: Sampler, pruner, recipes.
         space: Searched training keys.
+        ablation: What `study ablate` varies.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +69,7 @@ class StudyConfig(BaseModel):
     train: TrainConfig = TrainConfig()
     search: SearchSection = SearchSection()
     space: dict[str, Dimension] = Field(default_factory=_default_space)
+    ablation: AblationSection = AblationSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -107,6 +110,7 @@ SECTIONS: dict[str, Section] = {
     "data": DataConfig,
     "train": TrainConfig,
     "search": SearchSection,
+    "ablation": AblationSection,
 }
 """The sections of keys; [space], which holds dimensions, is not among them."""
 FREE_KEYS = frozenset(
@@ -124,6 +128,7 @@ FREE_KEYS = frozenset(
         "train.device",
         "train.workers",
     }
+    | {f"ablation.{key}" for key in keys_of(AblationSection)}
 )
 """Keys that may change when a study is resumed: they do not change what a trial's result means."""
 
@@ -223,6 +228,7 @@ def _checked(layers: Layers) -> StudyConfig:
     if not faults:
         tell("space", _space_faults(space, made["train"]))
         tell("search", _search_faults(space, made["search"]))
+        tell("ablation", parse_factors(made["ablation"].factors or {})[1])
     if faults:
         raise ConfigError(*faults)
     return StudyConfig(**made, space=space)

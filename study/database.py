@@ -26,7 +26,15 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 
-from study.tables import PREFIX, SCHEMA_VERSION, Base, InfoTable, TestTable
+from study.tables import (
+    PREFIX,
+    SCHEMA_VERSION,
+    Base,
+    DesignTable,
+    InfoTable,
+    PredictionTable,
+    TestTable,
+)
 
 # Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
 BUSY_TIMEOUT_S = 60
@@ -221,5 +229,14 @@ def _add_tests_and_ablation(connection: Connection) -> None:
     TestTable.__table__.create(connection)  # type: ignore[attr-defined]  # typed as FromClause
 
 
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _add_tests_and_ablation}
+def _add_designs(connection: Connection) -> None:
+    """Version 2 had no designs and no predictions of single pictures."""
+    for table in (DesignTable, PredictionTable):
+        table.__table__.create(connection)  # type: ignore[attr-defined]  # typed as FromClause
+
+
+MIGRATIONS: dict[int, Callable[[Connection], None]] = {
+    1: _add_tests_and_ablation,
+    2: _add_designs,
+}
 """Steps from a schema version to the next."""

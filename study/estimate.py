@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from core.data import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.stages import freeze, train_mode
 from study.config import StudyConfig
-from study.search import corner_configs
+from study.session import corner_configs
 from study.space import Choices, Dimension
 
 _MEASURED_STEPS = 3
@@ -93,6 +94,29 @@ def estimate(config: StudyConfig, data: ImageData) -> Estimate:
         total_s=trial_s * config.study.trials,
         checkpoint_bytes=config.study.keep_checkpoints * max(c.weights_bytes for c in costs),
     )
+
+
+def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[float], int]:
+    """Estimate single runs, as `estimate` does a study.
+
+    Args:
+        trains: What is run.
+        data: Pictures.
+
+    Returns:
+        Seconds of each run, and the bytes of the largest checkpoint.
+    """
+    known: dict[tuple[object, ...], BackboneCost] = {}
+    seconds = []
+    for train in trains:
+        shape = (train.backbone, train.image_size, train.batch_size, train.micro_batch_size)
+        if shape not in known:
+            device = choose_device(train.device)
+            known[shape] = _measure(train, len(data.classes), device)
+        cost = known[shape]
+        per_epoch = len(data.train) * cost.train_s[train.freeze_depth]
+        seconds.append(train.epochs * (per_epoch + len(data.val) * cost.eval_s))
+    return seconds, max(cost.weights_bytes for cost in known.values())
 
 
 def _levels(dimension: Dimension | None, fixed: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from study.config import ConfigError, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
 _COMMENT_WIDTH = 92
-_SECTIONS = ("study", "data", "train", "search")
+_SECTIONS = ("study", "data", "train", "search", "ablation")
 
 DEMO = """\
 # The embedded default: `python -m study run` without --data and --config runs this study.
@@ -113,12 +114,17 @@ def _comment(text: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(text, _COMMENT_WIDTH)]
 
 
+def _key(key: str) -> str:
+    """Write a key bare where TOML allows that."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
 def toml_value(value: object) -> str:
     """Write a value as TOML does; None, which TOML lacks, as the text `none`."""
     if value is None:
         return '"none"'
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items())
+        inner = ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items())
         return f"{{{inner}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(toml_value(item) for item in value)}]"

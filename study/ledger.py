@@ -123,6 +123,22 @@ class Ledger:
             self._start_queued(trial)
         return trial
 
+    def start(
+        self, params: Mapping[str, Any], space: Distributions, user_attrs: Mapping[str, Any]
+    ) -> Trial:
+        """Begin a trial whose settings are given; nothing is sampled."""
+        running = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions=dict(space),
+            user_attrs=dict(user_attrs),
+        )
+        key = self._memory.create_new_trial(self._memory_id, template_trial=running)
+        self._key = None
+        self._unwritten = {}
+        self._last_write = time.monotonic()
+        return Trial(self.study, key)
+
     def _start_queued(self, trial: Trial) -> None:
         """Start a trial that stands in line in the database already."""
         key = self._database_key(trial.number)

@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_run(command("run", "Run a study, or continue it; without flags, the demo."))
     _add_resume(command("resume", "Continue a study as it was configured."))
+    _add_ablate(command("ablate", "Ablate a study's best trial, or a configuration."))
     _add_init(command("init", "Write a commented study.toml."))
     command("schema", "Print the JSON schema of study.toml.")
     backbones = command("backbones", "List backbones, or the freeze levels of one.")
@@ -74,9 +75,32 @@ def make_parser() -> argparse.ArgumentParser:
     test = command("test", "Evaluate the best trial on the test split, once.")
     test.add_argument("study")
     test.add_argument("--trial", type=int, metavar="N", help="this trial instead of the best")
+    test.add_argument(
+        "--levels",
+        nargs="+",
+        metavar="LEVEL",
+        help="of an ablation: these levels ('weights = none' ...) and the baseline; or all",
+    )
     report = command("report", "Write the report: HTML, Markdown, CSV, plots.")
     report.add_argument("study")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where to write it")
+    report.add_argument("--ablation", action="store_true", help="the report of an ablation")
+    report.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="STUDY",
+        help="ablations on other data sets, compared with this one in one table",
+    )
+    report.add_argument(
+        "--ranks",
+        choices=("nemenyi", "wilcoxon-holm"),
+        default="nemenyi",
+        help="with --beside: how pairs of levels are tested",
+    )
+    report.add_argument(
+        "--methods", action="store_true", help="print the paragraph for a paper, and nothing else"
+    )
     for made in (listed, show, diff, delete, test, report):
         _add_storage(made, DEFAULT_STORAGE)
     for made in (listed, show, diff, test):
@@ -141,6 +165,48 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study")
     _add_search(parser)
     _add_storage(parser, DEFAULT_STORAGE)
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("base", metavar="STUDY|FILE", help="a study, an ablation to go on with, or a study.toml")
+    add(
+        "--from",
+        dest="which",
+        default="best",
+        metavar="TRIAL",
+        help="the baseline: best (default), or a trial's number",
+    )
+    add(
+        "--design",
+        choices=("ofat", "loco", "factorial", "path", "screen"),
+        help="which settings are run (default ofat: one factor at a time)",
+    )
+    add(
+        "--factor",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a training key and its levels; may be repeated",
+    )
+    add("--replicates", type=int, metavar="R", help="runs of every setting (default 5)")
+    add("--resplit", action="store_true", help="draw a new validation split for each replicate")
+    add("--adaptive", action="store_true", help="add replicates where a question is open")
+    add("--name", help="name of the ablation's study (default: STUDY-ablation)")
+    add("--data", metavar="PATH", help="pictures, where a file is ablated")
+    add("--timeout", metavar="TIME", help="begin no run after this: seconds, or 90m, 2h")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the configuration (say, ablation.margin=0.5); may be repeated",
+    )
+    add("--take-over", action="store_true", help="go on where a lost machine has not signed off")
+    add("--dry-run", action="store_true", help="print the runs and the time they need")
+    add("--quiet", action="store_true", help="print warnings and the summary only")
+    _add_json(parser)
+    _add_storage(parser, None)
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:

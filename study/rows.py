@@ -193,3 +193,26 @@ class TestRow:
     val_acc: float | None
     confusion: list[list[int]]
     command: str
+
+
+@dataclass(frozen=True, slots=True)
+class DesignRow:
+    """An ablation's design.
+
+    Attributes:
+        id: Key in the database.
+        study_id: The ablation's study.
+        key: Tells the study's designs apart.
+        kind: `ofat`, `loco`, `factorial`, `path` or `screen`.
+        spec: Factors, cells and rules, as `study.designs.Design.to_record` writes them.
+        command: Command line that last went on with it.
+        updated_at: When that was, UTC.
+    """
+
+    id: int
+    study_id: int
+    key: str
+    kind: str
+    spec: Json
+    command: str
+    updated_at: datetime

@@ -79,6 +79,29 @@ class Work:
     stop: threading.Event
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A trial that was asked for.
+
+    Attributes:
+        number: Its number in its study.
+        params: The values that the search or the ablation chose, for the record.
+        origin: Where the setting came from: a recipe, the sampler, an ablation's cell.
+        factor: What an ablation varies in it; None for a search.
+        level: Its setting of the factor.
+        replicate: Which of the equal runs.
+        identity: Tells its setting and seed apart; None for that of the configuration alone.
+    """
+
+    number: int
+    params: Mapping[str, Any]
+    origin: str
+    factor: str | None = None
+    level: str | None = None
+    replicate: int | None = None
+    identity: str | None = None
+
+
 def identity(config: TrainConfig) -> str:
     """Return the hash by which two trials are the same setting under the same seed."""
     settings = dataclasses.asdict(config)
@@ -87,26 +110,23 @@ def identity(config: TrainConfig) -> str:
 
 def run_trial(
     work: Work,
-    number: int,
+    asked: Asked,
     config: TrainConfig,
-    params: Mapping[str, Any],
-    origin: str,
     should_stop: Callable[[EpochMetrics], bool],
 ) -> TrialResult:
     """Train one configuration and keep its record, whatever becomes of it.
 
     Args:
         work: What the trials share.
-        number: The trial's number in its study.
+        asked: Its number and where it comes from.
         config: What to train.
-        params: The values that the search chose, for the record.
-        origin: Where the setting came from: a recipe, the sampler, or an earlier trial.
         should_stop: Asked after every epoch; True prunes the trial.
 
     Raises:
         OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
     """
     begin = time.perf_counter()
+    number = asked.number
     trained, total = count_parameters(
         config.backbone,
         config.weights,
@@ -118,18 +138,21 @@ def run_trial(
         work.study_id,
         number,
         work.run_id,
-        origin=origin,
-        params=dict(params),
+        origin=asked.origin,
+        params=dict(asked.params),
         config=dataclasses.asdict(config),
-        config_hash=identity(config),
+        config_hash=asked.identity or identity(config),
         seed=config.seed,
         backbone=config.backbone,
         freeze_depth=config.freeze_depth,
         device=describe_device(choose_device(config.device)),
         trained_parameters=trained,
         total_parameters=total,
+        factor=asked.factor,
+        level=asked.level,
+        replicate=asked.replicate,
     )
-    work.progress.trial_started(number, origin, params, config.epochs)
+    work.progress.trial_started(number, asked.origin, asked.params, config.epochs)
     folder = checkpoint_folder(work.output, number)
     best: EpochMetrics | None = None
     last: EpochMetrics | None = None
@@ -187,6 +210,14 @@ def _told(err: Exception) -> str:
 def checkpoint_folder(output: Path, number: int) -> Path:
     """Return where a trial's checkpoint lies."""
     return output / f"trial-{number:04d}"
+
+
+def record_answers(work: Work, number: int) -> None:
+    """Put what a finished trial says of every validation picture into the record."""
+    trial = work.store.trial(work.study_id, number)
+    with np.load(checkpoint_folder(work.output, number) / PREDICTIONS_FILE) as saved:
+        labels, predicted = saved["labels"].tolist(), saved["predicted"].tolist()
+    work.store.add_predictions(trial.id, "val", labels, predicted)
 
 
 def record_predictions(work: Work, number: int) -> None:

@@ -2,30 +2,22 @@
 
 import dataclasses
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
 from optuna.trial import Trial, TrialState
 
-from core.backbones import library_versions
-from core.build import build, input_of
 from core.config import TrainConfig
-from core.data import ImageData, load_data
-from core.device import choose_device, describe_device
-from study.config import ConfigError, StudyConfig, check_backbones, config_diff
+from study.config import StudyConfig, check_backbones
 from study.ledger import Ledger
 from study.progress import Counts, Progress
 from study.runner import (
-    REASON_KILLED,
     RERUN_REASONS,
+    Asked,
     TrialResult,
     Work,
     checkpoint_folder,
@@ -34,14 +26,12 @@ from study.runner import (
     run_trial,
 )
 from study.samplers import make_pruner, make_sampler
+from study.session import corner_configs, end_killed, open_session
 from study.space import ParamValue, apply_params, distributions, n_points, recipes
 from study.store import Store, TrialRow
 
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
-# The store keeps pictures this much larger than a network looks at, so that random crops of them
-# still have detail. Assumption.
-_STORE_MARGIN = 1.25
 _ORIGIN, _RERUNS = "origin", "reruns"
 
 
@@ -79,59 +69,6 @@ class SearchOutcome:
     duration_s: float
 
 
-def picture_size(config: StudyConfig) -> int:
-    """Return the shorter side at which decoded pictures are kept: enough for every backbone."""
-    resizes = [
-        input_of(train.backbone, train.weights, train.image_size).resize_size
-        for train in corner_configs(config)
-    ]
-    return round(_STORE_MARGIN * max(resizes))
-
-
-def corner_configs(config: StudyConfig) -> list[TrainConfig]:
-    """Return the base configuration at every backbone, weights and image size of the space."""
-    corners: list[dict[str, ParamValue]] = [{}]
-    for name in ("backbone", "weights", "image_size"):
-        if name in config.space:
-            ends = config.space[name].ends
-            corners = [{**corner, name: end} for corner in corners for end in ends]
-    return [apply_params(config.train, corner) for corner in corners]
-
-
-def load_pictures(config: StudyConfig, progress: Progress) -> ImageData:
-    """Load the study's pictures, telling progress and warnings."""
-    data = load_data(config.data, picture_size(config), progress.pictures)
-    for warning in data.warnings:
-        progress.note(warning)
-    return data
-
-
-def preflight(config: StudyConfig, data: ImageData) -> None:
-    """Build every network of the space once, so that a fault shows before the first trial.
-
-    Raises:
-        ValueError: A backbone, its weights, the device, or the batch size cannot be used.
-    """
-    choose_device(config.train.device)
-    for train in corner_configs(config):
-        build(
-            train.backbone,
-            train.weights,
-            data.classes,
-            seed=train.seed,
-            image_size=train.image_size,
-            normalize=train.normalize,
-        )
-    largest = config.train.batch_size
-    if "batch_size" in config.space:
-        largest = max(int(v) for v in config.space["batch_size"].ends if v is not None)
-    if largest > len(data.train):
-        raise ConfigError(
-            f"train.batch_size must be <= the number of training pictures, {len(data.train)}, but "
-            f"got batch_size={largest}; set it smaller (--set train.batch_size={len(data.train)})."
-        )
-
-
 def run_search(
     config: StudyConfig,
     *,
@@ -157,102 +94,23 @@ def run_search(
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_backbones(config)
-    with Store.open(config.study.storage, create=True) as store:
-        _refuse_changes(store, config, allow_changes)
-        data = load_pictures(config, progress)
-        preflight(config, data)
-        study_id = _enter(store, config, data, allow_changes)
-        device = describe_device(choose_device(config.train.device))
-        run_id = store.begin_run(
-            study_id, command=command, device=device, versions=versions(), take_over=take_over
-        )
-        # Only now: a process that was refused must not have changed the study of the other.
-        store.update_study(study_id, config.to_record(), _described(data))
-        with _leaving_cleanly(progress) as stop:
-            output = Path(config.study.output) / config.study.name
-            work = Work(store, study_id, run_id, data, output, progress, stop)
-            because = "error"
-            try:
-                search = _Search(work, config, begin)
-                because = search.run()
-            finally:
-                store.end_run(run_id, because)
-            outcome = search.outcome(because)
-            progress.study_ended(outcome)
-            return outcome
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide a study's numbers, for the record."""
-    import platform
-    from importlib.metadata import version
-
-    ours = {name: version(name) for name in ("frostline", "optuna", "numpy", "pillow")}
-    return {"python": platform.python_version(), **library_versions(), **ours}
-
-
-def _refuse_changes(store: Store, config: StudyConfig, allow_changes: bool) -> None:
-    row = store.find_study(config.study.name)
-    if row is None or allow_changes:
-        return
-    changes = config_diff(StudyConfig.from_record(row.config), config)
-    if changes:
-        raise ConfigError(
-            f"study {config.study.name} is already in {config.study.storage} with another "
-            "configuration:\n  " + "\n  ".join(changes) + "\nUse another --name, or "
-            "--allow-changes to go on with the new one."
-        )
-
-
-def _enter(store: Store, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
-    """Create the study in the record, or check that its pictures are the same."""
-    row = store.find_study(config.study.name)
-    if row is None:
-        name, record = config.study.name, config.to_record()
-        return store.create_study(name, record, _described(data), versions())
-    if row.data["fingerprint"] != data.fingerprint and not allow_changes:
-        raise ConfigError(
-            f"the pictures of study {config.study.name} have changed since it began "
-            f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
-            f"{len(data.val)} training and validation pictures now, or other contents). Use "
-            "another --name, or --allow-changes to mix both."
-        )
-    return row.id
-
-
-def _described(data: ImageData) -> dict[str, Any]:
-    return {
-        "source": data.source,
-        "classes": list(data.classes),
-        "n_train": len(data.train),
-        "n_val": len(data.val),
-        "n_test": len(data.test) if data.test else 0,
-        "fingerprint": data.fingerprint,
-        "warnings": list(data.warnings),
-    }
-
-
-@contextmanager
-def _leaving_cleanly(progress: Progress) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C (or TERM) into a wish to stop; the second leaves at once."""
-    stop = threading.Event()
-
-    def wish(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        stop.set()
-        progress.note("Stopping after this epoch; press Ctrl-C again to leave at once.")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        Store.open(config.study.storage, create=True) as store,
+        open_session(
+            store,
+            config,
+            corner_configs(config),
+            progress=progress,
+            command=command,
+            allow_changes=allow_changes,
+            take_over=take_over,
+        ) as session,
+    ):
+        search = _Search(session.work, config, begin)
+        session.because = search.run()
+        outcome = search.outcome(session.because)
+        progress.study_ended(outcome)
+        return outcome
 
 
 class _Search:
@@ -288,20 +146,7 @@ class _Search:
         store, ledger = self.work.store, self.ledger
         cut = {trial.number: trial for trial in ledger.fail_open()}
         for row in store.stale_trials(self.work.study_id):
-            store.end_trial(
-                row.id,
-                "failed",
-                reason=REASON_KILLED,
-                value=row.value,
-                best_epoch=row.best_epoch,
-                epochs_done=row.epochs_done,
-                duration_s=sum(m.data_s + m.train_s + m.eval_s for m in store.epochs(row.id)),
-                checkpoint=None,
-            )
-            self.work.progress.note(
-                f"Trial {row.number} was cut short when its process died; its settings are run "
-                "again."
-            )
+            end_killed(self.work, row)
             if row.number >= ledger.n_trials:
                 ledger.add_failed(row.params, self.distributions)
             known = cut.pop(row.number, None)
@@ -358,10 +203,8 @@ class _Search:
             return
         result = run_trial(
             self.work,
-            trial.number,
+            Asked(trial.number, trial.params, origin),
             config,
-            trial.params,
-            origin,
             # A pruner counts epochs done (its resource), so the first report is at step 1.
             lambda metrics: ledger.report(trial, metrics.val_acc, metrics.epoch + 1),
         )

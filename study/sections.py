@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -11,6 +11,8 @@ from study.space import RECIPES
 
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
 Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
+DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
+DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -96,3 +98,57 @@ class SearchSection:
         if self.recipes is False or self.sampler in EXHAUSTIVE:
             return ()
         return tuple(RECIPES) if self.recipes is True else self.recipes
+
+
+@dataclass(frozen=True, slots=True)
+class AblationSection:
+    """What `study ablate` varies about a baseline, how often, and how it judges."""
+
+    design: DesignKind = setting(
+        "ofat",
+        "Which settings are run: ofat (one factor at a time), loco (each component of the "
+        "baseline removed), factorial (all combinations, or a stated fraction), path (from one "
+        "setting to another, the best change first), screen (many factors in few runs).",
+    )
+    replicates: int = setting(
+        5,
+        "Runs of every setting, with seeds paired over the settings; with adaptive, those of the "
+        "first look.",
+        ge=1,
+    )
+    resplit: bool = setting(
+        False, "Draw a new training and validation split for every replicate too."
+    )
+    adaptive: bool = setting(
+        False,
+        "Add replicates where the question is still open, up to max_replicates; the error that "
+        "looking often would add is paid for.",
+    )
+    max_replicates: int = setting(20, "With adaptive: most replicates of a setting.", ge=2)
+    alpha: float = setting(0.05, "Family-wise error that Holm's correction holds.", gt=0, lt=1)
+    margin: float = setting(
+        1.0,
+        "Accuracy points below which a difference does not matter: two settings are told equal "
+        "where the difference is shown to be smaller.",
+        gt=0,
+        le=100,
+    )
+    test: DecidingTest = setting(
+        "t", "The test that decides: t (paired t-test) or sign-flip (exact permutation)."
+    )
+    max_cells: int = setting(
+        64, "Most settings of a factorial; a larger one is cut to a fraction.", ge=2
+    )
+    resolution: int | None = setting(
+        None,
+        "Resolution of a fractional factorial (3, 4 or 5); leave out for the highest that fits.",
+        ge=3,
+    )
+    keep_checkpoints: bool = setting(
+        True, "Keep every run's weights, so that chosen settings can be tested later."
+    )
+    factors: dict[str, Any] | None = setting(
+        None,
+        "What is varied: a training key with a list of values, or a name with a table of levels, "
+        "each a table of training keys. Leave out for a set proposed for the baseline.",
+    )

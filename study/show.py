@@ -10,13 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from core.metrics import EpochMetrics
 from study.progress import Outcome
-from study.words import format_accuracy, format_duration, format_params, format_value
+from study.words import (
+    format_accuracy,
+    format_duration,
+    format_params,
+    format_value,
+    json_text,
+)
 
 if TYPE_CHECKING:
     from core.stages import Level
@@ -327,3 +333,15 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def print_view(view: RenderableType) -> None:
+    """Print a table or text."""
+    # A pipe gets whole lines, whatever the width that a terminal would have.
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False).print(view)
+
+
+def print_json(value: object) -> None:
+    """Print a value as a line of JSON."""
+    print(json_text(value))

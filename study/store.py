@@ -6,34 +6,43 @@ import hashlib
 import json
 import os
 import socket
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import Engine, Select, case, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from core.metrics import EpochMetrics
 from study.database import StoreError, open_database, sole_writer
-from study.rows import Json, PictureRow, RunRow, StudyRow, StudySummary, TestRow, TrialRow
+from study.rows import (
+    DesignRow,
+    Json,
+    PictureRow,
+    RunRow,
+    StudyRow,
+    StudySummary,
+    TestRow,
+    TrialRow,
+)
 from study.tables import (
     Base,
     ConfusionTable,
+    DesignTable,
     EpochTable,
     PictureTable,
+    PredictionTable,
     RunTable,
     StudyTable,
     TestTable,
     TrialTable,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
 __all__ = [
+    "DesignRow",
     "PictureRow",
     "RunRow",
     "Store",
@@ -43,10 +52,6 @@ __all__ = [
     "TestRow",
     "TrialRow",
     "config_hash",
-    "read_confusion",
-    "read_epochs",
-    "read_pictures",
-    "read_trials",
 ]
 
 Row = TypeVar("Row")
@@ -59,6 +64,17 @@ def config_hash(settings: Mapping[str, Any]) -> str:
     """Return the SHA-256 of settings, hexadecimal; their order does not count."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pack_classes(numbers: Sequence[int]) -> bytes:
+    """Write class numbers as compressed 32-bit integers, little-endian."""
+    return zlib.compress(struct.pack(f"<{len(numbers)}i", *numbers))
+
+
+def unpack_classes(packed: bytes) -> tuple[int, ...]:
+    """Read back what `pack_classes` wrote."""
+    raw = zlib.decompress(packed)
+    return struct.unpack(f"<{len(raw) // 4}i", raw)
 
 
 def _now() -> datetime:
@@ -75,6 +91,7 @@ _RUN = _columns(RunTable, RunRow)
 _TRIAL = _columns(TrialTable, TrialRow)
 _PICTURE = _columns(PictureTable, PictureRow)
 _TEST = _columns(TestTable, TestRow)
+_DESIGN = _columns(DesignTable, DesignRow)
 
 
 class Store:
@@ -216,9 +233,9 @@ class Store:
         row = self.study(name)
         trials = select(TrialTable.id).where(TrialTable.study_id == row.id)
         with self._engine.begin() as connection:
-            for table in (EpochTable, ConfusionTable, PictureTable):
+            for table in (EpochTable, ConfusionTable, PictureTable, PredictionTable):
                 connection.execute(delete(table).where(table.trial_id.in_(trials)))
-            for owned in (TestTable, TrialTable, RunTable):
+            for owned in (TestTable, DesignTable, TrialTable, RunTable):
                 connection.execute(delete(owned).where(owned.study_id == row.id))
             connection.execute(delete(StudyTable).where(StudyTable.id == row.id))
 
@@ -471,6 +488,72 @@ class Store:
         query = select(*_TEST).where(TestTable.study_id == study_id).order_by(TestTable.id)
         return self._rows(TestRow, query)
 
+    def add_predictions(
+        self, trial_id: int, split: str, labels: Sequence[int], predicted: Sequence[int]
+    ) -> None:
+        """Keep what a trial says of each picture of a split; an earlier answer goes.
+
+        Args:
+            trial_id: The trial.
+            split: `val` or `test`.
+            labels: True class numbers, (N,), in the split's order.
+            predicted: Chosen class numbers, (N,).
+        """
+        values = {
+            "trial_id": trial_id,
+            "split": split,
+            "labels": pack_classes(labels),
+            "predicted": pack_classes(predicted),
+        }
+        with self._engine.begin() as connection:
+            connection.execute(
+                delete(PredictionTable).where(
+                    PredictionTable.trial_id == trial_id, PredictionTable.split == split
+                )
+            )
+            connection.execute(insert(PredictionTable), values)
+
+    def has_predictions(self, trial_id: int, split: str) -> bool:
+        """Say whether a trial's answers on a split are kept."""
+        query = select(PredictionTable.trial_id).where(
+            PredictionTable.trial_id == trial_id, PredictionTable.split == split
+        )
+        with self._engine.connect() as connection:
+            return connection.execute(query).scalar() is not None
+
+    # Designs
+
+    def put_design(self, study_id: int, key: str, kind: str, spec: Json, command: str) -> int:
+        """Keep an ablation's design, in place of the one with the same key; return its row's key.
+
+        Args:
+            study_id: The ablation's study.
+            key: Tells the study's designs apart: equal for a design that goes on.
+            kind: `ofat`, `loco`, `factorial`, `path` or `screen`.
+            spec: Factors, cells and rules, as `study.designs` writes them.
+            command: Command line.
+        """
+        values = {"kind": kind, "spec": spec, "command": command, "updated_at": _now()}
+        known = select(DesignTable.id).where(
+            DesignTable.study_id == study_id, DesignTable.key == key
+        )
+        with self._engine.connect() as connection:
+            found = connection.execute(known).scalar()
+        if found is None:
+            return self._insert(DesignTable, {"study_id": study_id, "key": key, **values})
+        self._update(DesignTable, found, values)
+        return int(found)
+
+    def designs(self, study_id: int) -> list[DesignRow]:
+        """List a study's designs, the last one used at the end."""
+        query = select(*_DESIGN).where(DesignTable.study_id == study_id)
+        return self._rows(DesignRow, query.order_by(DesignTable.updated_at, DesignTable.id))
+
+    @property
+    def engine(self) -> Engine:
+        """Return the database's engine, for readers."""
+        return self._engine
+
     def _insert(self, table: type[Base], values: Json) -> int:
         with self._engine.begin() as connection:
             key = connection.execute(insert(table), values).inserted_primary_key
@@ -514,66 +597,3 @@ def _told_alive(run: RunRow) -> str:
     if run.host != socket.gethostname():
         remedy += " If that machine is gone, add --take-over."
     return f"the study is being run by {where}. {remedy}"
-
-
-def read_trials(store: Store, name: str) -> "pd.DataFrame":
-    """Read a study's trials: one row each, its parameters as columns `params_NAME`.
-
-    Raises:
-        StoreError: There is no such study.
-    """
-    import pandas as pd
-
-    rows = [dataclasses.asdict(row) for row in store.trials(store.study(name).id)]
-    names = [f.name for f in dataclasses.fields(TrialRow) if f.name not in ("params", "config")]
-    frame = pd.DataFrame([{k: row[k] for k in names} for row in rows], columns=names)
-    searched = list(dict.fromkeys(key for row in rows for key in row["params"]))
-    for key in searched:
-        values = [row["params"].get(key) for row in rows]
-        is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-        frame[f"params_{key}"] = pd.Series(values, dtype=None if is_number else object)
-    return frame
-
-
-def read_epochs(store: Store, name: str) -> "pd.DataFrame":
-    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order.
-
-    Raises:
-        StoreError: There is no such study.
-    """
-    import pandas as pd
-
-    columns = [TrialTable.number, *(getattr(EpochTable, f) for f in _EPOCH_FIELDS)]
-    query = (
-        select(*columns, EpochTable.seconds_since_start)
-        .join(TrialTable, TrialTable.id == EpochTable.trial_id)
-        .where(TrialTable.study_id == store.study(name).id)
-        .order_by(TrialTable.number, EpochTable.epoch)
-    )
-    with store._engine.connect() as connection:
-        rows = connection.execute(query).all()
-    return pd.DataFrame(
-        [tuple(row) for row in rows], columns=["number", *_EPOCH_FIELDS, "seconds_since_start"]
-    )
-
-
-def read_confusion(
-    store: Store, name: str, number: int, split: str = "val"
-) -> "NDArray[np.int64] | None":
-    """Read a trial's confusion matrix, (K, K), rows the truth; None if it was not kept."""
-    import numpy as np
-
-    trial = store.trial(store.study(name).id, number)
-    query = select(ConfusionTable.matrix).where(
-        ConfusionTable.trial_id == trial.id, ConfusionTable.split == split
-    )
-    with store._engine.connect() as connection:
-        matrix = connection.execute(query).scalar()
-    return None if matrix is None else np.array(matrix, dtype=np.int64)
-
-
-def read_pictures(store: Store, name: str, number: int) -> list[PictureRow]:
-    """Read the pictures that a trial got wrong, the worst first."""
-    trial = store.trial(store.study(name).id, number)
-    query = select(*_PICTURE).where(PictureTable.trial_id == trial.id)
-    return store._rows(PictureRow, query.order_by(PictureTable.split, PictureTable.rank))

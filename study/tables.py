@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from sqlalchemy import JSON, ForeignKey, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PREFIX = "frostline_"
 
 Json = dict[str, Any]
@@ -168,3 +168,31 @@ class TestTable(Base):
     val_acc: Mapped[float | None]
     confusion: Mapped[list[list[int]]]
     command: Mapped[str]
+
+
+class DesignTable(Base):
+    """An ablation's design: its factors, cells and rules."""
+
+    __tablename__ = f"{PREFIX}designs"
+    __table_args__ = (UniqueConstraint("study_id", "key"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(
+        ForeignKey(StudyTable.id, ondelete="CASCADE"), index=True
+    )
+    key: Mapped[str]
+    kind: Mapped[str]
+    spec: Mapped[Json]
+    command: Mapped[str]
+    updated_at: Mapped[datetime]
+
+
+class PredictionTable(Base):
+    """What a trial says of every picture of a split: class numbers, packed by the store."""
+
+    __tablename__ = f"{PREFIX}predictions"
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey(TrialTable.id, ondelete="CASCADE"), primary_key=True
+    )
+    split: Mapped[str] = mapped_column(primary_key=True)
+    labels: Mapped[bytes] = mapped_column(LargeBinary)
+    predicted: Mapped[bytes] = mapped_column(LargeBinary)

@@ -1,16 +1,18 @@
 """Read the test split, once, for a chosen trial, and keep the result."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from core.checkpoint import load_checkpoint
+from core.data import ImageData
 from core.device import amp_dtype, choose_device
 from core.evaluate import Evaluation, evaluate
 from core.feed import Normalizer, eval_batches, view_spec
 from study.config import ConfigError, StudyConfig
 from study.progress import Progress
-from study.search import load_pictures
+from study.session import load_pictures
 from study.store import Store, StudyRow, TestRow, TrialRow
 
 
@@ -33,17 +35,48 @@ def test_study(
         ConfigError: No complete trial, no checkpoint, no test split, or other pictures.
         StoreError: No such study or trial.
     """
+    trial = _chosen(store, store.study(name), number)
+    return test_trials(store, name, [trial.number], progress=progress, command=command)[0]
+
+
+def test_trials(
+    store: Store, name: str, numbers: Sequence[int], *, progress: Progress, command: str
+) -> list[TestRow]:
+    """Evaluate trials on the test split and record it; recorded results are returned as they are.
+
+    Args:
+        store: The record.
+        name: The study.
+        numbers: Its trials.
+        progress: What the user sees.
+        command: Command line, for the record.
+
+    Raises:
+        ConfigError: A trial without checkpoint, no test split, or other pictures.
+        StoreError: No such study or trial.
+    """
     study = store.study(name)
-    trial = _chosen(store, study, number)
-    for row in store.tests(study.id):
-        if row.trial_number == trial.number:
-            return row
-    config = StudyConfig.from_record(study.config)
-    evaluation = _evaluate(config, study, trial, progress)
+    known = {row.trial_number: row for row in store.tests(study.id)}
+    missing = [_chosen(store, study, n) for n in dict.fromkeys(numbers) if n not in known]
+    if missing:
+        config = StudyConfig.from_record(study.config)
+        data = _pictures(config, study, progress)
+        for trial in missing:
+            evaluation = _evaluate(config, data, trial)
+            _record(store, study, trial, evaluation, command)
+        known = {row.trial_number: row for row in store.tests(study.id)}
+    return [known[number] for number in numbers]
+
+
+def _record(
+    store: Store, study: StudyRow, trial: TrialRow, evaluation: Evaluation, command: str
+) -> None:
+    labels, predicted = evaluation.labels.tolist(), evaluation.predicted.tolist()
+    store.add_predictions(trial.id, "test", labels, predicted)
     store.add_test(
         study.id,
         trial.number,
-        n=len(evaluation.labels),
+        n=len(labels),
         n_correct=evaluation.n_correct,
         balanced_acc=evaluation.balanced_acc,
         macro_f1=evaluation.macro_f1,
@@ -51,7 +84,6 @@ def test_study(
         confusion=evaluation.confusion.tolist(),
         command=command,
     )
-    return next(r for r in store.tests(study.id) if r.trial_number == trial.number)
 
 
 def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
@@ -74,9 +106,7 @@ def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
     return trial
 
 
-def _evaluate(
-    config: StudyConfig, study: StudyRow, trial: TrialRow, progress: Progress
-) -> Evaluation:
+def _pictures(config: StudyConfig, study: StudyRow, progress: Progress) -> ImageData:
     data = load_pictures(config, progress)
     if data.fingerprint != study.data["fingerprint"]:
         raise ConfigError(
@@ -87,6 +117,11 @@ def _evaluate(
         raise ConfigError(
             f"study {study.name} must have a test split, but {data.source} has none."
         )
+    return data
+
+
+def _evaluate(config: StudyConfig, data: ImageData, trial: TrialRow) -> Evaluation:
+    assert data.test is not None, "the pictures were checked"
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     train = card.config
     device = choose_device(config.train.device)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from reports.frames import best_number
 from reports.html import ReportPaths, write_report
-from study.store import Store, StoreError, read_trials
+from study.read import read_trials
+from study.store import Store, StoreError
 from tests.reports.studies import SPACE, Plan, add_results, curve, make_study, searched_plans
 
 TRAPS = ("<script>alert(1)</script>|*x*", "a$b$", "ordinary", "_under_", "日本 🐱", "x" * 90)

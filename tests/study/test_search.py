@@ -11,9 +11,10 @@ import pytest
 
 from study.config import ConfigError, StudyConfig, load_config
 from study.progress import QuietProgress
+from study.read import read_trials
 from study.runner import identity
 from study.search import run_search
-from study.store import Store, StoreError, read_trials
+from study.store import Store, StoreError
 from study.test_split import test_study as look_at_test_split
 from support import make_folder
 

@@ -14,15 +14,12 @@ import sqlalchemy
 
 from core.metrics import EpochMetrics
 from study import database
+from study.read import read_confusion, read_epochs, read_pictures, read_trials
 from study.store import (
     PictureRow,
     Store,
     StoreError,
     config_hash,
-    read_confusion,
-    read_epochs,
-    read_pictures,
-    read_trials,
 )
 from study.tables import SCHEMA_VERSION, Base
 

@@ -1,0 +1,352 @@
+"""The tables of an ablation, as grids of texts and as CSV of unrounded numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from reports.ablation import Ablation, Runs
+from reports.effects import Effect, verdict_words
+from reports.factorial import Contrast, Source
+from reports.intervals import Interval
+from reports.methods import correction_words, footer
+from reports.paired import spread, t_interval
+from reports.path import Step
+from reports.publish import (
+    Grid,
+    difference_words,
+    number_words,
+    p_words,
+    plus_minus,
+    seconds_words,
+)
+from reports.words import plural
+
+
+def effects_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid:
+    """Show every level against the baseline: rows by factor, the baseline's first."""
+    base = ablation.baseline
+    assert base is not None, "effects are against a baseline"
+    header = (
+        "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p", "p, sign flip",
+        "p, Holm", "d_z", "n", "± pictures", "Cost, s", "Verdict",
+    )  # fmt: skip
+    rows = [_row_of("baseline", base, None, ablation)]
+    groups = ["baseline"]
+    for runs, effect in zip(ablation.others, effects, strict=True):
+        is_new = groups[-1] != runs.arm.factor
+        rows.append(_row_of(runs.arm.factor if is_new else "", runs, effect, ablation))
+        groups.append(runs.arm.factor)
+    n_tests = sum(effect.n >= 2 for effect in effects)
+    note = footer(
+        ablation,
+        "Accuracy: mean ± half-width of the 95 % t interval over seeds. Difference: level minus "
+        "baseline, paired by seed, with its 95 % t interval. p, Holm: "
+        f"{correction_words(ablation, n_tests)}; p: paired t-test alone; sign flip: exact "
+        "permutation test alone. d_z: difference over the standard deviation of the paired "
+        "differences. ± pictures: 95 % half-width, in points, that the validation pictures "
+        "leave to the accuracy (other photos instead of other seeds). Cost: mean duration of a "
+        "run.",
+    )
+    return Grid(
+        "effects",
+        f"Ablation of {ablation.spec['origin']}",
+        header,
+        tuple(rows),
+        tuple(groups),
+        n_text=2,
+        is_last_text=True,
+        note=note,
+    )
+
+
+def _row_of(name: str, runs: Runs, effect: Effect | None, ablation: Ablation) -> tuple[str, ...]:
+    arm, pictures = runs.arm, runs.pictures
+    half = 100 * (pictures.high - pictures.low) / 2 if pictures else math.nan
+    failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
+    told = (name, arm.level, plus_minus(arm.accuracy))
+    rest = (number_words(half, 1), seconds_words(runs.seconds))
+    if effect is None:
+        done = int(np.isfinite(arm.values).sum())
+        return (*told, "", "", "", "", "", f"{done}{failed}", *rest, f"baseline{failed}")
+    return (
+        *told,
+        difference_words(effect.difference),
+        p_words(effect.p),
+        p_words(effect.p_sign_flip),
+        p_words(effect.p_family),
+        number_words(effect.standardised, 1),
+        f"{effect.n}{failed}",
+        *rest,
+        verdict_words(effect, ablation.rules),
+    )
+
+
+def test_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid | None:
+    """Show the tested levels on the test split; None where it was not read."""
+    base = ablation.baseline
+    if base is None or not np.isfinite(base.test).any():
+        return None
+    header = (
+        "Level", "Test accuracy, %", "Difference, points [95 %]", "p", "p, Holm", "n", "Verdict",
+    )  # fmt: skip
+    tested = base.test[np.isfinite(base.test)]
+    own = plus_minus(t_interval(spread(tested)))
+    rows = [("baseline", own, "", "", "", str(len(tested)), "baseline")]
+    for effect in effects:
+        rows.append(
+            (
+                effect.arm.label,
+                plus_minus(effect.arm.accuracy),
+                difference_words(effect.difference),
+                p_words(effect.p),
+                p_words(effect.p_family),
+                str(effect.n),
+                verdict_words(effect, ablation.rules),
+            )
+        )
+    n_tests = sum(effect.n >= 2 for effect in effects)
+    note = footer(
+        ablation,
+        "The epoch of each run was chosen on the validation split. Mean ± half-width of the 95 % "
+        f"t interval over seeds; p, Holm: {correction_words(ablation, n_tests)}.",
+        split="test",
+    )
+    title = "The same runs on the test split"
+    return Grid("test", title, header, tuple(rows), is_last_text=True, note=note)
+
+
+def mcnemar_grid(ablation: Ablation) -> Grid | None:
+    """Compare tested levels with the baseline picture by picture, a seed at a time.
+
+    McNemar's exact test says whether two networks differ on pictures of this kind; the t-test over
+    seeds says whether two recipes do. Both are told.
+
+    References:
+        McNemar 1947, https://doi.org/10.1007/BF02295996.
+    """
+    base = ablation.baseline
+    if base is None:
+        return None
+    rows = []
+    groups = []
+    for runs in ablation.others:
+        pairs = zip(base.numbers, runs.numbers, strict=False)
+        for replicate, (own, other) in enumerate(pairs):
+            if own is None or other is None or not {own, other} <= set(ablation.answers):
+                continue
+            gained, lost = _discordant(ablation.answers[own], ablation.answers[other])
+            p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+            seed = int(ablation.spec["first_seed"]) + replicate
+            rows.append((runs.arm.label, str(seed), str(gained), str(lost), p_words(float(p))))
+            groups.append(runs.arm.label)
+    if not rows:
+        return None
+    header = ("Level", "Seed", "Right with the level only", "Right with the baseline only", "p")
+    note = footer(
+        ablation,
+        "McNemar's exact test for each pair of networks of one seed, on the test pictures; not "
+        "corrected, and not to be combined: the seeds share their pictures.",
+        split="test",
+    )
+    return Grid(
+        "mcnemar", "Picture by picture on the test split", header, tuple(rows), tuple(groups),
+        note=note,
+    )  # fmt: skip
+
+
+def _discordant(
+    own: tuple[NDArray[np.int64], NDArray[np.int64]],
+    other: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> tuple[int, int]:
+    """Count pictures that only the other network gets right, and only the own one."""
+    own_right, other_right = np.equal(*own), np.equal(*other)
+    return int((other_right & ~own_right).sum()), int((own_right & ~other_right).sum())
+
+
+def contrasts_grid(ablation: Ablation, contrasts: Sequence[Contrast]) -> Grid:
+    """Show the effects of a coded design."""
+    rows = tuple(
+        (
+            contrast.name,
+            f"{contrast.low} → {contrast.high}" if contrast.high else "interaction",
+            difference_words(contrast.effect),
+            p_words(contrast.p),
+            p_words(contrast.p_family),
+            str(contrast.n),
+        )
+        for contrast in contrasts
+    )
+    how = (
+        "Effect: mean accuracy at the second level minus that at the first, over all settings of "
+        "the other factors (an interaction: half the difference of one factor's effect between "
+        "the other's levels), with its 95 % t interval over replicates; t-test over replicates, "
+        f"Holm's correction over {plural(len(rows), 'effect')}."
+        if contrasts and contrasts[0].n > 1
+        else "Effect with Lenth's 95 % margin: one replicate, most effects taken to be noise."
+    )
+    header = ("Factor", "From, to", "Effect, points [95 %]", "p", "p, Holm", "n")
+    aliasing = "; ".join(ablation.spec["aliasing"])
+    told = f" Not told apart: {aliasing}." if aliasing else ""
+    note = footer(ablation, how + told)
+    return Grid("contrasts", "Effects", header, rows, n_text=2, note=note)
+
+
+def anova_grid(ablation: Ablation, sources: Sequence[Source]) -> Grid:
+    """Show an analysis of variance."""
+    rows = tuple(
+        (
+            source.name,
+            str(source.df),
+            number_words(1e4 * source.sum_of_squares, 2),
+            number_words(source.f, 2),
+            p_words(source.p),
+            number_words(source.partial_eta_squared, 3),
+            number_words(source.omega_squared, 3),
+        )
+        for source in sources
+    )
+    failed = sum(runs.arm.n_failed for runs in ablation.runs)
+    left_out = f" {plural(failed, 'failed run')} left out." if failed else ""
+    note = footer(
+        ablation,
+        "Type II sums of squares, in squared points; replicates (paired seeds) are blocks. "
+        f"p values are not corrected.{left_out}",
+    )
+    header = ("Source", "df", "Sum of squares", "F", "p", "partial η²", "ω²")
+    return Grid("anova", "Analysis of variance", header, rows, note=note)
+
+
+def cells_grid(ablation: Ablation) -> Grid:
+    """Show every setting of a design with its accuracy."""
+    names = tuple(str(factor["name"]) for factor in ablation.spec["factors"])
+    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
+    rows = []
+    for runs in ablation.runs:
+        arm = runs.arm
+        failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
+        rows.append(
+            (
+                *(runs.levels.get(name, own[name]) for name in names),
+                plus_minus(arm.accuracy),
+                f"{int(np.isfinite(arm.values).sum())}{failed}",
+                seconds_words(runs.seconds),
+            )
+        )
+    note = footer(ablation, "Mean ± half-width of the 95 % t interval over seeds.")
+    header = (*names, "Accuracy, %", "n", "Cost, s")
+    return Grid("cells", "Every setting", header, tuple(rows), n_text=len(names), note=note)
+
+
+def path_grid(ablation: Ablation, steps: Sequence[Step]) -> Grid:
+    """Show a path step by step."""
+    rows = []
+    for step in steps:
+        change = f"{step.factor}: {step.before} → {step.after}" if step.number else "start"
+        rows.append(
+            (
+                str(step.number),
+                change,
+                plus_minus(step.runs.arm.accuracy),
+                difference_words(step.gain) if step.gain else "",
+                p_words(step.p) if step.gain else "",
+                difference_words(step.total) if step.total else "",
+                str(step.n_candidates) if step.gain else "",
+                str(step.runs.arm.n_run),
+            )
+        )
+    note = footer(
+        ablation,
+        "At each step every remaining change was trained and the best mean kept (Fawcett & Hoos "
+        "2016). Gain: paired difference to the step before, with an interval that holds over all "
+        "candidates of the step together; p: paired t-test times the candidates (Bonferroni). "
+        "Total: paired difference to the start, 95 % t interval.",
+    )
+    header = (
+        "Step", "Change", "Accuracy, %", "Gain, points [95 %]", "p", "Total, points [95 %]",
+        "Candidates", "n",
+    )  # fmt: skip
+    return Grid("path", "Path to the baseline", header, tuple(rows), n_text=2, note=note)
+
+
+def failures_grid(ablation: Ablation) -> Grid | None:
+    """Show the runs that failed, and why; None where none did."""
+    first = int(ablation.spec["first_seed"])
+    rows = tuple(
+        (runs.arm.label, str(first + replicate), reason)
+        for runs in ablation.runs
+        for replicate, reason in enumerate(runs.arm.failures)
+        if reason
+    )
+    if not rows:
+        return None
+    note = footer(ablation, "Runs that diverged or broke: a finding about their level.")
+    return Grid(
+        "failures", "Runs that failed", ("Level", "Seed", "Reason"), rows, n_text=3, note=note
+    )
+
+
+def effects_csv(ablation: Ablation, effects: Sequence[Effect]) -> str:
+    """Write effects as CSV: unrounded, fractions in [0, 1]; the baseline's row first.
+
+    Everything but `cost_s` is the same however often the ablation was interrupted.
+    """
+    rows: list[dict[str, Any]] = []
+    pairs: list[tuple[Runs, Effect | None]] = list(zip(ablation.others, effects, strict=True))
+    if ablation.baseline is not None:
+        pairs.insert(0, (ablation.baseline, None))
+    for runs, effect in pairs:
+        row: dict[str, Any] = {"factor": runs.arm.factor, "level": runs.arm.level}
+        row |= _interval_cells("accuracy", runs.arm.accuracy)
+        if effect is not None:
+            row |= _interval_cells("difference", effect.difference)
+            row |= {"bca_low": effect.bootstrap.low, "bca_high": effect.bootstrap.high}
+            row |= {
+                "sd": effect.sd,
+                "d_z": effect.standardised,
+                "p": effect.p,
+                "p_sign_flip": effect.p_sign_flip,
+                "p_family": effect.p_family,
+                "p_equivalence": effect.p_equivalence,
+                "n": effect.n,
+                "verdict": effect.verdict,
+                "n_needed": effect.n_needed,
+            }
+        row |= {"n_failed": runs.arm.n_failed}
+        if runs.pictures:
+            row |= {"pictures_low": runs.pictures.low, "pictures_high": runs.pictures.high}
+        rows.append(row | {"cost_s": runs.seconds})
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+
+
+def _interval_cells(name: str, found: Interval) -> dict[str, float]:
+    return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def runs_csv(ablation: Ablation) -> str:
+    """Write every run as CSV: cell, seed, accuracies, why it failed."""
+    first = int(ablation.spec["first_seed"])
+    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
+    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
+    rows = []
+    for runs in ablation.runs:
+        for k, number in enumerate(runs.numbers):
+            if number is None:
+                continue
+            levels = {name: runs.levels.get(name, own[name]) for name in names}
+            rows.append(
+                {
+                    "cell": runs.arm.label,
+                    "seed": first + k,
+                    "val_acc": runs.arm.values[k],
+                    "test_acc": runs.test[k],
+                    "failure": runs.arm.failures[k],
+                    "trial": number,
+                    **levels,
+                }
+            )
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")

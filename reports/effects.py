@@ -1,0 +1,345 @@
+"""Effects of an ablation's levels: difference to the baseline, interval, tests, verdict."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.random import Generator
+from statsmodels.stats.multitest import multipletests
+
+from reports.intervals import Interval
+from reports.paired import (
+    Array,
+    Spread,
+    bca_interval,
+    equivalence,
+    least_sign_flip_replicates,
+    paired_t,
+    power,
+    replicates_needed,
+    sign_flip,
+    spread,
+    t_interval,
+)
+
+Verdict = Literal["helps", "hurts", "no difference", "undecided", "fails"]
+_POWER = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How effects are judged.
+
+    Attributes:
+        alpha: Family-wise error that Holm's correction holds, over the levels of one design.
+        margin: Difference that does not matter, as a fraction (0.01 is one accuracy point).
+        test: The deciding test: `t` or `sign-flip`.
+        confidence: Of intervals, each for itself.
+        resolution: Step in which accuracy moves: one picture's share.
+        looks: Replicates at which an adaptive ablation looked; one number for a fixed one.
+    """
+
+    alpha: float = 0.05
+    margin: float = 0.01
+    test: Literal["t", "sign-flip"] = "t"
+    confidence: float = 0.95
+    resolution: float = 0.0
+    looks: tuple[int, ...] = ()
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Say whether more than one look was planned."""
+        return len(self.looks) > 1
+
+    def spent(self, look: int) -> float:
+        """Return the share of the error that a look may spend: that of its new replicates.
+
+        The shares add up to one, so that by Bonferroni the looks together hold the level, however
+        the stopping is done and whatever the number of replicates.
+        """
+        before = self.looks[look - 1] if look else 0
+        return (self.looks[look] - before) / self.looks[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """The runs of one cell.
+
+    Attributes:
+        label: What tables call it.
+        factor: What is varied; `baseline` for the baseline.
+        level: Its setting.
+        values: Accuracy by replicate, shape (R,), fraction in [0, 1]; NaN where there is none.
+        failures: Why a replicate failed, (R,); None where it did not, or was not run yet.
+    """
+
+    label: str
+    factor: str
+    level: str
+    values: Array
+    failures: tuple[str | None, ...]
+
+    @property
+    def n_failed(self) -> int:
+        """Count the replicates that diverged or broke."""
+        return sum(reason is not None for reason in self.failures)
+
+    @property
+    def n_run(self) -> int:
+        """Count the replicates that came to an end."""
+        return int(np.isfinite(self.values).sum()) + self.n_failed
+
+    @property
+    def accuracy(self) -> Interval:
+        """Return the mean with Student's 95 % interval over replicates."""
+        done = self.values[np.isfinite(self.values)]
+        if not len(done):
+            return Interval(math.nan, math.nan, math.nan)
+        return t_interval(spread(done))
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """A level against the baseline; differences are fractions, level minus baseline.
+
+    Attributes:
+        arm: The level's runs.
+        n: Pairs: replicates complete on both sides.
+        difference: Mean paired difference with Student's interval.
+        bootstrap: The same with the BCa bootstrap's interval.
+        sd: Standard deviation of the paired differences.
+        standardised: Difference over `sd` (Cohen's d_z).
+        p: Paired t-test, of the last look; two-sided.
+        p_sign_flip: Exact sign-flip permutation test, of the last look; two-sided.
+        p_family: The deciding test after all corrections: the looks' and Holm's.
+        p_equivalence: Two one-sided tests within the margin, corrected alike.
+        verdict: In words.
+        n_needed: About how many replicates would settle it; None unless undecided, or where more
+            than 1,000 were needed.
+    """
+
+    arm: Arm
+    n: int
+    difference: Interval
+    bootstrap: Interval
+    sd: float
+    standardised: float
+    p: float
+    p_sign_flip: float
+    p_family: float
+    p_equivalence: float
+    verdict: Verdict
+    n_needed: int | None
+
+
+def estimate_effects(
+    baseline: Arm, arms: Sequence[Arm], rules: Rules, rng: Generator
+) -> list[Effect]:
+    """Estimate each level's effect against the baseline, and judge the family of them.
+
+    Replicates are paired by seed, so the intervals say what other seeds (and splits, where they
+    were drawn anew) would give, not other data sets. Holm's correction is over the levels that can
+    be tested. A level of which a run failed is judged `fails`; its difference, from the pairs that
+    are left, is shown all the same.
+
+    Args:
+        baseline: What is compared against.
+        arms: The other levels.
+        rules: How they are judged.
+        rng: Source of bootstrap draws, and of sign flips beyond 14 pairs.
+
+    Returns:
+        One effect for each of `arms`, in their order.
+
+    References:
+        Holm 1979, https://www.jstor.org/stable/4615733.
+    """
+    raw = [_estimate(baseline, arm, rules, rng) for arm in arms]
+    family = _holm([effect.p_family for effect in raw], rules.alpha)
+    equal = _holm([effect.p_equivalence for effect in raw], rules.alpha)
+    n_tests = sum(math.isfinite(effect.p_family) for effect in raw)
+    found = []
+    for effect, p_family, p_equal in zip(raw, family, equal, strict=True):
+        judged = replace(effect, p_family=p_family, p_equivalence=p_equal)
+        verdict = _verdict(judged, rules)
+        needed = None
+        if verdict == "undecided":
+            level = rules.alpha / n_tests if n_tests else rules.alpha
+            needed = _needed(judged, rules, level, n_tests)
+        found.append(replace(judged, verdict=verdict, n_needed=needed))
+    return found
+
+
+def _needed(effect: Effect, rules: Rules, level: float, n_tests: int) -> int | None:
+    seen = Spread(effect.n, effect.difference.estimate, effect.sd)
+    needed = replicates_needed(seen, level, rules.margin, _POWER)
+    if needed is None:
+        return None
+    least = least_sign_flip_replicates(n_tests, rules.alpha) if rules.test == "sign-flip" else 0
+    # What was tried and left it open was not enough, whatever the observed scatter promises.
+    return max(needed, least, effect.n + 1)
+
+
+def _estimate(baseline: Arm, arm: Arm, rules: Rules, rng: Generator) -> Effect:
+    differences = arm.values - baseline.values
+    differences = differences[np.isfinite(differences)]
+    n = len(differences)
+    nothing = Interval(math.nan, math.nan, math.nan)
+    if n == 0:
+        nan = math.nan
+        return Effect(arm, 0, nothing, nothing, nan, nan, nan, nan, nan, nan, "undecided", None)
+    seen = spread(differences, rules.resolution)
+    p, p_flip = paired_t(seen), sign_flip(differences, rng)
+    decisive, equal, confidence = _after_looks(differences, rules, rng)
+    return Effect(
+        arm=arm,
+        n=n,
+        difference=t_interval(seen, confidence),
+        bootstrap=bca_interval(differences, rng, confidence),
+        sd=seen.sd,
+        standardised=seen.mean / seen.sd if seen.sd > 0 else math.nan,
+        p=p,
+        p_sign_flip=p_flip,
+        p_family=decisive,
+        p_equivalence=equal,
+        verdict="undecided",
+        n_needed=None,
+    )
+
+
+def _after_looks(differences: Array, rules: Rules, rng: Generator) -> tuple[float, float, float]:
+    """Return p of the deciding test and of equivalence after the looks, and the confidence.
+
+    A look's p over its share of the error is a p value that holds over all looks (by Bonferroni,
+    also when the smallest is taken and the stopping depends on the data).
+    """
+
+    def tested(part: Array) -> tuple[float, float]:
+        seen = spread(part, rules.resolution)
+        p = paired_t(seen) if rules.test == "t" else sign_flip(part, rng)
+        return p, equivalence(seen, rules.margin)
+
+    if not rules.is_adaptive:
+        return *tested(differences), rules.confidence
+    done = [k for k, n in enumerate(rules.looks) if n <= len(differences)]
+    if not done:
+        return math.nan, math.nan, rules.confidence
+    each = [(*tested(differences[: rules.looks[k]]), rules.spent(k)) for k in done]
+    decisive = min(min(p / share, 1.0) for p, _, share in each)
+    equal = min(min(p / share, 1.0) for _, p, share in each)
+    return decisive, equal, 1 - (1 - rules.confidence) * rules.spent(done[-1])
+
+
+def _holm(values: Sequence[float], alpha: float) -> list[float]:
+    """Correct p values by Holm's method; NaN (no test) stays and is not counted."""
+    known = [k for k, p in enumerate(values) if math.isfinite(p)]
+    found = [math.nan] * len(values)
+    if known:
+        corrected = multipletests([values[k] for k in known], alpha, method="holm")[1]
+        for k, p in zip(known, corrected, strict=True):
+            found[k] = float(p)
+    return found
+
+
+def _verdict(effect: Effect, rules: Rules) -> Verdict:
+    if effect.arm.n_failed:
+        return "fails"
+    if effect.p_family <= rules.alpha:
+        return "helps" if effect.difference.estimate > 0 else "hurts"
+    if effect.p_equivalence <= rules.alpha:
+        return "no difference"
+    return "undecided"
+
+
+def verdict_words(effect: Effect, rules: Rules) -> str:
+    """Say a verdict in words."""
+    arm, margin = effect.arm, f"±{100 * rules.margin:g}"
+    if effect.verdict == "fails":
+        kinds = {(reason or "").partition(":")[0] for reason in arm.failures if reason}
+        return f"fails in {arm.n_failed} of {arm.n_run} runs ({', '.join(sorted(kinds))})"
+    if effect.verdict in ("helps", "hurts"):
+        is_small = max(abs(effect.difference.low), abs(effect.difference.high)) < rules.margin
+        return f"{effect.verdict}, but by less than {margin}" if is_small else effect.verdict
+    if effect.verdict == "no difference":
+        return f"no difference beyond {margin}"
+    if effect.n < 2:
+        return "undecided: one replicate cannot be tested" if effect.n else "not run yet"
+    if effect.n_needed is None:
+        return "undecided: more than 1,000 replicates needed"
+    return f"undecided: about {effect.n_needed} replicates would settle it"
+
+
+def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[int]:
+    """Return the cells of an adaptive ablation that are still undecided; cell 0 is the baseline.
+
+    Args:
+        scores: Accuracy by cell and replicate; None where a run failed.
+        rules: How they are judged.
+    """
+    most = max(len(values) for values in scores)
+    arms = [_bare_arm(k, values, most) for k, values in enumerate(scores)]
+    # The draws do not decide: they serve the bootstrap, which no verdict uses, and sign flips
+    # beyond 14 pairs, which are many.
+    effects = estimate_effects(arms[0], arms[1:], rules, np.random.default_rng(0))
+    return {k for k, effect in enumerate(effects, start=1) if effect.verdict == "undecided"}
+
+
+def _bare_arm(number: int, values: Sequence[float | None], length: int) -> Arm:
+    padded = np.full(length, math.nan)
+    padded[: len(values)] = [math.nan if value is None else value for value in values]
+    failures = tuple("failed" if value is None else None for value in values)
+    return Arm(str(number), "", "", padded, failures)
+
+
+def foresee(n: int, n_tests: int, rules: Rules) -> list[str]:
+    """Say, before a run, what its replicates could decide.
+
+    Args:
+        n: Replicates (the most of an adaptive ablation).
+        n_tests: Levels that will be compared with the baseline.
+        rules: How they will be judged.
+
+    Returns:
+        Sentences; those that begin with `warning:` name a run that could decide little or nothing.
+    """
+    if n_tests == 0:
+        return []
+    if n < 2:
+        return [
+            "warning: with one replicate nothing can be tested: a difference is told without "
+            "interval or p value. Give --replicates 5 or more."
+        ]
+    told = []
+    least = least_sign_flip_replicates(n_tests, rules.alpha)
+    floor = 2.0 ** (1 - n)
+    if n < least:
+        text = (
+            f"the sign-flip test cannot go below p = {floor:.2g} at {n} replicates; to reach "
+            f"{rules.alpha:g} after Holm's correction over {n_tests} levels it needs {least}"
+        )
+        if rules.test == "sign-flip":
+            return [f"warning: this run could not decide anything: {text}."]
+        told.append(f"{text}; here the paired t-test decides.")
+    size = detectable(n, rules.alpha / n_tests)
+    told.append(
+        f"at {n} replicates the t-test finds a difference with {100 * _POWER:.0f} % power (at "
+        f"Holm's strictest step, {n_tests} levels) if it is {size:.1f} times the standard "
+        "deviation of the paired differences"
+        + (f": 6 points where that is {6 / size:.1f} points." if size > 0 else ".")
+    )
+    if size > 4:
+        told[-1] = f"warning: {told[-1]} More replicates or fewer levels would find smaller ones."
+    return told
+
+
+def detectable(n: int, alpha: float, wanted: float = _POWER) -> float:
+    """Return the standardised difference (d_z) that n pairs find with the wanted power."""
+    low, high = 0.0, 1.0
+    while power(high, 1.0, n, alpha) < wanted:
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, 1.0, n, alpha) >= wanted else (middle, high)
+    return high

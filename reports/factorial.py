@@ -1,0 +1,263 @@
+"""Factorials and screening designs: analysis of variance, main effects and interactions."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.multitest import multipletests
+
+from reports.ablation import Ablation
+from reports.intervals import Interval
+from reports.paired import Array, paired_t, spread, t_interval
+
+# Interactions of two factors are clear of each other from this resolution on.
+_CLEAR_RESOLUTION = 5
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A line of an analysis of variance.
+
+    Attributes:
+        name: A factor, an interaction `a × b`, `replicate` or `residual`.
+        df: Degrees of freedom.
+        sum_of_squares: Type II, in squared accuracy.
+        f: F statistic; NaN for the residual.
+        p: Its p value; NaN for the residual.
+        partial_eta_squared: Share of what the other sources leave over; NaN for the residual.
+        omega_squared: The same less its bias, of all variation; NaN for the residual.
+    """
+
+    name: str
+    df: int
+    sum_of_squares: float
+    f: float
+    p: float
+    partial_eta_squared: float
+    omega_squared: float
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """Effect of a two-level (or bracketed) factor, or of an interaction, in a coded design.
+
+    Attributes:
+        name: A factor, or `a × b`.
+        low: Label of the low level (the baseline's, of two); empty for an interaction.
+        high: Label of the high level.
+        effect: Mean accuracy at the high level minus that at the low one, a fraction; for an
+            interaction half the difference of the one factor's effect between the other's levels.
+        n: Replicates, each of which gives one estimate.
+        p: One-sample t-test over replicates, or Lenth's with one replicate.
+        p_family: The same after Holm's correction over the design's contrasts.
+    """
+
+    name: str
+    low: str
+    high: str
+    effect: Interval
+    n: int
+    p: float
+    p_family: float
+
+
+def score_matrix(ablation: Ablation) -> Array:
+    """Return accuracies by cell and replicate, shape (cells, R); NaN where there is none."""
+    return np.array([runs.arm.values for runs in ablation.runs])
+
+
+def coded_matrix(ablation: Ablation) -> Array:
+    """Return the coded design, shape (cells, factors): two levels are -1 and 1."""
+    coded = np.array(ablation.spec["coded"], dtype=float)
+    return coded if ablation.kind == "screen" else 2 * coded - 1
+
+
+def has_interactions(ablation: Ablation) -> bool:
+    """Say whether interactions of two factors can be told apart in a factorial."""
+    resolution = ablation.spec["resolution"]
+    return ablation.kind == "factorial" and (resolution is None or resolution >= _CLEAR_RESOLUTION)
+
+
+def analyse_variance(ablation: Ablation) -> list[Source]:
+    """Analyse a factorial's variance, with replicates (paired seeds) as blocks.
+
+    Type II sums of squares; interactions of two factors where the design tells them apart. Runs
+    that failed are left out, which the caller is to say.
+
+    Returns:
+        Factors, interactions, `replicate`, `residual`; empty where there are too few runs.
+
+    References:
+        Langsrud 2003, https://doi.org/10.1023/A:1023260610025 (type II).
+    """
+    names = [factor["name"] for factor in ablation.spec["factors"]]
+    frame = _long_frame(ablation, names)
+    terms = [f"C(x{k})" for k in range(len(names))]
+    told = dict(zip(terms, names, strict=True)) | {"C(replicate)": "replicate"}
+    if has_interactions(ablation):
+        for a, b in itertools.combinations(terms, 2):
+            told[f"{a}:{b}"] = f"{told[a]} × {told[b]}"
+    blocks = frame["replicate"].nunique() > 1
+    wanted = [term for term in told if term != "C(replicate)" or blocks]
+    if len(frame) < 2 or any(frame[f"x{k}"].nunique() < 2 for k in range(len(names))):
+        return []
+    model = ols(f"acc ~ {' + '.join(wanted)}", frame).fit()
+    if model.df_resid < 1 or not model.ssr > 0:
+        return []
+    return _sources(anova_lm(model, typ=2), told)
+
+
+def _long_frame(ablation: Ablation, names: Sequence[str]) -> pd.DataFrame:
+    rows = []
+    for runs in ablation.runs:
+        for replicate, value in enumerate(runs.arm.values):
+            if math.isfinite(value):
+                levels = {f"x{k}": runs.levels.get(name, "") for k, name in enumerate(names)}
+                rows.append({**levels, "replicate": replicate, "acc": value})
+    columns = [*(f"x{k}" for k in range(len(names))), "replicate", "acc"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _sources(table: pd.DataFrame, told: dict[str, str]) -> list[Source]:
+    records = table.rename_axis("term").reset_index().to_dict("records")
+    rows = {str(row["term"]): row for row in records}
+    left, left_df = float(rows["Residual"]["sum_sq"]), float(rows["Residual"]["df"])
+    noise, total = left / left_df, float(table["sum_sq"].sum())
+    found = []
+    for term, name in told.items():
+        if term not in rows:
+            continue
+        ss, df = float(rows[term]["sum_sq"]), float(rows[term]["df"])
+        f, p = float(rows[term]["F"]), float(rows[term]["PR(>F)"])
+        omega = (ss - df * noise) / (total + noise)
+        found.append(Source(name, int(df), ss, f, p, ss / (ss + left), omega))
+    nan = math.nan
+    return [*found, Source("residual", int(left_df), left, nan, nan, nan, nan)]
+
+
+def estimate_contrasts(ablation: Ablation) -> list[Contrast]:
+    """Estimate main effects, and interactions where they are clear, of a coded design.
+
+    Each replicate gives one estimate of each contrast by least squares; Student's interval and the
+    t-test are over replicates, so nothing is assumed of how single runs scatter. With one
+    replicate Lenth's pseudo standard error takes their place. Replicates with a failed cell are
+    left out.
+
+    Returns:
+        One contrast per factor, then interactions; empty where a factor has more than two levels
+        (in a factorial), or nothing is complete.
+
+    References:
+        Lenth 1989, https://doi.org/10.1080/00401706.1989.10488595.
+    """
+    factors = ablation.spec["factors"]
+    if ablation.kind == "factorial" and any(len(f["levels"]) != 1 for f in factors):
+        return []
+    scores = score_matrix(ablation)
+    scores = scores[:, np.isfinite(scores).all(axis=0)]  # (cells, complete replicates)
+    if not scores.shape[1]:
+        return []
+    coded = coded_matrix(ablation)
+    columns = [coded[:, k] for k in range(len(factors))]
+    names = [(f["name"], *_ends(f)) for f in factors]
+    if has_interactions(ablation):
+        for a, b in itertools.combinations(range(len(factors)), 2):
+            columns.append(coded[:, a] * coded[:, b])
+            names.append((f"{names[a][0]} × {names[b][0]}", "", ""))
+    design = np.column_stack([np.ones(len(coded)), *columns])
+    fitted = np.linalg.lstsq(design, scores, rcond=None)[0]
+    slopes: Array = np.asarray(fitted[1:], dtype=np.float64)  # (contrasts, R)
+    return _judged(names, 2 * slopes)
+
+
+def _ends(factor: dict[str, object]) -> tuple[str, str]:
+    levels = factor["levels"]
+    assert isinstance(levels, list)
+    labels = [str(level["label"]) for level in levels]
+    if len(labels) == 1:
+        return str(factor["baseline"]), labels[0]
+    low, high = sorted(labels, key=float)
+    return low, high
+
+
+def _judged(names: Sequence[tuple[str, str, str]], estimates: Array) -> list[Contrast]:
+    n = estimates.shape[1]
+    if n > 1:
+        seen = [spread(row) for row in estimates]
+        found = [
+            Contrast(*name, t_interval(each), n, paired_t(each), math.nan)
+            for name, each in zip(names, seen, strict=True)
+        ]
+    else:
+        found = _lenth(names, estimates[:, 0])
+    tested = [c.p for c in found if math.isfinite(c.p)]
+    if len(tested) < len(found):
+        return found
+    corrected = multipletests(tested, method="holm")[1]
+    return [replace(c, p_family=float(p)) for c, p in zip(found, corrected, strict=True)]
+
+
+def _lenth(names: Sequence[tuple[str, str, str]], effects: Array) -> list[Contrast]:
+    """Judge unreplicated contrasts: most of them are taken to be noise."""
+    size = np.abs(effects)
+    first = 1.5 * float(np.median(size))
+    error = 1.5 * float(np.median(size[size < 2.5 * first])) if first > 0 else math.nan
+    df = len(effects) / 3
+    half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, df)) * error
+    return [
+        Contrast(
+            *name,
+            Interval(float(e), float(e) - half, float(e) + half),
+            1,
+            float(2 * stats.t.sf(abs(e) / error, df)),
+            math.nan,
+        )
+        for name, e in zip(names, effects, strict=True)
+    ]
+
+
+def interaction_means(ablation: Ablation, a: str, b: str) -> pd.DataFrame:
+    """Return mean accuracy by the levels of two factors: rows a, columns b; all else averaged."""
+    factors = {factor["name"]: factor for factor in ablation.spec["factors"]}
+    rows = [
+        {
+            a: runs.levels.get(a, factors[a]["baseline"]),
+            b: runs.levels.get(b, factors[b]["baseline"]),
+            "acc": float(np.nanmean(runs.arm.values)),
+        }
+        for runs in ablation.runs
+        if np.isfinite(runs.arm.values).any()
+    ]
+    frame = pd.DataFrame(rows, columns=[a, b, "acc"])
+    table = frame.groupby([a, b], sort=False)["acc"].mean().unstack(b)
+    return table.reindex(index=_order(factors[a]), columns=_order(factors[b]))
+
+
+def _order(factor: dict[str, object]) -> list[str]:
+    levels = factor["levels"]
+    assert isinstance(levels, list)
+    return [str(factor["baseline"]), *(str(level["label"]) for level in levels)]
+
+
+def main_effect_means(ablation: Ablation, name: str) -> list[tuple[str, Interval]]:
+    """Return each level's accuracy with Student's interval over replicates; all else averaged."""
+    factor = next(f for f in ablation.spec["factors"] if f["name"] == name)
+    found = []
+    for label in _order(factor):
+        cells = [
+            r.arm.values for r in ablation.runs if r.levels.get(name, factor["baseline"]) == label
+        ]
+        if not cells:
+            continue
+        scores = np.array(cells)
+        whole = scores[:, np.isfinite(scores).all(axis=0)].mean(axis=0)  # (replicates,)
+        if len(whole):
+            found.append((label, t_interval(spread(whole))))
+    return found

@@ -1,0 +1,180 @@
+"""Tables for publication: one grid of texts, written as Markdown, LaTeX (booktabs) or HTML."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from reports.intervals import Interval
+from reports.words import markdown_table, markdown_text
+
+_MOST_DIGITS = 3
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "−": r"$-$", "±": r"$\pm$", "×": r"$\times$", "–": "--", "<": r"$<$", ">": r"$>$",
+    "→": r"$\to$", "η": r"$\eta$", "ω": r"$\omega$", "²": r"$^2$", "≤": r"$\le$", "…": r"\dots{}",
+    "’": "'", "“": "``", "”": "''", "|": r"\textbar{}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of texts that is published in several forms.
+
+    Attributes:
+        name: Of its files, without suffix.
+        title: What it shows.
+        header: Column names.
+        rows: Cells, as many a row as there are columns.
+        groups: One word a row: neighbours of the same group belong together.
+        n_text: Leading columns that are names, not figures; the last column is text where
+            `is_last_text`.
+        is_last_text: Whether the last column is text.
+        note: What was done, below the table.
+    """
+
+    name: str
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    groups: tuple[str, ...] = ()
+    n_text: int = 1
+    is_last_text: bool = False
+    note: str = ""
+
+    def begins_group(self, row: int) -> bool:
+        """Say whether a row is the first of its group, but not the first of the table."""
+        return bool(self.groups) and row > 0 and self.groups[row] != self.groups[row - 1]
+
+
+def digits_for(half_width: float) -> int:
+    """Return the decimals that an interval of this half-width (in points) can bear.
+
+    Two significant figures of the half-width, so that no digit is printed that other seeds would
+    change at random.
+    """
+    if not math.isfinite(half_width) or half_width <= 0:
+        return 1
+    return max(0, min(_MOST_DIGITS, 1 - math.floor(math.log10(half_width))))
+
+
+def signed(points: float, digits: int) -> str:
+    """Write a difference in points with its sign; a rounded zero has none."""
+    text = f"{points:+.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
+def plus_minus(found: Interval) -> str:
+    """Write a mean accuracy in per cent with its interval's half-width."""
+    if not math.isfinite(found.estimate):
+        return "–"
+    half = 100 * (found.high - found.low) / 2
+    if not math.isfinite(half):
+        return f"{100 * found.estimate:.1f}"
+    digits = digits_for(half)
+    return f"{100 * found.estimate:.{digits}f} ± {half:.{digits}f}"
+
+
+def difference_words(found: Interval) -> str:
+    """Write a difference in points with its interval: `−3.2 [−5.0, −1.4]`."""
+    if not math.isfinite(found.estimate):
+        return "–"
+    if not math.isfinite(found.low):
+        return signed(100 * found.estimate, 1)
+    digits = digits_for(100 * (found.high - found.low) / 2)
+    ends = ", ".join(signed(100 * end, digits) for end in (found.low, found.high))
+    return f"{signed(100 * found.estimate, digits)} [{ends}]"
+
+
+def p_words(p: float) -> str:
+    """Write a p value with two significant figures, down to 0.001."""
+    if not math.isfinite(p):
+        return "–"
+    if p < 0.001:
+        return "<0.001"
+    if p > 0.995:
+        return "1"
+    return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def number_words(value: float, digits: int = 2) -> str:
+    """Write a number, a dash where there is none."""
+    return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def seconds_words(value: float) -> str:
+    """Write seconds with three figures at most."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def to_markdown(grid: Grid) -> str:
+    """Write a grid as Markdown, its note below."""
+    parts = [f"**{markdown_text(grid.title)}**", markdown_table(grid.header, grid.rows)]
+    if grid.note:
+        parts.append(f"_{markdown_text(grid.note)}_")
+    return "\n\n".join(parts)
+
+
+def latex_text(text: str) -> str:
+    """Escape a text for LaTeX; letters that pdfLaTeX's T1 fonts lack become a question mark."""
+    return "".join(_latex_letter(letter) for letter in text)
+
+
+def _latex_letter(letter: str) -> str:
+    if letter in _LATEX:
+        return _LATEX[letter]
+    # Up to Latin Extended-A, which inputenc and T1 know.
+    return letter if ord(letter) < 0x180 else "?"
+
+
+def to_latex(grid: Grid) -> str:
+    """Write a grid as a LaTeX table; it needs the packages booktabs and graphicx only."""
+    n = len(grid.header)
+    columns = ["l"] * grid.n_text + ["r"] * (n - grid.n_text)
+    if grid.is_last_text:
+        columns[-1] = "l"
+    lines = [
+        r"\begin{table}[p]",
+        r"\centering",
+        rf"\caption{{{latex_text(grid.title)}}}",
+        rf"\label{{tab:{re.sub(r'[^A-Za-z0-9]+', '-', grid.name)}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{''.join(columns)}}}",
+        r"\toprule",
+        _latex_row(grid.header),
+        r"\midrule",
+    ]
+    for number, row in enumerate(grid.rows):
+        if grid.begins_group(number):
+            lines.append(r"\addlinespace")
+        lines.append(_latex_row(row))
+    lines += [r"\bottomrule", r"\end{tabular}}"]
+    if grid.note:
+        lines.append(rf"\par\smallskip{{\footnotesize\raggedright {latex_text(grid.note)}\par}}")
+    return "\n".join([*lines, r"\end{table}", ""])
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(latex_text(cell) for cell in cells) + r" \\"
+
+
+def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
+    """Write a document that compiles as it stands; each table can be cut out and pasted."""
+    head = [
+        r"\documentclass[10pt]{article}",
+        r"\usepackage[utf8]{inputenc}",
+        r"\usepackage[T1]{fontenc}",
+        r"\usepackage[a4paper,margin=20mm,landscape]{geometry}",
+        r"\usepackage{booktabs}",
+        r"\usepackage{graphicx}",
+        r"\begin{document}",
+        rf"\section*{{{latex_text(title)}}}",
+        "",
+        latex_text(methods),
+        "",
+    ]
+    tables = [f"% Table {grid.name}: cut from here\n{to_latex(grid)}% to here\n" for grid in grids]
+    return "\n".join([*head, *tables, r"\end{document}", ""])

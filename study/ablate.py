@@ -1,0 +1,507 @@
+"""Run an ablation: every cell of a design once a replicate, in the same record as a search."""
+
+import dataclasses
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from core.config import TrainConfig
+from core.data import ImageData
+from study.baseline import Baseline, given_factors
+from study.config import ConfigError, StudyConfig, check_backbones
+from study.designs import BASELINE, Cell, Design, candidates, extend_path
+from study.ledger import Ledger
+from study.progress import Counts, Progress
+from study.runner import (
+    REASON_DIVERGED,
+    REASON_OUT_OF_MEMORY,
+    RERUN_REASONS,
+    Asked,
+    TrialResult,
+    Work,
+    checkpoint_folder,
+    identity,
+    record_answers,
+    run_trial,
+)
+from study.samplers import make_pruner
+from study.session import (
+    corner_configs,
+    end_killed,
+    load_pictures,
+    open_session,
+    picture_size,
+)
+from study.space import apply_params
+from study.store import Store, TrialRow, config_hash
+
+Scores = list[list[float | None]]
+"""Validation accuracy by cell and replicate; None where a run failed."""
+Decide = Callable[[Scores, Sequence[int]], set[int]]
+"""Given the scores and the looks so far, the cells whose question is still open."""
+
+# A later look has half as many replicates again: few looks, so that little error is spent on each.
+_LOOK_GROWTH = 1.5
+_MOST_REPLICATES = 10_000
+_STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+
+
+@dataclass(frozen=True, slots=True)
+class AblationOutcome:
+    """How an ablation ended.
+
+    Attributes:
+        study_name: The ablation's study.
+        stopped_because: `complete`, `timeout` or `interrupted`.
+        counts: Trials of the study by state.
+        n_done: Runs of this design that are done.
+        n_planned: Runs of this design in all, as far as it is known.
+        best_number: The complete trial with the highest validation accuracy, if any.
+        best_value: Its validation accuracy, in [0, 1].
+        checkpoint: Always None: an ablation chooses nothing.
+        duration_s: Wall time of this run.
+    """
+
+    study_name: str
+    stopped_because: str
+    counts: Counts
+    n_done: int
+    n_planned: int
+    best_number: int | None
+    best_value: float | None
+    checkpoint: Path | None
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an ablation is to do.
+
+    Attributes:
+        baseline: What is compared against.
+        design: Its cells; a path grows.
+        looks: Numbers of replicates after which an adaptive ablation looks; one for a fixed one.
+    """
+
+    baseline: Baseline
+    design: Design
+    looks: tuple[int, ...]
+
+
+def looks_of(replicates: int, most: int) -> tuple[int, ...]:
+    """List the numbers of replicates at which an adaptive ablation looks."""
+    looks = [replicates]
+    while looks[-1] < most:
+        looks.append(min(most, math.ceil(looks[-1] * _LOOK_GROWTH)))
+    return tuple(looks)
+
+
+def make_plan(baseline: Baseline, design: Design) -> Plan:
+    """Put a baseline and a design together.
+
+    Raises:
+        ConfigError: The rules of an adaptive ablation are broken.
+    """
+    settings = baseline.settings
+    if not settings.adaptive:
+        return Plan(baseline, design, (settings.replicates,))
+    if design.kind not in ("ofat", "loco"):
+        raise ConfigError(
+            f"--adaptive adds replicates to single levels, so it needs --design ofat or loco, but "
+            f"got design={design.kind!r}."
+        )
+    if settings.replicates < 2 or settings.max_replicates <= settings.replicates:
+        raise ConfigError(
+            "an adaptive ablation must begin with at least 2 replicates and may end with more "
+            f"(ablation.max_replicates), but got {settings.replicates} and "
+            f"{settings.max_replicates}."
+        )
+    return Plan(baseline, design, looks_of(settings.replicates, settings.max_replicates))
+
+
+def cell_configs(plan: Plan) -> list[TrainConfig]:
+    """Return what each cell of the design trains, with the first replicate's seed."""
+    train = plan.baseline.config.train
+    found = []
+    for cell in plan.design.cells:
+        try:
+            found.append(apply_params(train, cell.overrides))
+        except ValueError as err:
+            raise ConfigError(f"{cell.label}: {err}") from err
+    return found
+
+
+def settled_config(plan: Plan) -> StudyConfig:
+    """Return the ablation's configuration with the pictures' size fixed.
+
+    What a run sees must not depend on the other cells of the design; so the size at which pictures
+    are kept is that of the study that found the baseline, or enough for every cell of the first
+    design.
+    """
+    config, source = plan.baseline.config, plan.baseline.source
+    if config.data.picture_size is not None:
+        return config
+    trains = corner_configs(source) if source else cell_configs(plan)
+    data = dataclasses.replace(config.data, picture_size=picture_size(trains))
+    return config.model_copy(update={"data": data})
+
+
+def run_ablation(
+    plan: Plan,
+    *,
+    progress: Progress,
+    command: str,
+    decide: Decide,
+    take_over: bool = False,
+) -> AblationOutcome:
+    """Run or continue an ablation.
+
+    Args:
+        plan: What to run.
+        progress: What the user sees.
+        command: Command line, for the record.
+        decide: Says which cells are still open; asked by adaptive ablations only.
+        take_over: Begin although a process of another machine has not signed off.
+
+    Raises:
+        ConfigError: The ablation of this name has another baseline, or cannot be run.
+        StoreError: The database is not ours, or the study is being run elsewhere.
+        ValueError: Pictures, weights, backbone or device cannot be used.
+    """
+    begin = time.monotonic()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = plan.baseline.config
+    check_backbones(config)
+    with Store.open(config.study.storage, create=True) as store:
+        config = _as_begun(store, plan)
+        with open_session(
+            store,
+            config,
+            cell_configs(plan),
+            progress=progress,
+            command=command,
+            take_over=take_over,
+        ) as session:
+            ablation = _Ablation(session.work, config, plan, decide, command, begin)
+            session.because = ablation.run()
+            outcome = ablation.outcome(session.because)
+            progress.study_ended(outcome)
+            return outcome
+
+
+def _as_begun(store: Store, plan: Plan) -> StudyConfig:
+    """Take the pictures' size from the record where the ablation has begun; else settle it."""
+    row = store.find_study(plan.baseline.config.study.name)
+    if row is None:
+        return settled_config(plan)
+    if row.config.get("space"):
+        raise ConfigError(
+            f"study {row.name} is a search, so it cannot hold an ablation too. Use another --name."
+        )
+    config = plan.baseline.config
+    if config.data.picture_size is None:
+        known = row.config["data"]["picture_size"]
+        data = dataclasses.replace(config.data, picture_size=known)
+        config = config.model_copy(update={"data": data})
+    return config
+
+
+class _Ablation:
+    """One process's part in an ablation."""
+
+    def __init__(
+        self,
+        work: Work,
+        config: StudyConfig,
+        plan: Plan,
+        decide: Decide,
+        command: str,
+        begin: float,
+    ) -> None:
+        self.work = work
+        self.config = config
+        self.plan = plan
+        self.design = plan.design
+        self.decide = decide
+        self.command = command
+        self.begin = begin
+        self.chosen: list[str] = []
+        self.ledger = Ledger(
+            config.study.storage, config.study.name, make_pruner("none", config.train.epochs)
+        )
+        self.rows: dict[str, TrialRow] = {}
+        self.pictures_of = functools.lru_cache(maxsize=1)(self._load_pictures_of)
+
+    @property
+    def settings(self) -> Any:
+        """Return what the ablation was told."""
+        return self.plan.baseline.settings
+
+    def run(self) -> str:
+        """Run what is missing; return why it ended."""
+        self.pictures_of(self._val_seed(0))  # a source that cannot be split anew shows here
+        self._recover()
+        self._put_design()
+        self.work.progress.study_started(
+            self.config.study.name, self._n_planned(), self.counts(), self._best()[1]
+        )
+        for cell, replicate in self._missing():
+            because = self._reason_to_stop()
+            if because is not None:
+                return because
+            self._one(cell, replicate)
+        self._put_design()
+        return "complete"
+
+    def _missing(self) -> Iterator[tuple[int, int]]:
+        """Give the runs to do, in order; what comes later may depend on how earlier ones went."""
+        if self.design.kind == "path":
+            yield from self._path()
+            return
+        active = set(range(len(self.design.cells)))
+        for k, n in enumerate(self.plan.looks):
+            yield from self._undone(active, n)
+            if k + 1 < len(self.plan.looks):
+                active = self.decide(self._scores(n), self.plan.looks[: k + 1])
+                if not active:
+                    return
+                active |= {0}
+
+    def _path(self) -> Iterator[tuple[int, int]]:
+        n = self.plan.looks[-1]
+        yield from self._undone([0], n)
+        while steps := candidates(self.design, self.chosen):
+            yield from self._undone(steps.values(), n)
+            scores = self._scores(n)
+            means = {name: _mean(scores[cell]) for name, cell in steps.items()}
+            self.chosen.append(max(means, key=lambda name: means[name]))
+            self.design = extend_path(self.design, self.chosen)
+            self._put_design()
+
+    def _undone(self, cells: Any, n: int) -> Iterator[tuple[int, int]]:
+        """Give the runs of cells that are missing, a whole replicate after the other."""
+        for replicate in range(n):
+            for cell in sorted(cells):
+                if self._hash(cell, replicate) not in self.rows:
+                    yield cell, replicate
+
+    def _scores(self, n: int) -> Scores:
+        """Return the accuracy of every cell's first replicates, as far as they are done."""
+        found: Scores = []
+        for cell in range(len(self.design.cells)):
+            rows = [self.rows.get(self._hash(cell, r)) for r in range(n)]
+            found.append([row.value if row.state == "complete" else None for row in rows if row])
+        return found
+
+    def _config(self, cell: int, replicate: int) -> TrainConfig:
+        train = apply_params(self.config.train, self.design.cells[cell].overrides)
+        return dataclasses.replace(train, seed=train.seed + replicate)
+
+    def _hash(self, cell: int, replicate: int) -> str:
+        return run_identity(self._config(cell, replicate), self._val_seed(replicate))
+
+    def _val_seed(self, replicate: int) -> int | None:
+        """Return the seed of a replicate's own validation split; None for the study's.
+
+        The study's own split is not among them: a search has chosen the baseline on it.
+        """
+        if not self.settings.resplit:
+            return None
+        known = self.config.data.val_seed
+        first = self.config.data.split_seed if known is None else known
+        return first + 1 + replicate
+
+    def _load_pictures_of(self, val_seed: int | None) -> ImageData:
+        if val_seed is None:
+            return self.work.data
+        data = dataclasses.replace(self.config.data, val_seed=val_seed)
+        return load_pictures(self.config.model_copy(update={"data": data}), self.work.progress)
+
+    def _one(self, cell: int, replicate: int) -> None:
+        config, shown = self._config(cell, replicate), self.design.cells[cell]
+        val_seed = self._val_seed(replicate)
+        work = dataclasses.replace(self.work, data=self.pictures_of(val_seed))
+        params, space = self._params(shown, replicate)
+        attrs = {"cell": shown.label, "replicate": replicate}
+        trial = self.ledger.start(params, space, attrs)
+        factor, level = _place(shown)
+        asked = Asked(
+            trial.number,
+            params,
+            f"{shown.label}, replicate {replicate + 1}",
+            factor,
+            level,
+            replicate,
+            run_identity(config, val_seed),
+        )
+
+        def tell(metrics: Any) -> bool:
+            self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
+            return False
+
+        result = run_trial(work, asked, config, tell)
+        self.ledger.tell(trial, _STATES[result.state], result.value)
+        self._finish(trial.number, result)
+
+    def _finish(self, number: int, result: TrialResult) -> None:
+        if result.state == "complete":
+            record_answers(self.work, number)
+            if not self.settings.keep_checkpoints:
+                row = self.work.store.trial(self.work.study_id, number)
+                self.work.store.set_checkpoint(row.id, None)
+                shutil.rmtree(checkpoint_folder(self.work.output, number), ignore_errors=True)
+        row = self.work.store.trial(self.work.study_id, number)
+        # An error of the moment (a full disk, say) is tried again by the next run of the command.
+        if row.reason not in RERUN_REASONS:
+            self.rows[row.config_hash] = row
+
+    def _params(self, cell: Cell, replicate: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a run's place in the design as Optuna keeps it."""
+        params: dict[str, Any] = {}
+        space: dict[str, Any] = {}
+        for factor in self.design.factors:
+            params[factor.name] = cell.levels.get(factor.name, factor.baseline)
+            labels = [factor.baseline, *(level.label for level in factor.levels)]
+            space[factor.name] = CategoricalDistribution(labels)
+        params["replicate"] = replicate
+        space["replicate"] = IntDistribution(0, _MOST_REPLICATES)
+        return params, space
+
+    def _recover(self) -> None:
+        """Close what a killed process left open, and see what is done."""
+        store, study_id = self.work.store, self.work.study_id
+        self.ledger.fail_open()
+        for row in store.stale_trials(study_id):
+            end_killed(self.work, row)
+            if row.number >= self.ledger.n_trials:
+                self.ledger.add_failed({}, {})
+        for row in store.trials(study_id):
+            if is_done(row):
+                self.rows.setdefault(row.config_hash, row)
+                self._complete_record(row)
+
+    def _complete_record(self, row: TrialRow) -> None:
+        """Add the answers of a run whose process died just before it could."""
+        is_kept = row.checkpoint is not None and Path(row.checkpoint).is_dir()
+        if is_kept and not self.work.store.has_predictions(row.id, "val"):
+            record_answers(self.work, row.number)
+
+    def _put_design(self) -> None:
+        """Bring the design in the record up to date."""
+        baseline, n = self.plan.baseline, self.plan.looks[-1]
+        spec = self.design.to_record() | {
+            "origin": baseline.origin,
+            "settings": dataclasses.asdict(baseline.settings) | {"factors": None},
+            "given": given_factors(self.design.factors),
+            "looks": list(self.plan.looks),
+            "steps": list(self.chosen),
+            "first_seed": self.config.train.seed,
+            "runs": [
+                [self._hash(cell, replicate) for replicate in range(n)]
+                for cell in range(len(self.design.cells))
+            ],
+        }
+        key = config_hash(
+            {
+                "kind": self.design.kind,
+                "factors": spec["factors"],
+                "coded": spec["coded"],
+                "resplit": self.settings.resplit,
+            }
+        )
+        self.work.store.put_design(self.work.study_id, key, self.design.kind, spec, self.command)
+
+    def _reason_to_stop(self) -> str | None:
+        timeout = self.config.study.timeout
+        if self.work.stop.is_set():
+            return "interrupted"
+        if timeout is not None and time.monotonic() - self.begin > timeout:
+            return "timeout"
+        return None
+
+    def _n_planned(self) -> int:
+        return n_runs(self.plan)
+
+    def _n_done(self) -> int:
+        cells, n = range(len(self.design.cells)), self.plan.looks[-1]
+        return sum(self._hash(cell, r) in self.rows for cell in cells for r in range(n))
+
+    def counts(self) -> Counts:
+        """Count the study's trials by state."""
+        rows = self.work.store.trials(self.work.study_id)
+        states = [row.state for row in rows]
+        return Counts(
+            complete=states.count("complete"),
+            failed=states.count("failed"),
+            running=states.count("running"),
+            cut_short=sum(row.reason in RERUN_REASONS for row in rows),
+        )
+
+    def _best(self) -> tuple[int | None, float | None]:
+        done = [row for row in self.rows.values() if row.state == "complete"]
+        best = max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
+        return (best.number, best.value) if best else (None, None)
+
+    def outcome(self, because: str) -> AblationOutcome:
+        """Sum up after this run."""
+        number, value = self._best()
+        return AblationOutcome(
+            study_name=self.config.study.name,
+            stopped_because=because,
+            counts=self.counts(),
+            n_done=self._n_done(),
+            n_planned=self._n_planned(),
+            best_number=number,
+            best_value=value,
+            checkpoint=None,
+            duration_s=time.monotonic() - self.begin,
+        )
+
+
+def run_identity(config: TrainConfig, val_seed: int | None) -> str:
+    """Return the hash by which two runs are the same: settings, seed, and split."""
+    own = identity(config)
+    return own if val_seed is None else config_hash({"run": own, "val_seed": val_seed})
+
+
+def is_done(row: TrialRow) -> bool:
+    """Say whether a run need not be done again: it is complete, or fails for a reason of its own.
+
+    A setting that diverges or does not fit into memory does so every time; that is its result.
+    """
+    if row.state == "complete":
+        return True
+    own = (REASON_DIVERGED, REASON_OUT_OF_MEMORY)
+    return row.state == "failed" and (row.reason or "").startswith(own)
+
+
+def n_runs(plan: Plan) -> int:
+    """Count the runs of a plan: all that an adaptive one may need, all steps of a path."""
+    if plan.design.kind != "path":
+        return len(plan.design.cells) * plan.looks[-1]
+    k = len(plan.design.factors)
+    return (1 + k * (k + 1) // 2) * plan.looks[-1]
+
+
+def _place(cell: Cell) -> tuple[str | None, str | None]:
+    """Return factor and level for the record's columns."""
+    if not cell.levels:
+        return BASELINE, None
+    if len(cell.levels) == 1:
+        return next(iter(cell.levels.items()))
+    return ", ".join(cell.levels), ", ".join(cell.levels.values())
+
+
+def _mean(scores: Sequence[float | None]) -> float:
+    """Return the mean accuracy; a cell of which a run failed comes last."""
+    done = [score for score in scores if score is not None]
+    return -1.0 if len(done) < len(scores) or not done else sum(done) / len(done)

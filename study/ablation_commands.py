@@ -1,0 +1,316 @@
+"""The commands about ablations; like `study.__main__` they stand above all three rooms."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.ablate import AblationOutcome, Plan, cell_configs, make_plan, n_runs, run_ablation
+from study.baseline import factors_of, find_baseline
+from study.config import ConfigError, check_backbones
+from study.designs import make_design
+from study.factors import named, read_flags
+from study.progress import Progress
+from study.show import make_table, print_json, print_view
+from study.store import Store
+from study.words import format_duration
+
+if TYPE_CHECKING:
+    from reports.ablation_report import Section
+    from reports.effects import Rules
+    from reports.publish import Grid
+
+_INTERRUPTED = 130
+# The columns of the big table that a terminal has room for.
+_SHORT = ("Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, Holm", "n", "Verdict")
+
+
+def ablate(args: argparse.Namespace, progress: Progress) -> int:
+    """Run an ablation, or print what it would run."""
+    plan = plan_of(args)
+    check_backbones(plan.baseline.config)
+    if not args.json:
+        _print_plan(plan)
+    for warning in _foreseen(plan):
+        progress.note(warning)
+    if args.dry_run:
+        return _dry_run(plan, args, progress)
+    rules = _rules(plan)
+    from reports.effects import open_levels
+
+    outcome = run_ablation(
+        plan,
+        progress=progress,
+        command=args.line,
+        decide=lambda scores, looks: open_levels(scores, rules),
+        take_over=args.take_over,
+    )
+    progress.close()
+    return _tell(outcome, plan, args)
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Read baseline, factors and design from the flags.
+
+    Raises:
+        ConfigError: Something is wrong; every fault is told.
+        StoreError: There is no such database, study or trial.
+    """
+    factors, faults = read_flags(args.factor)
+    if faults:
+        raise ConfigError(*faults)
+    flags = {
+        "ablation.design": args.design,
+        "ablation.factors": factors or None,
+        "ablation.replicates": args.replicates,
+        "ablation.resplit": args.resplit or None,
+        "ablation.adaptive": args.adaptive or None,
+        "study.timeout": args.timeout,
+        "data.source": args.data,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    baseline = find_baseline(args.storage, args.base, args.which, args.name, args.set, given)
+    return make_plan(baseline, make_design(factors_of(baseline), baseline.settings))
+
+
+def _rules(plan: Plan) -> "Rules":
+    from reports.effects import Rules
+
+    settings = plan.baseline.settings
+    looks = plan.looks if len(plan.looks) > 1 else ()
+    return Rules(settings.alpha, settings.margin / 100, settings.test, looks=looks)
+
+
+def _foreseen(plan: Plan) -> list[str]:
+    """Say before a run what its replicates could decide."""
+    from reports.effects import foresee
+
+    design = plan.design
+    if design.kind in ("ofat", "loco"):
+        n_tests = len(design.cells) - 1
+    elif design.kind == "path":
+        n_tests = len(design.factors)
+    else:
+        n_tests = len(design.factors)
+        if plan.baseline.settings.replicates < 2 and design.kind == "screen":
+            return []  # Lenth's method needs no replicates
+    return foresee(plan.looks[-1], n_tests, _rules(plan))
+
+
+def _print_plan(plan: Plan) -> None:
+    baseline, design, settings = plan.baseline, plan.design, plan.baseline.settings
+    print(f"Ablation of {baseline.origin}: study {baseline.config.study.name}")
+    print(f"Design: {design.construction}")
+    table = make_table("factor", "baseline", "levels" if design.kind != "path" else "start")
+    for factor in design.factors:
+        table.add_row(
+            factor.name, factor.baseline, ", ".join(level.label for level in factor.levels)
+        )
+    print_view(table)
+    for line in design.aliasing:
+        print(f"Not told apart: {line}")
+    most = "at most " if settings.adaptive or design.kind == "path" else ""
+    first = baseline.config.train.seed
+    again = ", each with a validation split of its own" if settings.resplit else ""
+    print(
+        f"Runs: {most}{n_runs(plan)} ({plan.looks[-1]} replicates, seeds {first} to "
+        f"{first + plan.looks[-1] - 1}, the same for every setting{again})"
+    )
+    if settings.adaptive:
+        looks = ", ".join(str(n) for n in plan.looks)
+        print(f"Adaptive: looks after {looks} replicates; settled levels get no more.")
+    sys.stdout.flush()
+
+
+def _dry_run(plan: Plan, args: argparse.Namespace, progress: Progress) -> int:
+    from study.estimate import estimate_runs
+    from study.session import load_pictures
+
+    data = load_pictures(plan.baseline.config, progress)
+    seconds, size = estimate_runs(cell_configs(plan), data)
+    total = sum(seconds) / len(seconds) * n_runs(plan)
+    kept = size * n_runs(plan) if plan.baseline.settings.keep_checkpoints else 0
+    progress.close()
+    if args.json:
+        print_json(
+            {
+                "design": plan.design.to_record(),
+                "n_runs": n_runs(plan),
+                "total_s": total,
+                "checkpoint_bytes": kept,
+            }
+        )
+        return 0
+    from study.show import format_bytes
+
+    print(
+        f"About {format_duration(total / n_runs(plan))} a run, {format_duration(total)} in all "
+        f"(loading of pictures not counted); {format_bytes(kept)} of checkpoints "
+        "(ablation.keep_checkpoints = false keeps none)."
+    )
+    return 0
+
+
+def _tell(outcome: AblationOutcome, plan: Plan, args: argparse.Namespace) -> int:
+    from reports.ablation_report import describe_ablation, write_ablation
+
+    study = plan.baseline.config.study
+    is_interrupted = outcome.stopped_because == "interrupted"
+    with Store.open(study.storage) as store:
+        section = describe_ablation(store, study.name)[0]
+        folder = Path(study.output) / study.name / "ablation"
+        report = None if is_interrupted else write_ablation(store, study.name, folder).html
+    if args.json:
+        print_json(
+            {
+                "event": "ablation_ended",
+                "study": outcome.study_name,
+                "stopped_because": outcome.stopped_because,
+                "n_done": outcome.n_done,
+                "n_planned": outcome.n_planned,
+                "findings": [f"{f.head} {f.text}" for f in section.findings],
+                "effects": [_effect_record(effect) for effect in section.effects],
+                "report": report,
+            }
+        )
+    else:
+        _print_results(outcome, section)
+        if report:
+            print(f"\nReport: {report}")
+        print("\nNext:")
+        for line in _next(
+            study.name, study.storage, is_open=outcome.stopped_because != "complete"
+        ):
+            print(f"  {line}")
+    return _INTERRUPTED if is_interrupted else 0
+
+
+def _effect_record(effect: Any) -> dict[str, Any]:
+    return {
+        "factor": effect.arm.factor,
+        "level": effect.arm.level,
+        "n": effect.n,
+        "n_failed": effect.arm.n_failed,
+        "accuracy": effect.arm.accuracy.estimate,
+        "difference": effect.difference.estimate,
+        "low": effect.difference.low,
+        "high": effect.difference.high,
+        "p": effect.p,
+        "p_family": effect.p_family,
+        "verdict": effect.verdict,
+        "n_needed": effect.n_needed,
+    }
+
+
+def _print_results(outcome: AblationOutcome, section: "Section") -> None:
+    done = f"{outcome.n_done} of {outcome.n_planned} runs are done"
+    print(f"\nAblation {outcome.study_name}: {done} ({format_duration(outcome.duration_s)})")
+    print_view(_as_table(section.grids[0]))
+    for finding in section.findings:
+        print(f"{finding.head} {finding.text}")
+
+
+def _as_table(grid: "Grid") -> Any:
+    is_wide = grid.name.endswith("-effects")
+    columns = [k for k, name in enumerate(grid.header) if name in _SHORT or not is_wide]
+    names = [grid.header[k] for k in columns]
+    last = len(grid.header) - 1
+    right = [
+        grid.header[k]
+        for k in columns
+        if k >= grid.n_text and not (grid.is_last_text and k == last)
+    ]
+    table = make_table(*names, right=right)
+    for number, row in enumerate(grid.rows):
+        if grid.begins_group(number):
+            table.add_section()
+        table.add_row(*(row[k] for k in columns))
+    return table
+
+
+def _next(name: str, storage: str, *, is_open: bool) -> list[str]:
+    words = shlex.quote(name)
+    if storage != "studies.db":
+        words += f" --storage {shlex.quote(storage)}"
+    lines = [f"python -m study report {words} --methods"]
+    if is_open:
+        lines.insert(0, f"python -m study ablate {words}")
+    else:
+        lines.append(f"python -m study test {words} --levels all")
+    return lines
+
+
+def report_ablation(args: argparse.Namespace, store: Store) -> int:
+    """Write an ablation's report, or print its methods paragraph."""
+    from reports.ablation_report import describe_ablation, write_ablation
+
+    if args.methods:
+        for section in describe_ablation(store, args.study):
+            print(section.methods)
+        return 0
+    output = Path(store.study(args.study).config["study"]["output"])
+    paths = write_ablation(
+        store,
+        args.study,
+        args.out or output / args.study / "ablation",
+        beside=args.beside,
+        method=args.ranks,
+    )
+    for path in (paths.html, paths.markdown, paths.latex, *paths.csv):
+        print(path)
+    return 0
+
+
+def test_levels(args: argparse.Namespace, store: Store, progress: Progress) -> int:
+    """Test every replicate of chosen levels, and of the baseline, on the test split."""
+    from study.test_split import test_trials
+
+    numbers = _numbers_of(store, args.study, args.levels)
+    rows = test_trials(store, args.study, numbers, progress=progress, command=args.line)
+    progress.close()
+    if args.json:
+        print_json(rows)
+        return 0
+    from reports.ablation_report import describe_ablation, write_ablation
+
+    section = describe_ablation(store, args.study)[0]
+    for grid in section.grids:
+        if grid.name.endswith("-test"):
+            print_view(_as_table(grid))
+    output = Path(store.study(args.study).config["study"]["output"])
+    paths = write_ablation(store, args.study, output / args.study / "ablation")
+    print(f"Tested {len(rows)} runs. Report: {paths.html}")
+    return 0
+
+
+def _numbers_of(store: Store, name: str, levels: Sequence[str]) -> list[int]:
+    """Find the complete runs of the chosen levels and of the baseline in the last design.
+
+    Raises:
+        ConfigError: A level is none of the design's.
+    """
+    study = store.study(name)
+    spec = store.designs(study.id)[-1].spec
+    labels = [
+        ", ".join(named(factor, level) for factor, level in cell["levels"].items()) or "baseline"
+        for cell in spec["cells"]
+    ]
+    unknown = [level for level in levels if level not in (*labels, "all")]
+    if unknown:
+        raise ConfigError(
+            f"--levels must be all or levels of {name}, but got {', '.join(unknown)}. They are: "
+            f"{'; '.join(labels)}."
+        )
+    done = {
+        row.config_hash: row.number for row in store.trials(study.id) if row.state == "complete"
+    }
+    wanted = {"baseline", *(labels if "all" in levels else levels)}
+    return [
+        done[text]
+        for label, hashes in zip(labels, spec["runs"], strict=True)
+        if label in wanted
+        for text in hashes
+        if text in done
+    ]
