@@ -358,17 +358,30 @@ def forest_size(n_rows: int) -> tuple[float, float]:
 
 def short_footer(ablation: Ablation) -> str:
     """Say in a line what a figure shows, for the figure itself."""
-    rules, data = ablation.rules, ablation.study.data
+    data = ablation.study.data
     source = str(data.get("source", "")).removeprefix("folder:").rstrip("/").rpartition("/")[2]
     first = int(ablation.spec["first_seed"])
     seeds = f"{ablation.replicates} paired seeds from {first}"
-    test = "paired t-test" if rules.test == "t" else "exact sign-flip test"
     tests = "test split read" if ablation.n_tested else "test split not used"
-    n_levels = len(ablation.others)
     return (
-        f"Baseline: {ablation.spec['origin']}. {seeds}; 95 % t intervals; {test}, Holm over "
-        f"{n_levels} levels; margin ±{100 * rules.margin:g} points. {source}, "
+        f"Baseline: {ablation.spec['origin']}. {seeds}; {_how_judged(ablation)}. {source}, "
         f"{data.get('n_val', 0)} validation pictures; {tests}. "
         f"{ablation.design.updated_at:%Y-%m-%d}, "
         f"Frostline {ablation.study.versions.get('frostline', '')}."
     )
+
+
+def _how_judged(ablation: Ablation) -> str:
+    rules = ablation.rules
+    if ablation.kind in ("ofat", "loco"):
+        test = "paired t-test" if rules.test == "t" else "exact sign-flip test"
+        n_levels = len(ablation.others)
+        return (
+            f"95 % t intervals; {test}, Holm over {n_levels} levels; margin "
+            f"±{100 * rules.margin:g} points"
+        )
+    if ablation.kind == "path":
+        return "paired t intervals, Bonferroni over a step's candidates"
+    if ablation.replicates < 2:
+        return "one replicate: Lenth's method"
+    return "95 % t intervals over replicates; t-test, Holm over the effects"

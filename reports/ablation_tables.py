@@ -191,7 +191,7 @@ def contrasts_grid(ablation: Ablation, contrasts: Sequence[Contrast]) -> Grid:
     )
     header = ("Factor", "From, to", "Effect, points [95 %]", "p", "p, Holm", "n")
     aliasing = "; ".join(ablation.spec["aliasing"])
-    told = f" Not told apart: {aliasing}." if aliasing else ""
+    told = f" Aliasing: {aliasing}." if aliasing else ""
     note = footer(ablation, how + told)
     return Grid("contrasts", "Effects", header, rows, n_text=2, note=note)
 
@@ -214,7 +214,9 @@ def anova_grid(ablation: Ablation, sources: Sequence[Source]) -> Grid:
     left_out = f" {plural(failed, 'failed run')} left out." if failed else ""
     note = footer(
         ablation,
-        "Type II sums of squares, in squared points; replicates (paired seeds) are blocks. "
+        "Type II sums of squares, in squared points; replicates (paired seeds) are blocks. It "
+        "pools the scatter of all runs, which it takes to be alike and free of interactions with "
+        "the seed; the effects' own t-tests over replicates do not. "
         f"p values are not corrected.{left_out}",
     )
     header = ("Source", "df", "Sum of squares", "F", "p", "partial η²", "ω²")

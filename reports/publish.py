@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,15 @@ _LATEX = {
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "−": r"$-$", "±": r"$\pm$", "×": r"$\times$", "–": "--", "<": r"$<$", ">": r"$>$",
     "→": r"$\to$", "η": r"$\eta$", "ω": r"$\omega$", "²": r"$^2$", "≤": r"$\le$", "…": r"\dots{}",
+    "ß": r"\ss{}", "ø": r"\o{}", "Ø": r"\O{}", "æ": r"\ae{}", "Æ": r"\AE{}", "å": r"\aa{}",
+    "Å": r"\AA{}", "ł": r"\l{}", "Ł": r"\L{}", "µ": r"$\mu$",
     "’": "'", "“": "``", "”": "''", "|": r"\textbar{}",
+}  # fmt: skip
+# Combining marks and LaTeX's accents; a name in a European language needs no font of its own.
+_ACCENTS = {
+    "\u0300": r"\`", "\u0301": r"\'", "\u0302": r"\^", "\u0303": r"\~", "\u0308": r'\"',
+    "\u030a": r"\r", "\u030c": r"\v", "\u0327": r"\c", "\u0304": r"\=", "\u0306": r"\u",
+    "\u0307": r"\.", "\u030b": r"\H",
 }  # fmt: skip
 
 
@@ -119,15 +128,19 @@ def to_markdown(grid: Grid) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Escape a text for LaTeX; letters that pdfLaTeX's T1 fonts lack become a question mark."""
+    """Escape a text for LaTeX; letters that its standard fonts lack become a question mark."""
     return "".join(_latex_letter(letter) for letter in text)
 
 
 def _latex_letter(letter: str) -> str:
     if letter in _LATEX:
         return _LATEX[letter]
-    # Up to Latin Extended-A, which inputenc and T1 know.
-    return letter if ord(letter) < 0x180 else "?"
+    if letter.isascii():
+        return letter
+    base, *marks = unicodedata.normalize("NFD", letter)
+    if len(marks) == 1 and marks[0] in _ACCENTS and base.isascii():
+        return rf"{_ACCENTS[marks[0]]}{{{base}}}"
+    return "?"
 
 
 def to_latex(grid: Grid) -> str:
@@ -166,7 +179,6 @@ def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
     head = [
         r"\documentclass[10pt]{article}",
         r"\usepackage[utf8]{inputenc}",
-        r"\usepackage[T1]{fontenc}",
         r"\usepackage[a4paper,margin=20mm,landscape]{geometry}",
         r"\usepackage{booktabs}",
         r"\usepackage{graphicx}",

@@ -110,7 +110,7 @@ def _print_plan(plan: Plan) -> None:
         )
     print_view(table)
     for line in design.aliasing:
-        print(f"Not told apart: {line}")
+        print(f"Aliasing: {line}")
     most = "at most " if settings.adaptive or design.kind == "path" else ""
     first = baseline.config.train.seed
     again = ", each with a validation split of its own" if settings.resplit else ""
