@@ -137,7 +137,7 @@ def _latex_letter(letter: str) -> str:
         return _LATEX[letter]
     if letter.isascii():
         return letter
-    base, *marks = unicodedata.normalize("NFD", letter)
+    base, *marks = list(unicodedata.normalize("NFD", letter))
     if len(marks) == 1 and marks[0] in _ACCENTS and base.isascii():
         return rf"{_ACCENTS[marks[0]]}{{{base}}}"
     return "?"

@@ -165,6 +165,13 @@ def _ablate(args: argparse.Namespace) -> int:
         return ablate(args, progress)
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from study.ablation_commands import audit
+
+    with _opened(args) as store, _progress(args) as progress:
+        return audit(args, store, progress)
+
+
 def _init(args: argparse.Namespace) -> int:
     from study.config import load_config
     from study.init import DEMO, template, write_new
@@ -330,6 +337,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "resume": _resume,
     "ablate": _ablate,
+    "audit": _audit,
     "init": _init,
     "schema": _schema,
     "backbones": _backbones,

@@ -314,3 +314,40 @@ def _numbers_of(store: Store, name: str, levels: Sequence[str]) -> list[int]:
         for text in hashes
         if text in done
     ]
+
+
+def audit(args: argparse.Namespace, store: Store, progress: Progress) -> int:
+    """Train a sample of a search's pruned trials to the end, and say what pruning cost."""
+    from reports.audit import audited_grid, rank_grid, read_audit
+    from study.audit import audit_study
+
+    if args.sample < 0:
+        raise ConfigError(f"--sample must be >= 0, but got {args.sample}.")
+    outcome = None
+    if args.sample:
+        outcome = audit_study(
+            store,
+            args.study,
+            args.sample,
+            progress=progress,
+            command=args.line,
+            take_over=args.take_over,
+        )
+    progress.close()
+    found = read_audit(store, args.study)
+    if args.json:
+        print_json(found)
+        return 0
+    for grid in (rank_grid(found), audited_grid(found)):
+        if grid.rows:
+            print_view(grid.title)
+            print_view(_as_table(grid))
+            print(f"{grid.note}\n")
+    if found.early.why_empty:
+        print(found.early.why_empty)
+    if not found.n_pruned:
+        print("No trial of this study was pruned, so there is nothing to train again.")
+    for text in found.findings:
+        print(text)
+    is_interrupted = outcome is not None and outcome.stopped_because == "interrupted"
+    return _INTERRUPTED if is_interrupted else 0

@@ -101,9 +101,18 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--methods", action="store_true", help="print the paragraph for a paper, and nothing else"
     )
-    for made in (listed, show, diff, delete, test, report):
+    audit = command("audit", "Audit a search's pruner: train a sample of its pruned trials.")
+    audit.add_argument("study")
+    audit.add_argument(
+        "--sample", type=int, default=10, metavar="N", help="pruned trials to train (default 10)"
+    )
+    audit.add_argument(
+        "--take-over", action="store_true", help="go on where a lost machine has not signed off"
+    )
+    audit.add_argument("--quiet", action="store_true", help="print warnings and the summary only")
+    for made in (listed, show, diff, delete, test, report, audit):
         _add_storage(made, DEFAULT_STORAGE)
-    for made in (listed, show, diff, test):
+    for made in (listed, show, diff, test, audit):
         _add_json(made)
     return parser
 

@@ -9,8 +9,8 @@ def test_the_schema_describes_every_key() -> None:
     schema = config_schema()
     json.dumps(schema)
     sections = schema["properties"]
-    assert set(sections) == {"study", "data", "train", "search", "space"}
-    for name in ("study", "data", "train", "search"):
+    assert set(sections) == {"study", "data", "train", "search", "ablation", "space"}
+    for name in ("study", "data", "train", "search", "ablation"):
         assert sections[name]["additionalProperties"] is False
         for key, value in sections[name]["properties"].items():
             assert value["description"], key

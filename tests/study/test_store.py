@@ -289,7 +289,7 @@ def _file(path: Path, kind: str) -> None:
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
         ("optuna", "holds plain Optuna studies, not Frostline's"),
-        ("newer", r"written by a newer Frostline \(schema 99; this one knows 2\)"),
+        ("newer", r"written by a newer Frostline \(schema 99; this one knows 3\)"),
         ("odd", "has schema version None, which no Frostline wrote"),
         ("missing", "there is no database"),
     ],
@@ -354,7 +354,8 @@ def _version_1(path: Path) -> None:
         _end(store, trial, "complete", 0.75)
         store.end_run(run, "trials")
     with sqlite3.connect(path) as connection:
-        connection.execute("DROP TABLE frostline_tests")
+        for table in ("tests", "designs", "predictions"):
+            connection.execute(f"DROP TABLE frostline_{table}")
         for column in ("factor", "level", "replicate"):
             connection.execute(f"ALTER TABLE frostline_trials DROP COLUMN {column}")
         connection.execute("UPDATE frostline_info SET value = '1'")
