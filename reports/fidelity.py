@@ -93,6 +93,7 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
     final = finished.set_index("number")["value"].astype(float)
     pruned = own.loc[own["state"] == "pruned", "number"]
     seen = epochs.dropna(subset=["val_acc"]).sort_values(["number", "epoch"])
+    seen = seen.astype({"val_acc": float})  # where there is none, pandas knows no type
     seen = seen.assign(best=seen.groupby("number")["val_acc"].cummax())
     stops = seen[seen["number"].isin(pruned)].groupby("number")["epoch"].max().value_counts()
     seen = seen[seen["number"].isin(final.index)]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from reports import tables
+from reports.analysis import analyse
+from reports.audit import read_audit
 from reports.figures import Drawing, draw_figures, save_figures
 from reports.importance import Importance, estimate_importance
 from reports.record import Record, read_record
@@ -50,10 +52,10 @@ def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
         StoreError: There is no such study.
     """
     record = read_record(store, study_name)
-    importance = estimate_importance(
-        record.trials, record.epochs, record.dims, np.random.default_rng(_seed(study_name))
-    )
-    drawings = draw_figures(record, importance)
+    rng = np.random.default_rng(_seed(study_name))
+    importance = estimate_importance(record.trials, record.epochs, record.dims, rng)
+    analysis = analyse(record, read_audit(store, study_name), rng)
+    drawings = [*draw_figures(record, importance), *analysis.drawings]
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(
         html=out_dir / "report.html",
@@ -61,7 +63,7 @@ def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
         csv=out_dir / "trials.csv",
         figures=save_figures(drawings, out_dir / "figures"),
     )
-    told = _contents(record, importance, drawings)
+    told = _contents(record, importance, drawings) | {"analysis": analysis}
     paths.html.write_text(render_template("report.html", told), encoding="utf-8")
     paths.markdown.write_text(render_template("report.md", told), encoding="utf-8")
     paths.csv.write_text(tables.trials_csv(record.trials), encoding="utf-8", newline="")

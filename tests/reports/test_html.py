@@ -125,7 +125,9 @@ def test_every_figure_is_a_png_and_an_svg(searched: tuple[ReportPaths, Page]) ->
     names = {path.stem for path in paths.figures}
     assert names == {
         "importance", "confusion", "history", "history-time", "curves", "depth-lr", "cost",
+        "local-importance", "early-rank",
         *(f"slice-{name}" for name in SPACE),
+        *(f"dependence-{k + 1}" for k in range(len(SPACE))),
     }  # fmt: skip
     for path in paths.figures:
         assert path.stat().st_size > 2000

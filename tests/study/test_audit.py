@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+
+from core.config import TrainConfig
+from core.fit import fit
+from reports.audit import read_audit
+from study.__main__ import main
+from study.audit import audit_study
+from study.config import ConfigError, load_config
+from study.progress import QuietProgress
+from study.search import run_search
+from study.session import load_pictures
+from study.store import Store
+from support import make_folder
+
+SETTINGS = [
+    'train.backbone="resnet18"',
+    'train.weights="none"',
+    "train.image_size=32",
+    "train.epochs=3",
+    "train.batch_size=8",
+    'train.device="cpu"',
+    'search.pruner="halving"',
+    "search.recipes=false",
+    "space.base_lr={low=1e-5, high=1e-1, log=true}",
+    "space.freeze_depth=[0, 5]",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search of which several trials were pruned."""
+    home = tmp_path_factory.mktemp("audit")
+    make_folder(home / "photos", {"red": 24, "blue": 24})
+    (home / "empty.toml").write_text("[space]\n")
+    config = load_config(
+        home / "empty.toml",
+        SETTINGS,
+        {
+            "data.source": str(home / "photos"),
+            "data.cache_dir": str(home / "cache"),
+            "study.storage": str(home / "s.db"),
+            "study.output": str(home / "runs"),
+            "study.trials": 10,
+        },
+    )
+    run_search(config, progress=QuietProgress(), command="test")
+    return home
+
+
+def _audit(store: Store, n: int) -> object:
+    return audit_study(store, "photos", n, progress=QuietProgress(), command="test")
+
+
+def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home: Path) -> None:
+    with Store.open(str(home / "s.db")) as store:
+        pruned = {t.number: t for t in store.trials(store.study("photos").id)}
+        pruned = {k: t for k, t in pruned.items() if t.state == "pruned"}
+        assert len(pruned) >= 3, "the pruner had nothing to do: the test shows nothing"
+        _audit(store, 1)
+        first = store.trials(store.study("photos-audit").id)
+        assert len(first) == 1
+        _audit(store, 3)
+        rows = store.trials(store.study("photos-audit").id)
+        assert len(rows) == 3
+        assert rows[0] == first[0]  # not trained again
+        assert len({row.level for row in rows}) == 3
+        for row in rows:
+            original = pruned[int(row.level or -1)]
+            assert row.config == original.config
+            assert (row.state, row.epochs_done) == ("complete", 3)
+            # It repeats what the pruned trial had, and goes on.
+            seen = [m.val_acc for m in store.epochs(row.id)]
+            before = [m.val_acc for m in store.epochs(original.id)]
+            assert seen[: len(before)] == before
+        study = optuna.load_study(study_name="photos-audit", storage=f"sqlite:///{home}/s.db")
+        assert [t.value for t in study.trials] == [row.value for row in rows]
+        config = load_config(None, [], {"data.source": str(home / "photos")})
+        config = type(config).from_record(store.study("photos-audit").config)
+        data = load_pictures(config, QuietProgress())
+        alone = [m.val_acc for m in fit(TrainConfig(**rows[0].config), data)]
+        assert [m.val_acc for m in store.epochs(rows[0].id)] == alone
+
+
+def test_the_share_that_would_have_won_is_counted_against_the_best(home: Path) -> None:
+    with Store.open(str(home / "s.db")) as store:
+        _audit(store, 3)
+        found = read_audit(store, "photos")
+        rows = store.trials(store.study("photos-audit").id)
+    best = found.best
+    assert best is not None
+    assert found.n_won == sum((row.value or 0) > best for row in rows)
+    assert found.share_won is not None
+    assert found.share_won.low <= found.n_won / 3 <= found.share_won.high
+    assert len(found.trials) == 3
+
+
+def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = ["--storage", str(home / "s.db")]
+    assert main(["audit", "photos", "--sample", "3", "--quiet", *storage]) == 0
+    told = capsys.readouterr().out
+    assert "Of 3 pruned trials trained to the end" in told
+    assert "Pruned trials trained to the end" in told
+    assert main(["audit", "photos", "--sample", "0", "--json", *storage]) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
+    assert main(["audit", "photos-audit", *storage]) == 2
+    assert "photos-audit is no search" in capsys.readouterr().err
+    assert main(["audit", "photos", "--sample", "-1", *storage]) == 2
+    assert "--sample must be >= 0, but got -1" in capsys.readouterr().err
+    with Store.open(str(home / "s.db")) as store, pytest.raises(ConfigError):
+        audit_study(store, "photos-audit", 1, progress=QuietProgress(), command="test")
+
+
+def test_the_report_of_a_search_shows_its_audit(home: Path) -> None:
+    from reports.html import write_report
+
+    with Store.open(str(home / "s.db")) as store:
+        _audit(store, 3)
+        page = write_report(store, "photos", home / "report").html.read_text()
+    assert "Of 3 pruned trials trained to the end" in page
+    assert "needs at least" in page  # ten trials carry no model
