@@ -23,9 +23,12 @@ from reports.paired import (
     spread,
     t_interval,
 )
+from reports.words import plural
 
 Verdict = Literal["helps", "hurts", "no difference", "undecided", "fails"]
 _POWER = 0.8
+# A standardised difference that few settings reach: assumption.
+_LARGE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,26 +315,25 @@ def foresee(n: int, n_tests: int, rules: Rules) -> list[str]:
             "interval or p value. Give --replicates 5 or more."
         ]
     told = []
+    levels = plural(n_tests, "level")
     least = least_sign_flip_replicates(n_tests, rules.alpha)
-    floor = 2.0 ** (1 - n)
     if n < least:
         text = (
-            f"the sign-flip test cannot go below p = {floor:.2g} at {n} replicates; to reach "
-            f"{rules.alpha:g} after Holm's correction over {n_tests} levels it needs {least}"
+            f"the sign-flip test cannot go below p = {2.0 ** (1 - n):.2g} at {n} replicates; to "
+            f"reach {rules.alpha:g} after Holm's correction over {levels} it needs {least}"
         )
         if rules.test == "sign-flip":
             return [f"warning: this run could not decide anything: {text}."]
         told.append(f"{text}; here the paired t-test decides.")
     size = detectable(n, rules.alpha / n_tests)
-    told.append(
+    text = (
         f"at {n} replicates the t-test finds a difference with {100 * _POWER:.0f} % power (at "
-        f"Holm's strictest step, {n_tests} levels) if it is {size:.1f} times the standard "
-        "deviation of the paired differences"
-        + (f": 6 points where that is {6 / size:.1f} points." if size > 0 else ".")
+        f"Holm's strictest step, {levels}) if it is {size:.1f} times the standard deviation of "
+        f"the paired differences, such as {3 * size:.0f} points where that is 3."
     )
-    if size > 4:
-        told[-1] = f"warning: {told[-1]} More replicates or fewer levels would find smaller ones."
-    return told
+    if size > _LARGE:
+        text = f"warning: {text} More replicates or fewer levels would find smaller ones."
+    return [*told, text]
 
 
 def detectable(n: int, alpha: float, wanted: float = _POWER) -> float:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from core.config import TrainConfig
 from core.data import ImageData
 from study.baseline import Baseline, given_factors
-from study.config import ConfigError, StudyConfig, check_backbones
+from study.config import ConfigError, StudyConfig, check_backbones, config_diff
 from study.designs import BASELINE, Cell, Design, candidates, extend_path
 from study.ledger import Ledger
 from study.progress import Counts, Progress
@@ -51,7 +51,6 @@ Decide = Callable[[Scores, Sequence[int]], set[int]]
 
 # A later look has half as many replicates again: few looks, so that little error is spent on each.
 _LOOK_GROWTH = 1.5
-_MOST_REPLICATES = 10_000
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
@@ -212,6 +211,14 @@ def _as_begun(store: Store, plan: Plan) -> StudyConfig:
         known = row.config["data"]["picture_size"]
         data = dataclasses.replace(config.data, picture_size=known)
         config = config.model_copy(update={"data": data})
+    changes = config_diff(StudyConfig.from_record(row.config), config)
+    if changes:
+        raise ConfigError(
+            f"ablation {row.name} is already in {config.study.storage} with another baseline:\n  "
+            + "\n  ".join(changes)
+            + "\nUse another --name, or go on with that one: "
+            f"python -m study ablate {row.name}"
+        )
     return config
 
 
@@ -330,7 +337,7 @@ class _Ablation:
         config, shown = self._config(cell, replicate), self.design.cells[cell]
         val_seed = self._val_seed(replicate)
         work = dataclasses.replace(self.work, data=self.pictures_of(val_seed))
-        params, space = self._params(shown, replicate)
+        params, space = self._params(shown)
         attrs = {"cell": shown.label, "replicate": replicate}
         trial = self.ledger.start(params, space, attrs)
         factor, level = _place(shown)
@@ -364,7 +371,7 @@ class _Ablation:
         if row.reason not in RERUN_REASONS:
             self.rows[row.config_hash] = row
 
-    def _params(self, cell: Cell, replicate: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _params(self, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return a run's place in the design as Optuna keeps it."""
         params: dict[str, Any] = {}
         space: dict[str, Any] = {}
@@ -372,8 +379,6 @@ class _Ablation:
             params[factor.name] = cell.levels.get(factor.name, factor.baseline)
             labels = [factor.baseline, *(level.label for level in factor.levels)]
             space[factor.name] = CategoricalDistribution(labels)
-        params["replicate"] = replicate
-        space["replicate"] = IntDistribution(0, _MOST_REPLICATES)
         return params, space
 
     def _recover(self) -> None:

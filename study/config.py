@@ -199,7 +199,8 @@ def _known_keys() -> dict[str, list[str]]:
 
 
 def _flag(key: str) -> str:
-    return "--data" if key == "data.source" else f"--{key.split('.')[-1]}"
+    named = {"data.source": "--data", "ablation.factors": "--factor"}
+    return named.get(key, f"--{key.split('.')[-1]}")
 
 
 def _checked(layers: Layers) -> StudyConfig:
@@ -208,7 +209,8 @@ def _checked(layers: Layers) -> StudyConfig:
     def tell(section: str, wrong: Sequence[Fault]) -> None:
         for fault in wrong:
             where = ".".join(filter(None, (section, fault.key)))
-            faults.append(f"{layers.origin(section, fault.key).label}: {where}: {fault.text}")
+            key = fault.key.partition(".")[0]
+            faults.append(f"{layers.origin(section, key).label}: {where}: {fault.text}")
 
     _settle(layers, tell)
     space, fixed, wrong = parse_space(layers.values["space"])

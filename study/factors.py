@@ -193,7 +193,8 @@ def against(baseline: TrainConfig, levels: Levels) -> tuple[list[Factor], list[F
                 apply_params(baseline, level.overrides)
             except ValueError as err:
                 faults.append(Fault(f"factors.{name}", f"level {level.label}: {err}"))
-        factors.append(Factor(name, _own_label(baseline, name), tuple(others)))
+        labels = [level.label for level in others]
+        factors.append(Factor(name, _own_label(baseline, name, labels), tuple(others)))
     return factors, faults
 
 
@@ -201,10 +202,11 @@ def _is_in(baseline: TrainConfig, level: Level) -> bool:
     return all(getattr(baseline, key) == value for key, value in level.overrides.items())
 
 
-def _own_label(baseline: TrainConfig, name: str) -> str:
-    if name in keys_of(TrainConfig):
-        return format_value(getattr(baseline, name))
-    return "baseline"
+def _own_label(baseline: TrainConfig, name: str, others: Sequence[str]) -> str:
+    """Name the baseline's own level, unlike any other: 0.01234 beside 0.0123 is told apart."""
+    is_key = name in keys_of(TrainConfig)
+    label = format_value(getattr(baseline, name)) if is_key else "baseline"
+    return f"{label} (baseline)" if label in others else label
 
 
 def propose(baseline: TrainConfig, space: Space) -> dict[str, list[Level]]:
