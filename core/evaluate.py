@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -68,7 +69,7 @@ def count_confusion(labels: IntArray, predicted: IntArray, n_classes: int) -> In
     return flat.reshape(n_classes, n_classes).astype(np.int64)
 
 
-def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[Any], labels: IntArray) -> Evaluation:
     """Evaluate a network in eval mode; its mode is the caller's to restore.
 
     Args:

@@ -89,16 +89,14 @@ class Feed:
         """Labels of the validation split, in the order of `val`."""
         return self.val_split.labels
 
-    def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over an epoch's inputs (N, 3, S, S) and labels (N,), both on the device."""
+    def views(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch's views (N, 3, S, S), not normalised, and labels (N,)."""
         if self._device_views is not None:
-            batches = self._device_views.epoch(self.seed, epoch, self.batch_size)
-            for images, labels in batches:
-                yield self.normalize(images), labels
+            yield from self._device_views.epoch(self.seed, epoch, self.batch_size)
             return
         assert self._loader is not None
         for images, labels, _ in self._loader.epoch(epoch):
-            yield self.normalize(images), labels.to(self.device, non_blocking=True)
+            yield images, labels.to(self.device, non_blocking=True)
 
     def val(self) -> Iterator[Tensor]:
         """Iterate over the validation split's inputs in its order."""

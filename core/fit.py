@@ -1,7 +1,7 @@
 """Fine-tune one network: a generator of one `EpochMetrics` per epoch."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from core.evaluate import Evaluation, evaluate
 from core.feed import Feed
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
+from core.prefix_cache import PrefixCache
+from core.sharing import Batch, Sharing, can_share
+from core.split import Halves, split_network
 from core.stages import freeze, train_mode
 
 # Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
@@ -39,7 +42,10 @@ _TAG_DROPOUT, _TAG_MIX = 101, 102
 
 
 def fit(
-    config: TrainConfig, data: ImageData, checkpoint_dir: Path | None = None
+    config: TrainConfig,
+    data: ImageData,
+    checkpoint_dir: Path | None = None,
+    cache: PrefixCache | None = None,
 ) -> Generator[EpochMetrics, None, None]:
     """Fine-tune a network and yield each epoch's figures.
 
@@ -51,6 +57,7 @@ def fit(
         data: Pictures; `train` and `val` are read, `test` never.
         checkpoint_dir: Where the best epoch's weights, card and validation predictions go; None
             to keep nothing.
+        cache: Work shared with other runs of this process; the figures are the same without.
 
     Yields:
         One record per epoch, in order.
@@ -63,8 +70,11 @@ def fit(
     device = choose_device(config.device)
     built = build_for(config, data.classes)
     run = _Run(config, built, device)
+    is_shared = cache is not None and can_share(config, device)
     best: tuple[EpochMetrics, Evaluation, dict[str, Tensor]] | None = None
     with Feed(config, built.preprocessing, data, device) as feed:
+        if cache is not None and is_shared:
+            run.share(cache, built, data, feed)
         for epoch in range(config.epochs):
             with deterministic(device), seeded(_mixed(config.seed, epoch), device):
                 begin = time.perf_counter()
@@ -92,6 +102,7 @@ def fit(
                 peak_memory_bytes=peak_memory_bytes(device),
                 micro_batch_size=run.micro_batch_size,
                 is_best=best is None or evaluation.acc > best[0].val_acc,
+                saved_s=run.sharing.take_saved() if run.sharing else 0.0,
             )
             if metrics.is_best:
                 kept = run.snapshot() if checkpoint_dir else {}
@@ -167,8 +178,21 @@ class _Run:
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.step = 0
         self.lr_factor = 0.0
+        self.sharing: Sharing | None = None
+        self.halves: Halves | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    def share(self, cache: PrefixCache, built: Built, data: ImageData, feed: Feed) -> None:
+        """Take part in shared work: cut the network where its frozen part ends."""
+        if self.config.freeze_depth:
+            self.halves = split_network(
+                self.model,
+                self.stages,
+                self.config.freeze_depth,
+                freeze_statistics=self.freeze_statistics,
+            )
+        self.sharing = Sharing(cache, self.config, built, data, feed, self.halves)
 
     def _start_ema(self) -> ModelEmaV3 | None:
         if self.config.ema_decay is None:
@@ -190,14 +214,14 @@ class _Run:
         )
         total = torch.zeros((), device=self.device)
         data_s, n_images = 0.0, 0
-        batches = feed.train(epoch)
+        batches = self._batches(epoch, feed)
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
             data_s += time.perf_counter() - begin
             if batch is None:
                 break
-            images, labels = batch
+            images, labels = self._behind_prefix(batch), batch.labels
             self.lr_factor = lr_factor(self.config, self.step, feed.steps_per_epoch)
             set_lr(self.optimizer, self.lr_factor)
             total += self._train_batch(images, labels, epoch)
@@ -209,6 +233,23 @@ class _Run:
         synchronize(self.device)
         return float(total) / n_images, data_s, n_images
 
+    def _batches(self, epoch: int, feed: Feed) -> Iterator[Batch]:
+        if self.sharing is not None:
+            yield from self.sharing.train(epoch)
+            return
+        for images, labels in feed.views(epoch):
+            yield Batch(feed.normalize(images), labels, False)
+
+    def _behind_prefix(self, batch: Batch) -> Any:
+        """Return a batch's inputs; with shared work, what its frozen layers make of them."""
+        if self.halves is None or self.sharing is None or batch.is_crossing:
+            return batch.inputs
+        begin = time.perf_counter()
+        with torch.no_grad():
+            crossing = self.halves.prefix(batch.inputs)
+        self.sharing.keep(crossing, batch.labels, time.perf_counter() - begin)
+        return crossing
+
     def _check_finite(self, total: Tensor, epoch: int) -> None:
         if not torch.isfinite(total):
             raise TrainingDiverged(
@@ -217,7 +258,7 @@ class _Run:
                 "lower base_lr, or set clip_norm."
             )
 
-    def _train_batch(self, images: Tensor, labels: Tensor, epoch: int) -> Tensor:
+    def _train_batch(self, images: Any, labels: Tensor, epoch: int) -> Tensor:
         """Take one optimizer step; a GPU that runs out of memory gets half as much at a time."""
         mixed = self._mix(images, labels, epoch)
         while True:
@@ -241,7 +282,7 @@ class _Run:
             self.ema.update(self.model, step=self.step + 1)
         return loss
 
-    def _accumulate(self, images: Tensor, labels: Tensor, partners: Tensor, lam: float) -> Tensor:
+    def _accumulate(self, images: Any, labels: Tensor, partners: Tensor, lam: float) -> Tensor:
         """Run forward and backward over micro-batches; return the summed loss, (), detached."""
         n = len(labels)
         total = torch.zeros((), device=self.device)
@@ -250,7 +291,11 @@ class _Run:
         for at in range(0, n, self.micro_batch_size):
             part = slice(at, at + self.micro_batch_size)
             with self.autocast:
-                logits = self.forward(images[part])
+                logits = (
+                    self.forward(images[part])
+                    if self.halves is None
+                    else self.halves.train_suffix(images)  # whole batches, or nothing is shared
+                )
                 loss = lam * cross_entropy(
                     logits, labels[part], reduction="sum", label_smoothing=smoothing
                 )
@@ -262,9 +307,7 @@ class _Run:
             total += loss.detach()
         return total
 
-    def _mix(
-        self, images: Tensor, labels: Tensor, epoch: int
-    ) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _mix(self, images: Any, labels: Tensor, epoch: int) -> tuple[Any, Tensor, Tensor, float]:
         """Blend each picture with its mirror in the batch (mixup), or paste a box of it (CutMix).
 
         The share is drawn from (seed, epoch, step) alone.
@@ -284,8 +327,11 @@ class _Run:
     def evaluate(self, feed: Feed) -> Evaluation:
         """Evaluate the weights that would be kept on the validation split."""
         model = self.ema.module if self.ema is not None else self.model
+        batches = feed.val() if self.sharing is None else self.sharing.val()
+        if self.halves is not None:
+            model = self.halves.eval_suffix
         with self.autocast:
-            return evaluate(model, feed.val(), feed.val_labels)
+            return evaluate(model, batches, feed.val_labels)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copy the weights that were evaluated to the CPU."""

@@ -49,12 +49,14 @@ class Stages:
             the frozen prefix. The names are maximal: a child of a named module is not named.
         flops: Forward FLOPs of one picture in each stage, the head's last.
         sizes: Parameters (scalars) in each stage, the head's last, then those never used.
+        limits: For each level, the last node of the traced graph that it freezes; -1 for none.
     """
 
     stage_of: dict[str, int]
     eval_modules: tuple[tuple[str, ...], ...]
     flops: tuple[int, ...]
     sizes: tuple[int, ...]
+    limits: tuple[int, ...] = ()
 
     def frozen_flops_share(self, depth: int) -> float:
         """Return the share of the forward pass that level `depth` freezes, in [0, 1]."""
@@ -120,8 +122,7 @@ class _Traced:
     """A network's graph with what each node is called, uses, and costs."""
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
-        modules, functions = _untraceable()
-        tracer = NodePathTracer(leaf_modules=modules, autowrap_functions=functions)
+        tracer = _tracer()
         was_training = model.training
         model.eval()
         try:
@@ -180,6 +181,16 @@ class _Traced:
             nesting = _common(self.paths[i], self.paths[i + 1])
             cuts.append(_Cut(i, _spatial(shape), _numel(shape), nesting))
         return cuts
+
+
+def _tracer() -> NodePathTracer:
+    modules, functions = _untraceable()
+    return NodePathTracer(leaf_modules=modules, autowrap_functions=functions)
+
+
+def trace_nodes(model: nn.Module) -> list[fx.Node]:
+    """Trace a network in the mode it is in; `Stages.limits` are positions in this list."""
+    return list(_tracer().trace(model).nodes)
 
 
 def _untraceable() -> tuple[list[type[nn.Module]], list[Any]]:
@@ -322,7 +333,8 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
     flops = [cost[high + 1] - cost[low + 1] for low, high in itertools.pairwise(limits)]
     flops.append(cost[-1] - cost[end])
     eval_modules = tuple(_modules_before(traced, model, limit) for limit in limits)
-    return Stages(stage_of, eval_modules, tuple(flops), _sizes(model, stage_of))
+    sizes = _sizes(model, stage_of)
+    return Stages(stage_of, eval_modules, tuple(flops), sizes, tuple(limits))
 
 
 def _sizes(model: nn.Module, stage_of: dict[str, int]) -> tuple[int, ...]:

@@ -174,7 +174,8 @@ def estimate_contrasts(ablation: Ablation) -> list[Contrast]:
     design = np.column_stack([np.ones(len(coded)), *columns])
     fitted = np.linalg.lstsq(design, scores, rcond=None)[0]
     slopes: Array = np.asarray(fitted[1:], dtype=np.float64)  # (contrasts, R)
-    return _judged(names, 2 * slopes)
+    # An effect is a mean over cells, so that of N roundings only 2 / sqrt(N) is left in it.
+    return _judged(names, 2 * slopes, 2 * ablation.rules.resolution / math.sqrt(len(coded)))
 
 
 def _ends(factor: dict[str, object]) -> tuple[str, str]:
@@ -187,10 +188,12 @@ def _ends(factor: dict[str, object]) -> tuple[str, str]:
     return low, high
 
 
-def _judged(names: Sequence[tuple[str, str, str]], estimates: Array) -> list[Contrast]:
+def _judged(
+    names: Sequence[tuple[str, str, str]], estimates: Array, resolution: float
+) -> list[Contrast]:
     n = estimates.shape[1]
     if n > 1:
-        seen = [spread(row) for row in estimates]
+        seen = [spread(row, resolution) for row in estimates]
         found = [
             Contrast(*name, t_interval(each), n, paired_t(each), math.nan)
             for name, each in zip(names, seen, strict=True)

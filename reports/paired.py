@@ -162,7 +162,8 @@ def power(effect: float, sd: float, n: int, alpha: float) -> float:
     """
     df, shift = n - 1, effect / sd * math.sqrt(n)
     critical = stats.t.ppf(1 - alpha / 2, df)
-    return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+    # The lower tail by its mirror image: scipy's nct.cdf is NaN far out, its sf nowhere (tested).
+    return float(stats.nct.sf(critical, df, shift) + stats.nct.sf(critical, df, -shift))
 
 
 def equivalence_power(effect: float, sd: float, n: int, alpha: float, margin: float) -> float:
@@ -170,7 +171,7 @@ def equivalence_power(effect: float, sd: float, n: int, alpha: float, margin: fl
     df, root = n - 1, math.sqrt(n) / sd
     critical = stats.t.ppf(1 - alpha, df)
     above = stats.nct.sf(critical, df, (effect + margin) * root)
-    below = stats.nct.cdf(-critical, df, (effect - margin) * root)
+    below = stats.nct.sf(critical, df, (margin - effect) * root)
     return max(0.0, float(above + below - 1))
 
 

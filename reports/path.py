@@ -51,8 +51,8 @@ def path_steps(ablation: Ablation) -> list[Step]:
         before = levels.pop(name)
         runs = by_levels[frozenset(levels.items())]
         confidence = 1 - 0.05 / n_candidates
-        gain, p = _compared(runs, steps[-1].runs, confidence)
-        total, _ = _compared(runs, start, 0.95)
+        gain, p = _compared(runs, steps[-1].runs, confidence, ablation.rules.resolution)
+        total, _ = _compared(runs, start, 0.95, ablation.rules.resolution)
         after = str(factors[name]["baseline"])
         steps.append(
             Step(
@@ -63,17 +63,19 @@ def path_steps(ablation: Ablation) -> list[Step]:
                 runs,
                 gain,
                 total,
-                min(1.0, p * n_candidates),
+                min(p * n_candidates, 1.0),  # in this order, a missing p stays NaN
                 n_candidates,
             )  # fmt: skip
         )
     return steps
 
 
-def _compared(runs: Runs, other: Runs, confidence: float) -> tuple[Interval, float]:
+def _compared(
+    runs: Runs, other: Runs, confidence: float, resolution: float
+) -> tuple[Interval, float]:
     differences = runs.arm.values - other.arm.values
     differences = differences[np.isfinite(differences)]
     if not len(differences):
         return Interval(math.nan, math.nan, math.nan), math.nan
-    seen = spread(differences)
+    seen = spread(differences, resolution)
     return t_interval(seen, confidence), paired_t(seen)

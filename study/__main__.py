@@ -55,6 +55,7 @@ def _flags(args: argparse.Namespace) -> dict[str, object]:
             "study.trials": args.trials,
             "study.timeout": args.timeout,
             "study.storage": args.storage,
+            "study.cache": 0 if args.no_sharing else args.cache,
         }
     )
 

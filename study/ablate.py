@@ -266,6 +266,8 @@ class _Ablation:
             if because is not None:
                 return because
             self._one(cell, replicate)
+            if self._hash(cell, replicate) not in self.rows:  # cut short
+                return "interrupted"
         self._put_design()
         return "complete"
 
@@ -387,9 +389,9 @@ class _Ablation:
         self.ledger.fail_open()
         for row in store.stale_trials(study_id):
             end_killed(self.work, row)
-            if row.number >= self.ledger.n_trials:
-                self.ledger.add_failed({}, {})
         for row in store.trials(study_id):
+            if row.number >= self.ledger.n_trials:  # Optuna was not told before the process died
+                self.ledger.add_failed({}, {})
             if is_done(row):
                 self.rows.setdefault(row.config_hash, row)
                 self._complete_record(row)

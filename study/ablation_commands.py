@@ -1,13 +1,23 @@
 """The commands about ablations; like `study.__main__` they stand above all three rooms."""
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.ablate import AblationOutcome, Plan, cell_configs, make_plan, n_runs, run_ablation
+from study.ablate import (
+    AblationOutcome,
+    Decide,
+    Plan,
+    Scores,
+    cell_configs,
+    make_plan,
+    n_runs,
+    run_ablation,
+)
 from study.baseline import factors_of, find_baseline
 from study.config import ConfigError, check_backbones
 from study.designs import make_design
@@ -37,14 +47,11 @@ def ablate(args: argparse.Namespace, progress: Progress) -> int:
         progress.note(warning)
     if args.dry_run:
         return _dry_run(plan, args, progress)
-    rules = _rules(plan)
-    from reports.effects import open_levels
-
     outcome = run_ablation(
         plan,
         progress=progress,
         command=args.line,
-        decide=lambda scores, looks: open_levels(scores, rules),
+        decide=_still_open(plan),
         take_over=args.take_over,
     )
     progress.close()
@@ -68,6 +75,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         "ablation.resplit": args.resplit or None,
         "ablation.adaptive": args.adaptive or None,
         "study.timeout": args.timeout,
+        "study.cache": 0 if args.no_sharing else args.cache,
         "data.source": args.data,
     }
     given = {key: value for key, value in flags.items() if value is not None}
@@ -81,6 +89,20 @@ def _rules(plan: Plan) -> "Rules":
     settings = plan.baseline.settings
     looks = plan.looks if len(plan.looks) > 1 else ()
     return Rules(settings.alpha, settings.margin / 100, settings.test, looks=looks)
+
+
+def _still_open(plan: Plan) -> Decide:
+    """Judge at a look as the report will, by one picture's share too."""
+    from reports.effects import open_levels
+
+    study = plan.baseline.config.study
+
+    def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
+        with Store.open(study.storage) as store:
+            n_val = int(store.study(study.name).data["n_val"])
+        return open_levels(scores, dataclasses.replace(_rules(plan), resolution=1 / n_val))
+
+    return decide
 
 
 def _foreseen(plan: Plan) -> list[str]:

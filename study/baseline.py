@@ -78,10 +78,14 @@ def find_baseline(
                 f"--from takes a trial of a study, but {base} is a file. Leave --from out, or "
                 "name the study."
             )
-        more = {"study.storage": storage} if storage else {}
+        given = {"study.storage": storage, "study.name": name}
+        more = {key: value for key, value in given.items() if value}
         config = load_config(Path(base), overrides, {**flags, **more})
         return _from_file(config, base, name)
-    with Store.open(storage or "studies.db") as store:
+    storage = storage or "studies.db"
+    # The database may have been moved since the record in it was written.
+    flags = {**flags, "study.storage": storage}
+    with Store.open(storage) as store:
         row = store.study(base)
         designs = store.designs(row.id)
         if designs:
@@ -205,8 +209,13 @@ def given_factors(factors: Sequence[Factor]) -> dict[str, Any]:
     return {
         factor.name: (
             [next(iter(level.overrides.values())) for level in factor.levels]
-            if all(list(level.overrides) == [factor.name] for level in factor.levels)
+            if all(_is_plain(factor.name, level) for level in factor.levels)
             else {level.label: level.overrides for level in factor.levels}
         )
         for factor in factors
     }
+
+
+def _is_plain(name: str, level: Level) -> bool:
+    """Say whether a level is a value of a training key, and called so."""
+    return list(level.overrides) == [name] and level.label == format_value(level.overrides[name])

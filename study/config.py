@@ -122,6 +122,7 @@ FREE_KEYS = frozenset(
         "study.timeout",
         "study.patience",
         "study.keep_checkpoints",
+        "study.cache",
         "data.root",
         "data.download",
         "data.cache_dir",

@@ -235,8 +235,15 @@ def _add_designs(connection: Connection) -> None:
         table.__table__.create(connection)  # type: ignore[attr-defined]  # typed as FromClause
 
 
+def _add_saved_seconds(connection: Connection) -> None:
+    """Version 3 did not share work between trials."""
+    column = "saved_s FLOAT NOT NULL DEFAULT 0"
+    connection.execute(text(f"ALTER TABLE {PREFIX}epochs ADD COLUMN {column}"))
+
+
 MIGRATIONS: dict[int, Callable[[Connection], None]] = {
     1: _add_tests_and_ablation,
     2: _add_designs,
+    3: _add_saved_seconds,
 }
 """Steps from a schema version to the next."""

@@ -130,8 +130,20 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", metavar="SIZE", help="most memory for work that trials share, such as 8GB"
+    )
+    parser.add_argument(
+        "--no-sharing",
+        action="store_true",
+        help="let every trial do all its work alone; the numbers are the same",
+    )
+
+
 def _add_search(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `run` and `resume` share."""
+    _add_sharing(parser)
     add = parser.add_argument
     add("--trials", type=int, metavar="N", help="finished trials in total")
     add("--timeout", metavar="TIME", help="longest time of this run: seconds, or 90m, 2h")
@@ -177,6 +189,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    _add_sharing(parser)
     add = parser.add_argument
     add("base", metavar="STUDY|FILE", help="a study, an ablation to go on with, or a study.toml")
     add(

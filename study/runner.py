@@ -22,6 +22,7 @@ from core.data import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
+from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
 from study.store import PictureRow, Store, config_hash
 
@@ -68,6 +69,7 @@ class Work:
         output: Folder of the study's checkpoints.
         progress: What the user sees.
         stop: Set when the process is to leave after the current epoch.
+        cache: Work that trials share; None where they share nothing.
     """
 
     store: Store
@@ -77,6 +79,7 @@ class Work:
     output: Path
     progress: Progress
     stop: threading.Event
+    cache: PrefixCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ def run_trial(
     last: EpochMetrics | None = None
     state, reason, fatal = "complete", None, None
     try:
-        with contextlib.closing(fit(config, work.data, folder)) as epochs:
+        with contextlib.closing(fit(config, work.data, folder, work.cache)) as epochs:
             for metrics in epochs:
                 last = metrics
                 best = metrics if metrics.is_best else best

@@ -16,6 +16,8 @@ DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B)?")
+_SIZES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[hms])+")
 
 
@@ -28,6 +30,15 @@ def _seconds(value: object) -> object:
         raise ValueError('must be seconds or a text like "2h", "90m" or "1h30m"')
     parts = re.findall(r"([\d.]+)([hms])", value)
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value.strip())
+    if not found:
+        raise ValueError('must be bytes or a text like "8GB" or "500MB"')
+    return int(float(found[1]) * _SIZES[(found[2] or "").upper()])
 
 
 def _study_name(value: object) -> object:
@@ -72,6 +83,14 @@ class StudySection:
         3, "Checkpoints that stay on disk: those of the best trials.", ge=1
     )
     seed: int = setting(0, "Seed of the sampler. (That of training is train.seed.)", ge=0)
+    cache: Annotated[
+        int | None, BeforeValidator(_bytes, json_schema_input_type=int | str | None)
+    ] = setting(
+        None,
+        'Most memory for work that trials share (augmented pixels, frozen layers), as "8GB"; 0 '
+        "shares nothing; leave out for a quarter of what is free. It changes no number.",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from core.backbones import library_versions
 from core.build import build, input_of
 from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
+from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
 from study.progress import Progress
 from study.runner import REASON_KILLED, Work
@@ -23,6 +26,9 @@ from study.store import Store, TrialRow
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
 # still have detail. Assumption.
 _STORE_MARGIN = 1.25
+# Of the memory that is free: training and the system's own cache of pictures need the rest.
+# Assumption.
+_SHARE_OF_FREE = 0.25
 
 
 @dataclass(slots=True)
@@ -77,11 +83,19 @@ def open_session(
     store.update_study(study_id, config.to_record(), _described(data))
     with _leaving_cleanly(progress) as stop:
         output = Path(config.study.output) / config.study.name
-        session = Session(Work(store, study_id, run_id, data, output, progress, stop))
+        cache = _cache(config.study.cache)
+        session = Session(Work(store, study_id, run_id, data, output, progress, stop, cache))
         try:
             yield session
         finally:
             store.end_run(run_id, session.because)
+
+
+def _cache(budget_bytes: int | None) -> PrefixCache | None:
+    """Make room for shared work; None where nothing is to be shared."""
+    if budget_bytes is None:
+        budget_bytes = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
+    return PrefixCache(budget_bytes) if budget_bytes else None
 
 
 def end_killed(work: Work, row: TrialRow) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from sqlalchemy import JSON, ForeignKey, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PREFIX = "frostline_"
 
 Json = dict[str, Any]
@@ -117,6 +117,7 @@ class EpochTable(Base):
     peak_memory_bytes: Mapped[int]
     micro_batch_size: Mapped[int]
     is_best: Mapped[bool]
+    saved_s: Mapped[float] = mapped_column(default=0.0)
     seconds_since_start: Mapped[float]
 
 

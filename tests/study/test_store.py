@@ -289,7 +289,7 @@ def _file(path: Path, kind: str) -> None:
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
         ("optuna", "holds plain Optuna studies, not Frostline's"),
-        ("newer", r"written by a newer Frostline \(schema 99; this one knows 3\)"),
+        ("newer", r"written by a newer Frostline \(schema 99; this one knows 4\)"),
         ("odd", "has schema version None, which no Frostline wrote"),
         ("missing", "there is no database"),
     ],
@@ -358,6 +358,7 @@ def _version_1(path: Path) -> None:
             connection.execute(f"DROP TABLE frostline_{table}")
         for column in ("factor", "level", "replicate"):
             connection.execute(f"ALTER TABLE frostline_trials DROP COLUMN {column}")
+        connection.execute("ALTER TABLE frostline_epochs DROP COLUMN saved_s")
         connection.execute("UPDATE frostline_info SET value = '1'")
     connection.close()
 

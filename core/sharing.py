@@ -1,0 +1,193 @@
+"""One run's part in shared work: what it takes from the cache, and what it leaves there."""
+
+import time
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.build import Built
+from core.config import TrainConfig
+from core.data import ImageData
+from core.device import amp_dtype
+from core.feed import Feed, eval_batches
+from core.prefix_cache import PrefixCache
+from core.split import Crossing, Halves, crossing_bytes
+
+
+def can_share(config: TrainConfig, device: torch.device) -> bool:
+    """Say whether a run's pixels and frozen outputs may be shared with others, to the bit.
+
+    Not where a batch's pictures are blended (the blend is the run's own), where the evaluated
+    weights are an average (rounding moves frozen ones too), where the network is compiled, or
+    where gradients are accumulated over parts of a batch. On a GPU nothing is shared yet.
+    """
+    own = config.mixup or config.cutmix or config.ema_decay is not None or config.compile
+    whole = config.micro_batch_size in (None, config.batch_size)
+    return device.type == "cpu" and not own and whole and amp_dtype(config.amp, device) is None
+
+
+@dataclass(slots=True)
+class Batch:
+    """A training batch.
+
+    Attributes:
+        inputs: Normalised pictures, (N, 3, S, S), or what crosses the cut.
+        labels: Class numbers, (N,).
+        is_crossing: Whether `inputs` are what crosses.
+    """
+
+    inputs: Any
+    labels: Tensor
+    is_crossing: bool
+
+
+class Sharing:
+    """Reads and fills the cache for one run.
+
+    Attributes:
+        saved_s: Seconds that reading saved since the last `take_saved`.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        config: TrainConfig,
+        built: Built,
+        data: ImageData,
+        feed: Feed,
+        halves: Halves | None,
+    ) -> None:
+        self.cache = cache
+        self.config = config
+        self.data = data
+        self.feed = feed
+        self.halves = halves
+        self.saved_s = 0.0
+        spec = feed.spec
+        pictures = (data.fingerprint, str(data.train.store.folder))
+        # A view is a function of (seed, epoch, picture), the order too; batches are cut from it.
+        self._views: Hashable = ("views", pictures, spec, config.seed, config.batch_size)
+        self._val_views: Hashable = (
+            "val views",
+            pictures,
+            (spec.image_size, spec.resize_size, spec.interpolation),
+        )
+        self._prefix: Hashable = (
+            config.backbone,
+            _weights_key(built.weights),
+            config.seed if built.weights == "none" else None,
+            config.freeze_depth,
+            built.preprocessing,
+            config.channels_last,
+            torch.get_num_threads(),
+        )
+        self._kept: list[tuple[Crossing, Tensor]] | None = None
+        self._kept_bytes = 0
+        self._made_s = 0.0
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over an epoch's batches; of those that do not cross yet `keep` is told."""
+        if self.halves is not None:
+            key = ("train", self._views, epoch, self._prefix)
+            found = self._read(key)
+            if found is not None:
+                for crossing, labels in found:
+                    yield Batch(crossing, labels, True)
+                return
+            self._kept, self._kept_bytes, self._made_s = [], 0, 0.0
+        for images, labels in self._view_batches(epoch):
+            yield Batch(self.feed.normalize(images), labels, False)
+        if self.halves is not None and self._kept is not None:
+            self.cache.put(key, self._kept, self._kept_bytes, self._made_s)
+            self._kept = None
+
+    def keep(self, crossing: Crossing, labels: Tensor, seconds: float) -> None:
+        """Remember what a batch's frozen layers gave, until the epoch is whole."""
+        self._made_s += seconds
+        if self._kept is None:
+            return
+        self._kept.append((crossing, labels))
+        self._kept_bytes += crossing_bytes(crossing)
+        if not self.cache.has_room_for(self._kept_bytes):
+            self._kept = None
+
+    def _view_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch's views, uint8, from the cache or made and left there."""
+        key = (self._views, epoch)
+        found = self._read(key)
+        if found is not None:
+            yield from found
+            return
+        kept: list[tuple[Tensor, Tensor]] | None = []
+        size, made_s = 0, 0.0
+        batches = self.feed.views(epoch)
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            made_s += time.perf_counter() - begin
+            if batch is None:
+                break
+            if kept is not None:
+                kept.append(batch)
+                size += batch[0].numel()
+                kept = kept if self.cache.has_room_for(size) else None
+            self._made_s += time.perf_counter() - begin
+            yield batch
+        if kept is not None:
+            self.cache.put(key, kept, size, made_s)
+
+    def val(self) -> Iterator[Any]:
+        """Iterate over the validation split: normalised pictures, or what crosses the cut."""
+        if self.halves is None:
+            yield from map(self.feed.normalize, self._val_views_batches())
+            return
+        key = ("val", self._val_views, self._prefix)
+        found = self._read(key)
+        if found is not None:
+            yield from found
+            return
+        kept: list[Crossing] = []
+        made_s = 0.0
+        for images in self._val_views_batches():
+            begin = time.perf_counter()
+            crossing = self.halves.prefix(self.feed.normalize(images))
+            made_s += time.perf_counter() - begin
+            kept.append(crossing)
+            yield crossing
+        self.cache.put(key, kept, sum(map(crossing_bytes, kept)), made_s)
+
+    def _val_views_batches(self) -> Iterator[Tensor]:
+        found = self._read(self._val_views)
+        if found is not None:
+            yield from found
+            return
+        begin = time.perf_counter()
+        kept = list(eval_batches(self.data.val, self.feed.spec, self.feed.device))
+        made_s = time.perf_counter() - begin
+        self.cache.put(self._val_views, kept, sum(images.numel() for images in kept), made_s)
+        yield from kept
+
+    def _read(self, key: Hashable) -> list[Any] | None:
+        found = self.cache.get(key)
+        if found is None:
+            return None
+        self.saved_s += found[1]
+        return found[0]
+
+    def take_saved(self) -> float:
+        """Return the seconds saved since the last call."""
+        saved, self.saved_s = self.saved_s, 0.0
+        return saved
+
+
+def _weights_key(source: str) -> Hashable:
+    """Tell weights apart: a file by its state too, since it may be replaced."""
+    path = Path(source)
+    if path.is_file():
+        state = path.stat()
+        return (source, state.st_mtime_ns, state.st_size)
+    return source

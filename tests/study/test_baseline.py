@@ -1,0 +1,311 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from core.config import TrainConfig
+from study.baseline import Baseline, factors_of, find_baseline, given_factors
+from study.config import ConfigError, StudyConfig, parse_config
+from study.designs import make_design
+from study.factors import parse_factors
+from study.space import Choices, Range
+from study.store import Store, StoreError
+
+TOML = """
+[study]
+name = "bees"
+timeout = 60
+[train]
+epochs = 4
+seed = 20
+[space]
+base_lr = {low = 1e-4, high = 1e-2, log = true}
+augment = ["none", "standard"]
+"""
+SPACE = {
+    "base_lr": Range(1e-4, 1e-2, log=True),
+    "augment": Choices(("none", "standard")),
+}
+TRIALS = [  # state, value, base_lr, seed
+    ("complete", 0.7, 0.001, 20),
+    ("failed", 0.9, 0.002, 20),
+    ("complete", 0.8, 0.003, 21),
+    ("pruned", 0.95, 0.004, 20),
+    ("complete", 0.8, 0.005, 20),
+    ("running", 0.99, 0.006, 20),
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with bees.toml and its study of six trials."""
+    monkeypatch.chdir(tmp_path)
+    Path("bees.toml").write_text(TOML)
+    with Store.open("studies.db", create=True) as store:
+        _add_study(store, parse_config(_toml(), "bees.toml"))
+        store.create_study("empty", StudyConfig().to_record(), {}, {})
+    return tmp_path
+
+
+def _toml() -> dict[str, object]:
+    import tomllib
+
+    return tomllib.loads(TOML)
+
+
+def _add_study(store: Store, config: StudyConfig) -> None:
+    study = store.create_study(config.study.name, config.to_record(), {}, {})
+    run = store.begin_run(study, command="c", device="cpu", versions={})
+    for number, (state, value, base_lr, seed) in enumerate(TRIALS):
+        train = dataclasses.replace(config.train, base_lr=base_lr, seed=seed)
+        key = store.begin_trial(
+            study,
+            number,
+            run,
+            origin="sampler",
+            params={"base_lr": base_lr},
+            config=dataclasses.asdict(train),
+            config_hash=str(number),
+            seed=seed,
+            backbone=train.backbone,
+            freeze_depth=train.freeze_depth,
+            device="cpu",
+        )
+        if state != "running":
+            store.end_trial(
+                key,
+                state,
+                reason=None,
+                value=value,
+                best_epoch=0,
+                epochs_done=4,
+                duration_s=1.0,
+                checkpoint=None,
+            )
+    store.end_run(run, "trials")
+
+
+def _find(base: str = "bees", which: str = "best", **more: object) -> Baseline:
+    known = {"storage": None, "name": None, "overrides": [], "flags": {}} | more
+    return find_baseline(base=base, which=which, **known)
+
+
+def test_the_best_trial_is_the_first_complete_one_of_the_highest_accuracy(here: Path) -> None:
+    baseline = _find()
+    assert baseline.origin == "trial 2 of study bees, its best"
+    assert baseline.config.train.base_lr == 0.003
+    assert baseline.config.train.epochs == 4
+    assert baseline.config.study.name == "bees-ablation"
+    assert baseline.config.space == {}
+    assert baseline.space == SPACE
+    assert baseline.source is not None
+    assert baseline.source.study.name == "bees"
+
+
+def test_the_baseline_of_a_search_gets_fresh_seeds(here: Path) -> None:
+    assert _find().config.train.seed == 22
+    assert _find(which="0").config.train.seed == 21
+
+
+def test_the_searchs_timeout_is_not_the_ablations(here: Path) -> None:
+    assert _find().config.study.timeout is None
+    assert _find(flags={"study.timeout": "2m"}).config.study.timeout == 120
+
+
+def test_any_complete_trial_can_be_the_baseline(here: Path) -> None:
+    baseline = _find(which="4")
+    assert baseline.origin == "trial 4 of study bees"
+    assert baseline.config.train.base_lr == 0.005
+
+
+@pytest.mark.parametrize(("number", "state"), [(1, "failed"), (3, "pruned"), (5, "running")])
+def test_a_trial_without_result_is_refused(number: int, state: str, here: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        _find(which=str(number))
+    assert str(told.value) == (
+        f"a baseline must be a complete trial, but trial {number} of bees is {state}. Choose "
+        "another: python -m study show bees"
+    )
+
+
+def test_a_wrong_trial_or_study_is_told(here: Path) -> None:
+    with pytest.raises(StoreError, match="there is no trial 7 in that study; they go from 0 to 5"):
+        _find(which="7")
+    with pytest.raises(ConfigError, match="--from must be best or a trial's number, but got 'la"):
+        _find(which="last")
+    with pytest.raises(StoreError, match="there is no study beez in studies.db. There is: bees"):
+        _find("beez")
+    with pytest.raises(ConfigError, match="study empty must have a complete trial to be ablated"):
+        _find("empty")
+    with pytest.raises(StoreError, match="there is no database other.db"):
+        _find(storage="other.db")
+
+
+def test_a_name_and_settings_of_the_command_line_hold(here: Path) -> None:
+    baseline = _find(
+        name="why", overrides=["ablation.margin=2", "train.epochs=6"], flags={"data.source": "x"}
+    )
+    assert baseline.config.study.name == "why"
+    assert baseline.settings.margin == 2
+    assert baseline.config.train.epochs == 6
+    assert baseline.config.data.source == "folder:x"
+
+
+def test_a_file_gives_its_own_settings(here: Path) -> None:
+    baseline = _find("bees.toml")
+    assert baseline.origin == "the settings of bees.toml"
+    train = baseline.config.train
+    assert (train.epochs, train.seed, train.base_lr) == (4, 20, 0.01)
+    assert baseline.config.study.name == "bees-ablation"
+    assert baseline.config.study.timeout == 60
+    assert baseline.config.space == {}
+    assert baseline.space == SPACE
+    assert baseline.source is None
+    assert _find("bees.toml", name="why").config.study.name == "why"
+    assert _find("bees.toml", storage="other.db").config.study.storage == "other.db"
+
+
+def test_a_file_has_no_trials(here: Path) -> None:
+    with pytest.raises(ConfigError, match="--from takes a trial of a study, but bees.toml is a f"):
+        _find("bees.toml", which="3")
+    with pytest.raises(ConfigError, match=r"no.toml: there is no such file"):
+        _find("no.toml")
+
+
+@pytest.mark.parametrize("base", ["bees", "bees.toml"])
+def test_a_name_that_is_no_name_is_refused(base: str, here: Path) -> None:
+    with pytest.raises(ConfigError, match="must begin and end with a letter or digit"):
+        _find(base, name="../bees")
+
+
+def test_a_moved_database_is_the_one_that_is_written(here: Path) -> None:
+    (here / "moved").mkdir()
+    (here / "studies.db").rename(here / "moved" / "s.db")
+    baseline = _find(storage="moved/s.db")
+    assert baseline.config.study.storage == "moved/s.db"
+
+
+def _put(baseline: Baseline) -> None:
+    """Enter an ablation as a run of it does, with its design."""
+    design = make_design(factors_of(baseline), baseline.settings)
+    spec = design.to_record() | {
+        "origin": baseline.origin,
+        "settings": dataclasses.asdict(baseline.settings) | {"factors": None},
+        "given": given_factors(design.factors),
+    }
+    config = baseline.config
+    with Store.open("studies.db") as store:
+        study = store.find_study(config.study.name)
+        if study is None:
+            store.create_study(config.study.name, config.to_record(), {}, {})
+        store.put_design(store.study(config.study.name).id, design.kind, design.kind, spec, "c")
+
+
+GIVEN = {
+    "clip_norm": ["none", 0.5],
+    "momentum": [0.5],
+    "recipe": {"plain": {"augment": "none", "clip_norm": "none"}},
+}
+
+
+def test_an_ablation_goes_on_by_its_own_name_as_it_was_told(here: Path) -> None:
+    flags = {"ablation.factors": GIVEN, "ablation.replicates": 3, "study.timeout": 10}
+    first = _find(overrides=["ablation.margin=2", "clip_norm=1"], flags=flags)
+    _put(first)
+    again = _find("bees-ablation")
+    assert again.config.train == first.config.train
+    assert again.config.study.name == "bees-ablation"
+    assert again.origin == "trial 2 of study bees, its best"
+    assert (again.settings.replicates, again.settings.margin) == (3, 2)
+    assert factors_of(again) == factors_of(first)
+    assert again.is_known
+    assert again.config.train.seed == 22  # no fresher seeds than before
+
+
+def test_an_ablation_goes_on_with_what_is_told_now(here: Path) -> None:
+    _put(_find(flags={"ablation.factors": GIVEN, "ablation.replicates": 3}))
+    more = _find("bees-ablation", flags={"ablation.replicates": 6, "ablation.resplit": True})
+    assert (more.settings.replicates, more.settings.resplit) == (6, True)
+    assert [factor.name for factor in factors_of(more)] == ["clip_norm", "momentum", "recipe"]
+    other = _find("bees-ablation", flags={"ablation.factors": {"freeze_depth": [5]}})
+    assert [factor.name for factor in factors_of(other)] == ["freeze_depth"]
+    loco = _find("bees-ablation", flags={"ablation.design": "loco"})
+    assert "weight_decay" in [factor.name for factor in factors_of(loco)]
+    assert not loco.is_known
+
+
+def test_the_last_design_used_is_gone_on_with(here: Path) -> None:
+    _put(_find(flags={"ablation.design": "loco"}))
+    _put(_find(flags={"ablation.factors": {"freeze_depth": [5]}}))
+    assert _find("bees-ablation").settings.design == "ofat"
+    _put(_find(flags={"ablation.design": "loco"}))
+    assert _find("bees-ablation").settings.design == "loco"
+
+
+@pytest.mark.parametrize("design", ["ofat", "loco", "factorial", "screen", "path"])
+def test_proposed_factors_stay_the_same_when_an_ablation_goes_on(design: str, here: Path) -> None:
+    flags = {"ablation.design": design}
+    first = _find(which="4", overrides=["nesterov=true"], flags=flags)
+    assert not first.is_known
+    _put(first)
+    again = _find("bees-ablation")
+    assert factors_of(again) == factors_of(first)
+    assert make_design(factors_of(again), again.settings) == make_design(
+        factors_of(first), first.settings
+    )
+
+
+def test_a_named_level_of_one_key_keeps_its_name_when_an_ablation_goes_on(here: Path) -> None:
+    first = _find(flags={"ablation.factors": {"augment": {"bare": {"augment": "none"}}}})
+    _put(first)
+    assert factors_of(_find("bees-ablation")) == factors_of(first)
+
+
+def test_a_path_begins_at_the_recipes_values_of_what_was_searched(here: Path) -> None:
+    factors = factors_of(_find(flags={"ablation.design": "path"}))
+    told = [(f.name, f.baseline, [lv.overrides for lv in f.levels]) for f in factors]
+    assert told == [("base_lr", "0.003", [{"base_lr": 0.001}])]
+
+
+def test_a_factorial_and_a_screening_take_one_level_of_what_is_proposed(here: Path) -> None:
+    for design in ("factorial", "screen"):
+        factors = factors_of(_find(flags={"ablation.design": design}))
+        assert {len(factor.levels) for factor in factors} == {1}
+    many = factors_of(_find())
+    assert max(len(factor.levels) for factor in many) > 1
+
+
+def test_factors_of_the_searchs_file_are_taken(here: Path) -> None:
+    Path("bees.toml").write_text(TOML + "[ablation.factors]\nfreeze_depth = [0, 5]\n")
+    baseline = _find("bees.toml")
+    assert baseline.is_known
+    (factor,) = factors_of(baseline)
+    assert [level.label for level in factor.levels] == ["5"]
+
+
+def test_levels_against_the_rules_are_told_together(here: Path) -> None:
+    baseline = _find(
+        overrides=["mixup=0.2"],
+        flags={"ablation.factors": {"cutmix": [1.0], "epochs": [4], "augment": ["none"]}},
+    )
+    with pytest.raises(ConfigError) as told:
+        factors_of(baseline)
+    assert told.value.faults == (
+        "ablation.factors.cutmix: level 1: mixup and cutmix must not both be on, but got "
+        "mixup=0.2 and cutmix=1.0; set one of them to 0.",
+        "ablation.factors.epochs: must have a level other than the baseline's, but got 4 only.",
+    )
+
+
+def test_given_factors_read_back_as_the_same_levels(here: Path) -> None:
+    factors = factors_of(_find(overrides=["clip_norm=1"], flags={"ablation.factors": GIVEN}))
+    levels, faults = parse_factors(given_factors(factors))
+    assert faults == []
+    assert {name: tuple(listed) for name, listed in levels.items()} == {
+        factor.name: factor.levels for factor in factors
+    }
+
+
+def test_a_trials_seed_is_not_a_setting_to_vary(here: Path) -> None:
+    assert "seed" not in [factor.name for factor in factors_of(_find())]
+    assert TrainConfig().seed == 0
