@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data import ImageData, load_data
 from study.baseline import Baseline, given_factors
 from study.config import ConfigError, StudyConfig, check_backbones, config_diff
 from study.designs import BASELINE, Cell, Design, candidates, extend_path
@@ -37,7 +37,6 @@ from study.samplers import make_pruner
 from study.session import (
     corner_configs,
     end_killed,
-    load_pictures,
     open_session,
     picture_size,
 )
@@ -333,7 +332,10 @@ class _Ablation:
         if val_seed is None:
             return self.work.data
         data = dataclasses.replace(self.config.data, val_seed=val_seed)
-        return load_pictures(self.config.model_copy(update={"data": data}), self.work.progress)
+        size = self.config.data.picture_size
+        assert size is not None, "an ablation's pictures have a settled size"
+        # Its warnings are those of the study's own split, which were told.
+        return load_data(data, size, self.work.progress.pictures)
 
     def _one(self, cell: int, replicate: int) -> None:
         config, shown = self._config(cell, replicate), self.design.cells[cell]

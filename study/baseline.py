@@ -89,10 +89,19 @@ def find_baseline(
         row = store.study(base)
         designs = store.designs(row.id)
         if designs:
+            _refuse_other(base, which, name)
             return _resumed(row, designs[-1].spec, overrides, flags)
         trial = _chosen(store, row, which)
         is_best = which == "best"
     return _from_trial(row, trial, is_best, name, overrides, flags)
+
+
+def _refuse_other(base: str, which: str, name: str | None) -> None:
+    if which != "best" or name not in (None, base):
+        raise ConfigError(
+            f"{base} is an ablation, which goes on with its own baseline under its own name. "
+            "Leave --from and --name out, or name the search or the file that it came from."
+        )
 
 
 def _chosen(store: Store, study: StudyRow, which: str) -> TrialRow:

@@ -1,7 +1,6 @@
 """Ablation designs: which settings are run, and what can be told from them."""
 
 import itertools
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,15 +205,16 @@ def aliases(table: NDArray[np.float64], names: Sequence[str]) -> tuple[str, ...]
         table: Design of -1 and 1, shape (cells, factors).
         names: The factors.
     """
-    import pydoe
-
-    letters = dict(zip(string.ascii_letters, names, strict=False))
-    told = []
-    for chain in pydoe.fracfact_aliasing(np.asarray(table, dtype=float))[0]:
-        words = [word for word in chain.split(" = ") if len(word.strip("-")) <= 2]
-        if len(words) > 1:
-            told.append(" = ".join(" × ".join(letters[c] for c in w) for w in words))
-    return tuple(told)
+    signs = np.sign(np.asarray(table, dtype=float))
+    words: list[tuple[int, ...]] = [(k,) for k in range(len(names))]
+    words += list(itertools.combinations(range(len(names)), 2))
+    groups: dict[bytes, list[str]] = {}
+    for word in words:
+        column = np.prod(signs[:, word], axis=1)
+        column *= column[0]  # a column and its negative say the same
+        told = " × ".join(names[k] for k in word)
+        groups.setdefault(column.astype(np.int8).tobytes(), []).append(told)
+    return tuple(" = ".join(group) for group in groups.values() if len(group) > 1)
 
 
 def _coded(
@@ -284,7 +284,7 @@ def _is_bracketed(factor: Factor) -> bool:
     if len(values) != 2 or not all(isinstance(v, int | float) for v in values):
         return False
     try:
-        own = float(factor.baseline)
+        own = float(factor.baseline.partition(" ")[0])
     except ValueError:
         return False
     low, high = sorted(float(v) for v in values if v is not None)

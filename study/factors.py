@@ -114,6 +114,9 @@ def _plain(name: str, value: object) -> tuple[list[Level], list[Fault]]:
         faults += wrong
         if not wrong:
             levels.append(Level(format_value(checked), {name: checked}))
+    labels = [level.label for level in levels]
+    if len(set(labels)) < len(labels):  # three figures do not tell them apart
+        levels = [Level(str(level.overrides[name]), level.overrides) for level in levels]
     if not values:
         faults.append(Fault(name, "must have at least one level, but got []."))
     return levels, faults + _twice(name, levels)
@@ -142,8 +145,8 @@ def _compound(name: str, table: Mapping[str, object]) -> tuple[list[Level], list
 
 
 def _twice(name: str, levels: Sequence[Level]) -> list[Fault]:
-    labels = [level.label for level in levels]
-    again = {label for label in labels if labels.count(label) > 1}
+    values = [level.overrides for level in levels]
+    again = {level.label for level in levels if values.count(level.overrides) > 1}
     return [Fault(name, f"levels must differ, but got {label} twice.") for label in sorted(again)]
 
 
@@ -153,7 +156,7 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
     Returns:
         Key -> list of values, and faults.
     """
-    found: dict[str, object] = {}
+    found: dict[str, list[object]] = {}
     faults = []
     for text in texts:
         key, sign, written = text.partition("=")
@@ -163,8 +166,9 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
                 "--factor head_lr_mult=1,100."
             )
             continue
-        found[key.strip()] = [_value(part.strip()) for part in written.strip("[]").split(",")]
-    return found, faults
+        values = [_value(part.strip()) for part in written.strip("[]").split(",")]
+        found.setdefault(key.strip(), []).extend(values)
+    return dict(found), faults
 
 
 def _value(text: str) -> object:

@@ -145,10 +145,11 @@ class _Search:
         """Close the trials that a killed process left open, and put their settings in line."""
         store, ledger = self.work.store, self.ledger
         cut = {trial.number: trial for trial in ledger.fail_open()}
+        for row in store.trials(self.work.study_id):
+            if row.number >= ledger.n_trials:  # it died before Optuna's tables had it
+                ledger.add_failed(row.params, self.distributions)
         for row in store.stale_trials(self.work.study_id):
             end_killed(self.work, row)
-            if row.number >= ledger.n_trials:
-                ledger.add_failed(row.params, self.distributions)
             known = cut.pop(row.number, None)
             self._again(row.number, row.params, dict(known.user_attrs) if known else {})
         for number, trial in cut.items():  # asked for, but never entered in the record

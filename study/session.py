@@ -207,8 +207,8 @@ def _enter(store: Store, config: StudyConfig, data: ImageData, allow_changes: bo
         raise ConfigError(
             f"the pictures of study {config.study.name} have changed since it began "
             f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
-            f"{len(data.val)} training and validation pictures now, or other contents). Use "
-            "another --name, or --allow-changes to mix both."
+            f"{len(data.val)} training and validation pictures now, or other contents). Restore "
+            "them, or use another --name. (run and resume take --allow-changes to mix both.)"
         )
     return row.id
 

@@ -101,7 +101,8 @@ def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
         raise ConfigError(
             f"trial {trial.number} of study {study.name} must have its checkpoint, but "
             f"{trial.checkpoint or 'none'} was kept ({trial.state}). Choose a trial that has one "
-            f"(python -m study show {study.name}), or raise study.keep_checkpoints."
+            f"(python -m study show {study.name}), or keep more of them: study.keep_checkpoints, "
+            "or ablation.keep_checkpoints for an ablation."
         )
     return trial
 

@@ -59,7 +59,7 @@ def shared() -> PrefixCache:
 
 
 @settings(
-    max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=9, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     backbone=st.sampled_from(["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"]),

@@ -126,7 +126,7 @@ def _script(
     """Let a script stand in for training; returns what was trained, as it comes."""
     trained = []
 
-    def scripted(config: TrainConfig, data: ImageData, folder: Path):
+    def scripted(config: TrainConfig, data: ImageData, folder: Path, *_: object):
         trained.append((config, data))
         acc = accuracy(config)
         for epoch in range(config.epochs):

@@ -364,7 +364,7 @@ def test_a_missing_database_is_told_and_not_made(
 def _script(monkeypatch: pytest.MonkeyPatch, accuracy: float = 0.5) -> None:
     """Let a script of two epochs' figures stand in for training."""
 
-    def scripted(config: TrainConfig, data, folder: Path):
+    def scripted(config: TrainConfig, data, folder: Path, *_: object):
         figures = (0.5, 0.5, accuracy, 0.5, 0.5, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
         for epoch in range(config.epochs):
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
