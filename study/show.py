@@ -152,6 +152,10 @@ def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableT
         ("from", trial.origin),
         ("accuracy", f"{format_accuracy(trial.value)}{best}"),
         ("time", format_duration(trial.duration_s)),
+        (
+            "saved by sharing",
+            format_duration(sum(row.saved_s for row in epochs)) if epochs else "-",
+        ),
         ("trained parameters", None if trained is None else f"{trained:,} of {total:,}"),
         ("device", trial.device),
         ("checkpoint", trial.checkpoint or "not kept"),
