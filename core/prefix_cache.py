@@ -51,11 +51,13 @@ class PrefixCache:
         self.misses = 0
         self.saved_s = 0.0
         self._entries: dict[Hashable, _Entry] = {}
+        self._reserved: dict[Hashable, int] = {}
 
     @property
     def size_bytes(self) -> int:
-        """Return the memory that the entries take."""
-        return sum(entry.size_bytes for entry in self._entries.values())
+        """Return the memory that the entries take, those in the making included."""
+        kept = sum(entry.size_bytes for entry in self._entries.values())
+        return kept + sum(self._reserved.values())
 
     def get(self, key: Hashable) -> tuple[list[Batch], float] | None:
         """Return an entry's batches and the seconds that making them took, or None."""
@@ -68,9 +70,26 @@ class PrefixCache:
         self.saved_s += entry.built_s
         return entry.batches, entry.built_s
 
-    def has_room_for(self, size_bytes: int) -> bool:
-        """Say whether an entry of a size could be kept at all."""
-        return size_bytes <= self.budget_bytes
+    def reserve(self, key: Hashable, size_bytes: int, built_s: float) -> bool:
+        """Make room for an entry in the making, as large as it is so far.
+
+        Args:
+            key: Its key.
+            size_bytes: Its memory so far.
+            built_s: Seconds that making it took so far.
+
+        Returns:
+            False where it is not worth its bytes; it is to be given up then.
+        """
+        self._reserved.pop(key, None)
+        if not self._make_room(size_bytes, built_s / max(1, size_bytes)):
+            return False
+        self._reserved[key] = size_bytes
+        return True
+
+    def release(self, key: Hashable) -> None:
+        """Give up an entry in the making."""
+        self._reserved.pop(key, None)
 
     def put(self, key: Hashable, batches: list[Batch], size_bytes: int, built_s: float) -> bool:
         """Keep an entry if it is worth its bytes; say whether it was kept.
@@ -81,19 +100,26 @@ class PrefixCache:
             size_bytes: Their memory.
             built_s: Seconds that making them took.
         """
+        self._reserved.pop(key, None)
         entry = _Entry(batches, size_bytes, built_s)
-        if not self.has_room_for(size_bytes):
+        if not self._make_room(size_bytes, entry.value):
             return False
-        order = sorted(self._entries.items(), key=lambda item: item[1].value)
-        free, leaving = self.budget_bytes - self.size_bytes, []
-        for known, other in order:
+        self._entries[key] = entry
+        return True
+
+    def _make_room(self, size_bytes: int, value: float) -> bool:
+        """Drop the entries that save the fewest seconds a byte, but none that saves more."""
+        free = self.budget_bytes - self.size_bytes
+        leaving = []
+        for key, other in sorted(self._entries.items(), key=lambda item: item[1].value):
             if free >= size_bytes:
                 break
-            if other.value >= entry.value:
+            if other.value >= value:
                 return False
-            leaving.append(known)
+            leaving.append(key)
             free += other.size_bytes
-        for known in leaving:
-            del self._entries[known]
-        self._entries[key] = entry
+        if free < size_bytes:
+            return False
+        for key in leaving:
+            del self._entries[key]
         return True

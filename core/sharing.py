@@ -45,6 +45,39 @@ class Batch:
     is_crossing: bool
 
 
+class _Making:
+    """An entry in the making: it is kept when it is whole, or given up."""
+
+    def __init__(self, cache: PrefixCache, key: Hashable) -> None:
+        self.cache = cache
+        self.key = key
+        self.batches: list[Any] | None = []
+        self.size_bytes = 0
+        self.made_s = 0.0
+
+    def add(self, batch: Any, size_bytes: int, seconds: float) -> None:
+        """Add a batch, unless there is no room for it."""
+        self.made_s += seconds
+        self.size_bytes += size_bytes
+        if self.batches is None:
+            return
+        self.batches.append(batch)
+        if not self.cache.reserve(self.key, self.size_bytes, self.made_s):
+            self.give_up()
+
+    def finish(self) -> None:
+        """Leave the entry in the cache."""
+        if self.batches is not None:
+            self.cache.put(self.key, self.batches, self.size_bytes, self.made_s)
+            self.batches = None
+
+    def give_up(self) -> None:
+        """Forget the batches, if there are any left."""
+        if self.batches is not None:
+            self.cache.release(self.key)
+            self.batches = None
+
+
 class Sharing:
     """Reads and fills the cache for one run.
 
@@ -85,35 +118,32 @@ class Sharing:
             config.channels_last,
             torch.get_num_threads(),
         )
-        self._kept: list[tuple[Crossing, Tensor]] | None = None
-        self._kept_bytes = 0
-        self._made_s = 0.0
+        self._making: _Making | None = None
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """Iterate over an epoch's batches; of those that do not cross yet `keep` is told."""
-        if self.halves is not None:
-            key = ("train", self._views, epoch, self._prefix)
-            found = self._read(key)
-            if found is not None:
-                for crossing, labels in found:
-                    yield Batch(crossing, labels, True)
-                return
-            self._kept, self._kept_bytes, self._made_s = [], 0, 0.0
-        for images, labels in self._view_batches(epoch):
-            yield Batch(self.feed.normalize(images), labels, False)
-        if self.halves is not None and self._kept is not None:
-            self.cache.put(key, self._kept, self._kept_bytes, self._made_s)
-            self._kept = None
+        if self.halves is None:
+            for images, labels in self._view_batches(epoch):
+                yield Batch(self.feed.normalize(images), labels, False)
+            return
+        key = ("train", self._views, epoch, self._prefix)
+        found = self._read(key)
+        if found is not None:
+            for crossing, labels in found:
+                yield Batch(crossing, labels, True)
+            return
+        self._making = making = _Making(self.cache, key)
+        try:
+            for images, labels in self._view_batches(epoch):
+                yield Batch(self.feed.normalize(images), labels, False)
+            making.finish()
+        finally:
+            making.give_up()  # nothing is left to give up of a finished one
 
     def keep(self, crossing: Crossing, labels: Tensor, seconds: float) -> None:
         """Remember what a batch's frozen layers gave, until the epoch is whole."""
-        self._made_s += seconds
-        if self._kept is None:
-            return
-        self._kept.append((crossing, labels))
-        self._kept_bytes += crossing_bytes(crossing)
-        if not self.cache.has_room_for(self._kept_bytes):
-            self._kept = None
+        assert self._making is not None, "a batch crosses while its epoch is made"
+        self._making.add((crossing, labels), crossing_bytes(crossing), seconds)
 
     def _view_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's views, uint8, from the cache or made and left there."""
@@ -122,23 +152,22 @@ class Sharing:
         if found is not None:
             yield from found
             return
-        kept: list[tuple[Tensor, Tensor]] | None = []
-        size, made_s = 0, 0.0
+        making = _Making(self.cache, key)
         batches = self.feed.views(epoch)
-        while True:
-            begin = time.perf_counter()
-            batch = next(batches, None)
-            made_s += time.perf_counter() - begin
-            if batch is None:
-                break
-            if kept is not None:
-                kept.append(batch)
-                size += batch[0].numel()
-                kept = kept if self.cache.has_room_for(size) else None
-            self._made_s += time.perf_counter() - begin
-            yield batch
-        if kept is not None:
-            self.cache.put(key, kept, size, made_s)
+        try:
+            while True:
+                begin = time.perf_counter()
+                batch = next(batches, None)
+                seconds = time.perf_counter() - begin
+                if batch is None:
+                    break
+                making.add(batch, batch[0].numel(), seconds)
+                if self._making is not None:
+                    self._making.made_s += seconds
+                yield batch
+            making.finish()
+        finally:
+            making.give_up()
 
     def val(self) -> Iterator[Any]:
         """Iterate over the validation split: normalised pictures, or what crosses the cut."""
