@@ -31,6 +31,7 @@ class Runs:
         seconds: Mean duration of a finished run; NaN without one.
         pictures: Mean validation accuracy's interval over pictures (the seeds held): what other
             photos of the same kind would give; None where single answers are not comparable.
+        shares: Share of the seeds that get each validation picture right, (N,); None likewise.
         levels: Factor -> level, without those at the baseline's.
     """
 
@@ -39,6 +40,7 @@ class Runs:
     numbers: tuple[int | None, ...]
     seconds: float
     pictures: Interval | None
+    shares: NDArray[np.float64] | None
     levels: Mapping[str, str]
 
 
@@ -52,6 +54,7 @@ class Ablation:
         runs: By cell, in the design's order.
         rules: How effects are judged.
         tests: Looks at the study's test split, oldest first.
+        device: What the runs ran on.
         answers: Trial -> true and chosen classes on the test split, (N,) each.
     """
 
@@ -60,6 +63,7 @@ class Ablation:
     runs: tuple[Runs, ...]
     rules: Rules
     tests: tuple[TestRow, ...]
+    device: str
     answers: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
 
     @property
@@ -202,7 +206,8 @@ def _read(
         rows = [trials.get(text) for text in hashes]
         compared = {} if settings["resplit"] else val
         runs.append(_runs_of(cell["levels"], rows, scores, compared))
-    return Ablation(study, design, tuple(runs), rules, tests, answers)
+    devices = sorted({row.device for row in trials.values()})
+    return Ablation(study, design, tuple(runs), rules, tests, " and ".join(devices), answers)
 
 
 def _runs_of(
@@ -218,13 +223,14 @@ def _runs_of(
     factor, level = _named(levels)
     label = " + ".join(f"{name} = {setting}" for name, setting in levels.items()) or BASELINE
     reasons = tuple(_failure(row) for row in rows)
-    correct = [np.equal(*val[row.number]) for row in done if row.number in val]
+    shares = _shares([np.equal(*val[row.number]) for row in done if row.number in val])
     return Runs(
         Arm(label, factor, level, np.array(values, dtype=np.float64), reasons),
         np.array(tested, dtype=np.float64),
         tuple(row.number if row else None for row in rows),
         float(np.mean(took)) if took else math.nan,
-        _over_pictures(correct),
+        None if shares is None else over_pictures(shares),
+        shares,
         dict(levels),
     )
 
@@ -249,14 +255,20 @@ def _failure(row: TrialRow | None) -> str | None:
     return row.reason or "failed"
 
 
-def _over_pictures(correct: Sequence[NDArray[np.bool_]]) -> Interval | None:
-    """Return the accuracy's normal interval over pictures, each picture's mean over seeds."""
-    if not correct or len({len(each) for each in correct}) > 1:
+def _shares(correct: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64] | None:
+    """Return the share of the runs that get each picture right, (N,)."""
+    if not correct or len({len(each) for each in correct}) > 1 or len(correct[0]) < 2:
         return None
-    shares = np.mean(correct, axis=0)  # (N,)
-    n = len(shares)
-    if n < 2:
-        return None
-    half = float(stats.norm.ppf(0.975) * shares.std(ddof=1) / math.sqrt(n))
+    return np.asarray(np.mean(correct, axis=0), dtype=np.float64)
+
+
+def over_pictures(shares: NDArray[np.float64]) -> Interval:
+    """Return a mean's normal 95 % interval over pictures.
+
+    Args:
+        shares: One figure a picture, (N,): the share of the seeds that get it right, or the
+            difference of two such shares.
+    """
+    half = float(stats.norm.ppf(0.975) * shares.std(ddof=1) / math.sqrt(len(shares)))
     mean = float(shares.mean())
     return Interval(mean, mean - half, mean + half)

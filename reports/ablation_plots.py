@@ -44,8 +44,8 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
 _SEED_MARKS = "osD^vP*Xhd<>"
 _SEED_COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
 _NAME_LETTERS = 34
-_FOOTER_SIZE = 5.5
-_LETTERS_PER_INCH = 26  # of the footer's type, measured
+_FOOTER_SIZE = 6.2
+_LETTERS_PER_INCH = 23  # of the footer's type, measured
 
 
 def set_footer(ax: Axes, text: str) -> None:

@@ -23,7 +23,7 @@ from reports.ablation_plots import (
     short_footer,
 )
 from reports.across import Across, compare_across
-from reports.effects import Effect, Verdict
+from reports.effects import Effect, Verdict, roughly
 from reports.factorial import (
     Contrast,
     analyse_variance,
@@ -39,6 +39,7 @@ from reports.publish import (
     Grid,
     difference_words,
     latex_document,
+    p_equals,
     p_words,
     plus_minus,
     signed,
@@ -259,9 +260,18 @@ def _cards(ablation: Ablation) -> list[Card]:
     cards.append(Card("Replicates", str(n), f"{seeds}, paired over settings"))
     cards.append(Card("Runs", str(n_runs), f"{n_failed} failed{missing}"))
     cards.append(
-        Card("Test split", "read" if ablation.n_tested else "not used", test_split_words(ablation))
+        Card("Test split", "read" if ablation.n_tested else "not used", _kept_aside(ablation))
     )
     return cards
+
+
+def _kept_aside(ablation: Ablation) -> str:
+    n = int(ablation.study.data.get("n_test") or 0)
+    if not n:
+        return "there is none"
+    if ablation.n_tested:
+        return f"{n} pictures, {plural(ablation.n_tested, 'run')}"
+    return f"{n} pictures kept aside"
 
 
 def _levels(ablation: Ablation, name: str) -> Section:
@@ -310,8 +320,22 @@ def _level_findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[F
             if verdict in ("helps", "hurts"):
                 yield Finding(head, "no level, by the corrected test.")
             continue
+        found.sort(key=lambda effect: -abs(effect.difference.estimate))
         yield Finding(head, "; ".join(_told(effect) for effect in found) + ".")
+    yield _care(ablation)
     yield Finding("Test split:", test_split_words(ablation))
+
+
+def _care(ablation: Ablation) -> Finding:
+    """Say in a sentence what the findings rest on."""
+    data, n = ablation.study.data, ablation.replicates
+    split = "splits drawn anew for each seed" if ablation.is_resplit else "a fixed split"
+    return Finding(
+        "Read with care:",
+        f"{plural(n, 'seed')} on {data.get('n_val', 0)} validation pictures ({split}), each run "
+        "at its best epoch. The intervals say what other seeds would give, not other pictures or "
+        "other data; p values are corrected for all levels together.",
+    )
 
 
 def _told(effect: Effect) -> str:
@@ -321,11 +345,11 @@ def _told(effect: Effect) -> str:
     if effect.verdict == "undecided":
         if effect.n < 2:
             return f"{label} (too few replicates)"
-        more = "over 1,000" if effect.n_needed is None else f"about {effect.n_needed}"
+        more = "over 1,000" if effect.n_needed is None else f"about {roughly(effect.n_needed)}"
         return f"{label} ({points} points; {more} replicates would settle it)"
     if effect.verdict == "no difference":
         return f"{label} ({points} points)"
-    return f"{label} ({points} points, p = {p_words(effect.p_family)})"
+    return f"{label} ({points} points, {p_equals(effect.p_family)})"
 
 
 def _contrast_findings(contrasts: Sequence[Contrast], alpha: float) -> Iterator[Finding]:

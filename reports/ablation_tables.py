@@ -9,11 +9,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from reports.ablation import Ablation, Runs
+from reports.ablation import Ablation, Runs, over_pictures
 from reports.effects import Effect, verdict_words
 from reports.factorial import Contrast, Source
 from reports.intervals import Interval
-from reports.methods import correction_words, footer
+from reports.methods import correction_words, effects_note, footer
 from reports.paired import spread, t_interval
 from reports.path import Step
 from reports.publish import (
@@ -37,21 +37,14 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid:
     )  # fmt: skip
     rows = [_row_of("baseline", base, None, ablation)]
     groups = ["baseline"]
+    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
     for runs, effect in zip(ablation.others, effects, strict=True):
         is_new = groups[-1] != runs.arm.factor
-        rows.append(_row_of(runs.arm.factor if is_new else "", runs, effect, ablation))
+        name = f"{runs.arm.factor} ({own[runs.arm.factor]})" if is_new else ""
+        rows.append(_row_of(name, runs, effect, ablation))
         groups.append(runs.arm.factor)
     n_tests = sum(effect.n >= 2 for effect in effects)
-    note = footer(
-        ablation,
-        "Accuracy: mean ± half-width of the 95 % t interval over seeds. Difference: level minus "
-        "baseline, paired by seed, with its 95 % t interval. p, Holm: "
-        f"{correction_words(ablation, n_tests)}; p: paired t-test alone; sign flip: exact "
-        "permutation test alone. d_z: difference over the standard deviation of the paired "
-        "differences. ± pictures: 95 % half-width, in points, that the validation pictures "
-        "leave to the accuracy (other photos instead of other seeds). Cost: mean duration of a "
-        "run.",
-    )
+    note = effects_note(ablation, n_tests)
     return Grid(
         "effects",
         f"Ablation of {ablation.spec['origin']}",
@@ -64,9 +57,21 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid:
     )
 
 
+def _pictures_half(ablation: Ablation, runs: Runs, effect: Effect | None) -> float:
+    """Return what the pictures leave open, in points: of the difference, or of the baseline."""
+    base, shares = ablation.baseline, runs.shares
+    if shares is None or base is None or base.shares is None:
+        return math.nan
+    if effect is not None:
+        if len(shares) != len(base.shares):
+            return math.nan
+        shares = shares - base.shares
+    found = over_pictures(shares)
+    return 100 * (found.high - found.low) / 2
+
+
 def _row_of(name: str, runs: Runs, effect: Effect | None, ablation: Ablation) -> tuple[str, ...]:
-    arm, pictures = runs.arm, runs.pictures
-    half = 100 * (pictures.high - pictures.low) / 2 if pictures else math.nan
+    arm, half = runs.arm, _pictures_half(ablation, runs, effect)
     failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
     told = (name, arm.level, plus_minus(arm.accuracy))
     rest = (number_words(half, 1), seconds_words(runs.seconds))

@@ -271,7 +271,12 @@ def verdict_words(effect: Effect, rules: Rules) -> str:
         return "undecided: one replicate cannot be tested" if effect.n else "not run yet"
     if effect.n_needed is None:
         return "undecided: more than 1,000 replicates needed"
-    return f"undecided: about {effect.n_needed} replicates would settle it"
+    return f"undecided: about {roughly(effect.n_needed)} replicates would settle it"
+
+
+def roughly(n: int) -> int:
+    """Round a number of replicates to two figures: an estimate from few seeds has no more."""
+    return n if n < 100 else round(n, 1 - len(str(n)) + 1)
 
 
 def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[int]:

@@ -127,7 +127,41 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
     )
     parts.append(
         f"Intervals speak of the variance due to {variance}. Each run's accuracy is that of its "
-        "best epoch on the validation split, and therefore slightly optimistic for all settings "
-        f"alike. {test_split_words(ablation)} Run on {version_words(ablation)}."
+        "best epoch on the validation split, and therefore optimistic, the more so the more "
+        f"epochs a setting has. {test_split_words(ablation)} Run on {version_words(ablation)}."
     )
     return " ".join(parts)
+
+
+def effects_note(ablation: Ablation, n_tests: int) -> str:
+    """Say how every column of the table of effects is to be read."""
+    n, rules = ablation.replicates, ablation.rules
+    finer = rules.resolution > rules.margin
+    step = f"; one validation picture is {100 * rules.resolution:.2g} points" if finer else ""
+    return footer(
+        ablation,
+        "Accuracy: mean ± half-width of the 95 % t interval over seeds. Difference: level minus "
+        "baseline, paired by seed, with its 95 % t interval. In brackets: the baseline's own "
+        f"level. p, Holm: {correction_words(ablation, n_tests)}; p: paired t-test alone; sign "
+        "flip: exact permutation test alone, which cannot go below 2^(1−n) = "
+        f"{2.0 ** (1 - n):.2g}. Intervals are for each level by itself, verdicts after the "
+        "correction over all, so an interval may leave out 0 where the verdict is still open. No "
+        f"difference: two one-sided t-tests place it within ±{100 * rules.margin:g} points, "
+        f"corrected alike{step}. Would settle it: with 80 % power, as a difference or as "
+        "equality, were the observed scatter the true one. d_z: difference over the standard "
+        "deviation of the paired differences; where all are equal, that is taken to be the "
+        "rounding of one picture. ± pictures: 95 % half-width, in points, that the choice of the "
+        "validation pictures leaves to the difference (in the baseline's row: to its accuracy), "
+        f"the seeds held. Cost: mean duration of a run ({ablation.device}).{_compounds(ablation)}",
+    )
+
+
+def _compounds(ablation: Ablation) -> str:
+    """Spell out the levels that set several keys."""
+    told = []
+    for factor in ablation.spec["factors"]:
+        for level in factor["levels"]:
+            if list(level["overrides"]) != [factor["name"]]:
+                keys = ", ".join(f"{key} {value}" for key, value in level["overrides"].items())
+                told.append(f"{factor['name']} = {level['label']}: {keys}")
+    return f" Levels of several settings: {'; '.join(told)}." if told else ""

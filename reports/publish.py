@@ -69,8 +69,8 @@ def digits_for(half_width: float) -> int:
 
 
 def signed(points: float, digits: int) -> str:
-    """Write a difference in points with its sign; a rounded zero has none."""
-    text = f"{points:+.{digits}f}"
+    """Write a difference in points with its sign; a rounded zero has none, halves go outwards."""
+    text = f"{points + math.copysign(1e-9, points):+.{digits}f}"
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
@@ -105,6 +105,12 @@ def p_words(p: float) -> str:
     if p > 0.995:
         return "1"
     return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def p_equals(p: float) -> str:
+    """Write `p = 0.012` or `p < 0.001`."""
+    words = p_words(p)
+    return f"p < {words[1:]}" if words.startswith("<") else f"p = {words}"
 
 
 def number_words(value: float, digits: int = 2) -> str:
