@@ -12,6 +12,7 @@ import numpy as np
 from core.config import TrainConfig
 from reports.ablation import Ablation, Runs
 from reports.effects import Arm, Rules
+from reports.intervals import Interval
 from study.designs import Cell, Design, candidates, extend_path, make_design
 from study.factors import Factor, Level
 from study.rows import DesignRow, StudyRow
@@ -33,7 +34,7 @@ VERSIONS = {"python": "3.11.2", "torch": "2.15.0", "frostline": "0.1.0"}
 # What a factor of a made-up name sets, so that factors of one design never share a key.
 _KEYS = (
     "weight_decay", "base_lr", "head_lr_mult", "momentum", "label_smoothing", "mixup", "cutmix",
-    "warmup_epochs",
+    "warmup_epochs", "clip_norm", "ema_decay", "image_size", "epochs",
 )  # fmt: skip
 
 
@@ -46,7 +47,8 @@ def factors_of(named: Sequence[tuple[str, Sequence[str]]]) -> list[Factor]:
     found = []
     for k, (name, (baseline, *labels)) in enumerate(named):
         key = _KEYS[k % len(_KEYS)]
-        levels = [Level(label, {key: 1e-3 * (n + 1)}) for n, label in enumerate(labels)]
+        unit = 16 if key in ("image_size", "epochs") else 1e-3
+        levels = [Level(label, {key: unit * (n + 1)}) for n, label in enumerate(labels)]
         found.append(Factor(name, baseline, tuple(levels)))
     return found
 
@@ -309,13 +311,14 @@ def in_memory(
     row = DesignRow(1, 1, "key", design.kind, spec, "", now)
     runs = tuple(_runs(cell, own) for cell, own in zip(design.cells, values, strict=True))
     rules = Rules(settings.alpha, settings.margin / 100, settings.test, resolution=resolution)
-    return Ablation(study, row, runs, rules, (), {})
+    return Ablation(study, row, runs, rules, (), "cpu", {})
 
 
 def _runs(cell: Cell, values: Any) -> Runs:
     arm = make_arm(cell.label, values, ", ".join(cell.levels), ", ".join(cell.levels.values()))
     nothing = np.full(len(values), math.nan)
-    return Runs(arm, nothing, tuple(range(len(values))), math.nan, None, dict(cell.levels))
+    numbers = tuple(range(len(values)))
+    return Runs(arm, nothing, numbers, math.nan, None, None, dict(cell.levels))
 
 
 def make_arm(label: str, values: Any, factor: str = "factor", level: str = "level") -> Arm:
@@ -323,3 +326,35 @@ def make_arm(label: str, values: Any, factor: str = "factor", level: str = "leve
     scores = np.asarray(values, dtype=np.float64)
     failures = tuple(None if math.isfinite(v) else "diverged: the loss is nan" for v in scores)
     return Arm(label, factor, level, scores, failures)
+
+
+# Studies by the thousand, for the share of wrong verdicts.
+
+SEED_SD = 0.02
+"""Scatter that all settings of a seed share, and pairing removes."""
+RUN_SD = 0.01
+"""Scatter of a run; a paired difference has sqrt(2) times that."""
+
+
+def draw_study(
+    rng: np.random.Generator, effects: Sequence[float], n: int, run_sd: float = RUN_SD
+) -> tuple[Arm, list[Arm]]:
+    """Draw a baseline and levels with these true effects, n replicates with paired seeds."""
+    shared = 0.8 + rng.normal(0, SEED_SD, n)
+    true = [0.0, *effects]
+    arms = [
+        make_arm(f"factor = {k}", shared + effect + rng.normal(0, run_sd, n), "factor", str(k))
+        for k, effect in enumerate(true)
+    ]
+    return arms[0], arms[1:]
+
+
+def verdicts_only(monkeypatch: Any) -> None:
+    """Leave out what no verdict of the t-test depends on: the most of an effect's time.
+
+    `test_effects.py` holds that it does not.
+    """
+    nothing = Interval(math.nan, math.nan, math.nan)
+    monkeypatch.setattr("reports.effects.bca_interval", lambda *args: nothing)
+    monkeypatch.setattr("reports.effects.sign_flip", lambda *args: math.nan)
+    monkeypatch.setattr("reports.effects.replicates_needed", lambda *args: None)

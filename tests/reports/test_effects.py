@@ -25,6 +25,12 @@ PAIR_SD = RUN_SD * math.sqrt(2)
 NAN = math.nan
 
 
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """statsmodels collects garbage at every correction, which takes longer than all the rest."""
+    monkeypatch.setattr("gc.collect", lambda *args: 0)
+
+
 def estimate(baseline: Arm, arms: Sequence[Arm], **rules: object) -> list[Effect]:
     return estimate_effects(baseline, arms, Rules(**rules), np.random.default_rng(0))
 
@@ -96,10 +102,11 @@ def test_holm_and_the_verdicts_by_hand() -> None:
     # Differences of 4 pairs: t = mean / (sd / 2).
     baseline = make_arm("baseline", [0.5] * 4)
     shape = np.array([-1.0, 1.0, -1.0, 1.0])  # sd = sqrt(4 / 3)
-    arms = [make_arm(str(m), 0.5 + m + 0.001 * shape) for m in (0.1, 0.003, -0.1, 0.0)]
+    arms = [make_arm(str(m), 0.5 + m + 0.001 * shape) for m in (0.1, 0.0008, -0.1, 0.0)]
     effects = estimate(baseline, arms, margin=0.01)
-    raw = [2 * stats.t.sf(m / (0.001 * math.sqrt(4 / 3) / 2), 3) for m in (0.1, 0.003, 0.1, 0.0)]
-    by_hand = [4 * raw[0], max(4 * raw[0], 2 * raw[1]), 4 * raw[0], 1.0]
+    error = 0.001 * math.sqrt(4 / 3) / 2
+    clear, small = (2 * stats.t.sf(m / error, 3) for m in (0.1, 0.0008))
+    by_hand = [4 * clear, 2 * small, 4 * clear, 1.0]
     assert [effect.p_family for effect in effects] == pytest.approx(by_hand, abs=1e-9)
     assert verdicts(effects) == ["helps", "no difference", "hurts", "no difference"]
 
@@ -132,7 +139,7 @@ def test_an_open_question_under_the_sign_flip_test_needs_its_floor() -> None:
 
 def test_an_open_question_needs_more_than_was_tried() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(30):
+    for _ in range(12):
         baseline, arms = draw_study(rng, (0.008,) * 3, 5)
         for effect in estimate_effects(baseline, arms, Rules(margin=0.001), rng):
             if effect.verdict == "undecided":
@@ -145,7 +152,7 @@ def test_what_is_left_out_for_speed_decides_nothing(monkeypatch: pytest.MonkeyPa
     def told() -> list[list[tuple[str, float, float]]]:
         rng = np.random.default_rng(4)
         found = []
-        for _ in range(20):
+        for _ in range(8):
             baseline, arms = draw_study(rng, (0.0, 0.015, -0.03), 5)
             effects = estimate(baseline, arms)
             found.append([(e.verdict, e.p_family, e.difference.low) for e in effects])
@@ -159,12 +166,12 @@ def test_what_is_left_out_for_speed_decides_nothing(monkeypatch: pytest.MonkeyPa
 # Shares of wrong and right verdicts
 
 
-@pytest.mark.parametrize(("n_levels", "n"), [(3, 5), (8, 4)])
+@pytest.mark.parametrize(("n_levels", "n", "n_studies"), [(3, 5, 2000), (8, 4, 600)])
 def test_studies_without_effects_tell_one_no_more_often_than_alpha(
-    monkeypatch: pytest.MonkeyPatch, n_levels: int, n: int
+    monkeypatch: pytest.MonkeyPatch, n_levels: int, n: int, n_studies: int
 ) -> None:
     verdicts_only(monkeypatch)
-    rng, n_studies = np.random.default_rng(10), 2000
+    rng = np.random.default_rng(10)
     wrong = 0
     for _ in range(n_studies):
         baseline, arms = draw_study(rng, (0.0,) * n_levels, n)
@@ -177,7 +184,7 @@ def test_effects_of_some_levels_do_not_spoil_the_error_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verdicts_only(monkeypatch)
-    rng, n_studies = np.random.default_rng(11), 1500
+    rng, n_studies = np.random.default_rng(11), 1000
     wrong = 0
     for _ in range(n_studies):
         baseline, arms = draw_study(rng, (0.1, 0.0, 0.0), 5)
@@ -187,7 +194,7 @@ def test_effects_of_some_levels_do_not_spoil_the_error_of_the_others(
 
 def test_sign_flip_studies_without_effects_hold_alpha_with_skewed_noise() -> None:
     # The t-test's assumption is not needed: each difference is as likely as its negative.
-    rng, n_studies, n = np.random.default_rng(12), 1000, 8
+    rng, n_studies, n = np.random.default_rng(12), 600, 8
     wrong = 0
     for _ in range(n_studies):
         differences = rng.standard_t(1.5, (3, n)) * 0.01
@@ -201,15 +208,15 @@ def test_a_difference_at_the_margin_is_called_none_no_more_often_than_alpha(
     monkeypatch: pytest.MonkeyPatch, sign: int
 ) -> None:
     verdicts_only(monkeypatch)
-    rng, n_studies, margin = np.random.default_rng(13), 1500, 0.02
-    wrong = one = 0
+    rng, n_studies, margin = np.random.default_rng(13), 1000, 0.02
+    wrong = one = told = 0
     for _ in range(n_studies):
         baseline, arms = draw_study(rng, (sign * margin,) * 3, 8, run_sd=0.005)
         effects = estimate_effects(baseline, arms, Rules(margin=margin), rng)
         wrong += any(effect.p_equivalence <= 0.05 for effect in effects)
         one += effects[0].p_equivalence <= 0.05
-        # And where there is a difference, it is told as one.
-        assert "no difference" not in verdicts(effects) or wrong
+        told += "no difference" in verdicts(effects)
+    assert told <= wrong  # a difference that is clear is told first
     assert 0.02 < wrong / n_studies < 0.05 + slack(0.05, n_studies)
     assert one / n_studies < 0.05 / 3 + slack(0.05, n_studies)
 
@@ -243,7 +250,7 @@ def test_bca_intervals_of_five_pairs_are_too_narrow_as_their_docstring_says() ->
         found = bca_interval(arm.values - baseline.values, rng)
         held += found.low <= 0.01 <= found.high
     # 0.83 in 2,000 studies of benchmarks/planted_effects.py.
-    assert 0.95 - 4 * slack(0.95, n_studies) > held / n_studies > 0.75
+    assert 0.95 - 2 * slack(0.95, n_studies) > held / n_studies > 0.75
 
 
 @pytest.mark.parametrize(("effect", "n"), [(0.02, 5), (0.01, 12), (-0.03, 4)])
@@ -298,19 +305,19 @@ def test_looking_again_and_again_holds_alpha_and_the_intervals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verdicts_only(monkeypatch)
-    rng, n_studies, rules = np.random.default_rng(30), 1000, Rules(looks=LOOKS)
-    wrong = naive = held = n_intervals = 0
+    rng, n_studies, rules = np.random.default_rng(30), 500, Rules(looks=LOOKS)
+    wrong = held = n_intervals = 0
     for _ in range(n_studies):
         effects, _ = run_adaptively(rng, (0.0, 0.0, 0.0), rules)
         wrong += is_wrong(effects)
         held += sum(e.difference.low <= 0 <= e.difference.high for e in effects)
         n_intervals += len(effects)
-        differences = rng.normal(0, PAIR_SD, LOOKS[-1])
-        naive += any(stats.ttest_1samp(differences[:n], 0).pvalue <= 0.05 for n in LOOKS)
     assert 0.01 < wrong / n_studies < 0.05 + slack(0.05, n_studies)
     assert held / n_intervals > 0.95 - slack(0.95, n_intervals)
-    # What it is paid for: one level, looked at without any correction.
-    assert naive / n_studies > 0.05 + slack(0.05, n_studies)
+    # What is paid for: one level, looked at as often without any correction.
+    differences = rng.normal(0, PAIR_SD, (4000, LOOKS[-1]))
+    ps = [stats.ttest_1samp(differences[:, :n], 0, axis=1).pvalue for n in LOOKS]
+    assert np.mean(np.min(ps, axis=0) <= 0.05) > 0.1
 
 
 def test_adaptive_studies_find_large_effects_in_fewer_runs_than_fixed_ones(

@@ -1,0 +1,373 @@
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.multitest import multipletests
+
+from reports.ablation import Ablation
+from reports.factorial import (
+    analyse_variance,
+    coded_matrix,
+    estimate_contrasts,
+    has_interactions,
+    interaction_means,
+    main_effect_means,
+)
+from study.designs import Design
+from tests.reports.ablations import bracketed, design_of, in_memory, make_factors, two_levels
+
+NAN = math.nan
+NAMES = ("augment", "freeze", "schedule", "mixup", "decay")
+
+
+def scores_of(
+    design: Design,
+    rng: np.random.Generator,
+    truth: dict[str, float],
+    n: int = 5,
+    sd: float = 0.01,
+) -> np.ndarray:
+    """Draw accuracies: a factor's effect where its level is not the baseline's; `a × b` for both.
+
+    An effect is the difference between levels at the baseline of all others.
+    """
+    seeds = rng.normal(0, 0.02, n)
+    means = []
+    for cell in design.cells:
+        on = set(cell.levels)
+        means.append(0.7 + sum(e for name, e in truth.items() if set(name.split(" × ")) <= on))
+    return np.array(means)[:, None] + seeds + rng.normal(0, sd, (len(means), n))
+
+
+def factorial(n_factors: int, truth: dict[str, float], seed: int = 0, n: int = 5) -> Ablation:
+    design = design_of("factorial", two_levels(*NAMES[:n_factors]))
+    return in_memory(design, scores_of(design, np.random.default_rng(seed), truth, n))
+
+
+def frame_of(ablation: Ablation, names: list[str]) -> pd.DataFrame:
+    rows = [
+        {f"f{k}": runs.levels.get(name, "own") for k, name in enumerate(names)}
+        | {"seed": f"s{r}", "y": value}
+        for runs in ablation.runs
+        for r, value in enumerate(runs.arm.values)
+        if math.isfinite(value)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """statsmodels collects garbage at every correction, which takes longer than all the rest."""
+    monkeypatch.setattr("gc.collect", lambda *args: 0)
+
+
+# Agreement
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_variance_is_that_of_statsmodels_fitted_directly(seed: int) -> None:
+    design = design_of(
+        "factorial", make_factors(a=["0", "1", "2"], b=["0", "1"], c=["0", "1"])
+    )
+    rng = np.random.default_rng(seed)
+    scores = scores_of(design, rng, {"a": 0.02, "a × b": 0.03}, 4)
+    scores[3, 1] = scores[7, 0] = NAN  # failed runs: the design is not balanced any more
+    found = {s.name: s for s in analyse_variance(in_memory(design, scores))}
+    data = frame_of(in_memory(design, scores), ["a", "b", "c"])
+    formula = "y ~ (C(f0) + C(f1) + C(f2)) ** 2 + C(seed)"
+    expected = anova_lm(ols(formula, data).fit(), typ=2)
+    terms = {
+        "C(f0)": "a", "C(f1)": "b", "C(f2)": "c", "C(f0):C(f1)": "a × b", "C(f0):C(f2)": "a × c",
+        "C(f1):C(f2)": "b × c", "C(seed)": "replicate", "Residual": "residual",
+    }  # fmt: skip
+    assert set(found) == set(terms.values())
+    for term, name in terms.items():
+        row, source = expected.loc[term], found[name]
+        assert source.df == row["df"]
+        assert source.sum_of_squares == pytest.approx(row["sum_sq"], abs=1e-9)
+        if term != "Residual":
+            assert (source.f, source.p) == pytest.approx((row["F"], row["PR(>F)"]), abs=1e-9)
+
+
+def test_effect_sizes_by_hand() -> None:
+    # Two factors, two seeds: cells 0, 2, 4, 10 (percent), the second seed 1 higher but for one.
+    design = design_of("factorial", two_levels("a", "b"))
+    scores = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [10.0, 11.4]]) / 100
+    found = {s.name: s for s in analyse_variance(in_memory(design, scores))}
+    cells = scores.mean(axis=1)  # 0.5, 2.5, 4.5, 10.7 %
+    ss_a = 2 * ((cells[2] + cells[3] - cells[0] - cells[1]) / 2) ** 2
+    ss_b = 2 * ((cells[1] + cells[3] - cells[0] - cells[2]) / 2) ** 2
+    ss_ab = 2 * ((cells[0] + cells[3] - cells[1] - cells[2]) / 2) ** 2
+    rest = scores - cells[:, None] - scores.mean(axis=0) + scores.mean()
+    error = (rest**2).sum()
+    total = ((scores - scores.mean()) ** 2).sum()
+    for name, ss in (("a", ss_a), ("b", ss_b), ("a × b", ss_ab)):
+        source = found[name]
+        assert source.sum_of_squares == pytest.approx(ss, abs=1e-12)
+        assert source.partial_eta_squared == pytest.approx(ss / (ss + error), abs=1e-9)
+        omega = (ss - error / 3) / (total + error / 3)
+        assert source.omega_squared == pytest.approx(omega, abs=1e-9)
+    assert found["residual"].df == 3
+
+
+@pytest.mark.parametrize("n_factors", [2, 3])
+def test_contrasts_are_differences_of_means_with_a_t_test_over_replicates(n_factors: int) -> None:
+    ablation = factorial(n_factors, {"augment": 0.03})
+    scores = np.array([runs.arm.values for runs in ablation.runs])
+    coded = coded_matrix(ablation)
+    found = {c.name: c for c in estimate_contrasts(ablation)}
+    pairs = list(itertools.combinations(range(n_factors), 2))
+    signs = {NAMES[k]: coded[:, k] for k in range(n_factors)}
+    signs |= {f"{NAMES[a]} × {NAMES[b]}": coded[:, a] * coded[:, b] for a, b in pairs}
+    assert set(found) == set(signs)
+    raw = []
+    for name, sign in signs.items():
+        each = scores[sign > 0].mean(axis=0) - scores[sign < 0].mean(axis=0)
+        expected = stats.ttest_1samp(each, 0)
+        ends = expected.confidence_interval(0.95)
+        told = found[name]
+        assert told.effect.estimate == pytest.approx(each.mean(), abs=1e-9)
+        assert (told.effect.low, told.effect.high) == pytest.approx((ends.low, ends.high))
+        assert told.p == pytest.approx(expected.pvalue, abs=1e-9)
+        raw.append(expected.pvalue)
+    corrected = multipletests(raw, method="holm")[1]
+    assert [found[name].p_family for name in signs] == pytest.approx(list(corrected), abs=1e-9)
+
+
+def test_lenths_method_by_hand() -> None:
+    # Plackett-Burman with 7 factors in 8 runs, one replicate.
+    names = [f"f{k}" for k in range(7)]
+    design = design_of("screen", two_levels(*names))
+    effects = np.array([0.10, -0.02, 0.01, 0.03, -0.01, 0.02, 0.00])
+    ablation = in_memory(design, np.zeros((8, 1)))
+    scores = 0.6 + coded_matrix(ablation) @ effects / 2
+    found = {c.name: c for c in estimate_contrasts(in_memory(design, scores[:, None]))}
+    # Sizes 0, 1, 1, 2, 2, 3, 10 points: the median is 2, so s0 = 3; below 2.5 s0 = 7.5 are
+    # 0, 1, 1, 2, 2, 3 with median 1.5, so the pseudo standard error is 2.25 points.
+    error, df = 0.0225, 7 / 3
+    half = stats.t.ppf(0.975, df) * error
+    for name, effect in zip(names, effects, strict=True):
+        told = found[name]
+        assert told.effect.estimate == pytest.approx(effect, abs=1e-9)
+        assert told.effect.high - told.effect.estimate == pytest.approx(half, abs=1e-9)
+        p = 2 * stats.t.sf(abs(effect) / error, df)
+        assert (told.p, told.n) == (pytest.approx(p, abs=1e-9), 1)
+    assert found["f0"].p_family == pytest.approx(7 * found["f0"].p)
+
+
+# Planted effects
+
+
+def test_a_planted_interaction_is_found_by_both_analyses_and_nothing_else() -> None:
+    truth = {"augment": 0.04, "augment × freeze": 0.06}
+    found = hits = others = n_others = 0
+    for seed in range(30):
+        ablation = factorial(3, truth, seed, n=4)
+        contrasts = {c.name: c for c in estimate_contrasts(ablation)}
+        sources = {s.name: s for s in analyse_variance(ablation)}
+        found += contrasts["augment × freeze"].p_family <= 0.05
+        hits += sources["augment × freeze"].p <= 0.05
+        null = ("augment × schedule", "freeze × schedule", "schedule")
+        others += sum(sources[name].p <= 0.05 for name in null)
+        n_others += len(null)
+        # Half of the difference that one factor makes to the other's effect, and half of it in
+        # each main effect.
+        assert contrasts["augment × freeze"].effect.estimate == pytest.approx(0.03, abs=0.02)
+    assert hits == 30
+    assert found >= 27
+    assert others / n_others < 0.05 + 3 * math.sqrt(0.05 * 0.95 / n_others)
+
+
+def test_the_interaction_keeps_its_sign() -> None:
+    ablation = factorial(2, {"augment": 0.1, "freeze": 0.1, "augment × freeze": -0.1}, n=8)
+    found = {c.name: c.effect for c in estimate_contrasts(ablation)}
+    assert found["augment × freeze"].estimate == pytest.approx(-0.05, abs=0.015)
+    # Averaged over the other factor: 0.1 at its baseline, 0 at its other level.
+    assert found["augment"].low < 0.05 < found["augment"].high
+
+
+def test_factorials_without_effects_tell_one_no_more_often_than_alpha() -> None:
+    rng, n_studies = np.random.default_rng(0), 1000
+    design = design_of("factorial", two_levels(*NAMES[:2]))
+    wrong = 0
+    for _ in range(n_studies):
+        contrasts = estimate_contrasts(in_memory(design, scores_of(design, rng, {}, 4)))
+        wrong += any(c.p_family <= 0.05 for c in contrasts)
+    assert 0.02 < wrong / n_studies < 0.05 + 3 * math.sqrt(0.05 * 0.95 / n_studies)
+
+
+def test_a_fraction_of_resolution_five_tells_interactions_apart() -> None:
+    design = design_of("factorial", two_levels(*NAMES), max_cells=16)
+    assert len(design.cells) == 16
+    rng = np.random.default_rng(0)
+    truth = {"augment": 0.03, "freeze × mixup": 0.08}
+    ablation = in_memory(design, scores_of(design, rng, truth, 5))
+    assert has_interactions(ablation)
+    contrasts = estimate_contrasts(ablation)
+    assert len(contrasts) == 5 + 10
+    clear = {c.name for c in contrasts if c.p_family <= 0.05}
+    # A product of levels is half an interaction and a quarter in each of its main effects.
+    assert clear == {"augment", "freeze", "mixup", "freeze × mixup"}
+
+
+def test_a_fraction_of_lower_resolution_claims_no_interaction() -> None:
+    design = design_of("factorial", two_levels(*NAMES[:4]), resolution=4)
+    ablation = in_memory(design, scores_of(design, np.random.default_rng(0), {"augment": 0.05}, 4))
+    assert not has_interactions(ablation)
+    assert [c.name for c in estimate_contrasts(ablation)] == list(NAMES[:4])
+    assert not any("×" in source.name for source in analyse_variance(ablation))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_plackett_burman_finds_the_planted_factors(n: int) -> None:
+    names = [f"factor {k}" for k in range(11)]
+    design = design_of("screen", two_levels(*names))
+    truth = {"factor 2": 0.12, "factor 7": -0.12}
+    found = extra = 0
+    for seed in range(20):
+        scores = scores_of(design, np.random.default_rng(seed), truth, n)
+        contrasts = {c.name: c for c in estimate_contrasts(in_memory(design, scores))}
+        found += all(contrasts[name].p_family <= 0.05 for name in truth)
+        extra += sum(c.p_family <= 0.05 for name, c in contrasts.items() if name not in truth)
+    assert found >= 19
+    assert extra <= 3
+
+
+def test_definitive_screening_reads_effects_from_low_to_high() -> None:
+    keys = ("base_lr", "weight_decay", "label_smoothing", "mixup")
+    design = design_of("screen", bracketed(*keys))
+    rng = np.random.default_rng(0)
+    slope = {"base_lr": 0.03, "mixup": -0.02}  # by step of the level; a square in another
+    place = {"0.001": -1, "0.1": 1}
+    rows = []
+    for cell in design.cells:
+        at = {key: place.get(cell.levels.get(key, ""), 0) for key in keys}
+        mean = 0.8 + sum(slope[key] * at[key] for key in slope) - 0.05 * at["weight_decay"] ** 2
+        rows.append(mean + rng.normal(0, 0.004, 6))
+    found = {c.name: c for c in estimate_contrasts(in_memory(design, rows))}
+    assert {name for name, c in found.items() if c.p_family <= 0.05} == {"base_lr", "mixup"}
+    lr, mixup = found["base_lr"], found["mixup"]
+    assert (lr.low, lr.high) == ("0.001", "0.1")
+    assert lr.effect.estimate == pytest.approx(0.06, abs=0.005)
+    assert mixup.effect.estimate == pytest.approx(-0.04, abs=0.005)
+
+
+# Boundaries
+
+
+def test_a_replicate_with_a_failed_cell_is_left_out_of_the_contrasts() -> None:
+    whole = factorial(2, {"augment": 0.03}, n=5)
+    scores = np.array([runs.arm.values for runs in whole.runs])
+    broken = scores.copy()
+    broken[2, 1] = NAN
+    found = estimate_contrasts(in_memory(design_of("factorial", two_levels(*NAMES[:2])), broken))
+    kept = estimate_contrasts(
+        in_memory(
+            design_of("factorial", two_levels(*NAMES[:2])), np.delete(scores, 1, axis=1)
+        )
+    )
+    assert found == kept
+    assert {c.n for c in found} == {4}
+
+
+def test_nothing_complete_gives_no_contrast() -> None:
+    design = design_of("factorial", two_levels(*NAMES[:2]))
+    scores = np.full((4, 2), 0.8)
+    scores[0, 0] = scores[3, 1] = NAN
+    assert estimate_contrasts(in_memory(design, scores)) == []
+
+
+def test_three_levels_have_no_contrast_but_an_analysis_of_variance() -> None:
+    design = design_of("factorial", make_factors(a=["0", "1", "2"], b=["0", "1"]))
+    ablation = in_memory(design, scores_of(design, np.random.default_rng(0), {"a": 0.05}, 4))
+    assert estimate_contrasts(ablation) == []
+    sources = {source.name: source for source in analyse_variance(ablation)}
+    assert sources["a"].df == 2 and sources["a"].p < 0.001
+
+
+def test_one_replicate_of_a_small_factorial_has_no_error_to_test_with() -> None:
+    design = design_of("factorial", two_levels(*NAMES[:2]))
+    assert analyse_variance(in_memory(design, np.array([[0.7], [0.8], [0.75], [0.9]]))) == []
+
+
+def test_a_level_of_which_every_run_failed_has_no_analysis_of_variance() -> None:
+    ablation = factorial(2, {}, n=3)
+    scores = np.array([runs.arm.values for runs in ablation.runs])
+    scores[[k for k, runs in enumerate(ablation.runs) if "freeze" in runs.levels]] = NAN
+    design = design_of("factorial", two_levels(*NAMES[:2]))
+    assert analyse_variance(in_memory(design, scores)) == []
+
+
+@pytest.mark.parametrize("n_factors", [2, 3])
+def test_a_cell_of_which_every_run_failed_is_survived(n_factors: int) -> None:
+    ablation = factorial(n_factors, {"augment": 0.05}, n=4)
+    scores = np.array([runs.arm.values for runs in ablation.runs])
+    scores[-1] = NAN
+    design = design_of("factorial", two_levels(*NAMES[:n_factors]))
+    sources = {s.name: s for s in analyse_variance(in_memory(design, scores))}
+    assert sources["augment"].p < 0.01
+    assert all(math.isfinite(source.p) for name, source in sources.items() if name != "residual")
+    # With one of four settings gone, an interaction cannot be told; with one of eight, it can.
+    assert ("augment × freeze" in sources) == (n_factors == 3)
+    data = frame_of(in_memory(design, scores), list(NAMES[:n_factors]))
+    terms = " + ".join(f"C(f{k})" for k in range(n_factors))
+    power = f"({terms}) ** 2" if n_factors == 3 else terms
+    expected = anova_lm(ols(f"y ~ {power} + C(seed)", data).fit(), typ=2)
+    assert sources["freeze"].p == pytest.approx(expected.loc["C(f1)", "PR(>F)"], abs=1e-9)
+
+
+def test_a_saturated_fraction_that_lost_a_cell_keeps_its_main_effects() -> None:
+    design = design_of("factorial", two_levels(*NAMES), max_cells=16)
+    scores = scores_of(design, np.random.default_rng(0), {"augment": 0.05}, 3)
+    scores[4] = NAN
+    names = [source.name for source in analyse_variance(in_memory(design, scores))]
+    assert names == [*NAMES, "replicate", "residual"]
+
+
+@pytest.mark.parametrize("step", [0.0, 1 / 80])
+def test_settings_without_any_scatter_have_no_analysis_of_variance(step: float) -> None:
+    # Every network is right everywhere, or the seeds alone differ: what is left is rounding.
+    design = design_of("factorial", two_levels(*NAMES[:2]))
+    ablation = in_memory(design, np.full((4, 3), 0.9) + step * np.arange(3))
+    assert analyse_variance(ablation) == []
+    assert [contrast.p for contrast in estimate_contrasts(ablation)] == [1, 1, 1]
+
+
+def test_effects_that_agree_to_the_picture_are_no_proof() -> None:
+    # Two replicates on 80 pictures whose contrasts happen to be equal.
+    design = design_of("factorial", two_levels(*NAMES[:2]))
+    scores = np.array([[60, 64], [61, 65], [62, 66], [63, 67]]) / 80
+    sure = estimate_contrasts(in_memory(design, scores))[0]
+    careful = estimate_contrasts(in_memory(design, scores, resolution=1 / 80))[0]
+    assert sure.p == 0
+    assert careful.p > 0.01
+    assert careful.effect.low < careful.effect.estimate < careful.effect.high
+
+
+def test_unreplicated_effects_of_nothing_are_not_tested() -> None:
+    design = design_of("screen", two_levels("a", "b", "c"))
+    found = estimate_contrasts(in_memory(design, np.full((len(design.cells), 1), 0.8)))
+    assert all(math.isnan(c.p) and math.isnan(c.p_family) for c in found)
+
+
+def test_means_by_level_and_by_two_levels() -> None:
+    design = design_of("factorial", make_factors(a=["0", "1", "2"], b=["0", "1"]))
+    rows = {}
+    for cell in design.cells:
+        a, b = int(cell.levels.get("a", "0")), int(cell.levels.get("b", "0"))
+        rows[a, b] = np.array([0.5, 0.52]) + 0.1 * a + 0.01 * b
+    scores = np.array([rows[key] for key in rows])
+    scores[-1, 1] = NAN  # a = 2, b = 1
+    ablation = in_memory(design, scores)
+    table = interaction_means(ablation, "a", "b")
+    assert (list(table.index), list(table.columns)) == (["0", "1", "2"], ["0", "1"])
+    expected = [[0.51, 0.52], [0.61, 0.62], [0.71, 0.71]]
+    assert table.to_numpy() == pytest.approx(np.array(expected), abs=1e-12)
+    means = dict(main_effect_means(ablation, "a"))
+    assert [m.estimate for m in means.values()] == pytest.approx([0.515, 0.615, 0.705])
+    assert means["0"].low < 0.505 and math.isnan(means["2"].low)
