@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ from reports.paired import Array, paired_t, spread, t_interval
 # Interactions of two factors are clear of each other from this resolution on.
 _CLEAR_RESOLUTION = 5
 _CONFIDENCE = 0.95
+# Accuracies that differ by less differ by rounding.
+_SMALL = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +91,8 @@ def has_interactions(ablation: Ablation) -> bool:
 def analyse_variance(ablation: Ablation) -> list[Source]:
     """Analyse a factorial's variance, with replicates (paired seeds) as blocks.
 
-    Type II sums of squares; interactions of two factors where the design tells them apart. Runs
-    that failed are left out, which the caller is to say.
+    Type II sums of squares; interactions of two factors where the design, and what is left of it,
+    tells them apart. Runs that failed are left out, which the caller is to say.
 
     Returns:
         Factors, interactions, `replicate`, `residual`; empty where there are too few runs.
@@ -108,10 +111,19 @@ def analyse_variance(ablation: Ablation) -> list[Source]:
     wanted = [term for term in told if term != "C(replicate)" or blocks]
     if len(frame) < 2 or any(frame[f"x{k}"].nunique() < 2 for k in range(len(names))):
         return []
-    model = ols(f"acc ~ {' + '.join(wanted)}", frame).fit()
-    if model.df_resid < 1 or not model.ssr > 0:
+    model = _fitted(frame, wanted)
+    if model is None or model.df_resid < 1 or not model.ssr > _SMALL**2:
         return []
     return _sources(anova_lm(model, typ=2), told)
+
+
+def _fitted(frame: pd.DataFrame, terms: Sequence[str]) -> Any:
+    """Fit what can be told apart: no interactions where failed settings leave too few others."""
+    for tried in (terms, [term for term in terms if ":" not in term]):
+        model = ols(f"acc ~ {' + '.join(tried)}", frame)
+        if np.linalg.matrix_rank(model.exog) == model.exog.shape[1]:
+            return model.fit()
+    return None
 
 
 def _long_frame(ablation: Ablation, names: Sequence[str]) -> pd.DataFrame:
@@ -211,7 +223,7 @@ def _lenth(names: Sequence[tuple[str, str, str]], effects: Array) -> list[Contra
     """Judge unreplicated contrasts: most of them are taken to be noise."""
     size = np.abs(effects)
     first = 1.5 * float(np.median(size))
-    error = 1.5 * float(np.median(size[size < 2.5 * first])) if first > 0 else math.nan
+    error = 1.5 * float(np.median(size[size < 2.5 * first])) if first > _SMALL else math.nan
     df = len(effects) / 3
     half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, df)) * error
     return [

@@ -103,7 +103,7 @@ def paired_t(found: Spread) -> float:
     if found.n < 2:
         return math.nan
     if found.sd == 0:
-        return 1.0 if found.mean == 0 else 0.0
+        return 1.0 if abs(found.mean) < _SMALL else 0.0
     return float(2 * stats.t.sf(abs(found.mean) / found.standard_error, found.n - 1))
 
 
