@@ -136,13 +136,12 @@ def describe_ablation(store: Store, name: str) -> list[Section]:
 
 
 def _sections(ablations: Sequence[Ablation]) -> list[tuple[Ablation, Section]]:
-    found: list[tuple[Ablation, Section]] = []
-    used: list[str] = []
-    for ablation in ablations:
-        n = used.count(ablation.kind)
-        used.append(ablation.kind)
-        found.append((ablation, _section(ablation, ablation.kind + (f"-{n + 1}" if n else ""))))
-    return found
+    """Analyse designs; the first one of a kind that was made keeps the plain name for good."""
+    names: dict[int, str] = {}
+    for ablation in sorted(ablations, key=lambda each: each.design.id):
+        n = sum(name.split("-")[0] == ablation.kind for name in names.values())
+        names[ablation.design.id] = ablation.kind + (f"-{n + 1}" if n else "")
+    return [(each, _section(each, names[each.design.id])) for each in ablations]
 
 
 def write_ablation(
@@ -198,6 +197,11 @@ def _write_csv(pairs: Sequence[tuple[Ablation, Section]], out_dir: Path) -> Iter
             text = tables.effects_csv(ablation, section.effects)
             path.write_text(text, encoding="utf-8", newline="")
             yield path
+        if ablation.kind in ("factorial", "screen"):
+            path = out_dir / f"{section.name}-effects.csv"
+            text = tables.contrasts_csv(estimate_contrasts(ablation))
+            path.write_text(text, encoding="utf-8", newline="")
+            yield path
         path = out_dir / f"{section.name}-runs.csv"
         path.write_text(tables.runs_csv(ablation), encoding="utf-8", newline="")
         yield path
@@ -233,7 +237,9 @@ def _section(ablation: Ablation, name: str) -> Section:
     failures = tables.failures_grid(ablation)
     grids = (*section.grids, failures) if failures else section.grids
     renamed = tuple(replace(grid, name=f"{name}-{grid.name}") for grid in grids)
-    return replace(section, grids=renamed)
+    number = name.removeprefix(ablation.kind).strip("-")
+    title = f"{section.title} ({number})" if number else section.title
+    return replace(section, title=title, grids=renamed)
 
 
 def _figure(
@@ -344,7 +350,7 @@ def _told(effect: Effect) -> str:
         return f"{label} ({effect.arm.n_failed} of {effect.arm.n_run} runs)"
     if effect.verdict == "undecided":
         if effect.n < 2:
-            return f"{label} (too few replicates)"
+            return f"{label} ({'too few replicates' if effect.n else 'not run yet'})"
         more = "over 1,000" if effect.n_needed is None else f"about {roughly(effect.n_needed)}"
         return f"{label} ({points} points; {more} replicates would settle it)"
     if effect.verdict == "no difference":

@@ -115,10 +115,13 @@ def test_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid | None:
             )
         )
     n_tests = sum(effect.n >= 2 for effect in effects)
+    n_left = len(ablation.others) - len(effects)
+    left = f" {plural(n_left, 'level')} not tested, and not counted in the correction."
     note = footer(
         ablation,
         "The epoch of each run was chosen on the validation split. Mean ± half-width of the 95 % "
-        f"t interval over seeds; p, Holm: {correction_words(ablation, n_tests)}.",
+        f"t interval over seeds; p, Holm: {correction_words(ablation, n_tests)}."
+        f"{left if n_left else ''}",
         split="test",
     )
     title = "The same runs on the test split"
@@ -236,17 +239,25 @@ def cells_grid(ablation: Ablation) -> Grid:
     for runs in ablation.runs:
         arm = runs.arm
         failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
+        on_test = (_mean_words(runs.test),) if ablation.n_tested else ()
         rows.append(
             (
                 *(runs.levels.get(name, own[name]) for name in names),
                 plus_minus(arm.accuracy),
+                *on_test,
                 f"{int(np.isfinite(arm.values).sum())}{failed}",
                 seconds_words(runs.seconds),
             )
         )
     note = footer(ablation, "Mean ± half-width of the 95 % t interval over seeds.")
-    header = (*names, "Accuracy, %", "n", "Cost, s")
+    tested = ("Test accuracy, %",) if ablation.n_tested else ()
+    header = (*names, "Accuracy, %", *tested, "n", "Cost, s")
     return Grid("cells", "Every setting", header, tuple(rows), n_text=len(names), note=note)
+
+
+def _mean_words(values: NDArray[np.float64]) -> str:
+    done = values[np.isfinite(values)]
+    return plus_minus(t_interval(spread(done))) if len(done) else "–"
 
 
 def path_grid(ablation: Ablation, steps: Sequence[Step]) -> Grid:
@@ -295,6 +306,23 @@ def failures_grid(ablation: Ablation) -> Grid | None:
     return Grid(
         "failures", "Runs that failed", ("Level", "Seed", "Reason"), rows, n_text=3, note=note
     )
+
+
+def contrasts_csv(contrasts: Sequence[Contrast]) -> str:
+    """Write the effects of a coded design as CSV: unrounded, fractions in [0, 1]."""
+    rows = [
+        {
+            "factor": c.name,
+            "low": c.low,
+            "high": c.high,
+            **_interval_cells("effect", c.effect),
+            "p": c.p,
+            "p_family": c.p_family,
+            "n": c.n,
+        }
+        for c in contrasts
+    ]
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
 
 def effects_csv(ablation: Ablation, effects: Sequence[Effect]) -> str:

@@ -112,6 +112,11 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
             "Each step's gain is the mean paired difference to the step before, with an interval "
             "and p value corrected (Bonferroni) for the choice among the step's candidates."
         )
+    elif ablation.replicates < 2:
+        parts.append(
+            "Effects are estimated by least squares on the coded design and judged by Lenth's "
+            "method, which takes most of them to be noise."
+        )
     else:
         parts.append(
             "Effects are estimated within each replicate by least squares on the coded design; "
@@ -125,8 +130,11 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
         if ablation.is_resplit
         else "initialisation, order and augmentation, not the choice of pictures"
     )
+    speak = f"Intervals speak of the variance due to {variance}. "
+    if ablation.replicates < 2:
+        speak = "With one replicate nothing is said of other seeds. "
     parts.append(
-        f"Intervals speak of the variance due to {variance}. Each run's accuracy is that of its "
+        f"{speak}Each run's accuracy is that of its "
         "best epoch on the validation split, and therefore optimistic, the more so the more "
         f"epochs a setting has. {test_split_words(ablation)} Run on {version_words(ablation)}."
     )

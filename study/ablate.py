@@ -196,6 +196,18 @@ def run_ablation(
             return outcome
 
 
+def check_begun(plan: Plan) -> None:
+    """Refuse, before a run, what the database has under the ablation's name, if it is another.
+
+    Raises:
+        ConfigError: The study of this name is a search, or has another baseline.
+    """
+    storage = plan.baseline.config.study.storage
+    if "://" in storage or Path(storage).is_file():
+        with Store.open(storage) as store:
+            _as_begun(store, plan)
+
+
 def _as_begun(store: Store, plan: Plan) -> StudyConfig:
     """Take the pictures' size from the record where the ablation has begun; else settle it."""
     row = store.find_study(plan.baseline.config.study.name)
@@ -258,7 +270,7 @@ class _Ablation:
         self._recover()
         self._put_design()
         self.work.progress.study_started(
-            self.config.study.name, self._n_planned(), self.counts(), self._best()[1]
+            self.config.study.name, self._n_planned(), self._own_counts(), self._best()[1]
         )
         for cell, replicate in self._missing():
             because = self._reason_to_stop()
@@ -443,6 +455,13 @@ class _Ablation:
     def _n_done(self) -> int:
         cells, n = range(len(self.design.cells)), self.plan.looks[-1]
         return sum(self._hash(cell, r) in self.rows for cell in cells for r in range(n))
+
+    def _own_counts(self) -> Counts:
+        """Count the runs of this design alone, for the progress towards its target."""
+        n = self.plan.looks[-1]
+        hashes = [self._hash(c, r) for c in range(len(self.design.cells)) for r in range(n)]
+        states = [self.rows[text].state for text in dict.fromkeys(hashes) if text in self.rows]
+        return Counts(complete=states.count("complete"), failed=states.count("failed"))
 
     def counts(self) -> Counts:
         """Count the study's trials by state."""

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,14 @@ from study.ablate import (
     Plan,
     Scores,
     cell_configs,
+    check_begun,
     make_plan,
     n_runs,
     run_ablation,
 )
 from study.baseline import factors_of, find_baseline
 from study.config import ConfigError, check_backbones
-from study.designs import make_design
+from study.designs import BASELINE, make_design
 from study.factors import named, read_flags
 from study.progress import Progress
 from study.show import make_table, print_json, print_view
@@ -115,10 +116,23 @@ def _foreseen(plan: Plan) -> list[str]:
     elif design.kind == "path":
         n_tests = len(design.factors)
     else:
-        n_tests = len(design.factors)
+        n_tests = _n_effects(plan)
         if plan.baseline.settings.replicates < 2 and design.kind == "screen":
             return []  # Lenth's method needs no replicates
     return foresee(plan.looks[-1], n_tests, _rules(plan))
+
+
+def _seeds(first: int, n: int) -> str:
+    if n == 1:
+        return f"1 replicate, seed {first}"
+    return f"{n} replicates, seeds {first} to {first + n - 1}"
+
+
+def _n_effects(plan: Plan) -> int:
+    """Count the effects that a factorial or a screening design tells apart."""
+    k, resolution = len(plan.design.factors), plan.design.resolution
+    is_clear = plan.design.kind == "factorial" and (resolution is None or resolution >= 5)
+    return k + (k * (k - 1) // 2 if is_clear else 0)
 
 
 def _print_plan(plan: Plan) -> None:
@@ -137,8 +151,8 @@ def _print_plan(plan: Plan) -> None:
     first = baseline.config.train.seed
     again = ", each with a validation split of its own" if settings.resplit else ""
     print(
-        f"Runs: {most}{n_runs(plan)} ({plan.looks[-1]} replicates, seeds {first} to "
-        f"{first + plan.looks[-1] - 1}, the same for every setting{again})"
+        f"Runs: {most}{n_runs(plan)} ({_seeds(first, plan.looks[-1])}, the same for every "
+        f"setting{again})"
     )
     if settings.adaptive:
         looks = ", ".join(str(n) for n in plan.looks)
@@ -148,9 +162,11 @@ def _print_plan(plan: Plan) -> None:
 
 def _dry_run(plan: Plan, args: argparse.Namespace, progress: Progress) -> int:
     from study.estimate import estimate_runs
-    from study.session import load_pictures
+    from study.session import load_pictures, preflight
 
     data = load_pictures(plan.baseline.config, progress)
+    preflight(cell_configs(plan), data)
+    check_begun(plan)
     seconds, size = estimate_runs(cell_configs(plan), data)
     total = sum(seconds) / len(seconds) * n_runs(plan)
     kept = size * n_runs(plan) if plan.baseline.settings.keep_checkpoints else 0
@@ -269,8 +285,10 @@ def report_ablation(args: argparse.Namespace, store: Store) -> int:
     from reports.ablation_report import describe_ablation, write_ablation
 
     if args.methods:
-        for section in describe_ablation(store, args.study):
-            print(section.methods)
+        sections = describe_ablation(store, args.study)
+        for section in sections:
+            # One paragraph is ready to be pasted; several need to be told apart.
+            print(f"{section.title}: {section.methods}\n" if sections[1:] else section.methods)
         return 0
     output = Path(store.study(args.study).config["study"]["output"])
     paths = write_ablation(
@@ -308,17 +326,19 @@ def test_levels(args: argparse.Namespace, store: Store, progress: Progress) -> i
 
 
 def _numbers_of(store: Store, name: str, levels: Sequence[str]) -> list[int]:
-    """Find the complete runs of the chosen levels and of the baseline in the last design.
+    """Find the complete runs of the chosen levels and of the baseline, in all designs.
 
     Raises:
         ConfigError: A level is none of the design's.
     """
     study = store.study(name)
-    spec = store.designs(study.id)[-1].spec
-    labels = [
-        ", ".join(named(factor, level) for factor, level in cell["levels"].items()) or "baseline"
-        for cell in spec["cells"]
+    specs = [design.spec for design in store.designs(study.id)]
+    cells = [
+        (_label(cell), hashes)
+        for spec in specs
+        for cell, hashes in zip(spec["cells"], spec["runs"], strict=True)
     ]
+    labels = list(dict.fromkeys(label for label, _ in cells))
     unknown = [level for level in levels if level not in (*labels, "all")]
     if unknown:
         raise ConfigError(
@@ -329,13 +349,15 @@ def _numbers_of(store: Store, name: str, levels: Sequence[str]) -> list[int]:
         row.config_hash: row.number for row in store.trials(study.id) if row.state == "complete"
     }
     wanted = {"baseline", *(labels if "all" in levels else levels)}
-    return [
-        done[text]
-        for label, hashes in zip(labels, spec["runs"], strict=True)
-        if label in wanted
-        for text in hashes
-        if text in done
+    numbers = [
+        done[text] for label, hashes in cells if label in wanted for text in hashes if text in done
     ]
+    return list(dict.fromkeys(numbers))
+
+
+def _label(cell: Mapping[str, Any]) -> str:
+    told = ", ".join(named(factor, level) for factor, level in cell["levels"].items())
+    return told or BASELINE
 
 
 def audit(args: argparse.Namespace, store: Store, progress: Progress) -> int:

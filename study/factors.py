@@ -167,7 +167,7 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
             )
             continue
         values = [_value(part.strip()) for part in written.strip("[]").split(",")]
-        found.setdefault(key.strip(), []).extend(values)
+        found.setdefault(key.strip().removeprefix("train."), []).extend(values)
     return dict(found), faults
 
 

@@ -20,7 +20,10 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             word = (wrong[1] or wrong[2]).partition("=")[0]
             found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-            message += f". Did you mean {found[0]}?" if found else ""
+            if found:
+                is_elsewhere = found[0] == word  # a flag, but of another command
+                message += ", a flag of other commands" if is_elsewhere else ""
+                message += "" if is_elsewhere else f". Did you mean {found[0]}?"
         super().error(message)
 
 

@@ -33,7 +33,7 @@ TRAIN = TrainConfig(
 VERSIONS = {"python": "3.11.2", "torch": "2.15.0", "frostline": "0.1.0"}
 # What a factor of a made-up name sets, so that factors of one design never share a key.
 _KEYS = (
-    "weight_decay", "base_lr", "head_lr_mult", "momentum", "label_smoothing", "mixup", "cutmix",
+    "weight_decay", "base_lr", "head_lr_mult", "momentum", "label_smoothing", "cutmix",
     "warmup_epochs", "clip_norm", "ema_decay", "image_size", "epochs",
 )  # fmt: skip
 

@@ -71,9 +71,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_variance_is_that_of_statsmodels_fitted_directly(seed: int) -> None:
-    design = design_of(
-        "factorial", make_factors(a=["0", "1", "2"], b=["0", "1"], c=["0", "1"])
-    )
+    design = design_of("factorial", make_factors(a=["0", "1", "2"], b=["0", "1"], c=["0", "1"]))
     rng = np.random.default_rng(seed)
     scores = scores_of(design, rng, {"a": 0.02, "a × b": 0.03}, 4)
     scores[3, 1] = scores[7, 0] = NAN  # failed runs: the design is not balanced any more
@@ -267,9 +265,7 @@ def test_a_replicate_with_a_failed_cell_is_left_out_of_the_contrasts() -> None:
     broken[2, 1] = NAN
     found = estimate_contrasts(in_memory(design_of("factorial", two_levels(*NAMES[:2])), broken))
     kept = estimate_contrasts(
-        in_memory(
-            design_of("factorial", two_levels(*NAMES[:2])), np.delete(scores, 1, axis=1)
-        )
+        in_memory(design_of("factorial", two_levels(*NAMES[:2])), np.delete(scores, 1, axis=1))
     )
     assert found == kept
     assert {c.n for c in found} == {4}

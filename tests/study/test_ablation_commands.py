@@ -114,11 +114,11 @@ def test_ablate_tells_the_plan_the_results_and_what_is_next(record: Record) -> N
     assert "Runs: 6 (2 replicates, seeds 1 to 2, the same for every setting)" in told
     assert "Ablation bees-ablation: 6 of 6 runs are done" in told
     results = told.partition("6 of 6 runs are done")[2]
-    assert [line.split()[:2] for line in results.splitlines()[2:5]] == [
-        ["baseline", results.splitlines()[2].split()[1]],
-        ["augment", "none"],
-        ["head_lr_mult", "1"],
+    assert [line.split()[:3] for line in results.splitlines()[3:5]] == [
+        ["augment", "(standard)", "none"],
+        ["head_lr_mult", "(10)", "1"],
     ]
+    assert results.splitlines()[2].startswith("baseline")
     assert "Better than the baseline: no level" in results
     assert "Test split: The test split was not used." in results
     report = record.home / "runs" / "bees-ablation" / "ablation" / "ablation.html"
