@@ -40,7 +40,6 @@ from reports.publish import (
     difference_words,
     latex_document,
     p_equals,
-    p_words,
     plus_minus,
     signed,
     to_markdown,
@@ -363,6 +362,9 @@ def _contrast_findings(contrasts: Sequence[Contrast], alpha: float) -> Iterator[
         p = contrast.p_family if math.isfinite(contrast.p_family) else contrast.p
         return p <= alpha
 
+    if not contrasts:
+        yield Finding("Not estimated:", "no replicate has a finished run of every setting.")
+        return
     clear = [contrast for contrast in contrasts if is_clear(contrast)]
     told = "; ".join(
         f"{c.name}{f' from {c.low} to {c.high}' if c.high else ' (interaction)'} "
@@ -406,8 +408,7 @@ def _factorial(ablation: Ablation, name: str) -> Section:
     if sources and not contrasts:
         clear = [s for s in sources[:-1] if s.p <= ablation.rules.alpha and s.name != "replicate"]
         told = "; ".join(
-            f"{s.name} (p = {p_words(s.p)}, partial η² = {s.partial_eta_squared:.2f})"
-            for s in clear
+            f"{s.name} ({p_equals(s.p)}, partial η² = {s.partial_eta_squared:.2f})" for s in clear
         )
         findings = [Finding("Matters:", f"{told}." if told else "no effect is told from noise.")]
     else:
@@ -428,6 +429,8 @@ def _maps(
     size = {c.name: abs(c.effect.estimate) for c in contrasts}
     pairs.sort(key=lambda pair: -size.get(f"{pair[0]} × {pair[1]}", 0.0))
     if ablation.spec["resolution"] is not None and not has_interactions(ablation):
+        return
+    if not any(runs.arm.n_run > runs.arm.n_failed for runs in ablation.runs):
         return
     for a, b in pairs[:_MOST_MAPS]:
         yield _figure(

@@ -11,9 +11,9 @@ import pandas as pd
 from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
-from statsmodels.stats.multitest import multipletests
 
 from reports.ablation import Ablation
+from reports.effects import holm
 from reports.intervals import Interval
 from reports.paired import Array, paired_t, spread, t_interval
 
@@ -215,7 +215,7 @@ def _judged(
     tested = [c.p for c in found if math.isfinite(c.p)]
     if len(tested) < len(found):
         return found
-    corrected = multipletests(tested, method="holm")[1]
+    corrected = holm(tested)
     return [replace(c, p_family=float(p)) for c, p in zip(found, corrected, strict=True)]
 
 

@@ -53,8 +53,8 @@ def correction_words(ablation: Ablation, n_tests: int) -> str:
         return text
     looks = ", ".join(str(n) for n in rules.looks)
     return (
-        f"{text}; adaptive, looks at {looks} replicates, each spending the share of the error "
-        "that its new replicates are of all (Bonferroni)"
+        f"{text}; adaptive, looks at {looks} replicates, the error spent by the power family "
+        "(squared; Kim & DeMets 1987) and Bonferroni over looks"
     )
 
 

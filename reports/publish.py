@@ -3,13 +3,15 @@
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from reports.intervals import Interval
 from reports.words import markdown_table, markdown_text
 
 _MOST_DIGITS = 3
+# Of a landscape page, with its note: tried with the longest notes.
+_ROWS_A_PAGE = 30
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -17,6 +19,7 @@ _LATEX = {
     "→": r"$\to$", "η": r"$\eta$", "ω": r"$\omega$", "²": r"$^2$", "≤": r"$\le$", "…": r"\dots{}",
     "ß": r"\ss{}", "ø": r"\o{}", "Ø": r"\O{}", "æ": r"\ae{}", "Æ": r"\AE{}", "å": r"\aa{}",
     "Å": r"\AA{}", "ł": r"\l{}", "Ł": r"\L{}", "µ": r"$\mu$",
+    "[": "{[}", "]": "{]}", "*": "{*}",
     "’": "'", "“": "``", "”": "''", "|": r"\textbar{}",
 }  # fmt: skip
 # Combining marks and LaTeX's accents; a name in a European language needs no font of its own.
@@ -135,7 +138,9 @@ def to_markdown(grid: Grid) -> str:
 
 def latex_text(text: str) -> str:
     """Escape a text for LaTeX; letters that its standard fonts lack become a question mark."""
-    return "".join(_latex_letter(letter) for letter in text)
+    # Two hyphens in a row would become a dash.
+    parts = ("".join(map(_latex_letter, part)) for part in text.split("--"))
+    return "-{}-".join(parts)
 
 
 def _latex_letter(letter: str) -> str:
@@ -194,5 +199,21 @@ def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
         latex_text(methods),
         "",
     ]
-    tables = [f"% Table {grid.name}: cut from here\n{to_latex(grid)}% to here\n" for grid in grids]
+    pages = [page for grid in grids for page in _pages(grid)]
+    tables = [f"% Table {grid.name}: cut from here\n{to_latex(grid)}% to here\n" for grid in pages]
     return "\n".join([*head, *tables, r"\end{document}", ""])
+
+
+def _pages(grid: Grid) -> Iterator[Grid]:
+    """Divide a long table into tables that fit a page each; the note stands below every one."""
+    n_pages = max(1, math.ceil(len(grid.rows) / _ROWS_A_PAGE))
+    for page in range(n_pages):
+        part = slice(page * _ROWS_A_PAGE, (page + 1) * _ROWS_A_PAGE)
+        number = f" ({page + 1} of {n_pages})" if n_pages > 1 else ""
+        yield replace(
+            grid,
+            name=f"{grid.name}-{page + 1}" if n_pages > 1 else grid.name,
+            title=grid.title + number,
+            rows=grid.rows[part],
+            groups=grid.groups[part],
+        )

@@ -99,7 +99,9 @@ def looks_of(replicates: int, most: int) -> tuple[int, ...]:
     """List the numbers of replicates at which an adaptive ablation looks."""
     looks = [replicates]
     while looks[-1] < most:
-        looks.append(min(most, math.ceil(looks[-1] * _LOOK_GROWTH)))
+        step = math.ceil(looks[-1] * _LOOK_GROWTH)
+        # No look that the last one follows closely: it would spend error and see little.
+        looks.append(most if step * _LOOK_GROWTH > most else step)
     return tuple(looks)
 
 

@@ -20,7 +20,7 @@ from reports.paired import bca_interval, power, sign_flip, spread, t_interval
 from tests.reports.ablations import RUN_SD, draw_study, make_arm, verdicts_only
 
 # What `study.ablate.looks_of(5, 20)` gives.
-LOOKS = (5, 8, 12, 18, 20)
+LOOKS = (5, 8, 12, 20)
 PAIR_SD = RUN_SD * math.sqrt(2)
 NAN = math.nan
 
@@ -249,7 +249,7 @@ def test_bca_intervals_of_five_pairs_are_too_narrow_as_their_docstring_says() ->
         baseline, (arm,) = draw_study(rng, (0.01,), 5)
         found = bca_interval(arm.values - baseline.values, rng)
         held += found.low <= 0.01 <= found.high
-    # 0.83 in 2,000 studies of benchmarks/planted_effects.py.
+    # 84 % in 2,000 studies of the benchmark of planted effects.
     assert 0.95 - 2 * slack(0.95, n_studies) > held / n_studies > 0.75
 
 
@@ -283,7 +283,7 @@ def test_the_detectable_difference_has_just_the_power(n: int, alpha: float) -> N
 def test_the_looks_spend_the_error_once() -> None:
     rules = Rules(looks=LOOKS)
     shares = [rules.spent(k) for k in range(len(LOOKS))]
-    assert shares == pytest.approx([0.25, 0.15, 0.2, 0.3, 0.1])
+    assert shares == pytest.approx([0.0625, 0.0975, 0.2, 0.64])
     assert sum(shares) == pytest.approx(1)
 
 
@@ -293,7 +293,7 @@ def test_an_adaptive_p_is_the_best_look_over_its_share() -> None:
     (effect,) = estimate(baseline, [arm], looks=LOOKS)
     each = [
         stats.ttest_1samp(differences[:n], 0).pvalue / share
-        for n, share in ((5, 0.25), (8, 0.15), (12, 0.2))
+        for n, share in ((5, 0.0625), (8, 0.0975), (12, 0.2))
     ]
     assert effect.p_family == pytest.approx(min(1.0, *each), abs=1e-9)
     ends = stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.05 * 0.2)
@@ -361,7 +361,8 @@ def test_levels_with_unequal_replicates_are_each_judged_by_their_own_looks() -> 
     assert first.arm.n_run == 5
     p = stats.ttest_rel(early.values[:5], baseline.values[:5]).pvalue
     assert first.p == pytest.approx(p, abs=1e-9)
-    assert first.p_family == pytest.approx(min(1.0, 2 * p / 0.25), abs=1e-9)
+    # The smaller one of the two: Holm leaves it as its look gave it.
+    assert second.p_family < first.p_family == pytest.approx(p / 0.0625, abs=1e-9)
 
 
 def test_before_its_first_look_an_adaptive_study_says_nothing() -> None:

@@ -95,7 +95,7 @@ _READ = {
     r"$>$": ">", r"$\to$": "→", r"$\eta$": "η", r"$\omega$": "ω", r"$^2$": "²", r"\ss{}": "ß",
     r"\dots{}": "…", r"\L{}": "Ł", r"$\le$": "≤", r'\"{o}': "ö", r'\"{i}': "ï", r"\'{o}": "ó",
     r"\'{z}": "ź", r"\AA{}": "Å", r"\&": "&", r"\%": "%", r"\$": "$", r"\#": "#", r"\_": "_",
-    r"\{": "{", r"\}": "}",
+    r"\{": "{", r"\}": "}", "{[}": "[", "{]}": "]", "{*}": "*", "-{}-": "--",
 }  # fmt: skip
 _LATEX = re.compile("|".join(re.escape(key) for key in sorted(_READ, key=len, reverse=True)))
 
@@ -338,7 +338,6 @@ def test_each_table_can_be_cut_out(
     compiled(tmp_path, "paper.tex")
 
 
-@pytest.mark.xfail(strict=True, reason="reports/publish.py leaves [ and * as they are")
 @pytest.mark.parametrize("name", ["[x]", "[", "*", "*x"])
 def test_a_first_cell_that_latex_could_take_for_an_option_is_set(
     name: str, tmp_path: Path
@@ -355,12 +354,10 @@ def test_a_first_cell_that_latex_could_take_for_an_option_is_set(
         assert text.count(name) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="reports/publish.py leaves -- as it is")
 def test_two_hyphens_do_not_become_a_dash() -> None:
     assert "--" not in latex_text("--set train.epochs=5")
 
 
-@pytest.mark.xfail(strict=True, reason="reports/publish.py fits tables to the width alone")
 def test_a_table_of_a_hundred_rows_stays_on_its_page(tmp_path: Path) -> None:
     grid = small(*[(f"level {k}", "1.0", "2.0") for k in range(100)], note="A note.")
     (tmp_path / "ablation.tex").write_text(latex_document("t", [grid], "m"), encoding="utf-8")

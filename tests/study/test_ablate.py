@@ -495,7 +495,7 @@ def test_adaptive_stops_where_the_effect_is_huge_and_goes_on_where_it_is_open(
     _script(monkeypatch, accuracy)
     settings = ("ablation.adaptive=true", "ablation.max_replicates=8")
     plan = _plan(photos, tmp_path, *settings, factors={"head_lr_mult": [1.0, 100.0]}, replicates=4)
-    assert plan.looks == (4, 6, 8)
+    assert plan.looks == (4, 8)
     looked = []
 
     def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
@@ -527,7 +527,7 @@ def test_adaptive_ends_at_the_first_look_where_all_is_settled(
 
 @pytest.mark.parametrize(
     ("replicates", "most", "looks"),
-    [(5, 20, (5, 8, 12, 18, 20)), (2, 4, (2, 3, 4)), (5, 5, (5,)), (2, 3, (2, 3))],
+    [(5, 20, (5, 8, 12, 20)), (2, 4, (2, 4)), (5, 5, (5,)), (2, 3, (2, 3))],
 )
 def test_looks_grow_by_half_up_to_the_most(
     replicates: int, most: int, looks: tuple[int, ...]

@@ -1,0 +1,735 @@
+import csv
+import io
+import math
+import re
+import socket
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reports.ablation import read_ablations
+from reports.ablation_report import (
+    AblationPaths,
+    Section,
+    describe_ablation,
+    grids_markdown,
+    write_ablation,
+)
+from reports.ablation_tables import effects_csv, failures_grid
+from reports.effects import Rules, estimate_effects
+from study.designs import Cell, Design
+from study.store import Store, StoreError
+from tests.reports.ablations import (
+    Score,
+    Simulator,
+    bracketed,
+    design_of,
+    follow,
+    make_ablation,
+    make_arm,
+    make_factors,
+    section,
+    two_levels,
+    verdicts_only,
+)
+
+NAME = "pets-ablation"
+EVIL = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Checks that tags nest and have no handlers, and keeps what a reader would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.items: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in {"meta", "br", "img", "source", "link", "hr"}:
+            self.open.append(tag)
+        if tag == "li":
+            self.items.append("")
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "srcset", "href"):
+                assert str(value).startswith(("data:", "#"))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+        if "li" in self.open:
+            self.items[-1] += data
+
+    def finding(self, head: str) -> str:
+        """Return a finding's text, empty where there is none."""
+        return next(
+            (item[len(head) :].strip() for item in self.items if item.startswith(head)), ""
+        )
+
+
+def simulate(
+    means: dict[str, float], *, seed: int = 0, sd: float = 0.01, n: int = 20, n_val: int = 400
+) -> Simulator:
+    """Return how runs go: true accuracy by the cell's label, the same whenever it is asked."""
+    rng = np.random.default_rng(seed)
+    seeds = rng.normal(0, 0.015, n)
+    noise: dict[tuple[str, int], float] = {}
+
+    def score(cell: Cell, replicate: int) -> Score:
+        key = cell.label, replicate
+        if key not in noise:
+            noise[key] = rng.normal(0, sd)
+        true = 0.8 + sum(gain for name, gain in means.items() if name in cell.label)
+        return round(n_val * (true + seeds[replicate] + noise[key])) / n_val
+
+    return score
+
+
+def ofat() -> Design:
+    factors = make_factors(
+        augment=["crop", "none", "mixup"], freeze=["0", "3", "5"], head=["xavier", "zero"]
+    )
+    return design_of("ofat", factors)
+
+
+TRUTH = {"augment = none": -0.06, "augment = mixup": 0.05, "freeze = 5": 0.008}
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """statsmodels collects garbage at every correction, which takes longer than all the rest."""
+    monkeypatch.setattr("gc.collect", lambda *args: 0)
+
+
+def report(store: Store, folder: Path, **more: object) -> tuple[AblationPaths, Page, Section]:
+    with store:
+        sections = describe_ablation(store, NAME)
+        paths = write_ablation(store, NAME, folder, **more)
+    return paths, Page(paths.html.read_text(encoding="utf-8")), sections[0]
+
+
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out, which take nine tenths of the time."""
+    monkeypatch.setattr("reports.figures.render", lambda *args, **more: b"<svg></svg>")
+
+
+def names(cells: str) -> set[str]:
+    """Return the levels that a finding names."""
+    return set(re.findall(r"\w{2,} = [\w.]+", cells))
+
+
+# Levels against the baseline
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AblationPaths, Page, Section]:
+    """The drawn report of five levels, the test split read for the baseline and one of them."""
+    folder = tmp_path_factory.mktemp("machine-path")
+    score = simulate(TRUTH)
+
+    def test(cell: Cell, replicate: int) -> Score:
+        return 0.78 if not cell.levels else 0.85 if cell.label == "augment = mixup" else None
+
+    store = make_ablation(folder / "studies.db", ofat(), score, with_answers=True, test=test)
+    return folder, *report(store, folder / "out" / "deep")
+
+
+def test_every_file_is_written(levels: tuple[Path, AblationPaths, Page, Section]) -> None:
+    folder, paths, _, _ = levels
+    out = folder / "out" / "deep"
+    assert [paths.html, paths.markdown, paths.latex, *paths.csv] == [
+        out / "ablation.html", out / "ablation.md", out / "ablation.tex",
+        out / "ofat-effects.csv", out / "ofat-runs.csv",
+    ]  # fmt: skip
+    stems = {(path.stem, path.suffix) for path in paths.figures}
+    assert stems == {
+        (name, kind) for name in ("ofat-forest", "ofat-seeds") for kind in (".png", ".svg", ".pdf")
+    }
+    every = [paths.html, paths.markdown, paths.latex, *paths.csv, *paths.figures]
+    assert all(path.stat().st_size > 200 for path in every)
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {p.name for p in every}
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+    assert all(p.read_bytes().startswith(starts[p.suffix]) for p in paths.figures)
+
+
+def test_the_page_says_which_levels_help_hurt_and_are_open(
+    levels: tuple[Path, AblationPaths, Page, Section],
+) -> None:
+    _, _, page, found = levels
+    verdicts = {effect.arm.label: effect.verdict for effect in found.effects}
+    assert verdicts["augment = mixup"] == "helps" and verdicts["augment = none"] == "hurts"
+    heads = {
+        "helps": "Better than the baseline:",
+        "hurts": "Worse than the baseline:",
+        "no difference": "No difference beyond ±1 points:",
+        "undecided": "Undecided:",
+    }
+    for verdict, head in heads.items():
+        expected = {label for label, own in verdicts.items() if own == verdict}
+        assert names(page.finding(head)) == expected
+    assert len(set(verdicts.values())) >= 3
+    assert "replicates would settle it" in page.finding("Undecided:")
+
+
+def test_the_page_says_that_the_test_split_was_read(
+    levels: tuple[Path, AblationPaths, Page, Section],
+) -> None:
+    _, paths, page, found = levels
+    assert page.finding("Test split:") == "The test split was read for 10 runs."
+    assert "The test split was not used" not in page.text
+    grids = {grid.name: grid for grid in found.grids}
+    assert set(grids) == {"ofat-effects", "ofat-test", "ofat-mcnemar"}
+    assert [row[0] for row in grids["ofat-test"].rows] == ["baseline", "augment = mixup"]
+    assert len(grids["ofat-mcnemar"].rows) == 5  # one a seed
+    assert "read for 10 runs" in paths.markdown.read_text(encoding="utf-8")
+    cards = {card.name: card.figure for card in found.cards}
+    assert cards["Test split"] == "read"
+    assert (cards["Replicates"], cards["Runs"]) == ("5", "30")
+
+
+def test_mcnemars_counts_are_those_of_the_answers(
+    levels: tuple[Path, AblationPaths, Page, Section],
+) -> None:
+    _, _, _, found = levels
+    (grid,) = [grid for grid in found.grids if grid.name == "ofat-mcnemar"]
+    for row in grid.rows:
+        assert int(row[2]) - int(row[3]) == round(0.85 * 400) - round(0.78 * 400)
+
+
+def test_no_path_of_this_machine_is_in_any_file(
+    levels: tuple[Path, AblationPaths, Page, Section],
+) -> None:
+    folder, paths, _, _ = levels
+    texts = [paths.html, paths.markdown, paths.latex, *paths.csv]
+    texts += [path for path in paths.figures if path.suffix == ".svg"]
+    for path in texts:
+        text = path.read_text(encoding="utf-8")
+        for trace in ("machine-path", str(folder), str(Path.home()) + "/", socket.gethostname()):
+            assert trace not in text, f"{trace} in {path.name}"
+
+
+def test_two_reads_give_the_same_bytes(
+    levels: tuple[Path, AblationPaths, Page, Section], tmp_path: Path
+) -> None:
+    folder, paths, _, _ = levels
+    with Store.open(str(folder / "studies.db")) as store:
+        again = write_ablation(store, NAME, tmp_path)
+    pairs = zip([*paths.csv, *paths.figures], [*again.csv, *again.figures], strict=True)
+    for first, second in pairs:
+        assert first.name == second.name
+        assert first.read_bytes() == second.read_bytes()
+    assert paths.latex.read_bytes() == again.latex.read_bytes()
+
+
+def test_the_effects_csv_is_unrounded_and_that_of_estimate_effects(
+    levels: tuple[Path, AblationPaths, Page, Section],
+) -> None:
+    folder, paths, _, _ = levels
+    score, cells = simulate(TRUTH), ofat().cells
+    values = [[score(cell, r) for cell in cells] for r in range(5)]  # as it was entered
+    rows = list(csv.DictReader(io.StringIO(paths.csv[0].read_text(encoding="utf-8"))))
+    arms = [make_arm(cell.label, [row[k] for row in values]) for k, cell in enumerate(cells)]
+    rules = Rules(resolution=1 / 400)
+    effects = estimate_effects(arms[0], arms[1:], rules, np.random.default_rng(0))
+    assert rows[0]["factor"] == "baseline" and rows[0]["verdict"] == ""
+    for row, effect in zip(rows[1:], effects, strict=True):
+        assert f"{row['factor']} = {row['level']}" == effect.arm.label
+        assert row["verdict"] == effect.verdict
+        for key, own in (
+            ("difference", effect.difference.estimate), ("difference_low", effect.difference.low),
+            ("difference_high", effect.difference.high), ("p", effect.p), ("sd", effect.sd),
+            ("p_sign_flip", effect.p_sign_flip), ("p_family", effect.p_family),
+            ("p_equivalence", effect.p_equivalence), ("d_z", effect.standardised),
+        ):  # fmt: skip
+            assert float(row[key]) == pytest.approx(own, abs=1e-12), key
+
+
+def test_the_runs_csv_has_every_run(levels: tuple[Path, AblationPaths, Page, Section]) -> None:
+    _, paths, _, _ = levels
+    rows = list(csv.DictReader(io.StringIO(paths.csv[1].read_text(encoding="utf-8"))))
+    score, cells = simulate(TRUTH), ofat().cells
+    values = {(cell.label, r): score(cell, r) for r in range(5) for cell in cells}
+    assert len(rows) == len(values) == 30
+    for row in rows:
+        assert float(row["val_acc"]) == values[row["cell"], int(row["seed"]) - 7]
+        assert (row["test_acc"] != "") == (row["cell"] in ("baseline", "augment = mixup"))
+
+
+def test_the_uncertainty_of_pictures_is_that_of_the_kept_answers(
+    levels: tuple[Path, AblationPaths, Page, Section],
+) -> None:
+    folder, _, _, _ = levels
+    with Store.open(str(folder / "studies.db")) as store:
+        base = read_ablations(store, NAME)[0].baseline
+    assert base is not None and base.pictures is not None
+    assert base.pictures.estimate == pytest.approx(np.mean(base.arm.values))
+    assert base.pictures.low < base.pictures.estimate < base.pictures.high
+
+
+# Other states of such a study
+
+
+def test_an_unread_test_split_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
+    paths, page, found = report(store, tmp_path / "out")
+    assert page.finding("Test split:") == "The test split was not used."
+    assert "was read for" not in page.text + paths.markdown.read_text(encoding="utf-8")
+    assert [grid.name for grid in found.grids] == ["ofat-effects"]
+
+
+def test_a_study_without_test_split_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH), n_test=0)
+    _, page, _ = report(store, tmp_path / "out")
+    assert page.finding("Test split:") == "There is no test split."
+
+
+def test_leave_one_component_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undrawn(monkeypatch)
+    design = design_of("loco", two_levels("augment", "schedule", "warmup"))
+    store = make_ablation(tmp_path / "s.db", design, simulate({"schedule = on": -0.08}))
+    paths, page, found = report(store, tmp_path / "out")
+    assert found.title == "Leave one component out"
+    assert names(page.finding("Worse than the baseline:")) == {"schedule = on"}
+    assert [path.name for path in paths.csv] == ["loco-effects.csv", "loco-runs.csv"]
+
+
+def test_failed_runs_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undrawn(monkeypatch)
+    score = simulate(TRUTH)
+
+    def failing(cell: Cell, replicate: int) -> Score:
+        if cell.label == "freeze = 5":
+            return f"diverged: the loss is nan {EVIL}"
+        if cell.label == "head = zero" and replicate == 1:
+            return "out of memory: 8 GiB"
+        if cell.label == "freeze = 3" and replicate == 0:
+            return "interrupted"
+        return score(cell, replicate)
+
+    store = make_ablation(tmp_path / "s.db", ofat(), failing)
+    paths, page, found = report(store, tmp_path / "out")
+    told = page.finding("Runs failed:")
+    assert told == "freeze = 5 (5 of 5 runs); head = zero (1 of 5 runs)."
+    verdicts = {effect.arm.label: effect for effect in found.effects}
+    assert verdicts["freeze = 5"].n == 0
+    # What was cut short from outside will come again: it is missing, not failed.
+    assert verdicts["freeze = 3"].verdict != "fails" and verdicts["freeze = 3"].n == 4
+    cards = {card.name: card for card in found.cards}
+    assert cards["Runs"].more == "6 failed, 1 still missing"
+    grid = next(grid for grid in found.grids if grid.name == "ofat-failures")
+    assert [row[:2] for row in grid.rows] == [
+        *[("freeze = 5", str(seed)) for seed in range(7, 12)], ("head = zero", "8"),
+    ]  # fmt: skip
+    assert "script" not in page.tags and EVIL in page.text
+    rows = list(csv.DictReader(io.StringIO(paths.csv[0].read_text(encoding="utf-8"))))
+    assert [row["n_failed"] for row in rows] == ["0", "0", "0", "0", "5", "1"]
+
+
+def test_a_baseline_that_failed_once_loses_its_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    score = simulate(TRUTH)
+
+    def failing(cell: Cell, replicate: int) -> Score:
+        return "diverged: nan" if not cell.levels and replicate == 4 else score(cell, replicate)
+
+    store = make_ablation(tmp_path / "s.db", ofat(), failing)
+    _, page, found = report(store, tmp_path / "out")
+    assert {effect.n for effect in found.effects} == {4}
+    assert "augment = mixup" in names(page.finding("Better than the baseline:"))
+    assert "baseline (1 failed)" in {row[-1] for row in found.grids[0].rows}
+
+
+def test_an_unfinished_study_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = simulate(TRUTH)
+
+    def half(cell: Cell, replicate: int) -> Score:
+        is_done = replicate == 0 or (replicate == 1 and cell.label in ("baseline", "freeze = 3"))
+        return score(cell, replicate) if is_done and cell.label != "head = zero" else None
+
+    store = make_ablation(tmp_path / "s.db", ofat(), half)
+    undrawn(monkeypatch)
+    _, page, found = report(store, tmp_path / "out")
+    cards = {card.name: card for card in found.cards}
+    assert (cards["Runs"].figure, cards["Runs"].more) == ("7", "0 failed, 23 still missing")
+    told = {effect.arm.label: effect.n for effect in found.effects}
+    assert told["freeze = 3"] == 2 and told["head = zero"] == 0
+    assert "head = zero (not run yet)" in page.finding("Undecided:")
+    assert "augment = none (too few replicates)" in page.finding("Undecided:")
+    last = {row[1]: row[-1] for row in found.grids[0].rows}
+    assert last["zero"] == "not run yet"
+    assert last["none"] == "undecided: one replicate cannot be tested"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ofat",
+        "factorial",
+        "screen",
+        "path",
+    ],
+)
+def test_a_study_of_which_nothing_has_run_can_be_drawn(kind: str, tmp_path: Path) -> None:
+    factors = two_levels("a", "b", "c")
+    store = make_ablation(tmp_path / "s.db", design_of(kind, factors), lambda cell, r: None)
+    _, page, found = report(store, tmp_path / "out")
+    assert {card.name: card.figure for card in found.cards}["Runs"] == "0"
+    assert page.finding("Test split:") == "The test split was not used."
+
+
+def test_an_adaptive_study_shows_the_replicates_of_each_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    score = simulate({"augment = none": -0.1, "augment = mixup": 0.1}, sd=0.02)
+
+    def adaptive(cell: Cell, replicate: int) -> Score:
+        most = 5 if "augment" in cell.label else 8
+        return score(cell, replicate) if replicate < most else None
+
+    settings = section(design="ofat", replicates=5, adaptive=True, max_replicates=12, margin=0.5)
+    store = make_ablation(tmp_path / "s.db", ofat(), adaptive, looks=(5, 8, 12), settings=settings)
+    paths, page, found = report(store, tmp_path / "out")
+    told = {effect.arm.label: (effect.n, effect.verdict) for effect in found.effects}
+    assert told["augment = none"] == (5, "hurts") and told["augment = mixup"] == (5, "helps")
+    assert told["freeze = 3"][0] == 8
+    assert "looks at 5, 8, 12 replicates" in page.text
+    assert "±0.5 points" in page.text
+    assert "missing" not in {card.name: card for card in found.cards}["Runs"].more
+    rows = list(csv.DictReader(io.StringIO(paths.csv[1].read_text(encoding="utf-8"))))
+    assert len(rows) == 4 * 8 + 2 * 5
+
+
+def test_splits_drawn_anew_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undrawn(monkeypatch)
+    settings = section(design="ofat", resplit=True)
+    store = make_ablation(
+        tmp_path / "s.db", ofat(), simulate(TRUTH), settings=settings, with_answers=True
+    )
+    _, page, found = report(store, tmp_path / "out")
+    assert "a new validation split each" in page.text
+    # Answers on different pictures are not averaged picture by picture.
+    place = found.grids[0].header.index("± pictures")
+    assert {row[place] for row in found.grids[0].rows} == {"–"}
+
+
+def test_the_sign_flip_test_is_named_where_it_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    settings = section(design="ofat", test="sign-flip")
+    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH), settings=settings)
+    _, page, found = report(store, tmp_path / "out")
+    # Five replicates cannot reach 0.05 over five levels: 2^-4 is above 0.01.
+    assert not {"helps", "hurts"} & {effect.verdict for effect in found.effects}
+    assert "exact two-sided sign-flip permutation test, Holm" in page.text
+
+
+def test_names_are_escaped_wherever_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    factors = make_factors(**{f"f{EVIL}": [f"b{EVIL}", f"l{EVIL}"], "x": ["y", "z"]})
+    store = make_ablation(
+        tmp_path / "s.db", design_of("ofat", factors), simulate({}),
+        origin=f"trial 1 of {EVIL}", command=f"python -m study ablate '{EVIL}'",
+        source=f"folder:{EVIL}", warnings=[f"class {EVIL} is small"],
+    )  # fmt: skip
+    paths, page, _ = report(store, tmp_path / "out")
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) >= 8
+    assert "<script" not in paths.markdown.read_text(encoding="utf-8")
+
+
+def test_a_database_url_loses_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    command = "python -m study ablate pets --storage postgresql://me:hunter2@db/studies"
+    store = make_ablation(tmp_path / "s.db", ofat(), simulate({}), command=command)
+    paths, page, _ = report(store, tmp_path / "out")
+    assert "postgresql://me:***@db/studies" in page.text
+    for path in (paths.html, paths.markdown, paths.latex):
+        assert "hunter2" not in path.read_text(encoding="utf-8")
+
+
+def test_a_search_is_no_ablation(tmp_path: Path) -> None:
+    with Store.open(str(tmp_path / "s.db"), create=True) as store:
+        store.create_study("pets", {}, {}, {})
+        with pytest.raises(StoreError, match="no ablation.*python -m study ablate pets"):
+            write_ablation(store, "pets", tmp_path / "out")
+        with pytest.raises(StoreError, match="nothing"):
+            describe_ablation(store, "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+# Coded designs and paths
+
+
+def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
+    design = design_of("factorial", two_levels("augment", "freeze"))
+    truth = {"augment = on": 0.05, "augment = on, freeze = on": 0.06}
+    store = make_ablation(tmp_path / "s.db", design, simulate(truth))
+    paths, page, found = report(store, tmp_path / "out")
+    assert "augment × freeze (interaction)" in page.finding("Matters:")
+    assert [grid.name for grid in found.grids] == [
+        "factorial-contrasts", "factorial-anova", "factorial-cells",
+    ]  # fmt: skip
+    assert {path.stem for path in paths.figures} == {
+        "factorial-main-effects", "factorial-interactions", "factorial-cells-augment-freeze",
+    }  # fmt: skip
+    assert page.finding("Design:") == "full factorial, 4 combinations."
+    assert [path.name for path in paths.csv] == ["factorial-effects.csv", "factorial-runs.csv"]
+    rows = list(csv.DictReader(io.StringIO(paths.csv[0].read_text(encoding="utf-8"))))
+    assert len(rows) == 3
+    assert not found.effects
+
+
+def test_a_fraction_tells_its_aliases_and_no_interaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    design = design_of("factorial", two_levels("a", "b", "c"), resolution=3)
+    store = make_ablation(tmp_path / "s.db", design, simulate({"b = on": -0.07}))
+    _, page, found = report(store, tmp_path / "out")
+    assert page.finding("Matters:").startswith("b from off to on (−")
+    assert page.finding("Not told from noise:") == "a, c."
+    assert "fractional factorial of resolution 3" in page.finding("Design:")
+    assert "Aliasing: a = b × c" in found.grids[0].note
+    assert "interaction)" not in page.text
+
+
+def test_three_levels_are_judged_by_the_analysis_of_variance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    design = design_of("factorial", make_factors(depth=["0", "3", "5"], head=["x", "z"]))
+    store = make_ablation(tmp_path / "s.db", design, simulate({"depth = 5": -0.06}))
+    _, page, found = report(store, tmp_path / "out")
+    assert page.finding("Matters:").startswith("depth (p ")
+    assert "; " not in page.finding("Matters:")
+    assert [grid.name for grid in found.grids] == ["factorial-anova", "factorial-cells"]
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_screening_design_finds_the_planted_factor(
+    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    names_ = ("a", "b", "c", "d", "e", "f", "g")
+    design = design_of("screen", two_levels(*names_))
+    store = make_ablation(
+        tmp_path / "s.db", design, simulate({"d = on": -0.1}, sd=0.003), looks=(n,)
+    )
+    _, page, found = report(store, tmp_path / "out")
+    assert page.finding("Matters:").startswith("d from off to on (−")
+    assert "; " not in page.finding("Matters:")
+    assert page.finding("Design:").startswith("Plackett-Burman design (pyDOE): 8 settings")
+    assert ("Lenth" in found.grids[0].note) == (n == 1)
+
+
+def test_definitive_screening_is_drawn(tmp_path: Path) -> None:
+    design = design_of("screen", bracketed("base_lr", "weight_decay", "mixup"))
+    store = make_ablation(
+        tmp_path / "s.db", design, simulate({"base_lr = 0.1": 0.05, "base_lr = 0.001": -0.05})
+    )
+    paths, page, _ = report(store, tmp_path / "out")
+    assert page.finding("Matters:").startswith("base_lr from 0.001 to 0.1 (+")
+    assert "definitive screening design" in page.finding("Design:")
+    assert {path.stem for path in paths.figures} == {"screen-half-normal"}
+
+
+@pytest.mark.parametrize("kind", ["screen", "factorial"])
+def test_a_coded_design_without_a_whole_replicate_claims_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    design = design_of(kind, two_levels("a", "b", "c"))
+    score = simulate({"b = on": -0.3})
+    # Half of the settings diverge every time.
+    store = make_ablation(
+        tmp_path / "s.db",
+        design,
+        lambda cell, r: "diverged: nan" if "b" in cell.levels else score(cell, r),
+    )
+    _, page, _ = report(store, tmp_path / "out")
+    assert "no effect is told from noise" not in page.finding("Matters:")
+
+
+def path_store(path: Path, score: Simulator) -> Store:
+    design, steps = follow(design_of("path", two_levels("augment", "freeze", "head")), score, 5)
+    return make_ablation(path, design, score, steps=steps)
+
+
+def test_a_path_tells_its_order_and_its_gains(tmp_path: Path) -> None:
+    # Towards the baseline: what is still `on` costs.
+    truth = {"augment = on": -0.03, "freeze = on": -0.12}
+    store = path_store(tmp_path / "s.db", simulate(truth))
+    paths, page, found = report(store, tmp_path / "out")
+    assert page.finding("Order:").startswith("freeze, then augment, then head")
+    changed = page.finding("Steps that changed the accuracy:")
+    assert "freeze (+12" in changed and "augment (+" in changed and "head" not in changed
+    assert page.finding("In all:").startswith("+1") and "over 3 steps" in page.finding("In all:")
+    grid = found.grids[0]
+    assert [row[1] for row in grid.rows][:2] == ["start", "freeze: on → off"]
+    assert [row[-2] for row in grid.rows] == ["", "3", "2", "1"]
+    assert {path.stem for path in paths.figures} == {"path-waterfall"}
+
+
+def test_a_path_of_one_replicate_has_gains_without_p(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    score = simulate({"freeze = on": -0.1})
+    design, steps = follow(design_of("path", two_levels("augment", "freeze")), score, 1)
+    store = make_ablation(tmp_path / "s.db", design, score, steps=steps, looks=(1,))
+    _, page, found = report(store, tmp_path / "out")
+    assert page.finding("Steps that changed the accuracy:") == "none, by its test."
+    assert [row[4] for row in found.grids[0].rows] == ["", "–", "–"]
+
+
+def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    score = simulate({"freeze = on": -0.1})
+    begun = design_of("path", two_levels("augment", "freeze"))
+    store = make_ablation(
+        tmp_path / "s.db", begun, lambda cell, r: score(cell, r) if len(cell.levels) == 2 else None
+    )
+    _, page, _ = report(store, tmp_path / "out")
+    assert page.finding("Path:") == "no step was finished yet."
+
+
+# Several designs, several data sets
+
+
+def test_two_designs_of_one_study_have_a_section_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
+    with store:
+        row = store.designs(store.study(NAME).id)[0]
+        store.put_design(row.study_id, "another", "ofat", row.spec, "python -m study again")
+        sections = describe_ablation(store, NAME)
+        paths = write_ablation(store, NAME, tmp_path / "out")
+    # The last one used comes first; names count from the first, so that they stay.
+    assert [section.name for section in sections] == ["ofat-2", "ofat"]
+    assert [path.name for path in paths.csv] == [
+        "ofat-2-effects.csv", "ofat-2-runs.csv", "ofat-effects.csv", "ofat-runs.csv",
+    ]  # fmt: skip
+    assert "ofat-2-effects" in paths.latex.read_text(encoding="utf-8")
+    assert "ofat-2-effects" in [grid.name for s in sections for grid in s.grids]
+    assert grids_markdown(sections).count("**Ablation of") == 2
+
+
+def across(tmp_path: Path, n: int) -> tuple[Store, list[str]]:
+    names_ = []
+    for k in range(n):
+        name = NAME if k == 0 else f"set-{k}"
+        store = make_ablation(
+            tmp_path / "s.db", ofat(), simulate(TRUTH, seed=k), name=name,
+            source=f"folder:photos/set{k}",
+        )  # fmt: skip
+        names_.append(name)
+        if k + 1 < n:
+            store.close()
+    return store, names_
+
+
+def test_ablations_of_several_data_sets_are_compared(tmp_path: Path) -> None:
+    store, names_ = across(tmp_path, 4)
+    paths, page, _ = report(store, tmp_path / "out", beside=names_[1:])
+    text = paths.markdown.read_text(encoding="utf-8")
+    table = text[text.index("Levels across data sets") :]
+    header = next(line for line in table.splitlines() if line.startswith("| Level"))
+    assert [cell.strip() for cell in header.strip("| ").split("|")] == [
+        "Level", "set0", "set1", "set2", "set3", "Mean rank",
+    ]  # fmt: skip
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert rows[0].startswith("| augment = mixup") and rows[-1].startswith("| augment = none")
+    assert len(rows) == 6
+    assert "Friedman’s test over 4 data sets and 6 arms" in page.text
+    assert "across-ranks" in {path.stem for path in paths.figures}
+    assert r"\label{tab:across}" in paths.latex.read_text(encoding="utf-8")
+
+
+def test_ablations_that_share_no_level_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    other = design_of("ofat", make_factors(decay=["0", "1"]))
+    make_ablation(tmp_path / "s.db", other, simulate({}), name="other").close()
+    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
+    _, page, _ = report(store, tmp_path / "out", beside=["other"])
+    assert "nothing can be compared across them" in page.text
+
+
+# Planted effects through the whole record
+
+
+def planted(path: Path, seed: int) -> dict[str, str]:
+    """Enter a study with one level that helps, one that hurts and one without effect."""
+    design = design_of("ofat", make_factors(x=["0", "up", "down", "same"]))
+    score = simulate({"x = up": 0.04, "x = down": -0.04}, seed=seed, sd=0.01, n_val=5000)
+    with make_ablation(path, design, score, name=f"study-{seed}", looks=(8,), n_val=5000) as store:
+        ablation = read_ablations(store, f"study-{seed}")[0]
+    return {effect.arm.level: effect.verdict for effect in ablation.effects()}
+
+
+def test_planted_effects_are_found_through_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts_only(monkeypatch)
+    found = [planted(tmp_path / "s.db", seed) for seed in range(40)]
+    assert sum(each["up"] == "helps" and each["down"] == "hurts" for each in found) >= 38
+    wrong = sum(each["same"] in ("helps", "hurts") for each in found)
+    assert wrong / 40 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)
+
+
+def test_the_order_in_which_runs_came_does_not_matter(tmp_path: Path) -> None:
+    score, design = simulate(TRUTH), ofat()
+    fixed = {(c.label, r): score(c, r) for c in design.cells for r in range(5)}
+
+    def rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
+        """Return the effects of runs that came in this order of cells."""
+        own = Design(design.kind, design.factors, tuple(cells))
+        path = tmp_path / f"{cells[0].label}.db"
+        with make_ablation(path, own, lambda c, r: fixed[c.label, r]) as store:
+            row = store.designs(store.study(NAME).id)[0]
+            spec = dict(row.spec)
+            place = [[c["levels"] for c in spec["cells"]].index(c.levels) for c in design.cells]
+            for key in ("cells", "runs"):
+                spec[key] = [spec[key][k] for k in place]
+            store.put_design(row.study_id, row.key, row.kind, spec, row.command)
+            ablation = read_ablations(store, NAME)[0]
+        found = list(csv.DictReader(io.StringIO(effects_csv(ablation, ablation.effects()))))
+        assert failures_grid(ablation) is None
+        for each in found:
+            assert float(each.pop("cost_s")) > 12
+        return found
+
+    assert rows(design.cells) == rows(design.cells[::-1])
