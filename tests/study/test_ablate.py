@@ -493,9 +493,9 @@ def test_adaptive_stops_where_the_effect_is_huge_and_goes_on_where_it_is_open(
         return 0.9 + 0.001 * config.seed
 
     _script(monkeypatch, accuracy)
-    settings = ("ablation.adaptive=true", "ablation.max_replicates=8")
+    settings = ("ablation.adaptive=true", "ablation.max_replicates=10")
     plan = _plan(photos, tmp_path, *settings, factors={"head_lr_mult": [1.0, 100.0]}, replicates=4)
-    assert plan.looks == (4, 8)
+    assert plan.looks == (4, 6, 10)
     looked = []
 
     def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
@@ -506,13 +506,13 @@ def test_adaptive_stops_where_the_effect_is_huge_and_goes_on_where_it_is_open(
     assert looked == [((4,), [4, 4, 4]), ((4, 6), [6, 4, 6])]
     counts = Counter((row.factor, row.level) for row in _rows(tmp_path))
     assert counts == {
-        ("baseline", None): 8,
+        ("baseline", None): 10,
         ("head_lr_mult", "1"): 4,
-        ("head_lr_mult", "100"): 8,
+        ("head_lr_mult", "100"): 10,
     }
     _, huge, unclear = _effects(tmp_path)
     assert (huge["verdict"], huge["n"]) == ("hurts", "4.0")
-    assert (unclear["verdict"], unclear["n"]) == ("undecided", "8.0")
+    assert (unclear["verdict"], unclear["n"]) == ("undecided", "10.0")
     assert float(huge["p_family"]) <= 0.05 < float(unclear["p_family"])
 
 
