@@ -119,6 +119,9 @@ class Sharing:
             torch.get_num_threads(),
         )
         self._making: _Making | None = None
+        # What crossed, as it was when it was kept: the suffix must not have written into it.
+        self._crossed: list[tuple[Tensor, int]] = []
+        self._is_written = False
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """Iterate over an epoch's batches; of those that do not cross yet `keep` is told."""
@@ -133,16 +136,22 @@ class Sharing:
                 yield Batch(crossing, labels, True)
             return
         self._making = making = _Making(self.cache, key)
+        self._crossed = []
         try:
             for images, labels in self._view_batches(epoch):
                 yield Batch(self.feed.normalize(images), labels, False)
-            making.finish()
+            self._is_written |= any(tensor._version != was for tensor, was in self._crossed)
+            if not self._is_written:
+                making.finish()
         finally:
             making.give_up()  # nothing is left to give up of a finished one
+            self._crossed = []
 
     def keep(self, crossing: Crossing, labels: Tensor, seconds: float) -> None:
         """Remember what a batch's frozen layers gave, until the epoch is whole."""
         assert self._making is not None, "a batch crosses while its epoch is made"
+        tensors = [value for value in crossing if isinstance(value, Tensor)]
+        self._crossed += [(tensor, tensor._version) for tensor in tensors]
         self._making.add((crossing, labels), crossing_bytes(crossing), seconds)
 
     def _view_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,6 +196,8 @@ class Sharing:
             made_s += time.perf_counter() - begin
             kept.append(crossing)
             yield crossing
+        if self._is_written:  # seen in training; inference tensors keep no count of writes
+            return
         self.cache.put(key, kept, sum(map(crossing_bytes, kept)), made_s)
 
     def _val_views_batches(self) -> Iterator[Tensor]:

@@ -42,7 +42,6 @@ from reports.publish import (
     p_equals,
     plus_minus,
     signed,
-    to_markdown,
 )
 from reports.ranks import RankMethod
 from reports.templating import render_template
@@ -91,9 +90,10 @@ class Section:
         cards: Figures at a glance.
         findings: What helped, what hurt, what is open.
         grids: Tables.
-        drawings: Figures.
+        plans: Figures, to be drawn.
         methods: Paragraph for a paper.
         effects: Against the baseline; empty for other designs.
+        drawings: The figures, where they have been drawn.
     """
 
     name: str
@@ -101,9 +101,10 @@ class Section:
     cards: tuple[Card, ...]
     findings: tuple[Finding, ...]
     grids: tuple[Grid, ...]
-    drawings: tuple[Drawing, ...]
+    plans: tuple[Plan, ...]
     methods: str
     effects: tuple[Effect, ...]
+    drawings: tuple[Drawing, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,10 @@ def write_ablation(
     pairs = _sections(ablations)
     across = compare_across([ablations[0], *others], method) if others else None
     out_dir.mkdir(parents=True, exist_ok=True)
-    sections = [section for _, section in pairs]
+    sections = [
+        replace(section, drawings=tuple(drawn(plan) for plan in section.plans))
+        for _, section in pairs
+    ]
     drawings = [drawing for section in sections for drawing in section.drawings]
     grids = [grid for section in sections for grid in section.grids]
     if across:
@@ -306,7 +310,7 @@ def _levels(ablation: Ablation, name: str) -> Section:
     return Section(
         name, _TITLES[ablation.kind], tuple(_cards(ablation)),
         tuple(_level_findings(ablation, effects)), tuple(grids),
-        tuple(drawn(plan) for plan in plans), methods_paragraph(ablation, effects), tuple(effects),
+        tuple(plans), methods_paragraph(ablation, effects), tuple(effects),
     )  # fmt: skip
 
 
@@ -417,7 +421,7 @@ def _factorial(ablation: Ablation, name: str) -> Section:
     findings.append(Finding("Test split:", test_split_words(ablation)))
     return Section(
         name, _TITLES[ablation.kind], tuple(_cards(ablation)), tuple(findings), tuple(grids),
-        tuple(drawn(plan) for plan in plans), methods_paragraph(ablation, []), (),
+        tuple(plans), methods_paragraph(ablation, []), (),
     )  # fmt: skip
 
 
@@ -448,7 +452,7 @@ def _map_draw(ablation: Ablation, a: str, b: str) -> Callable[[Any], Any]:
 def _screening(ablation: Ablation, name: str) -> Section:
     contrasts = estimate_contrasts(ablation)
     grids = [tables.cells_grid(ablation)]
-    drawings: list[Drawing] = []
+    plans: list[Plan] = []
     if contrasts:
         grids.insert(0, tables.contrasts_grid(ablation, contrasts))
         plan = _figure(
@@ -457,13 +461,13 @@ def _screening(ablation: Ablation, name: str) -> Section:
             "are more.",
             lambda ax: plot_half_normal(contrasts, ax), size=(4.8, 3.6),
         )  # fmt: skip
-        drawings.append(drawn(plan))
+        plans.append(plan)
     findings = list(_contrast_findings(contrasts, ablation.rules.alpha))
     findings.append(Finding("Design:", f"{ablation.spec['construction']}."))
     findings.append(Finding("Test split:", test_split_words(ablation)))
     return Section(
         name, _TITLES[ablation.kind], tuple(_cards(ablation)), tuple(findings), tuple(grids),
-        tuple(drawings), methods_paragraph(ablation, []), (),
+        tuple(plans), methods_paragraph(ablation, []), (),
     )  # fmt: skip
 
 
@@ -480,7 +484,7 @@ def _path(ablation: Ablation, name: str) -> Section:
     grids = (tables.path_grid(ablation, steps), tables.cells_grid(ablation))
     return Section(
         name, _TITLES[ablation.kind], tuple(_cards(ablation)), tuple(findings), grids,
-        (drawn(plan),), methods_paragraph(ablation, []), (),
+        (plan,), methods_paragraph(ablation, []), (),
     )  # fmt: skip
 
 
@@ -503,8 +507,3 @@ def _path_findings(steps: Sequence[Step], alpha: float) -> Iterator[Finding]:
     if total is not None:
         n = plural(len(steps) - 1, "step")
         yield Finding("In all:", f"{difference_words(total)} points over {n}.")
-
-
-def grids_markdown(sections: Sequence[Section]) -> str:
-    """Return the tables of all sections as Markdown, for the terminal."""
-    return "\n\n".join(to_markdown(grid) for section in sections for grid in section.grids)

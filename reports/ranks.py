@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from scipy.stats import f as f_distribution
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
+from reports.effects import holm
+
 RankMethod = Literal["nemenyi", "wilcoxon-holm"]
 Floats = NDArray[np.float64]
 
@@ -218,11 +220,7 @@ def _wilcoxon_holm(values: Floats) -> list[float]:
         with np.errstate(invalid="ignore"):
             differences = np.nan_to_num(first - second, nan=0.0, posinf=2.0, neginf=-2.0)
         p_values.append(signed_rank_p(differences))
-    corrected, floor = [0.0] * len(p_values), 0.0
-    for n_done, i in enumerate(np.argsort(p_values, kind="stable").tolist()):
-        floor = max(floor, min(1.0, p_values[i] * (len(p_values) - n_done)))
-        corrected[i] = floor
-    return corrected
+    return holm(p_values)
 
 
 def signed_rank_p(differences: Floats) -> float:

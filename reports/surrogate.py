@@ -316,7 +316,7 @@ def _one_thread() -> contextlib.AbstractContextManager[Any]:
     """Keep small matrices off the threads: measured 4 to 34 times quicker, 80 trials, 2 cores."""
     from threadpoolctl import threadpool_limits
 
-    return threadpool_limits(1)  # type: ignore[no-any-return]
+    return threadpool_limits(1)  # type: ignore[no-any-return]  # untyped library
 
 
 def _process(inputs: FloatArray, scores: FloatArray, kernel: Any = None) -> Any:

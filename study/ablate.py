@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from optuna.trial import TrialState
 
 from core.config import TrainConfig
 from core.data import ImageData, load_data
+from core.metrics import EpochMetrics
 from study.baseline import Baseline, given_factors
 from study.config import ConfigError, StudyConfig, check_backbones, config_diff
 from study.designs import BASELINE, Cell, Design, candidates, extend_path
@@ -28,15 +28,16 @@ from study.runner import (
     Asked,
     TrialResult,
     Work,
-    checkpoint_folder,
+    drop_checkpoint,
     identity,
     record_answers,
     run_trial,
 )
 from study.samplers import make_pruner
 from study.session import (
+    close_killed,
     corner_configs,
-    end_killed,
+    count_trials,
     open_session,
     picture_size,
 )
@@ -369,7 +370,7 @@ class _Ablation:
             run_identity(config, val_seed),
         )
 
-        def tell(metrics: Any) -> bool:
+        def tell(metrics: EpochMetrics) -> bool:
             self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
             return False
 
@@ -381,9 +382,7 @@ class _Ablation:
         if result.state == "complete":
             record_answers(self.work, number)
             if not self.settings.keep_checkpoints:
-                row = self.work.store.trial(self.work.study_id, number)
-                self.work.store.set_checkpoint(row.id, None)
-                shutil.rmtree(checkpoint_folder(self.work.output, number), ignore_errors=True)
+                drop_checkpoint(self.work, number)
         row = self.work.store.trial(self.work.study_id, number)
         # An error of the moment (a full disk, say) is tried again by the next run of the command.
         if row.reason not in RERUN_REASONS:
@@ -401,13 +400,8 @@ class _Ablation:
 
     def _recover(self) -> None:
         """Close what a killed process left open, and see what is done."""
-        store, study_id = self.work.store, self.work.study_id
-        self.ledger.fail_open()
-        for row in store.stale_trials(study_id):
-            end_killed(self.work, row)
-        for row in store.trials(study_id):
-            if row.number >= self.ledger.n_trials:  # Optuna was not told before the process died
-                self.ledger.add_failed({}, {})
+        close_killed(self.work, self.ledger)
+        for row in self.work.store.trials(self.work.study_id):
             if is_done(row):
                 self.rows.setdefault(row.config_hash, row)
                 self._complete_record(row)
@@ -465,17 +459,6 @@ class _Ablation:
         states = [self.rows[text].state for text in dict.fromkeys(hashes) if text in self.rows]
         return Counts(complete=states.count("complete"), failed=states.count("failed"))
 
-    def counts(self) -> Counts:
-        """Count the study's trials by state."""
-        rows = self.work.store.trials(self.work.study_id)
-        states = [row.state for row in rows]
-        return Counts(
-            complete=states.count("complete"),
-            failed=states.count("failed"),
-            running=states.count("running"),
-            cut_short=sum(row.reason in RERUN_REASONS for row in rows),
-        )
-
     def _best(self) -> tuple[int | None, float | None]:
         done = [row for row in self.rows.values() if row.state == "complete"]
         best = max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
@@ -487,7 +470,7 @@ class _Ablation:
         return AblationOutcome(
             study_name=self.config.study.name,
             stopped_because=because,
-            counts=self.counts(),
+            counts=count_trials(self.work),
             n_done=self._n_done(),
             n_planned=self._n_planned(),
             best_number=number,

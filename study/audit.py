@@ -5,25 +5,24 @@ import time
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
+from core.metrics import EpochMetrics
 from study.ablate import is_done
 from study.config import ConfigError, StudyConfig
 from study.ledger import Ledger
-from study.progress import Counts, Progress
-from study.runner import (
-    RERUN_REASONS,
-    Asked,
-    TrialResult,
-    Work,
-    checkpoint_folder,
-    identity,
-    run_trial,
-)
+from study.progress import Progress
+from study.runner import Asked, TrialResult, Work, drop_checkpoint, identity, run_trial
 from study.samplers import make_pruner
 from study.search import SearchOutcome
-from study.session import corner_configs, end_killed, open_session, picture_size
+from study.session import (
+    close_killed,
+    corner_configs,
+    count_trials,
+    open_session,
+    picture_size,
+)
 from study.space import distributions
 from study.store import Store, TrialRow
 
@@ -105,13 +104,9 @@ def _run(
         config.study.storage, config.study.name, make_pruner("none", config.train.epochs)
     )
     space = distributions(config.space)
-    ledger.fail_open()
-    for row in store.stale_trials(study_id):
-        end_killed(work, row)
-        if row.number >= ledger.n_trials:
-            ledger.add_failed(row.params, space)
+    close_killed(work, ledger)
     done = {row.level for row in store.trials(study_id) if is_done(row)}
-    work.progress.study_started(config.study.name, len(chosen), _counts(work), None)
+    work.progress.study_started(config.study.name, len(chosen), count_trials(work), None)
     for row, train in zip(chosen, trains, strict=True):
         if work.stop.is_set():
             return "interrupted"
@@ -130,39 +125,21 @@ def _run(
             identity(train),
         )
 
-        def tell(metrics: object, trial: optuna.trial.Trial = trial) -> bool:
-            ledger.report(trial, metrics.val_acc, metrics.epoch + 1)  # type: ignore[attr-defined]
+        def tell(metrics: EpochMetrics, trial: Trial = trial) -> bool:
+            ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
             return False
 
         result: TrialResult = run_trial(work, asked, train, tell)
         ledger.tell(trial, _STATES[result.state], result.value)
-        _drop_checkpoint(work, trial.number)
+        drop_checkpoint(work, trial.number)
     return "trials"
-
-
-def _drop_checkpoint(work: Work, number: int) -> None:
-    import shutil
-
-    work.store.set_checkpoint(work.store.trial(work.study_id, number).id, None)
-    shutil.rmtree(checkpoint_folder(work.output, number), ignore_errors=True)
-
-
-def _counts(work: Work) -> Counts:
-    rows = work.store.trials(work.study_id)
-    states = [row.state for row in rows]
-    return Counts(
-        complete=states.count("complete"),
-        failed=states.count("failed"),
-        running=states.count("running"),
-        cut_short=sum(row.reason in RERUN_REASONS for row in rows),
-    )
 
 
 def _outcome(work: Work, config: StudyConfig, because: str, begin: float) -> SearchOutcome:
     return SearchOutcome(
         study_name=config.study.name,
         stopped_because=because,
-        counts=_counts(work),
+        counts=count_trials(work),
         best_number=None,
         best_value=None,
         best_params={},

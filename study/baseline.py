@@ -35,14 +35,12 @@ class Baseline:
         origin: Where it comes from, in words.
         space: What was searched where it was found; empty for a file's fixed settings.
         source: The study whose pictures it must see at the same size; None for a file.
-        is_known: Whether factors were given, or taken from an earlier run of this ablation.
     """
 
     config: StudyConfig
     origin: str
     space: Space
     source: StudyConfig | None = None
-    is_known: bool = False
 
     @property
     def settings(self) -> AblationSection:
@@ -152,7 +150,6 @@ def _from_trial(
         f"trial {trial.number} of study {study.name}{best}",
         source.space,
         source,
-        is_known=bool(config.ablation.factors),
     )
 
 
@@ -161,7 +158,7 @@ def _from_file(config: StudyConfig, path: str, name: str | None) -> Baseline:
     made = config.model_copy(update={"study": ablated, "space": {}})
     space = {key: dim for key, dim in config.space.items() if key != "seed"}
     origin = f"the settings of {Path(path).name}"
-    return Baseline(made, origin, space, is_known=bool(config.ablation.factors))
+    return Baseline(made, origin, space)
 
 
 def _resumed(
@@ -176,7 +173,7 @@ def _resumed(
     if "ablation.factors" not in flags and "ablation.design" not in flags:
         record["ablation"]["factors"] = spec["given"]
     config = parse_config(record, f"study {study.name}", overrides, flags)
-    return Baseline(config, spec["origin"], {}, is_known=bool(config.ablation.factors))
+    return Baseline(config, spec["origin"], {})
 
 
 def factors_of(baseline: Baseline) -> list[Factor]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import shutil
 import threading
 import time
 import traceback
@@ -213,6 +214,12 @@ def _told(err: Exception) -> str:
 def checkpoint_folder(output: Path, number: int) -> Path:
     """Return where a trial's checkpoint lies."""
     return output / f"trial-{number:04d}"
+
+
+def drop_checkpoint(work: Work, number: int) -> None:
+    """Remove a trial's weights."""
+    work.store.set_checkpoint(work.store.trial(work.study_id, number).id, None)
+    shutil.rmtree(checkpoint_folder(work.output, number), ignore_errors=True)
 
 
 def record_answers(work: Work, number: int) -> None:

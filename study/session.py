@@ -18,8 +18,9 @@ from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
-from study.progress import Progress
-from study.runner import REASON_KILLED, Work
+from study.ledger import Ledger
+from study.progress import Counts, Progress
+from study.runner import REASON_KILLED, RERUN_REASONS, Work
 from study.space import ParamValue, apply_params
 from study.store import Store, TrialRow
 
@@ -96,6 +97,28 @@ def _cache(budget_bytes: int | None) -> PrefixCache | None:
     if budget_bytes is None:
         budget_bytes = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
     return PrefixCache(budget_bytes) if budget_bytes else None
+
+
+def close_killed(work: Work, ledger: Ledger) -> None:
+    """Close what a killed process left open, where nothing of it is to be put in line again."""
+    ledger.fail_open()
+    for row in work.store.stale_trials(work.study_id):
+        end_killed(work, row)
+    for row in work.store.trials(work.study_id):
+        if row.number >= ledger.n_trials:  # Optuna was not told before the process died
+            ledger.add_failed({}, {})
+
+
+def count_trials(work: Work) -> Counts:
+    """Count the trials of a study in which nothing is pruned, by state."""
+    rows = work.store.trials(work.study_id)
+    states = [row.state for row in rows]
+    return Counts(
+        complete=states.count("complete"),
+        failed=states.count("failed"),
+        running=states.count("running"),
+        cut_short=sum(row.reason in RERUN_REASONS for row in rows),
+    )
 
 
 def end_killed(work: Work, row: TrialRow) -> None:

@@ -16,7 +16,7 @@ from core.fit import fit
 from core.metrics import EpochMetrics
 from core.prefix_cache import PrefixCache
 from core.sharing import can_share
-from core.split import split_network
+from core.split import Halves, split_network
 from core.stages import freeze, train_mode
 from support import make_folder
 
@@ -200,3 +200,25 @@ def test_there_is_no_prefix_at_level_0() -> None:
     built = build("resnet18", "none", ("a", "b"), seed=0, image_size=32)
     with pytest.raises(ValueError, match="depth must be 1 to 5 to be cut at, but got depth=0"):
         split_network(built.model, built.stages, 0, freeze_statistics=False)
+
+
+def test_what_the_trained_half_writes_into_is_not_kept(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writing(*args: Any, **options: Any) -> Halves | None:
+        halves = split_network(*args, **options)
+        assert halves is not None
+        first = halves.train_suffix.graph_module
+        first.register_forward_pre_hook(lambda _, inputs: inputs[0].mul_(1.0))
+        return halves
+
+    monkeypatch.setattr("core.fit.split_network", writing)
+    cache = PrefixCache(1 << 30)
+    config = dataclasses.replace(TINY, freeze_depth=3)
+    alone = _run(config, data, None)
+    assert _run(config, data, cache) == alone
+    # Pixels are there, what crossed is not.
+    hits = cache.hits
+    assert _run(config, data, cache) == alone
+    assert cache.hits > hits
+    assert not [key for key in cache._entries if key[0] in ("train", "val")]

@@ -15,7 +15,6 @@ from reports.ablation_report import (
     AblationPaths,
     Section,
     describe_ablation,
-    grids_markdown,
     write_ablation,
 )
 from reports.ablation_tables import effects_csv, failures_grid
@@ -643,7 +642,6 @@ def test_two_designs_of_one_study_have_a_section_each(
     ]  # fmt: skip
     assert "ofat-2-effects" in paths.latex.read_text(encoding="utf-8")
     assert "ofat-2-effects" in [grid.name for s in sections for grid in s.grids]
-    assert grids_markdown(sections).count("**Ablation of") == 2
 
 
 def across(tmp_path: Path, n: int) -> tuple[Store, list[str]]:

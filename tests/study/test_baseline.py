@@ -218,7 +218,6 @@ def test_an_ablation_goes_on_by_its_own_name_as_it_was_told(here: Path) -> None:
     assert again.origin == "trial 2 of study bees, its best"
     assert (again.settings.replicates, again.settings.margin) == (3, 2)
     assert factors_of(again) == factors_of(first)
-    assert again.is_known
     assert again.config.train.seed == 22  # no fresher seeds than before
 
 
@@ -231,7 +230,6 @@ def test_an_ablation_goes_on_with_what_is_told_now(here: Path) -> None:
     assert [factor.name for factor in factors_of(other)] == ["freeze_depth"]
     loco = _find("bees-ablation", flags={"ablation.design": "loco"})
     assert "weight_decay" in [factor.name for factor in factors_of(loco)]
-    assert not loco.is_known
 
 
 def test_the_last_design_used_is_gone_on_with(here: Path) -> None:
@@ -246,7 +244,6 @@ def test_the_last_design_used_is_gone_on_with(here: Path) -> None:
 def test_proposed_factors_stay_the_same_when_an_ablation_goes_on(design: str, here: Path) -> None:
     flags = {"ablation.design": design}
     first = _find(which="4", overrides=["nesterov=true"], flags=flags)
-    assert not first.is_known
     _put(first)
     again = _find("bees-ablation")
     assert factors_of(again) == factors_of(first)
@@ -278,7 +275,6 @@ def test_a_factorial_and_a_screening_take_one_level_of_what_is_proposed(here: Pa
 def test_factors_of_the_searchs_file_are_taken(here: Path) -> None:
     Path("bees.toml").write_text(TOML + "[ablation.factors]\nfreeze_depth = [0, 5]\n")
     baseline = _find("bees.toml")
-    assert baseline.is_known
     (factor,) = factors_of(baseline)
     assert [level.label for level in factor.levels] == ["5"]
 
