@@ -1,18 +1,23 @@
 """From a backbone's name to a network with a new head, ready to be fine-tuned."""
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from core import weights as weights_
-from core.backbones import check_backbone, create, preprocessing, scaled
+from core.allocator import keep_freed_memory
+from core.backbones import Network, check_backbone, create, preprocessing, scaled
 from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing
 from core.head import init_head
+from core.network_pool import NetworkPool, Start
 from core.stages import Stages, find_stages
 
 _SOURCE_CLASSES = 1000
+# A dozen networks of a common size (ResNet-50 takes 102 MB); a ViT-L is built each time.
+_POOL = NetworkPool(512 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ def build(
     image_size: int | None = None,
     normalize: str = "weights",
     head_init: HeadInit = "default",
+    channels_last: bool = False,
 ) -> Built:
     """Build a network, load its weights, and give it a new head.
 
@@ -76,32 +82,64 @@ def build(
         image_size: Side of the input; None for the weights' own.
         normalize: `weights` or `none`.
         head_init: How the head starts.
+        channels_last: Lay its weights out channels last; the values are the same.
 
     Raises:
         BackboneError: Unknown backbone, or it cannot take that input size.
         WeightsError: Weights are missing or do not fit.
     """
+    keep_freed_memory()  # a process that builds a network is about to compute with it
     shown = input_of(backbone, weights, image_size, normalize)
     source = weights_.resolve(backbone, weights)
-    is_pretrained = source != "none"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    start = _start(backbone, source, shown.image_size, len(classes), seed, layout)
+    network = start.network
+    copied = init_head(network, head_init, seed, classes=classes, source=start.source_head)
+    stages = _stages(backbone, shown.image_size, source != "none")
+    return Built(network.model, network.head, shown, stages, source, copied)
+
+
+def _start(
+    backbone: str,
+    source: str,
+    image_size: int,
+    n_classes: int,
+    seed: int,
+    layout: torch.memory_format,
+) -> Start:
+    """Return a network as it starts, its head apart: a copy where one like it was built before."""
+    settings = (backbone, source, image_size, n_classes, layout)
+    key = _origin(backbone, source, seed)
+    if key is not None and (found := _POOL.take((key, *settings))) is not None:
+        return found
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = create(backbone, shown.image_size, len(classes), is_pretrained=is_pretrained)
-    source_head = None
-    if is_pretrained:
-        state = weights_.match_names(
-            network,
-            weights_.read_state(backbone, source, shown.image_size),
-            source,
-        )
-        own = network.model.state_dict()
-        heads = tuple(f"{name}." for name in network.head)
-        source_head = {k: v for k, v in state.items() if k.startswith(heads)}
-        kept = {k: own[k] for k in own if k.startswith(heads)}
-        weights_.load(network.model, {**state, **kept})
-    copied = init_head(network, head_init, seed, classes=classes, source=source_head)
-    stages = _stages(backbone, shown.image_size, is_pretrained)
-    return Built(network.model, network.head, shown, stages, source, copied)
+        network = create(backbone, image_size, n_classes, is_pretrained=source != "none")
+    head = _load(network, backbone, source, image_size) if source != "none" else None
+    network.model.to(memory_format=layout)
+    start = Start(network, head)
+    key = _origin(backbone, source, seed)  # again, since weights may have been downloaded
+    if key is not None:
+        _POOL.keep((key, *settings), start)
+    return start
+
+
+def _origin(backbone: str, source: str, seed: int) -> Hashable | None:
+    """Name what a network's values come from; None where that is not there yet."""
+    # Only what starts from scratch depends on the seed: a new head does, too, but it comes later.
+    return seed if source == "none" else weights_.fingerprint(backbone, source)
+
+
+def _load(network: Network, backbone: str, source: str, image_size: int) -> weights_.State:
+    """Load a network's weights, but for its head; return the source's head."""
+    state = weights_.match_names(
+        network, weights_.read_state(backbone, source, image_size), source
+    )
+    own = network.model.state_dict()
+    heads = tuple(f"{name}." for name in network.head)
+    kept = {k: own[k] for k in own if k.startswith(heads)}
+    weights_.load(network.model, {**state, **kept})
+    return {k: v for k, v in state.items() if k.startswith(heads)}
 
 
 @functools.lru_cache(maxsize=64)

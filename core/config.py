@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
 
-HeadInit = Literal["default", "xavier", "zero", "source-classes"]
+HeadInit = Literal["default", "xavier", "zero", "source-classes", "probe"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "cosine", "one-cycle", "step"]
 Augment = Literal["none", "standard", "trivial", "rand"]
@@ -111,8 +111,15 @@ class TrainConfig:
     )
     head_init: HeadInit = setting(
         "default",
-        "How the new linear head starts: default (PyTorch's), xavier, zero, or source-classes "
-        "(the source classifier's row where a class has the same name).",
+        "How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the "
+        "source classifier's row where a class has the same name), or probe (a logistic "
+        "regression on what the frozen network makes of the training pictures).",
+    )
+    standardize: bool = setting(
+        True,
+        "Where the head alone is trained: train it on features of mean 0 and deviation 1, which "
+        "rates suit far better; its weights are folded back for the checkpoint. False trains on "
+        "the features as they are.",
     )
     epochs: int = setting(10, "Passes over the training pictures.", ge=1)
     batch_size: int = setting(32, "Pictures per optimizer step.", ge=1)

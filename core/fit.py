@@ -1,7 +1,8 @@
 """Fine-tune one network: a generator of one `EpochMetrics` per epoch."""
 
+import contextlib
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ from core.device import (
     seeded,
     synchronize,
 )
+from core.epoch import Clock, epoch_metrics
 from core.evaluate import Evaluation, evaluate
+from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
-from core.metrics import EpochMetrics, TrainingDiverged
+from core.head_runs import HeadRun, start_from_probe, trains_head_alone
+from core.metrics import EpochMetrics, Shared, TrainingDiverged
 from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
+from core.paused import Best, Epochs, PausedError, restore_paused, write_paused
 from core.prefix_cache import PrefixCache
+from core.run_state import read_state, write_state
 from core.sharing import Batch, Sharing, can_share
 from core.split import Halves, split_network
 from core.stages import freeze, train_mode
@@ -46,11 +52,14 @@ def fit(
     data: ImageData,
     checkpoint_dir: Path | None = None,
     cache: PrefixCache | None = None,
-) -> Generator[EpochMetrics, None, None]:
+    pause_file: Path | None = None,
+) -> Epochs:
     """Fine-tune a network and yield each epoch's figures.
 
     Equal configuration, data and device give equal figures. The caller stops early by closing
-    the generator; a checkpoint is written only by a run that reaches its last epoch.
+    the generator; a checkpoint is written only by a run that reaches its last epoch. With
+    `core.paused.pause` it leaves what a later call needs to go on with the next epoch, and that
+    call gives what this one would have given.
 
     Args:
         config: What to train, and how.
@@ -58,60 +67,87 @@ def fit(
         checkpoint_dir: Where the best epoch's weights, card and validation predictions go; None
             to keep nothing.
         cache: Work shared with other runs of this process; the figures are the same without.
+        pause_file: Where a paused run's state goes, and is taken up from; a file that is not
+            there, is damaged or belongs to another run is passed over, and the run begins at its
+            beginning. It is the caller's to remove.
 
     Yields:
-        One record per epoch, in order.
+        One record per epoch, in order, from the first that is still to be done.
 
     Raises:
         TrainingDiverged: The loss is not a finite number any more.
         ValueError: The backbone, its weights, the device or the batch size cannot be used.
+        OSError: The checkpoint or the pause file cannot be written.
     """
-    _check_batch(config, data)
+    check_batch(config, data)
     device = choose_device(config.device)
     built = build_for(config, data.classes)
-    run = _Run(config, built, device)
-    is_shared = cache is not None and can_share(config, device)
-    best: tuple[EpochMetrics, Evaluation, dict[str, Tensor]] | None = None
-    with Feed(config, built.preprocessing, data, device) as feed:
-        if cache is not None and is_shared:
-            run.share(cache, built, data, feed)
-        for epoch in range(config.epochs):
+    best: Best | None = None
+    first = 0
+    with _started(config, built, data, device, cache) as (run, feed):
+        if pause_file is not None:
+            with contextlib.suppress(PausedError):
+                needs_weights = checkpoint_dir is not None
+                first, best = restore_paused(
+                    pause_file, config, data, run, needs_weights=needs_weights
+                )
+        for epoch in range(first, config.epochs):
             with deterministic(device), seeded(_mixed(config.seed, epoch), device):
                 begin = time.perf_counter()
                 train_loss, data_s, n_images = run.train_epoch(epoch, feed)
                 between = time.perf_counter()
                 evaluation = run.evaluate(feed)
                 end = time.perf_counter()
-            if not np.isfinite(evaluation.loss):
-                raise TrainingDiverged(
-                    f"the validation loss is no longer finite at epoch {epoch}; lower base_lr."
-                )
-            metrics = EpochMetrics(
-                epoch=epoch,
-                train_loss=train_loss,
-                val_loss=evaluation.loss,
-                val_acc=evaluation.acc,
-                val_balanced_acc=evaluation.balanced_acc,
-                val_macro_f1=evaluation.macro_f1,
-                base_lr=config.base_lr * run.lr_factor,
-                head_lr=config.base_lr * config.head_lr_mult * run.lr_factor,
-                images_per_s=n_images / (between - begin),
-                data_s=data_s,
-                train_s=between - begin - data_s,
-                eval_s=end - between,
+            metrics = epoch_metrics(
+                config,
+                epoch,
+                train_loss,
+                evaluation,
+                clock=Clock(data_s, between - begin - data_s, end - between, run.take_shared()),
+                lr_factor=run.lr_factor,
+                n_images=n_images,
                 peak_memory_bytes=peak_memory_bytes(device),
                 micro_batch_size=run.micro_batch_size,
-                is_best=best is None or evaluation.acc > best[0].val_acc,
-                saved_s=run.sharing.take_saved() if run.sharing else 0.0,
+                best_acc=best.metrics.val_acc if best else None,
             )
             if metrics.is_best:
                 kept = run.snapshot() if checkpoint_dir else {}
-                best = (metrics, evaluation, kept)
-            yield metrics
+                best = Best(metrics, evaluation, kept)
+            if (yield metrics) and pause_file is not None:
+                assert best is not None, "an epoch has been done"
+                write_paused(pause_file, config, data, run, epoch + 1, best)
+                return
     if checkpoint_dir is not None and best is not None:
-        metrics, evaluation, state = best
-        save_checkpoint(checkpoint_dir, state, _card(config, built, data, metrics))
-        write_predictions(checkpoint_dir, evaluation)
+        save_checkpoint(checkpoint_dir, best.weights, make_card(config, built, data, best.metrics))
+        write_predictions(checkpoint_dir, best.evaluation)
+
+
+@contextlib.contextmanager
+def _started(
+    config: TrainConfig,
+    built: Built,
+    data: ImageData,
+    device: torch.device,
+    cache: PrefixCache | None,
+) -> Iterator[tuple["_Run | HeadRun", Feed]]:
+    """Make the run that a configuration asks for, with its pictures."""
+    shared = cache if device.type == "cpu" else None
+    if trains_head_alone(config):
+        prefix = frozen_part(built, config, device)
+        if prefix is not None:
+            with Feed(
+                feature_config(config, len(data.train)), built.preprocessing, data, device
+            ) as feed:
+                features = Features(config, built, data, feed, prefix, shared)
+                yield HeadRun(config, built, data, features), feed
+            return
+    with Feed(config, built.preprocessing, data, device) as feed:
+        if config.head_init == "probe":
+            start_from_probe(config, built, data, feed, shared)
+        run = _Run(config, built, device)
+        if cache is not None and can_share(config, device):
+            run.share(cache, built, data, feed)
+        yield run, feed
 
 
 def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
@@ -127,7 +163,12 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
     )
 
 
-def _check_batch(config: TrainConfig, data: ImageData) -> None:
+def check_batch(config: TrainConfig, data: ImageData) -> None:
+    """Refuse a batch that is larger than the training split.
+
+    Raises:
+        ValueError: It is.
+    """
     if config.batch_size > len(data.train):
         raise ValueError(
             f"batch_size must be <= the number of training pictures, {len(data.train)}, but got "
@@ -140,7 +181,8 @@ def _mixed(seed: int, *rest: int) -> int:
     return int(np.random.SeedSequence((seed, _TAG_DROPOUT, *rest)).generate_state(1, np.uint64)[0])
 
 
-def _card(config: TrainConfig, built: Built, data: ImageData, metrics: EpochMetrics) -> Card:
+def make_card(config: TrainConfig, built: Built, data: ImageData, metrics: EpochMetrics) -> Card:
+    """Return what a checkpoint of this run's epoch says of itself."""
     return Card(
         backbone=config.backbone,
         classes=data.classes,
@@ -194,10 +236,22 @@ class _Run:
             )
         self.sharing = Sharing(cache, self.config, built, data, feed, self.halves)
 
+    def take_shared(self) -> Shared:
+        """Return what was read of shared work and left there since the last call."""
+        return self.sharing.take() if self.sharing else Shared()
+
     def _start_ema(self) -> ModelEmaV3 | None:
         if self.config.ema_decay is None:
             return None
         return ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
+
+    def _train_mode(self) -> None:
+        train_mode(
+            self.model,
+            self.stages,
+            self.config.freeze_depth,
+            freeze_statistics=self.freeze_statistics,
+        )
 
     def train_epoch(self, epoch: int, feed: Feed) -> tuple[float, float, int]:
         """Train one epoch.
@@ -206,12 +260,7 @@ class _Run:
             Mean training loss per picture, seconds spent waiting for pictures, and how many
             pictures there were.
         """
-        train_mode(
-            self.model,
-            self.stages,
-            self.config.freeze_depth,
-            freeze_statistics=self.freeze_statistics,
-        )
+        self._train_mode()
         total = torch.zeros((), device=self.device)
         data_s, n_images = 0.0, 0
         batches = self._batches(epoch, feed)
@@ -337,6 +386,29 @@ class _Run:
         """Copy the weights that were evaluated to the CPU."""
         model = self.ema.module if self.ema is not None else self.model
         return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what later epochs depend on, by name; the tensors are the live ones."""
+        average = self.ema.module if self.ema is not None else None
+        self._train_mode()
+        return {
+            **read_state(self.model, average, self.optimizer, self.scaler),
+            "step": torch.tensor(self.step),
+            "micro_batch_size": torch.tensor(self.micro_batch_size),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over a state, before the first epoch.
+
+        Raises:
+            ValueError: It is not the state of such a run; nothing has been changed then.
+            LookupError: The same.
+        """
+        step, micro_batch_size = int(state["step"]), int(state["micro_batch_size"])
+        average = self.ema.module if self.ema is not None else None
+        self._train_mode()
+        write_state(state, self.model, average, self.optimizer, self.scaler)
+        self.step, self.micro_batch_size = step, micro_batch_size
 
 
 def _cut_mix(images: Tensor, lam: float, rng: nprandom.Generator) -> tuple[Tensor, float]:

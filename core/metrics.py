@@ -1,6 +1,6 @@
 """What an epoch of training tells: one frozen record, free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,11 @@ class EpochMetrics:
             out-of-memory retry.
         is_best: The highest validation accuracy so far, and so the epoch whose weights are kept.
         saved_s: Seconds that reading shared work saved: what making it had taken.
+        cache_hits: Entries of shared work that were read.
+        cache_misses: Entries that were not there.
+        cache_read_bytes: Bytes that were read, from memory or disk.
+        cache_disk_bytes: Those of them that came from disk.
+        cache_kept_bytes: Bytes of new entries, left for others in memory or on disk.
     """
 
     epoch: int
@@ -43,6 +48,43 @@ class EpochMetrics:
     micro_batch_size: int
     is_best: bool
     saved_s: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_read_bytes: int = 0
+    cache_disk_bytes: int = 0
+    cache_kept_bytes: int = 0
+
+
+MEASURED = frozenset(
+    {"images_per_s", "data_s", "train_s", "eval_s", "peak_memory_bytes", "saved_s"}
+    | {field.name for field in fields(EpochMetrics) if field.name.startswith("cache_")}
+)
+"""Figures that a clock, the memory or the cache tells: they are not the same twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a run took from shared work and left there; the fields are `EpochMetrics`' own."""
+
+    saved_s: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_read_bytes: int = 0
+    cache_disk_bytes: int = 0
+    cache_kept_bytes: int = 0
+
+    def share(self, n: int) -> "Shared":
+        """Return one run's part, where n runs read and left it together.
+
+        Each of them was served by every entry; seconds and bytes are divided.
+        """
+        return replace(
+            self,
+            saved_s=self.saved_s / n,
+            cache_read_bytes=self.cache_read_bytes // n,
+            cache_disk_bytes=self.cache_disk_bytes // n,
+            cache_kept_bytes=self.cache_kept_bytes // n,
+        )
 
 
 class TrainingDiverged(RuntimeError):

@@ -1,5 +1,7 @@
 """A network cut in two at a freeze level: the frozen prefix, and the suffix that is trained."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,31 @@ Crossing = tuple[Any, ...]
 """What crosses the cut: the one tensor alive there, (N, ...), and numbers taken from shapes."""
 
 
+class Half(nn.Module):
+    """Part of a network's forward pass, on the network's own modules and parameters.
+
+    Attributes:
+        graph: What it does, by the names of the network's modules.
+        parts: The modules that it calls; a change of mode reaches these alone.
+    """
+
+    def __init__(self, network: nn.Module, cut: "_Cut") -> None:
+        super().__init__()
+        self.graph = cut.graph
+        called = (str(node.target) for node in cut.graph.nodes if node.op == "call_module")
+        self.parts = nn.ModuleList(map(network.get_submodule, dict.fromkeys(called)))
+        # Not as a child: most of the network belongs to the other half.
+        self._run = functools.partial(cut.run, network)
+
+    def forward(self, *values: Any) -> Any:
+        """Run the half."""
+        return self._run(*values)
+
+
 class Suffix(nn.Module):
     """The half behind the cut, as a network whose input is what crosses."""
 
-    def __init__(self, half: fx.GraphModule) -> None:
+    def __init__(self, half: Half) -> None:
         super().__init__()
         self.graph_module = half
 
@@ -35,9 +58,26 @@ class Halves:
         eval_suffix: The same as it is while it is evaluated.
     """
 
-    prefix: fx.GraphModule
+    prefix: Half
     train_suffix: Suffix
     eval_suffix: Suffix
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """One half of a traced network, for any network of the same build.
+
+    Attributes:
+        graph: Its graph, which holds names only.
+        run: Its code: takes the network, then the graph's inputs.
+    """
+
+    graph: fx.Graph
+    run: Callable[..., Any]
+
+
+_Plan = tuple[_Cut, _Cut, _Cut]
+"""Prefix, suffix in training, suffix in evaluation."""
 
 
 def split_network(
@@ -60,17 +100,34 @@ def split_network(
     """
     if not 1 <= depth <= MAX_FREEZE_DEPTH:
         raise ValueError(f"depth must be 1 to {MAX_FREEZE_DEPTH} to be cut at, but got {depth=}.")
-    # Traced in both modes, since a function such as dropout is traced with its mode.
+    key = (depth, freeze_statistics)
+    plan = stages.plans[key] if key in stages.plans else _trace_plan(model, stages, *key)
+    model.eval()
+    if plan is None:
+        return None
+    prefix, train_suffix, eval_suffix = (Half(model, cut) for cut in plan)
+    return Halves(prefix, Suffix(train_suffix), Suffix(eval_suffix))
+
+
+def _trace_plan(
+    model: nn.Module, stages: Stages, depth: int, freeze_statistics: bool
+) -> _Plan | None:
+    """Trace a network in both modes, and keep what was found with its stages."""
+    # In both, since a function such as dropout is traced with its mode.
     train_mode(model, stages, depth, freeze_statistics=freeze_statistics)
     prefix, train_suffix = _halves(model, stages.limits[depth])
     model.eval()
     eval_prefix, eval_suffix = _halves(model, stages.limits[depth])
-    if str(prefix.graph) != str(eval_prefix.graph):
-        return None
-    return Halves(prefix, Suffix(train_suffix), Suffix(eval_suffix))
+    plan = None
+    if str(prefix) == str(eval_prefix):
+        cuts = [_compile(model, half) for half in (prefix, train_suffix, eval_suffix)]
+        plan = (cuts[0], cuts[1], cuts[2])
+    if all(_is_of_any(model, half) for half in (prefix, train_suffix, eval_suffix)):
+        stages.plans[depth, freeze_statistics] = plan
+    return plan
 
 
-def _halves(model: nn.Module, position: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+def _halves(model: nn.Module, position: int) -> tuple[fx.Graph, fx.Graph]:
     nodes = trace_nodes(model)
     before, after = nodes[: position + 1], nodes[position + 1 :]
     taken = {source for node in after for source in node.all_input_nodes}
@@ -87,7 +144,24 @@ def _halves(model: nn.Module, position: int) -> tuple[fx.GraphModule, fx.GraphMo
         kept[node] = second.node_copy(node, kept.__getitem__)
     for node in after:
         kept[node] = second.node_copy(node, kept.__getitem__)
-    return fx.GraphModule(model, first), fx.GraphModule(model, second)
+    return first, second
+
+
+def _compile(model: nn.Module, graph: fx.Graph) -> _Cut:
+    """Turn a graph into code that runs on any network with the modules it names."""
+    run = type(fx.GraphModule(model, graph)).forward
+    graph.owning_module = None  # it would keep this one network in memory
+    return _Cut(graph, run)
+
+
+def _is_of_any(model: nn.Module, graph: fx.Graph) -> bool:
+    """Say whether a graph holds for every network of this build.
+
+    Not where tracing computed a tensor and left it on this one as a constant.
+    """
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return all(str(node.target) in own for node in graph.nodes if node.op == "get_attr")
 
 
 def crossing_bytes(crossing: Crossing) -> int:

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Stages:
         flops: Forward FLOPs of one picture in each stage, the head's last.
         sizes: Parameters (scalars) in each stage, the head's last, then those never used.
         limits: For each level, the last node of the traced graph that it freezes; -1 for none.
+        plans: What `core.split` worked out for these stages, to be found again.
     """
 
     stage_of: dict[str, int]
@@ -57,6 +58,7 @@ class Stages:
     flops: tuple[int, ...]
     sizes: tuple[int, ...]
     limits: tuple[int, ...] = ()
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def frozen_flops_share(self, depth: int) -> float:
         """Return the share of the forward pass that level `depth` freezes, in [0, 1]."""

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,42 @@ def resolve(backbone: str, weights: str) -> str:
     return "packaged" if packaged_file(backbone) else "imagenet"
 
 
+def fingerprint(backbone: str, weights: str) -> Hashable | None:
+    """Name what weights are read from: the file, and its state, since it may be replaced.
+
+    Args:
+        backbone: Backbone's name.
+        weights: Resolved source, as for `read_state`.
+
+    Returns:
+        None where there is no such file (yet).
+
+    Raises:
+        BackboneError: Unknown backbone or weights tag.
+    """
+    path = _source_file(backbone, weights)
+    if path is None or not path.is_file():
+        return None
+    state = path.stat()
+    return weights, str(path), state.st_mtime_ns, state.st_size
+
+
+def _source_file(backbone: str, weights: str) -> Path | None:
+    if weights == "packaged":
+        return packaged_file(backbone)
+    if weights != "imagenet" and not weights.startswith("imagenet:"):
+        return Path(weights).expanduser()
+    tag = weights.partition(":")[2] or "DEFAULT"
+    if not is_timm(backbone):
+        return _hub_file(Path(torchvision_weights(backbone, tag).url).name)
+    name = _timm_tagged(backbone, tag)
+    settings = timm.models.get_pretrained_cfg(name)
+    file = _hub_file(f"{name}.safetensors")
+    if file.is_file() or settings is None or not settings.has_weights:
+        return file
+    return _cached_file(settings.hf_hub_id)
+
+
 def read_state(backbone: str, weights: str, image_size: int) -> State:
     """Read the tensors that `weights` names.
 
@@ -135,7 +171,7 @@ def _read_packaged(backbone: str) -> State:
 
 def _zoo_state(backbone: str, tag: str) -> State:
     entry = torchvision_weights(backbone, tag)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    file = _hub_file(Path(entry.url).name)
     try:
         return dict(entry.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as err:
@@ -151,18 +187,18 @@ def _fit_positions(backbone: str, state: State, image_size: int) -> State:
 
 
 def _timm_state(backbone: str, tag: str, image_size: int) -> State:
-    name = timm_name(backbone) + ("" if tag == "DEFAULT" else f".{tag}")
+    name = _timm_tagged(backbone, tag)
     settings = timm.models.get_pretrained_cfg(name)
     if settings is None or not settings.has_weights:
         raise WeightsError(
             f"timm has no pretrained weights for {backbone}; set weights to none or to a file."
         )
-    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.safetensors"
+    file = _hub_file(f"{name}.safetensors")
     if file.is_file():
         return read_file(file)
     source = f"model.safetensors of Hugging Face {settings.hf_hub_id}"
     try:
-        if not _is_cached(settings.hf_hub_id):
+        if _cached_file(settings.hf_hub_id) is None:
             _resolve_host()
         # timm turns other layouts of old files into its own while it loads them into a model.
         extra = {"img_size": image_size} if settings.fixed_input_size else {}
@@ -172,9 +208,21 @@ def _timm_state(backbone: str, tag: str, image_size: int) -> State:
     return dict(model.state_dict())
 
 
-def _is_cached(repository: str) -> bool:
-    names = ("model.safetensors", "pytorch_model.bin")
-    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+def _timm_tagged(backbone: str, tag: str) -> str:
+    return timm_name(backbone) + ("" if tag == "DEFAULT" else f".{tag}")
+
+
+def _hub_file(name: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _cached_file(repository: str) -> Path | None:
+    """Return the weights file that the hub's cache holds of a repository, if any."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    return None
 
 
 def _resolve_host() -> None:

@@ -100,7 +100,7 @@ def read_audit(store: Store, name: str) -> Audit:
         name,
         early_rank_correlation(epochs, trials),
         states.count("complete"),
-        states.count("pruned"),
+        states.count("pruned") + states.count("paused"),
         None if number is None else rows[number].value,
         tuple(sorted(audited, key=lambda trial: trial.number)),
     )

@@ -123,6 +123,8 @@ FREE_KEYS = frozenset(
         "study.patience",
         "study.keep_checkpoints",
         "study.cache",
+        "study.cache_disk",
+        "search.cohort",
         "data.root",
         "data.download",
         "data.cache_dir",
@@ -222,6 +224,7 @@ def _checked(layers: Layers) -> StudyConfig:
         tell(name, wrong)
         if name == "train":
             values |= fixed | _base_values(space, values)
+            values = _probed_first(layers.values["search"], space) | values
         if name == "data" and "source" in values:
             values["source"] = _canonical_source(values["source"])
         try:
@@ -259,6 +262,12 @@ def _base_values(space: Mapping[str, Dimension], given: Mapping[str, Any]) -> di
         for key, dimension in space.items()
         if key not in given
     }
+
+
+def _probed_first(search: Mapping[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any]:
+    """Return the head that the thaw sampler's trials start from, unless one is given."""
+    is_asked = search.get("sampler", SearchSection().sampler) == "thaw"
+    return {"head_init": "probe"} if is_asked and "head_init" not in space else {}
 
 
 def _canonical_source(source: str) -> str:

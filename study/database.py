@@ -241,9 +241,19 @@ def _add_saved_seconds(connection: Connection) -> None:
     connection.execute(text(f"ALTER TABLE {PREFIX}epochs ADD COLUMN {column}"))
 
 
+def _add_cache_counts(connection: Connection) -> None:
+    """Version 4 did not count what was read of shared work and left there."""
+    counts = [f"cache_{name} INTEGER" for name in ("hits", "misses")]
+    counts += [f"cache_{name}_bytes BIGINT" for name in ("read", "disk", "kept")]
+    for count in counts:
+        column = f"{count} NOT NULL DEFAULT 0"
+        connection.execute(text(f"ALTER TABLE {PREFIX}epochs ADD COLUMN {column}"))
+
+
 MIGRATIONS: dict[int, Callable[[Connection], None]] = {
     1: _add_tests_and_ablation,
     2: _add_designs,
     3: _add_saved_seconds,
+    4: _add_cache_counts,
 }
 """Steps from a schema version to the next."""

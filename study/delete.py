@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from study.optuna_storage import delete_optuna_study
+from study.promotion import PAUSED_FOLDER
 from study.store import Store
 
 
@@ -25,8 +26,9 @@ def delete_study(store: Store, name: str, *, command: str) -> list[Path]:
     # Entering as the process that works on it keeps others out until it is gone.
     store.begin_run(study.id, command=command, device="none", versions={})
     folders = [Path(row.checkpoint) for row in store.trials(study.id) if row.checkpoint]
+    paused = Path(study.config["study"]["output"]) / name / PAUSED_FOLDER
     delete_optuna_study(store.storage, name)
     store.delete_study(name)
-    for folder in folders:
+    for folder in (*folders, paused):
         shutil.rmtree(folder, ignore_errors=True)
     return folders

@@ -8,7 +8,7 @@ Optuna would have written, and a test holds the two side by side.
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,7 @@ from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
-from sqlalchemy import Table, func, insert, select
+from sqlalchemy import Table, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from study.database import BUSY_TIMEOUT_S, database_url, sole_writer, sqlite_pragmas
@@ -69,21 +69,35 @@ def write_trial(storage: RDBStorage, study_id: int, trial: FrozenTrial) -> int:
         study_id: The study's key in it.
         trial: Any state; its number is given by the database.
     """
+    return write_trials(storage, study_id, [trial])[0]
+
+
+def write_trials(
+    storage: RDBStorage, study_id: int, trials: Sequence[FrozenTrial]
+) -> tuple[int, ...]:
+    """Add trials, in the order of their numbers, in one transaction; return their keys."""
     number = select(func.count()).select_from(_TRIALS).where(_TRIALS.c.study_id == study_id)
-    row = {
-        "study_id": study_id,
-        "state": trial.state,
-        "datetime_start": _utc(trial.datetime_start),
-        "datetime_complete": _utc(trial.datetime_complete),
-    }
     with sole_writer(storage.engine) as connection:
-        row["number"] = connection.execute(number).scalar_one()
-        key = connection.execute(insert(_TRIALS), row).inserted_primary_key
-        assert key is not None
-        for table, rows in _parts(trial).items():
-            if rows:
-                connection.execute(insert(table), [{"trial_id": key[0], **row} for row in rows])
-    return int(key[0])
+        first = connection.execute(number).scalar_one()
+        rows: dict[Table, list[dict[str, Any]]] = {}
+        keys = []
+        for k, trial in enumerate(trials):
+            row = {
+                "study_id": study_id,
+                "number": first + k,
+                "state": trial.state,
+                "datetime_start": _utc(trial.datetime_start),
+                "datetime_complete": _utc(trial.datetime_complete),
+            }
+            key = connection.execute(insert(_TRIALS), row).inserted_primary_key
+            assert key is not None
+            keys.append(int(key[0]))
+            for table, parts in _parts(trial).items():
+                rows.setdefault(table, []).extend({"trial_id": key[0], **part} for part in parts)
+        for table, parts in rows.items():
+            if parts:
+                connection.execute(insert(table), parts)
+    return tuple(keys)
 
 
 def write_reports(storage: RDBStorage, trial_id: int, reports: Mapping[int, float]) -> None:
@@ -92,6 +106,13 @@ def write_reports(storage: RDBStorage, trial_id: int, reports: Mapping[int, floa
         rows = [{"trial_id": trial_id, **row} for row in _reports(reports)]
         with storage.engine.begin() as connection:
             connection.execute(insert(_REPORTS), rows)
+
+
+def drop_reports(storage: RDBStorage, trial_id: int, last_step: int) -> None:
+    """Remove a trial's values beyond a step."""
+    beyond = (_REPORTS.c.trial_id == trial_id) & (_REPORTS.c.step > last_step)
+    with storage.engine.begin() as connection:
+        connection.execute(delete(_REPORTS).where(beyond))
 
 
 def _parts(trial: FrozenTrial) -> dict[Table, list[dict[str, Any]]]:

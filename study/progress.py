@@ -36,6 +36,7 @@ class Counts:
         failed: Diverged, broke, or were cut short.
         running: Under way.
         cut_short: Those of the failed that will be run again.
+        paused: Stopped at a rung, to go on if they turn out good enough.
     """
 
     complete: int = 0
@@ -43,11 +44,15 @@ class Counts:
     failed: int = 0
     running: int = 0
     cut_short: int = 0
+    paused: int = 0
 
     @property
     def finished(self) -> int:
-        """Return how many trials came to an end of their own, as the study's target counts."""
-        return self.complete + self.pruned + self.failed - self.cut_short
+        """Return how many trials came to a stop of their own, as the study's target counts.
+
+        A paused trial is counted when it stops first: going on with it is no new trial.
+        """
+        return self.complete + self.pruned + self.failed + self.paused - self.cut_short
 
 
 class Outcome(Protocol):
@@ -93,13 +98,22 @@ class Progress(Protocol):
     ) -> None:
         """Tell a trial's settings, where they came from, and its epochs if it is not stopped."""
 
+    def trial_continued(
+        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
+    ) -> None:
+        """Tell that a paused trial goes on after so many of its epochs."""
+
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Tell the figures of a trial's epoch."""
 
     def trial_ended(
         self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
     ) -> None:
-        """Tell a trial's end: `complete`, `pruned` or `failed`, its best accuracy, and why."""
+        """Tell how a trial stopped, its best accuracy, and why.
+
+        It is `complete`, `pruned`, `failed` or `paused`; a paused trial may be told of again, as
+        continued or as pruned.
+        """
 
     def study_ended(self, outcome: Outcome) -> None:
         """Tell how the run ended."""
@@ -143,10 +157,16 @@ class _Board:
         trial.best = max(trial.best or 0.0, metrics.val_acc)
         return trial
 
+    def go_on(self, number: int, trial: _Running) -> None:
+        self.counts = dataclasses.replace(self.counts, paused=self.counts.paused - 1)
+        self.running[number] = trial
+
     def end(
         self, number: int, state: str, value: float | None, reason: str | None
     ) -> _Running | None:
         counts = {state: getattr(self.counts, state) + 1}
+        if number not in self.running:  # it was paused
+            counts["paused"] = self.counts.paused - 1
         if reason in CUT_SHORT:
             counts["cut_short"] = self.counts.cut_short + 1
         self.counts = dataclasses.replace(self.counts, **counts)
@@ -159,7 +179,8 @@ class _Board:
         counts = self.counts
         parts = [
             f"{counts.finished} of {self.target} trials",
-            f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
+            f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"
+            + (f", {counts.paused} paused" if counts.paused else ""),
             f"best {format_accuracy(self.best)}",
         ]
         here = counts.finished - self.finished_before
@@ -192,6 +213,10 @@ class _Silent:
 
     def trial_started(
         self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int
+    ) -> None: ...
+
+    def trial_continued(
+        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
     ) -> None: ...
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None: ...
@@ -240,6 +265,13 @@ class PlainProgress(_Silent):
         """Say the settings."""
         self._board.running[number] = _Running(origin, params, epochs)
         self._say(f"trial {number:>3}  {origin}: {format_params(params) or 'as configured'}")
+
+    def trial_continued(
+        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
+    ) -> None:
+        """Say after which epoch."""
+        self._board.go_on(number, _Running(origin, params, epochs, done))
+        self._say(f"trial {number:>3}  goes on after epoch {done}")
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Say accuracy, loss and pace."""
@@ -327,6 +359,12 @@ class LiveProgress(_Silent):
         """Add a row."""
         self._board.running[number] = _Running(origin, params, epochs)
 
+    def trial_continued(
+        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
+    ) -> None:
+        """Add its row again."""
+        self._board.go_on(number, _Running(origin, params, epochs, done))
+
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Change the row."""
         self._board.add_epoch(number, metrics)
@@ -380,6 +418,12 @@ class JsonProgress(_Silent):
     ) -> None:
         """Write `trial_started`."""
         self._emit("trial_started", trial=number, origin=origin, params=params, epochs=epochs)
+
+    def trial_continued(
+        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
+    ) -> None:
+        """Write `trial_continued`."""
+        self._emit("trial_continued", trial=number, epochs=epochs, done=done)
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Write `epoch` with every figure."""

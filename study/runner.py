@@ -23,9 +23,11 @@ from core.data import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
+from core.paused import pause
 from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
-from study.store import PictureRow, Store, config_hash
+from study.promotion import PAUSED_FOLDER
+from study.store import PictureRow, Store, TrialRow, config_hash
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
@@ -43,13 +45,13 @@ RERUN_REASONS = CUT_SHORT
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """How a trial ended.
+    """How a trial stopped.
 
     Attributes:
-        state: `complete`, `pruned` or `failed`.
+        state: `complete`, `pruned`, `failed` or `paused`.
         value: Best validation accuracy, in [0, 1]; None if no epoch was finished.
-        reason: Why it failed or was pruned; None for a complete trial.
-        duration_s: Wall time.
+        reason: Why it did; None for a complete trial.
+        duration_s: Wall time, pauses not counted.
     """
 
     state: str
@@ -117,6 +119,8 @@ def run_trial(
     asked: Asked,
     config: TrainConfig,
     should_stop: Callable[[EpochMetrics], bool],
+    *,
+    can_pause: bool = False,
 ) -> TrialResult:
     """Train one configuration and keep its record, whatever becomes of it.
 
@@ -125,12 +129,21 @@ def run_trial(
         asked: Its number and where it comes from.
         config: What to train.
         should_stop: Asked after every epoch; True prunes the trial.
+        can_pause: Pause it instead, for `continue_trial`; also where the user stops the study.
 
     Raises:
         OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
     """
     begin = time.perf_counter()
-    number = asked.number
+    trial_id = begin_record(work, asked, config)
+    # An earlier study of this name may have left one.
+    pause_file(work.output, asked.number).unlink(missing_ok=True)
+    course = _Course(trial_id, asked.number, can_pause, before_s=time.perf_counter() - begin)
+    return _train(work, course, config, should_stop)
+
+
+def begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
+    """Enter a trial as running; return its key in the record."""
     trained, total = count_parameters(
         config.backbone,
         config.weights,
@@ -140,7 +153,7 @@ def run_trial(
     )
     trial_id = work.store.begin_trial(
         work.study_id,
-        number,
+        asked.number,
         work.run_id,
         origin=asked.origin,
         params=dict(asked.params),
@@ -156,26 +169,107 @@ def run_trial(
         level=asked.level,
         replicate=asked.replicate,
     )
-    work.progress.trial_started(number, asked.origin, asked.params, config.epochs)
+    work.progress.trial_started(asked.number, asked.origin, asked.params, config.epochs)
+    return trial_id
+
+
+def continue_trial(
+    work: Work,
+    trial: TrialRow,
+    config: TrainConfig,
+    should_stop: Callable[[EpochMetrics], bool],
+) -> TrialResult:
+    """Go on with a paused trial; from its beginning, where its state is not to be had any more.
+
+    Args:
+        work: What the trials share.
+        trial: Its record.
+        config: What it trains.
+        should_stop: Asked after every epoch; True pauses the trial again.
+
+    Raises:
+        OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
+    """
+    work.store.continue_trial(trial.id, work.run_id)
+    work.progress.trial_continued(
+        trial.number, trial.origin, trial.params, config.epochs, trial.epochs_done
+    )
+    course = _Course(
+        trial.id,
+        trial.number,
+        can_pause=True,
+        value=trial.value,
+        best_epoch=trial.best_epoch,
+        epochs_done=trial.epochs_done,
+        before_s=trial.duration_s or 0.0,
+    )
+    return _train(work, course, config, should_stop)
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far a trial has come.
+
+    Attributes:
+        trial_id: Its key in the record.
+        number: Its number.
+        can_pause: Pause it where it would be stopped.
+        value: Best validation accuracy, in [0, 1].
+        best_epoch: The epoch of `value`.
+        epochs_done: Epochs that were finished.
+        before_s: Wall time so far.
+    """
+
+    trial_id: int
+    number: int
+    can_pause: bool
+    value: float | None = None
+    best_epoch: int | None = None
+    epochs_done: int = 0
+    before_s: float = 0.0
+
+    def add(self, metrics: EpochMetrics) -> None:
+        self.epochs_done = metrics.epoch + 1
+        if metrics.is_best:
+            self.value, self.best_epoch = metrics.val_acc, metrics.epoch
+
+
+def _train(
+    work: Work,
+    course: _Course,
+    config: TrainConfig,
+    should_stop: Callable[[EpochMetrics], bool],
+) -> TrialResult:
+    """Train a trial from where it is until it stops, and record how it did."""
+    begin = time.perf_counter() - course.before_s
+    trial_id, number = course.trial_id, course.number
     folder = checkpoint_folder(work.output, number)
-    best: EpochMetrics | None = None
-    last: EpochMetrics | None = None
+    kept = pause_file(work.output, number)
     state, reason, fatal = "complete", None, None
+    may_repeat = course.epochs_done > 0  # where its state was lost, or its process died later
+    run = fit(config, work.data, folder, work.cache, kept if course.can_pause else None)
     try:
-        with contextlib.closing(fit(config, work.data, folder, work.cache)) as epochs:
+        with contextlib.closing(run) as epochs:
             for metrics in epochs:
-                last = metrics
-                best = metrics if metrics.is_best else best
+                if may_repeat:
+                    work.store.cut_epochs(trial_id, metrics.epoch)
+                    may_repeat = False
+                course.add(metrics)
                 work.store.add_epoch(trial_id, metrics, time.perf_counter() - begin)
                 work.progress.epoch(number, metrics)
                 is_last = metrics.epoch == config.epochs - 1
                 # Asked at the last epoch too, since it also tells the search the figure.
-                if should_stop(metrics) and not is_last:
+                is_stopped = should_stop(metrics)
+                if is_last or not (is_stopped or work.stop.is_set()):
+                    continue
+                if course.can_pause:
+                    pause(epochs)
+                    state, reason = "paused", f"paused after epoch {metrics.epoch + 1}"
+                elif is_stopped:
                     state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
-                    break
-                if not is_last and work.stop.is_set():
+                else:
                     state, reason = "failed", REASON_INTERRUPTED
-                    break
+                break
     except TrainingDiverged as err:
         state, reason = "failed", f"{REASON_DIVERGED}: {err}"
     except torch.OutOfMemoryError as err:
@@ -186,21 +280,22 @@ def run_trial(
     except Exception as err:  # one broken setting must not end a night's search
         state, reason = "failed", f"{REASON_ERROR}: {_told(err)}"
     duration = time.perf_counter() - begin
-    value = best.val_acc if best else None
     work.store.end_trial(
         trial_id,
         state,
         reason=reason,
-        value=value,
-        best_epoch=best.epoch if best else None,
-        epochs_done=last.epoch + 1 if last else 0,
+        value=course.value,
+        best_epoch=course.best_epoch,
+        epochs_done=course.epochs_done,
         duration_s=duration,
         checkpoint=str(folder) if state == "complete" else None,
     )
-    work.progress.trial_ended(number, state, value, reason, duration)
+    if state != "paused" and course.can_pause:
+        kept.unlink(missing_ok=True)
+    work.progress.trial_ended(number, state, course.value, reason, duration)
     if fatal is not None:
         raise fatal
-    return TrialResult(state, value, reason, duration)
+    return TrialResult(state, course.value, reason, duration)
 
 
 def _told(err: Exception) -> str:
@@ -214,6 +309,11 @@ def _told(err: Exception) -> str:
 def checkpoint_folder(output: Path, number: int) -> Path:
     """Return where a trial's checkpoint lies."""
     return output / f"trial-{number:04d}"
+
+
+def pause_file(output: Path, number: int) -> Path:
+    """Return where the state of a paused trial lies."""
+    return output / PAUSED_FOLDER / f"trial-{number:04d}.safetensors"
 
 
 def drop_checkpoint(work: Work, number: int) -> None:

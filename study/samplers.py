@@ -14,6 +14,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
+from study.promotion import Promotion
+from study.thaw import Outlook, ThawSampler
+
 Distributions = Mapping[str, BaseDistribution]
 FloatArray = NDArray[np.float64]
 GridValue = str | float | int | bool | None
@@ -65,12 +68,14 @@ class _Draw:
             keep their place in the study.
         space: Distributions by name.
         seen: What is remembered from trial to trial.
+        outlook: What `thaw` is told of the study beside its trials.
     """
 
     trial_seed: int
     study_seed: int
     space: Distributions
     seen: SeenTrials
+    outlook: Outlook | None = None
 
 
 class _TPE(samplers.TPESampler):
@@ -153,6 +158,7 @@ _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
     "qmc": lambda draw: samplers.QMCSampler(seed=draw.study_seed, scramble=True),
     "grid": _grid,
     "bruteforce": lambda draw: _BruteForce(seed=draw.trial_seed),
+    "thaw": lambda draw: ThawSampler(draw.trial_seed, draw.space, draw.outlook),
 }
 
 _PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {
@@ -164,6 +170,7 @@ _PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {
         25.0, n_startup_trials=4, n_warmup_steps=_warmup(epochs)
     ),
     "halving": lambda epochs: pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+    "promote": Promotion,
     "wilcoxon": lambda epochs: pruners.WilcoxonPruner(p_threshold=0.1),
     "none": lambda epochs: pruners.NopPruner(),
 }
@@ -183,6 +190,7 @@ def make_sampler(
     trial_number: int,
     space: Distributions,
     seen: SeenTrials | None = None,
+    outlook: Outlook | None = None,
 ) -> samplers.BaseSampler:
     """Build a sampler for one trial.
 
@@ -193,6 +201,7 @@ def make_sampler(
         space: Distributions by name.
         seen: One object for all trials of a study, to spare the sampler old trials; None to look
             at all of them again.
+        outlook: What `thaw` is told of the study beside its trials; None for nothing.
 
     Raises:
         ValueError: Unknown name.
@@ -201,7 +210,8 @@ def make_sampler(
         raise ValueError(f"sampler must be one of {', '.join(SAMPLER_NAMES)}, but got {name!r}.")
     words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
     with quiet_experiments():
-        draw = _Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, seen or SeenTrials())
+        memory = seen or SeenTrials()
+        draw = _Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, memory, outlook)
         return _SAMPLERS[name](draw)
 
 

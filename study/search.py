@@ -1,9 +1,11 @@
 """Run a search: ask Optuna, run the trial, tell it; stop and resume as the user wishes."""
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,28 +14,37 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
+from core.metrics import EpochMetrics
+from study.ahead import Trained, record_trained, save_trained, train_ahead
 from study.config import StudyConfig, check_backbones
-from study.ledger import Ledger
+from study.cost import cost_model
+from study.ledger import RERUNS, Ledger
+from study.paused_trials import PausedTrials, find_paused
 from study.progress import Counts, Progress
+from study.promotion import Promotion
 from study.runner import (
     RERUN_REASONS,
     Asked,
     TrialResult,
     Work,
     checkpoint_folder,
+    continue_trial,
     identity,
     record_predictions,
     run_trial,
 )
 from study.samplers import make_pruner, make_sampler
+from study.sections import FORESEEN
 from study.session import corner_configs, end_killed, open_session
 from study.space import ParamValue, apply_params, distributions, n_points, recipes
 from study.store import Store, TrialRow
+from study.thaw import Outlook
 
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
-_ORIGIN, _RERUNS = "origin", "reruns"
-
+_ORIGIN = "origin"
+# A study that stopped for these goes on where it was; for any other reason it is at its end.
+_HALTED = ("interrupted", "timeout")
 
 _STATES = {
     "complete": TrialState.COMPLETE,
@@ -121,11 +132,23 @@ class _Search:
         self.config = config
         self.begin = begin
         self.distributions = distributions(config.space)
-        self.ledger = Ledger(
-            config.study.storage,
-            config.study.name,
-            make_pruner(config.search.pruner, config.train.epochs),
+        n_train, n_val = len(work.data.train), len(work.data.val)
+        self.outlook = Outlook(
+            config.train.epochs,
+            n_val,
+            cost_model(config.train, n_train, n_val, is_cached=work.cache is not None),
+            {key: getattr(config.train, key) for key in config.space},
         )
+        pruner = make_pruner(config.search.pruner, config.train.epochs)
+        found = find_paused(work)
+        self.ledger = Ledger(config.study.storage, config.study.name, pruner, paused=found)
+        self.can_pause = isinstance(pruner, Promotion)
+        self.paused = PausedTrials(
+            work, self.ledger, pruner if isinstance(pruner, Promotion) else None
+        )
+        self.left_paused = found
+        self.asked: deque[Trial] = deque()  # for their turn
+        self.ahead: dict[int, Trained] = {}  # by number
         self.rows = {row.number: row for row in work.store.trials(work.study_id)}
 
     def run(self) -> str:
@@ -136,8 +159,17 @@ class _Search:
         self.work.progress.study_started(
             self.config.study.name, self.config.study.trials, self.counts(), self._best_value()
         )
-        while (because := self._reason_to_stop()) is None:
-            self._one_trial()
+        while True:
+            promoted = self.paused.next_number()
+            because = self._reason_to_stop(may_begin=promoted is None)
+            if because is not None:
+                break
+            if promoted is None:
+                self._one_trial()
+            else:
+                self._continue(promoted)
+        if because not in _HALTED:
+            because = self._end_paused() or because
         self._tidy_checkpoints()
         return because
 
@@ -148,6 +180,8 @@ class _Search:
         for row in store.trials(self.work.study_id):
             if row.number >= ledger.n_trials:  # it died before Optuna's tables had it
                 ledger.add_failed(row.params, self.distributions)
+        for row in self.paused.recover(self.left_paused, _MOST_RERUNS):
+            self._again(row.number, row.params, ledger.user_attrs(row.number))
         for row in store.stale_trials(self.work.study_id):
             end_killed(self.work, row)
             known = cut.pop(row.number, None)
@@ -158,23 +192,31 @@ class _Search:
 
     def _again(self, number: int, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
         """Put a cut trial's settings in line, unless they keep taking the process down."""
-        reruns = int(attrs.get(_RERUNS, 0)) + 1
+        reruns = int(attrs.get(RERUNS, 0)) + 1
         if set(params) == set(self.distributions) and reruns <= _MOST_RERUNS:
-            self.ledger.enqueue_first(params, {_ORIGIN: f"retry of {number}", _RERUNS: reruns})
+            self.ledger.enqueue_first(params, {_ORIGIN: f"retry of {number}", RERUNS: reruns})
 
     def _enqueue_recipes(self) -> None:
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}", _RERUNS: 0})
+            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}", RERUNS: 0})
 
-    def _reason_to_stop(self) -> str | None:
+    def _reason_to_stop(self, *, may_begin: bool) -> str | None:
+        """Return why the study is to stop.
+
+        Args:
+            may_begin: Whether a new trial would be next; while a paused one goes on, none of the
+                reasons against new ones counts.
+        """
         settings = self.config.study
         if self.work.stop.is_set():
             return "interrupted"
-        if self._n_finished() >= settings.trials:
+        if may_begin and self._n_finished() >= settings.trials:
             return "trials"
         if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
             return "timeout"
+        if not may_begin:
+            return None
         if settings.patience is not None and self._since_best() >= settings.patience:
             return "patience"
         size = n_points(self.config.space)
@@ -183,6 +225,39 @@ class _Search:
         return None
 
     def _one_trial(self) -> None:
+        """Run the next trial, or all next ones whose heads were trained together."""
+        if not self.asked:
+            self._ask()
+        if self.asked[0].number not in self.ahead:
+            self._take_turn()
+            return
+        with self.ledger.together(), self.work.store.together():
+            while self.asked and self.asked[0].number in self.ahead:
+                self._take_turn()
+                if self._reason_to_stop(may_begin=True) is not None:
+                    return
+
+    def _ask(self) -> None:
+        """Ask for the next trial; for several where a cohort may come of them."""
+        ledger, settings = self.ledger, self.config
+        in_line = ledger.next_number() < ledger.n_trials
+        self.asked.append(self._asked_one())
+        is_foreseen = settings.search.sampler in FORESEEN and self.work.cache is not None
+        if in_line or self.can_pause or not is_foreseen:
+            return
+        size = n_points(settings.space)
+        left = settings.study.trials - self._n_finished()
+        if size is not None:
+            left = min(left, size - self._n_settings())
+        while len(self.asked) < min(settings.search.cohort, left):
+            self.asked.append(self._asked_one())
+        coming = {}
+        for trial in self.asked:
+            with contextlib.suppress(ValueError):  # told when its turn comes
+                coming[trial.number] = apply_params(settings.train, trial.params)
+        self.ahead = train_ahead(self.work, coming, self.work.data)
+
+    def _asked_one(self) -> Trial:
         settings, ledger = self.config, self.ledger
         sampler = make_sampler(
             settings.search.sampler,
@@ -190,8 +265,12 @@ class _Search:
             ledger.next_number(),
             self.distributions,
             ledger.seen,
+            self.outlook,
         )
-        trial = ledger.ask(sampler, self.distributions)
+        return ledger.ask(sampler, self.distributions)
+
+    def _take_turn(self) -> None:
+        trial = self.asked.popleft()
         origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
         try:
             config = apply_params(self.config.train, trial.params)
@@ -202,17 +281,73 @@ class _Search:
         if known is not None:
             self._repeat(trial, config, known)
             return
-        result = run_trial(
-            self.work,
-            Asked(trial.number, trial.params, origin),
-            config,
-            # A pruner counts epochs done (its resource), so the first report is at step 1.
-            lambda metrics: ledger.report(trial, metrics.val_acc, metrics.epoch + 1),
+        asked = Asked(trial.number, trial.params, origin)
+        ask = self._should_stop(trial)
+        trained = self.ahead.pop(trial.number, None)
+        if trained is None:
+            result = run_trial(self.work, asked, config, ask, can_pause=self.can_pause)
+        else:
+            result = record_trained(self.work, asked, config, trained, ask)
+        self._close(trial, result, trained)
+
+    def _continue(self, number: int, *, to_the_end: bool = False) -> None:
+        """Go on with a paused trial."""
+        row, here = self.rows[number], self.config.train
+        config = dataclasses.replace(
+            TrainConfig(**row.config), device=here.device, workers=here.workers
         )
-        self._tell(trial, result)
+        trial = self.ledger.go_on(number)
+        ask = self._should_stop(trial, to_the_end=to_the_end)
+        self._close(trial, continue_trial(self.work, row, config, ask))
+
+    def _should_stop(
+        self, trial: Trial, *, to_the_end: bool = False
+    ) -> Callable[[EpochMetrics], bool]:
+        """Return what tells Optuna a trial's figures, and says whether it is to stop."""
+
+        def ask(metrics: EpochMetrics) -> bool:
+            # A pruner counts epochs done (its resource), so the first report is at step 1.
+            stops = self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
+            if to_the_end or not stops:
+                return False
+            if self.can_pause:
+                # Before its state is on disk: what is found there, Optuna's tables know of.
+                self.ledger.pause(trial)
+            return True
+
+        return ask
+
+    def _close(self, trial: Trial, result: TrialResult, trained: Trained | None = None) -> None:
+        """Tell how a trial stopped, and drop from disk what is not needed any more."""
+        if result.state == "paused":
+            self.ledger.pause(trial)
+        else:
+            self._tell(trial, result)
         self._reload(trial.number)
+        if trained is not None and result.state == "complete":
+            ranking = [row.number for row in self._ranking()]
+            if trial.number in ranking[: self.config.study.keep_checkpoints]:
+                save_trained(self.work, trial.number, trained)
+                self._reload(trial.number)
         if result.state == "complete":
             self._keep_best(trial.number)
+        if self.can_pause:
+            self.paused.keep_states(self.config.study.trials)
+
+    def _end_paused(self) -> str | None:
+        """Leave no trial paused; return what halted this, if anything did.
+
+        A study shall have a best model: where no trial is complete, the best of the paused ones
+        is trained to its end.
+        """
+        while not self._ranking() and (standings := self.paused.standings()):
+            if self.work.stop.is_set():
+                return "interrupted"
+            self._continue(standings[0].number, to_the_end=True)
+        for number in self.paused.give_up():
+            self._reload(number)
+        self.paused.keep_states(0)
+        return None
 
     def _tell(self, trial: Trial, result: TrialResult) -> None:
         self.ledger.tell(trial, _STATES[result.state], result.value)
@@ -230,10 +365,12 @@ class _Search:
         """Take over the result of an equal trial instead of training it again."""
         reason = f"same settings and seed as trial {known.number}"
         origin = f"same as {known.number}"
-        self._record_untrained(trial, config, origin, known.state, reason, known)
+        # Of a paused trial there is but one to go on with.
+        state = "pruned" if known.state == "paused" else known.state
+        self._record_untrained(trial, config, origin, state, reason, known)
         for metrics in self.work.store.epochs(known.id):
             self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
-        self.ledger.tell(trial, _STATES[known.state], known.value)
+        self.ledger.tell(trial, _STATES[state], known.value)
 
     def _record_untrained(
         self,
@@ -281,7 +418,7 @@ class _Search:
             self.rows[number] = store.trial(study_id, number)
 
     def _finished(self) -> list[TrialRow]:
-        """Return the trials that count: those cut short from outside do not."""
+        """Return the trials that count: paused ones, too, but none cut short from outside."""
         return [
             row
             for row in self.rows.values()
@@ -300,7 +437,11 @@ class _Search:
         return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
 
     def _since_best(self) -> int:
-        ranking = self._ranking()
+        """Count the trials after the best one; before one is complete, the furthest paused is."""
+        ranking = self._ranking() or sorted(
+            (row for row in self.rows.values() if row.state == "paused"),
+            key=lambda row: (-row.epochs_done, -(row.value or 0.0), row.number),
+        )
         best = ranking[0].number if ranking else -1
         return sum(row.number > best for row in self._finished())
 
@@ -330,6 +471,7 @@ class _Search:
             failed=states.count("failed"),
             running=states.count("running"),
             cut_short=sum(row.reason in RERUN_REASONS for row in self.rows.values()),
+            paused=states.count("paused"),
         )
 
     def outcome(self, because: str) -> SearchOutcome:

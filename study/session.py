@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import platformdirs
 import psutil
 
 from core.backbones import library_versions
@@ -16,6 +17,7 @@ from core.build import build, input_of
 from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
+from core.disk_entries import DiskEntries
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
 from study.ledger import Ledger
@@ -30,6 +32,8 @@ _STORE_MARGIN = 1.25
 # Of the memory that is free: training and the system's own cache of pictures need the rest.
 # Assumption.
 _SHARE_OF_FREE = 0.25
+# Of the disk that is free: pictures and checkpoints need it, too. Assumption.
+_SHARE_OF_FREE_DISK = 0.1
 
 
 @dataclass(slots=True)
@@ -84,7 +88,7 @@ def open_session(
     store.update_study(study_id, config.to_record(), _described(data))
     with _leaving_cleanly(progress) as stop:
         output = Path(config.study.output) / config.study.name
-        cache = _cache(config.study.cache)
+        cache = _cache(config)
         session = Session(Work(store, study_id, run_id, data, output, progress, stop, cache))
         try:
             yield session
@@ -92,11 +96,26 @@ def open_session(
             store.end_run(run_id, session.because)
 
 
-def _cache(budget_bytes: int | None) -> PrefixCache | None:
+def _cache(config: StudyConfig) -> PrefixCache | None:
     """Make room for shared work; None where nothing is to be shared."""
-    if budget_bytes is None:
-        budget_bytes = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
-    return PrefixCache(budget_bytes) if budget_bytes else None
+    budget, on_disk = config.study.cache, config.study.cache_disk
+    if budget == 0:
+        return None
+    # Beside the decoded pictures, as core.data places them.
+    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "entries"
+    if budget is None:
+        memory = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
+        on_disk = min(memory, _free_disk(folder)) if on_disk is None else on_disk
+    else:
+        on_disk = budget // 2 if on_disk is None else min(on_disk, budget)
+        memory = budget - on_disk
+    return PrefixCache(memory, DiskEntries(folder, on_disk) if on_disk else None)
+
+
+def _free_disk(folder: Path) -> int:
+    """Return how much of a disk may be taken unasked, bytes."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return int(_SHARE_OF_FREE_DISK * psutil.disk_usage(str(there)).free)
 
 
 def close_killed(work: Work, ledger: Ledger) -> None:

@@ -68,7 +68,7 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
     """Show all studies of a database."""
     if not summaries:
         return Text("No study yet; `python -m study run` makes one.")
-    counts = ("complete", "pruned", "failed", "running")
+    counts = ("complete", "pruned", "failed", "running", "paused")
     table = make_table(
         "study", "best", "trial", *counts, "updated (UTC)", right=("best", "trial", *counts)
     )
@@ -82,18 +82,19 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
             row.n_pruned,
             row.n_failed,
             row.n_running,
+            row.n_paused,
             str(row.updated_at)[:19],
         )
     return table
 
 
 def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
-    """Sort trials: complete ones by accuracy, then the pruned, then the others."""
-    rank = {"complete": 0, "pruned": 1}
+    """Sort trials: complete ones by accuracy, then the paused, the pruned, and the others."""
+    rank = {"complete": 0, "paused": 1, "pruned": 2}
     return sorted(
         trials,
         key=lambda row: (
-            rank.get(row.state, 2),
+            rank.get(row.state, 3),
             -(row.value if row.value is not None else -1.0),
             row.number,
         ),
@@ -152,10 +153,7 @@ def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableT
         ("from", trial.origin),
         ("accuracy", f"{format_accuracy(trial.value)}{best}"),
         ("time", format_duration(trial.duration_s)),
-        (
-            "saved by sharing",
-            format_duration(sum(row.saved_s for row in epochs)) if epochs else "-",
-        ),
+        ("saved by sharing", say_shared(epochs)),
         ("trained parameters", None if trained is None else f"{trained:,} of {total:,}"),
         ("device", trial.device),
         ("checkpoint", trial.checkpoint or "not kept"),
@@ -164,6 +162,23 @@ def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableT
     config = [(key, format_value(value)) for key, value in trial.config.items()]
     head = "\nConfiguration:"
     return Group(_facts(facts), Text(""), epochs_table(epochs), Text(head), _facts(config))
+
+
+def say_shared(epochs: Sequence[EpochMetrics]) -> str:
+    """Say what a trial took from shared work, and what it left for others."""
+    if not epochs:
+        return "-"
+    hits, misses, read, from_disk, kept = (
+        sum(getattr(row, f"cache_{name}") for row in epochs)
+        for name in ("hits", "misses", "read_bytes", "disk_bytes", "kept_bytes")
+    )
+    told = format_duration(sum(row.saved_s for row in epochs))
+    if hits + misses == 0:
+        return told
+    return (
+        f"{told} ({hits} of {hits + misses} entries were there: {format_bytes(read)}, "
+        f"{format_bytes(from_disk)} of it from disk; {format_bytes(kept)} left for others)"
+    )
 
 
 def epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
@@ -233,6 +248,8 @@ def summary_view(
         f"{outcome.study_name}: {counts.finished} of {target} trials, {counts.complete} complete, "
         f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
     )
+    if counts.paused:
+        head += f" {counts.paused} are paused; resume goes on with the best of them."
     parts: list[RenderableType] = [Text(head)]
     best = [row for row in best_first(trials) if row.state == "complete"][:_SUMMARY_ROWS]
     if not best or outcome.best_value is None:
@@ -240,7 +257,7 @@ def summary_view(
         why = f" The last one failed: {failed.reason}." if failed else ""
         return Group(*parts, Text(f"No trial is complete.{why}"))
     parts += [trials_table(best)]
-    n_seen = counts.complete + counts.pruned
+    n_seen = counts.complete + counts.pruned + counts.paused
     bonus = selection_bonus(outcome.best_value, n_val, n_seen)
     if bonus > 0:
         parts.append(

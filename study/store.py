@@ -1,5 +1,6 @@
 """The record: every study, trial, epoch and look at the test split, written and read back."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -8,12 +9,12 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Engine, Select, case, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, Select, case, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from core.metrics import EpochMetrics
@@ -104,6 +105,7 @@ class Store:
 
     def __init__(self, engine: Engine, storage: str) -> None:
         self._engine = engine
+        self._held: Connection | None = None
         self.storage = storage
 
     @classmethod
@@ -173,7 +175,7 @@ class Store:
         row = self.find_study(name)
         if row is not None:
             return row
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             names = list(connection.execute(select(StudyTable.name)).scalars())
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
         known = f" There is: {', '.join(near)}." if near else " It holds no study yet."
@@ -197,6 +199,7 @@ class Store:
                 count("pruned"),
                 count("failed"),
                 count("running"),
+                count("paused"),
                 func.max(complete_value),
             )
             .outerjoin(TrialTable, TrialTable.study_id == StudyTable.id)
@@ -204,7 +207,7 @@ class Store:
             .order_by(StudyTable.id.desc())
         )
         summaries = []
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             for study_id, name, created, touched_at, *counts, best in connection.execute(query):
                 first = select(func.min(TrialTable.number)).where(
                     TrialTable.study_id == study_id,
@@ -212,10 +215,11 @@ class Store:
                     TrialTable.value == best,
                 )
                 number = None if best is None else connection.execute(first).scalar()
-                complete, pruned, failed, running = counts
+                names = ("n_complete", "n_pruned", "n_failed", "n_running", "n_paused")
+                told = dict(zip(names, counts, strict=True))
                 summaries.append(
                     StudySummary(
-                        name, created, touched_at, complete, pruned, failed, running, best, number
+                        name, created, touched_at, best_value=best, best_number=number, **told
                     )
                 )
         return summaries
@@ -232,7 +236,7 @@ class Store:
         """
         row = self.study(name)
         trials = select(TrialTable.id).where(TrialTable.study_id == row.id)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             for table in (EpochTable, ConfusionTable, PictureTable, PredictionTable):
                 connection.execute(delete(table).where(table.trial_id.in_(trials)))
             for owned in (TestTable, DesignTable, TrialTable, RunTable):
@@ -351,7 +355,7 @@ class Store:
         so_far: Json = {"epochs_done": metrics.epoch + 1}
         if metrics.is_best:
             so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch}
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(insert(EpochTable), values)
             connection.execute(update(TrialTable).where(TrialTable.id == trial_id), so_far)
 
@@ -367,7 +371,7 @@ class Store:
         duration_s: float,
         checkpoint: str | None,
     ) -> None:
-        """Close a trial with its last state and figures."""
+        """Close a trial with its last state and figures; a paused one may go on later."""
         values = {
             "state": state,
             "reason": reason,
@@ -379,6 +383,21 @@ class Store:
             "ended_at": _now(),
         }
         self._update(TrialTable, trial_id, values)
+
+    def continue_trial(self, trial_id: int, run_id: int) -> None:
+        """Mark a paused trial as running again, now in this run."""
+        values = {"state": "running", "run_id": run_id, "reason": None, "ended_at": None}
+        self._update(TrialTable, trial_id, values)
+
+    def cut_epochs(self, trial_id: int, n_epochs: int) -> None:
+        """Forget all epochs of a trial but its first so many: it trains the others again."""
+        beyond = (EpochTable.trial_id == trial_id) & (EpochTable.epoch >= n_epochs)
+        with self._writing() as connection:
+            connection.execute(delete(EpochTable).where(beyond))
+
+    def prune_paused(self, trial_id: int, reason: str) -> None:
+        """Give up a paused trial."""
+        self._update(TrialTable, trial_id, {"state": "pruned", "reason": reason})
 
     def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
         """Note where a trial's weights lie, or that they were removed."""
@@ -399,7 +418,7 @@ class Store:
         rows = self._rows(TrialRow, query)
         if not rows:
             last = select(func.max(TrialTable.number)).where(TrialTable.study_id == study_id)
-            with self._engine.connect() as connection:
+            with self._reading() as connection:
                 top = connection.execute(last).scalar()
             range_ = "it has none yet" if top is None else f"they go from 0 to {top}"
             raise StoreError(f"there is no trial {number} in that study; {range_}.")
@@ -413,11 +432,11 @@ class Store:
         return self._rows(TrialRow, query.order_by(TrialTable.number))
 
     def find_finished(self, study_id: int, config_hash: str) -> TrialRow | None:
-        """Return the first complete or pruned trial of equal settings, if any."""
+        """Return the first complete, pruned or paused trial of equal settings, if any."""
         query = select(*_TRIAL).where(
             TrialTable.study_id == study_id,
             TrialTable.config_hash == config_hash,
-            TrialTable.state.in_(("complete", "pruned")),
+            TrialTable.state.in_(("complete", "pruned", "paused")),
         )
         rows = self._rows(TrialRow, query.order_by(TrialTable.number).limit(1))
         return rows[0] if rows else None
@@ -432,7 +451,7 @@ class Store:
 
     def add_confusion(self, trial_id: int, split: str, matrix: list[list[int]]) -> None:
         """Keep a trial's confusion matrix on a split, rows the truth; an earlier one goes."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(
                 delete(ConfusionTable).where(
                     ConfusionTable.trial_id == trial_id, ConfusionTable.split == split
@@ -444,7 +463,7 @@ class Store:
     def add_pictures(self, trial_id: int, rows: Sequence[PictureRow]) -> None:
         """Keep the pictures that a trial got wrong; earlier ones of the trial go."""
         values = [{"trial_id": trial_id, **dataclasses.asdict(row)} for row in rows]
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(delete(PictureTable).where(PictureTable.trial_id == trial_id))
             if values:
                 connection.execute(insert(PictureTable), values)
@@ -505,7 +524,7 @@ class Store:
             "labels": pack_classes(labels),
             "predicted": pack_classes(predicted),
         }
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(
                 delete(PredictionTable).where(
                     PredictionTable.trial_id == trial_id, PredictionTable.split == split
@@ -518,7 +537,7 @@ class Store:
         query = select(PredictionTable.trial_id).where(
             PredictionTable.trial_id == trial_id, PredictionTable.split == split
         )
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return connection.execute(query).scalar() is not None
 
     # Designs
@@ -537,7 +556,7 @@ class Store:
         known = select(DesignTable.id).where(
             DesignTable.study_id == study_id, DesignTable.key == key
         )
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             found = connection.execute(known).scalar()
         if found is None:
             return self._insert(DesignTable, {"study_id": study_id, "key": key, **values})
@@ -554,18 +573,38 @@ class Store:
         """Return the database's engine, for readers."""
         return self._engine
 
-    def _insert(self, table: type[Base], values: Json) -> int:
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Write all that is written inside the block in one transaction, or nothing of it."""
         with self._engine.begin() as connection:
+            self._held = connection
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def _writing(self) -> contextlib.AbstractContextManager[Connection]:
+        """Begin a transaction, or take part in the one that is open."""
+        held = self._held
+        return self._engine.begin() if held is None else contextlib.nullcontext(held)
+
+    def _reading(self) -> contextlib.AbstractContextManager[Connection]:
+        """Connect, or read what the open transaction sees."""
+        held = self._held
+        return self._engine.connect() if held is None else contextlib.nullcontext(held)
+
+    def _insert(self, table: type[Base], values: Json) -> int:
+        with self._writing() as connection:
             key = connection.execute(insert(table), values).inserted_primary_key
         assert key is not None
         return int(key[0])
 
     def _update(self, table: type[Any], key: int, values: Json) -> None:
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(update(table).where(table.id == key), values)
 
     def _rows(self, kind: type[Row], query: Any) -> list[Row]:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return [kind(*values) for values in connection.execute(query).all()]
 
 

@@ -3,10 +3,10 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from sqlalchemy import JSON, ForeignKey, LargeBinary, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PREFIX = "frostline_"
 
 Json = dict[str, Any]
@@ -118,6 +118,11 @@ class EpochTable(Base):
     micro_batch_size: Mapped[int]
     is_best: Mapped[bool]
     saved_s: Mapped[float] = mapped_column(default=0.0)
+    cache_hits: Mapped[int] = mapped_column(default=0)
+    cache_misses: Mapped[int] = mapped_column(default=0)
+    cache_read_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    cache_disk_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    cache_kept_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     seconds_since_start: Mapped[float]
 
 

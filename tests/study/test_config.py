@@ -97,7 +97,7 @@ def test_all_faults_are_told_at_once_with_file_and_key(tmp_path: Path) -> None:
         f"{path}: train.optimizer: must be one of sgd, adamw, but got optimizer='sdg'."
         " Did you mean sgd?",
         f"{path}: search.sampler: must be one of tpe, random, gp, cmaes, qmc, grid, bruteforce,"
-        " but got sampler='tpo'. Did you mean tpe?",
+        " thaw, but got sampler='tpo'. Did you mean tpe?",
         f"{path}: space.base_lr: is given a value by train.base_lr too; remove one of the two.",
         f"{path}: space.base_lr: low must be < high, but got low=0.1 and high=0.01;"
         " a plain value instead of the table fixes the key.",

@@ -2,6 +2,7 @@ import dataclasses
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from core.build import input_of
@@ -96,6 +97,38 @@ def test_the_first_signal_is_a_wish_to_stop(
         assert not session.work.stop.is_set()
         signal.raise_signal(number)
         assert session.work.stop.is_set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "disk"),
+    [
+        (["study.cache=8GB"], 4 * 10**9, 4 * 10**9),
+        (["study.cache=8GB", "study.cache_disk=1GB"], 7 * 10**9, 10**9),
+        (["study.cache=8GB", "study.cache_disk=0"], 8 * 10**9, None),
+        (["study.cache=8GB", "study.cache_disk=9GB"], 0, 8 * 10**9),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_one_budget_is_divided_between_memory_and_disk(
+    home: Path, store: Store, settings: list[str], memory: int, disk: int | None
+) -> None:
+    with _open(store, _config(home, *settings)) as session:
+        cache = session.work.cache
+        assert cache is not None and cache.budget_bytes == memory
+        assert (cache.disk.budget_bytes if cache.disk else None) == disk
+        assert cache.disk is None or cache.disk.folder == home / "cache" / "entries"
+
+
+def test_unasked_the_cache_takes_a_part_of_what_is_free_and_none_where_nothing_is_shared(
+    home: Path, store: Store
+) -> None:
+    with _open(store, _config(home)) as session:
+        cache = session.work.cache
+        assert cache is not None and cache.disk is not None
+        assert 0 < cache.budget_bytes < psutil.virtual_memory().total
+        assert 0 < cache.disk.budget_bytes <= cache.budget_bytes
+    with _open(store, _config(home, "study.cache=0")) as session:
+        assert session.work.cache is None
 
 
 def test_another_process_at_work_is_refused_and_nothing_of_the_study_changes(

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from study.show import (
     format_bytes,
     levels_table,
     next_commands,
+    say_shared,
     say_test,
     selection_bonus,
     studies_table,
@@ -126,6 +128,21 @@ def test_a_trial_shows_reason_epochs_and_configuration(store: Store) -> None:
     assert "failed: diverged [bad]" in text_of(trial_view(failed, []))
 
 
+def test_what_a_trial_shared_is_told_in_a_line() -> None:
+    epoch = EpochMetrics(
+        0, 0.7, 0.6, 0.9, 0.9, 0.9, 0.01, 0.1, 100.0, 0.1, 1.0, 0.2, 10**9, 32, True
+    )
+    reader = dataclasses.replace(
+        epoch, saved_s=1.5, cache_hits=2, cache_read_bytes=3_000_000, cache_disk_bytes=2_000_000
+    )
+    maker = dataclasses.replace(epoch, cache_misses=1, cache_kept_bytes=500)
+    assert say_shared([reader, maker]) == (
+        "1.5 s (2 of 3 entries were there: 3 MB, 2 MB of it from disk; 500 B left for others)"
+    )
+    assert say_shared([epoch]) == "0.0 s"
+    assert say_shared([]) == "-"
+
+
 def test_trials_are_ranked_complete_first(store: Store) -> None:
     trials = store.trials(store.study("ants").id)
     assert [row.number for row in best_first(trials)] == [1, 0, 2, 3]
@@ -159,6 +176,15 @@ def test_the_summary_names_the_best_and_how_it_flatters_itself(store: Store) -> 
     assert "Best checkpoint: runs/ants/trial-1" in text
     numbers = [line.split()[0] for line in text.splitlines() if "complete" in line.split()]
     assert numbers[-2:] == ["1", "0"]
+    assert "paused" not in text
+
+
+def test_the_summary_of_a_halted_study_tells_what_is_paused(store: Store) -> None:
+    counts = Counts(complete=1, failed=1, paused=3)
+    ended = Ended(counts=counts, best_number=None, best_value=None, checkpoint=None)
+    text = text_of(summary_view(ended, [], 20, 30))
+    assert "5 of 30 trials, 1 complete, 0 pruned, 1 failed" in text
+    assert "3 are paused; resume goes on with the best of them." in text
 
 
 def test_the_summary_of_failures_says_why(store: Store) -> None:

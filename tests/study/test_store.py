@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import sqlite3
 import subprocess
@@ -23,6 +24,9 @@ from study.store import (
 )
 from study.tables import SCHEMA_VERSION, Base
 
+CACHE_COUNTS = [
+    field.name for field in dataclasses.fields(EpochMetrics) if field.name.startswith("cache_")
+]
 DATA = {"source": "folder:x", "classes": ["a", "b"], "fingerprint": "f", "n_train": 8}
 
 
@@ -128,7 +132,34 @@ def test_summaries_count_states_and_name_the_best_complete_trial(store: Store) -
     assert (newest.name, newest.best_value, newest.n_complete) == ("empty", None, 0)
     counts = (oldest.n_complete, oldest.n_pruned, oldest.n_failed, oldest.n_running)
     assert counts == (2, 1, 1, 1)
-    assert (oldest.best_value, oldest.best_number) == (0.9, 1)
+    assert (oldest.best_value, oldest.best_number, oldest.n_paused) == (0.9, 1, 0)
+    _end(store, _trial(store, study, run, 5), "paused", 0.99)
+    assert (store.studies()[1].n_paused, store.studies()[1].best_number) == (1, 1)
+
+
+def test_a_paused_trial_goes_on_where_it_was_or_is_given_up(store: Store) -> None:
+    study, run = _study(store)
+    trial = _trial(store, study, run, 0)
+    for epoch in range(4):
+        store.add_epoch(trial, _epoch(epoch, 0.5), 1.0)
+    _end(store, trial, "paused", 0.5)
+    assert store.stale_trials(study) == []
+    found = store.find_finished(study, "hash0")
+    assert found is not None
+    assert found.ended_at is not None
+    store.continue_trial(trial, run)
+    row = store.trial(study, 0)
+    assert (row.state, row.reason, row.ended_at) == ("running", None, None)
+    assert row.duration_s == found.duration_s
+    store.cut_epochs(trial, 2)
+    assert [metrics.epoch for metrics in store.epochs(trial)] == [0, 1]
+    store.add_epoch(trial, _epoch(2, 0.6), 1.0)
+    _end(store, trial, "paused", 0.6)
+    left = store.trial(study, 0)
+    store.prune_paused(trial, "pruned after epoch 3")
+    row = store.trial(study, 0)
+    assert (row.state, row.reason, row.value) == ("pruned", "pruned after epoch 3", 0.6)
+    assert row.ended_at == left.ended_at
 
 
 def test_equal_settings_are_found_only_when_they_were_finished(store: Store) -> None:
@@ -289,7 +320,7 @@ def _file(path: Path, kind: str) -> None:
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
         ("optuna", "holds plain Optuna studies, not Frostline's"),
-        ("newer", r"written by a newer Frostline \(schema 99; this one knows 4\)"),
+        ("newer", r"written by a newer Frostline \(schema 99; this one knows 5\)"),
         ("odd", "has schema version None, which no Frostline wrote"),
         ("missing", "there is no database"),
     ],
@@ -358,7 +389,8 @@ def _version_1(path: Path) -> None:
             connection.execute(f"DROP TABLE frostline_{table}")
         for column in ("factor", "level", "replicate"):
             connection.execute(f"ALTER TABLE frostline_trials DROP COLUMN {column}")
-        connection.execute("ALTER TABLE frostline_epochs DROP COLUMN saved_s")
+        for column in ("saved_s", *CACHE_COUNTS):
+            connection.execute(f"ALTER TABLE frostline_epochs DROP COLUMN {column}")
         connection.execute("UPDATE frostline_info SET value = '1'")
     connection.close()
 
@@ -400,3 +432,25 @@ def test_a_database_of_schema_1_is_brought_up_to_date_and_keeps_its_data(tmp_pat
         version = connection.execute("SELECT value FROM frostline_info").fetchone()
     connection.close()
     assert version == (str(SCHEMA_VERSION),)
+
+
+def test_a_database_of_schema_4_gets_counts_of_shared_work(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    with Store.open(str(path), create=True) as store:
+        study, run = _study(store)
+        trial = _trial(store, study, run, 0)
+        store.add_epoch(trial, _epoch(0, 0.75), 1.0)
+    with sqlite3.connect(path) as connection:
+        for column in CACHE_COUNTS:
+            connection.execute(f"ALTER TABLE frostline_epochs DROP COLUMN {column}")
+        connection.execute("UPDATE frostline_info SET value = '4'")
+    connection.close()
+    later = dataclasses.replace(
+        _epoch(1, 0.8), cache_hits=2, cache_misses=1, cache_read_bytes=3 << 40, cache_disk_bytes=5
+    )
+    with Store.open(str(path)) as store:
+        store.add_epoch(trial, later, 2.0)
+        first, second = store.epochs(trial)
+        assert [getattr(first, name) for name in CACHE_COUNTS] == [0] * len(CACHE_COUNTS)
+        assert second == later
+        assert read_epochs(store, "photos")["cache_read_bytes"].tolist() == [0, 3 << 40]
