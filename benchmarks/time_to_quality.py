@@ -272,6 +272,18 @@ def frostline_record(storage: Path, began: float) -> list[dict[str, Any]]:
     return rows
 
 
+def _as_written(store: "Store") -> list[tuple[int, int]]:
+    """List trial and epoch in the order in which the study wrote them."""
+    from sqlalchemy import text
+
+    query = (
+        "select t.number, e.epoch from frostline_epochs e "
+        "join frostline_trials t on t.id = e.trial_id order by e.rowid"
+    )
+    with store.engine.connect() as connection:
+        return [(int(number), int(epoch)) for number, epoch in connection.execute(text(query))]
+
+
 def timeline(store: "Store", began: float) -> list[dict[str, Any]]:
     """List all epochs of a study in the order in which they ended.
 
@@ -281,11 +293,20 @@ def timeline(store: "Store", began: float) -> list[dict[str, Any]]:
     from study.read import read_epochs
 
     trials = {trial.number: trial for trial in store.trials(store.study(_STUDY).id)}
+    epochs = {
+        (epoch["number"], epoch["epoch"]): epoch
+        for epoch in read_epochs(store, _STUDY).to_dict("records")
+    }
     rows = []
-    for epoch in read_epochs(store, _STUDY).to_dict("records"):
-        trial = trials[epoch["number"]]
+    gaps: dict[int, float] = {}  # how long each trial was paused; its own clock stood still then
+    for key in _as_written(store):
+        epoch, trial = epochs[key], trials[key[0]]
+        if key[1] and rows[-1]["trial"] != trial.number:
+            own = next(row for row in reversed(rows) if row["trial"] == trial.number)
+            gaps[trial.number] = gaps.get(trial.number, 0.0) + rows[-1]["seconds"] - own["seconds"]
         started = trial.started_at.replace(tzinfo=UTC).timestamp() - began
-        row = {"seconds": started + epoch["seconds_since_start"], "trial": epoch["number"]}
+        ended = started + epoch["seconds_since_start"] + gaps.get(trial.number, 0.0)
+        row = {"seconds": ended, "trial": trial.number}
         row |= {key: epoch[key] for key in ("epoch", "val_acc", "train_loss")}
         row["spent_s"] = epoch["data_s"] + epoch["train_s"] + epoch["eval_s"]
         rows.append(row | {"origin": trial.origin} | trial.params)

@@ -135,7 +135,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_sharing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cache", metavar="SIZE", help="most memory for work that trials share, such as 8GB"
+        "--cache",
+        metavar="SIZE",
+        help="most bytes for work that trials share, in memory and on disk, such as 8GB",
     )
     parser.add_argument(
         "--no-sharing",

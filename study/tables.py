@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, LargeBinary, UniqueConstraint
+from sqlalchemy import BigInteger, JSON, BigInteger, ForeignKey, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA_VERSION = 5
@@ -114,7 +114,7 @@ class EpochTable(Base):
     data_s: Mapped[float]
     train_s: Mapped[float]
     eval_s: Mapped[float]
-    peak_memory_bytes: Mapped[int]
+    peak_memory_bytes: Mapped[int] = mapped_column(BigInteger)
     micro_batch_size: Mapped[int]
     is_best: Mapped[bool]
     saved_s: Mapped[float] = mapped_column(default=0.0)

@@ -170,7 +170,7 @@ def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
         return real(logits, *args, **kwargs)
 
     monkeypatch.setattr(fit_module, "cross_entropy", small_memory)
-    config = replace(TINY, backbone="alexnet", image_size=64, epochs=1, freeze_depth=5)
+    config = replace(TINY, epochs=1, freeze_depth=4, batch_norm="frozen")
     squeezed = list(fit(config, data))[0]
     monkeypatch.undo()
     free = list(fit(config, data))[0]

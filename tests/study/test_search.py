@@ -149,9 +149,9 @@ def test_patience_ends_a_study_that_does_not_improve(home: Path) -> None:
 
 
 def test_a_timeout_ends_a_study(home: Path) -> None:
-    outcome = _run(_config(home, 50, "study.timeout=0.5"))
+    outcome = _run(_config(home, 5000, "study.timeout=3"))
     assert outcome.stopped_because == "timeout"
-    assert 0 < outcome.counts.finished < 50
+    assert 0 < outcome.counts.finished < 5000
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_any_trial(home: Path) -> None:
