@@ -155,6 +155,24 @@ def trains_head_alone(config: TrainConfig) -> bool:
     return config.freeze_depth == MAX_FREEZE_DEPTH and not own
 
 
+def check_probe(
+    config: TrainConfig, built: Built, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Return all of a network but its head, where a probe can be its head.
+
+    Raises:
+        ValueError: The head is not one linear layer.
+    """
+    prefix = frozen_part(built, config, torch.device(device))
+    if prefix is None:
+        raise ValueError(
+            "head_init = probe needs a backbone whose head is one linear layer, but got "
+            f"backbone={config.backbone!r}; use another head_init (--set train.head_init=default; "
+            "the thaw sampler takes probe where none is given)."
+        )
+    return prefix
+
+
 def start_from_probe(
     config: TrainConfig, built: Built, data: ImageData, feed: Feed, cache: PrefixCache | None
 ) -> None:
@@ -163,12 +181,7 @@ def start_from_probe(
     Raises:
         ValueError: The head is not one linear layer.
     """
-    prefix = frozen_part(built, config, feed.device)
-    if prefix is None:
-        raise ValueError(
-            "head_init = probe needs a backbone whose head is one linear layer, but got "
-            f"backbone={config.backbone!r}; use another head_init."
-        )
+    prefix = check_probe(config, built, feed.device)
     weight, bias = probe(Features(config, built, data, feed, prefix, cache), data)
     layer = built.model.get_submodule(built.head[0])
     assert isinstance(layer, nn.Linear)

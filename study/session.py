@@ -13,11 +13,13 @@ import platformdirs
 import psutil
 
 from core.backbones import library_versions
-from core.build import build, input_of
+from core.build import input_of
 from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.disk_entries import DiskEntries
+from core.fit import build_for
+from core.head_runs import check_probe
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
 from study.ledger import Ledger
@@ -201,14 +203,9 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         network = (train.backbone, train.weights, train.image_size, train.normalize)
         if network not in built:
             built.add(network)
-            build(
-                train.backbone,
-                train.weights,
-                data.classes,
-                seed=train.seed,
-                image_size=train.image_size,
-                normalize=train.normalize,
-            )
+            made = build_for(train, data.classes)
+            if train.head_init == "probe":
+                check_probe(train, made)
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(

@@ -203,10 +203,10 @@ def test_every_different_network_is_tried_once(
 ) -> None:
     built = []
 
-    def recorded(name: str, weights: str, *rest: object, **more: object) -> None:
-        built.append((name, weights, more["image_size"], more["normalize"]))
+    def recorded(config: TrainConfig, classes: object) -> None:
+        built.append((config.backbone, config.weights, config.image_size, config.normalize))
 
-    monkeypatch.setattr(session_module, "build", recorded)
+    monkeypatch.setattr(session_module, "build_for", recorded)
     train = _config(home).train
     others = [
         dataclasses.replace(train, base_lr=0.5, seed=4, freeze_depth=2),
@@ -298,3 +298,13 @@ def test_the_versions_that_decide_numbers_are_named() -> None:
     found = versions()
     assert {"python", "torch", "frostline", "optuna", "numpy", "pillow"} <= set(found)
     assert all(found.values())
+
+
+def test_a_probe_on_a_head_that_is_no_linear_layer_is_refused_before_any_trial(
+    home: Path,
+) -> None:
+    settings = ["train.backbone=squeezenet1_1", "train.image_size=64", "train.head_init=probe"]
+    config = _config(home, *settings)
+    data = load_pictures(config, QuietProgress())
+    with pytest.raises(ValueError, match=r"head_init = probe needs .*--set train.head_init"):
+        preflight([config.train], data)
