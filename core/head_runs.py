@@ -139,9 +139,10 @@ class HeadRuns:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on with a single run where `state` was taken."""
         config = self._configs[0]
-        self._coordinates = {config.standardize: Coordinates(state["mean"], state["std"])}
-        lane = Lane([config], list(state["head"]), config.seed, len(self._data.train))
-        lane.restore(state)
+        here = {name: tensor.to(self._features.device) for name, tensor in state.items()}
+        lane = Lane([config], list(here["head"]), config.seed, len(self._data.train))
+        lane.restore(here)
+        self._coordinates = {config.standardize: Coordinates(here["mean"], here["std"])}
         self._lanes = [lane]
 
 
