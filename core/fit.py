@@ -160,6 +160,7 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
         image_size=config.image_size,
         normalize=config.normalize,
         head_init=config.head_init,
+        channels_last=config.channels_last,
     )
 
 
@@ -207,8 +208,7 @@ class _Run:
         )
         trainable = freeze(built.model, built.stages, config.freeze_depth)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model: nn.Module = built.model.to(device)
-        self.model.to(memory_format=layout)
+        self.model: nn.Module = built.model.to(device).to(memory_format=layout)
         groups = parameter_groups(self.model, trainable, built.head, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(groups, config, device)

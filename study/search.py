@@ -138,6 +138,7 @@ class _Search:
             n_val,
             cost_model(config.train, n_train, n_val, is_cached=work.cache is not None),
             {key: getattr(config.train, key) for key in config.space},
+            counts_seconds=config.study.timeout is not None,
         )
         pruner = make_pruner(config.search.pruner, config.train.epochs)
         found = find_paused(work)

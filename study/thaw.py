@@ -63,12 +63,15 @@ class Outlook:
         n_val: Validation pictures, which decide how far accuracies are to be trusted.
         cost: Says what a setting costs; None counts all alike.
         start: Settings to probe with, beyond the known recipe's.
+        counts_seconds: Whether the study's budget is time; where it is a number of trials, a cheap
+            trial takes as much of it as a dear one, and the cost is left out of the draw.
     """
 
     epochs: int | None = None
     n_val: int | None = None
     cost: CostModel | None = None
     start: Mapping[str, Any] = field(default_factory=dict)
+    counts_seconds: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ class ThawSampler(BaseSampler):
         self._space = dict(space)
         self._axes = Axes(self._space)
         self._outlook = outlook or Outlook()
-        self._cost_power = cost_power
+        self._cost_power = cost_power if self._outlook.counts_seconds else 0.0
         self._apart = RandomSampler(seed=seed)
 
     def infer_relative_search_space(

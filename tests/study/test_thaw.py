@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -325,6 +326,20 @@ def test_the_cost_decides_between_equal_gains() -> None:
         by_power.append(sampler._costs(row[None], sampler._look(trials, 1.0))[0])
     assert by_power[1] < by_power[0]
     assert len(np.unique(sampler._costs(rows, sampler._look([], 1.0)))) == 12  # levels x backbones
+
+
+def test_where_trials_are_the_budget_the_cost_is_left_out() -> None:
+    study = _search("thaw", SPACE, 8, 1, lambda _: 0.8, _outlook())
+    trials = study.get_trials(deepcopy=False)
+    by_trials = dataclasses.replace(_outlook(), counts_seconds=False)
+    drawn = []
+    for sampler in (
+        ThawSampler(0, SPACE, by_trials),
+        ThawSampler(0, SPACE, _outlook(), cost_power=0.0),
+        ThawSampler(0, SPACE, _outlook()),
+    ):
+        drawn.append(sampler._thaw(sampler._look(trials, 1.0), np.random.default_rng(0)).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_what_earlier_trials_left_in_the_cache_is_counted() -> None:
