@@ -1,9 +1,9 @@
 """Time and memory for more and more pictures: loading, a head alone, and a thawed trial.
 
-A real set is enlarged: every new picture is a random crop of a real one, at 96 px, as JPEG, so that
-contents differ and no two files are the same. Each size runs in its own process, with one
-budget for shared work; what the cache holds must stay within it, and is printed with the
-peak memory of the process.
+A real set is enlarged: every new picture is a random crop of a real one, at 96 px, as JPEG, so
+that contents differ and no two files are the same. Each size runs in its own process, with one
+budget for shared work; what the cache holds must stay within it, and is printed with the peak
+memory of the process.
 
     python benchmarks/scaling.py --data photos/flowers5 --sizes 1000 4000 16000 --cache 500
 """
