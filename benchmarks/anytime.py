@@ -32,6 +32,7 @@ _COLOURS = {
     "naive": ("#000000", "plain Optuna (TPE, Hyperband)"),
     "naive-channels-last": ("#888888", "the same, channels-last"),
     "frostline": ("#D55E00", "Frostline"),
+    "frostline-whole": ("#F0E442", "Frostline, nothing stopped early"),
     "ray": ("#0072B2", "Ray Tune (ASHA)"),
     "syne": ("#009E73", "Syne Tune (ASHA)"),
     "qtt": ("#CC79A7", "Quick-Tune-Tool's optimizer and space"),

@@ -47,6 +47,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 ROOT = Path(__file__).parent.parent
 FROSTLINE: dict[str, dict[str, dict[str, Any]]] = {
     "frostline": {"search": {"sampler": "thaw", "pruner": "promote"}},
+    "frostline-whole": {"search": {"sampler": "thaw", "pruner": "none"}},
     "frostline-tpe": {"search": {"sampler": "tpe", "pruner": "hyperband"}},
     "frostline-alone": {
         "search": {"sampler": "tpe", "pruner": "hyperband"},
