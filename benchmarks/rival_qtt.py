@@ -294,7 +294,7 @@ def search(args: argparse.Namespace) -> None:
     recorder = Recorder(args.out.resolve(), args.began)
     trials = Trials(task, recorder, args.seed, args.epochs)
 
-    class SelfTaught(QuickOptimizer):  # type: ignore[misc]
+    class SelfTaught(QuickOptimizer):  # type: ignore[misc]  # untyped library
         """Fits its predictors to the study's own first trials, for want of pretrained ones."""
 
         def ante(self) -> None:
@@ -305,7 +305,7 @@ def search(args: argparse.Namespace) -> None:
                 cost = np.array([[np.mean(trials.costs[k])] for k in seen])
                 self.fit(self.pipelines.iloc[seen].reset_index(drop=True), self.curves[seen], cost)
 
-    class Budgeted(QuickTuner):  # type: ignore[misc]
+    class Budgeted(QuickTuner):  # type: ignore[misc]  # untyped library
         """Ends when the study's seconds, those of testing not counted, are spent."""
 
         def _is_budget_exhausted(self, *_: object) -> bool:

@@ -162,6 +162,23 @@ def count_parameters(
     return sum(sizes[depth : MAX_FREEZE_DEPTH + 1]), sum(sizes)
 
 
+def stage_flops(backbone: str, weights: str, image_size: int | None) -> tuple[int, ...]:
+    """Return the forward FLOPs of one picture in each stage, the head's (1,000 classes) last.
+
+    Args:
+        backbone: torchvision name or `timm:NAME`.
+        weights: Source of the weights, as in `TrainConfig.weights`; none are read.
+        image_size: Side of the input, pixels; None for the weights' own.
+
+    Raises:
+        BackboneError: Unknown backbone.
+        StagesError: It cannot be divided into freeze levels.
+    """
+    side = input_of(backbone, weights, image_size).image_size
+    is_pretrained = weights_.resolve(backbone, weights) != "none"
+    return _stages(backbone, side, is_pretrained).flops
+
+
 def stages_of(backbone: str, image_size: int | None = None) -> tuple[nn.Module, Stages]:
     """Return a randomly initialised backbone with its stages, for showing them.
 

@@ -16,7 +16,7 @@ from core.build import Built
 from core.checkpoint import save_checkpoint, write_predictions
 from core.config import TrainConfig
 from core.data import ImageData
-from core.device import choose_device, peak_memory_bytes
+from core.device import choose_device, deterministic, peak_memory_bytes
 from core.epoch import Clock, epoch_metrics
 from core.evaluate import Evaluation
 from core.features import Features, feature_config, frozen_part
@@ -129,7 +129,8 @@ class Cohort:
             networks = [self._built[config.head_init] for config in self._configs]
             runs = HeadRuns(self._configs, networks, self._data, features)
             for epoch in range(max(config.epochs for config in self._configs)):
-                self._one_epoch(epoch, runs, features)
+                with deterministic(self._device):
+                    self._one_epoch(epoch, runs, features)
                 yield
                 self._gone |= {k for k in runs.members if self._configs[k].epochs == epoch + 1}
                 runs.leave(self._gone)
@@ -187,12 +188,3 @@ class Cohort:
             checkpoint_dir, state, make_card(result.config, built, self._data, metrics)
         )
         write_predictions(checkpoint_dir, evaluation)
-
-
-def best_evaluation(result: HeadResult) -> Evaluation:
-    """Return what a run's best epoch said of the validation split."""
-    assert result.best is not None, "the run had an epoch"
-    return result.best[1]
-
-
-__all__ = ["Cohort", "HeadResult", "best_evaluation", "stream_key"]

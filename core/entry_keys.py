@@ -86,6 +86,7 @@ def surroundings() -> str:
             ("numpy", np.__version__),
             ("capability", torch.backends.cpu.get_cpu_capability()),
             ("processor", _digest(_processor())),
+            # PyTorch leaves it without types.
             ("mkldnn", torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
             ("variables", *variables),
             ("source", _SOURCE),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data import ImageData
+from core.draws import batch_positions
 from core.evaluate import Evaluation
 from core.features import Features, frozen_part
 from core.feed import Feed
@@ -274,7 +275,7 @@ def with_head(built: Built, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
 
 def n_trained(config: TrainConfig, n_train: int) -> int:
     """Return how many pictures an epoch trains on: a last batch of one is left out."""
-    return n_train - (n_train % config.batch_size == 1 and n_train > 1)
+    return sum(map(len, batch_positions(np.arange(n_train), config.batch_size)))
 
 
 def check_finite(loss: float, epoch: int) -> None:

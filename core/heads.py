@@ -175,20 +175,30 @@ class Lane:
         """
         order = epoch_order(self.n_train, self.seed, epoch)
         batches = batch_positions(order, self.configs[0].batch_size)
-        total = torch.zeros(len(self.configs), device=self.weights.device)
-        n_images = 0
-        for positions in batches:
-            rows = torch.from_numpy(positions).to(labels.device)
+        # All that comes from the host is sent before the first step: a GPU then never waits.
+        device = self.weights.device
+        sizes = [len(positions) for positions in batches]
+        every_row = torch.from_numpy(np.concatenate(batches)).to(device)
+        rates = self._rates(len(batches)).to(device)
+        total = torch.zeros(len(self.configs), device=device)
+        for rows, rate in zip(torch.split(every_row, sizes), rates, strict=True):
             parts = {id(table): table[rows] for table in features}
             images = [parts[id(table)] for table in features]
-            self.factors = [lr_factor(c, self._step, len(batches)) for c in self.configs]
-            total += self._take_step(images, labels[rows])
-            n_images += len(rows)
+            total += self._take_step(images, labels[rows], rate)
             self._step += 1
-        return total / n_images
+        return total / sum(sizes)
 
-    def _take_step(self, images: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Take one optimizer step; return each head's summed loss, (M,)."""
+    def _rates(self, n_steps: int) -> Tensor:
+        """Return the learning rates of an epoch's steps, (steps, M, 1)."""
+        rows = []
+        for step in range(self._step, self._step + n_steps):
+            self.factors = [lr_factor(config, step, n_steps) for config in self.configs]
+            peaks = [config.base_lr * config.head_lr_mult for config in self.configs]
+            rows.append([peak * f for peak, f in zip(peaks, self.factors, strict=True)])
+        return torch.tensor(rows)[..., None]
+
+    def _take_step(self, images: Sequence[Tensor], labels: Tensor, rate: Tensor) -> Tensor:
+        """Take one optimizer step at rates (M, 1); return each head's summed loss, (M,)."""
         log_probs = self.logits(images).log_softmax(dim=2)  # (M, B, K)
         n, n_classes = len(labels), log_probs.shape[2]
         hot = torch.nn.functional.one_hot(labels, n_classes).to(log_probs.dtype)
@@ -204,7 +214,7 @@ class Lane:
             if config.clip_norm is not None:
                 norm = torch.linalg.vector_norm(gradient.each[k])
                 gradient.flat[k] *= (config.clip_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
-        self._update(gradient.flat)
+        self._update(gradient.flat, rate)
         return loss
 
     def logits(self, images: Sequence[Tensor]) -> Tensor:
@@ -214,14 +224,9 @@ class Lane:
             torch.mm(part, self.weights[k].t(), out=found.each[k])
         return found.each
 
-    def _update(self, gradient: Tensor) -> None:
+    def _update(self, gradient: Tensor, rate: Tensor) -> None:
         """Move all heads along their gradients, (M, block), which are used up."""
-        rates = [
-            config.base_lr * config.head_lr_mult * factor
-            for config, factor in zip(self.configs, self.factors, strict=True)
-        ]
         weights, momentum = self._weights.flat, self._momentum.flat
-        rate = torch.tensor(rates, device=weights.device).view(-1, 1)
         if self._square is not None:
             self._update_adamw(gradient, rate, self._square.flat)
             return

@@ -86,7 +86,7 @@ def _train(work: Work, configs: Mapping[Key, TrainConfig], data: ImageData) -> d
         for _ in cohort.epochs():
             if work.stop.is_set():
                 return {}
-    except ValueError:
+    except (ValueError, RuntimeError):  # out of memory, too: each trial meets it by itself
         return {}
     return {key: Trained(cohort, k) for k, key in enumerate(configs)}
 

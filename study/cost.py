@@ -41,7 +41,7 @@ class CostModel:
         base: What every trial of the study has in common.
         n_train: Training pictures.
         n_val: Validation pictures.
-        stage_flops: Counts a backbone's arithmetic: `core.work.stage_flops`.
+        stage_flops: Counts a backbone's arithmetic: `core.build.stage_flops`.
         device: Its kind: cpu, cuda or mps.
         is_shared: Whether trials share views and frozen layers' outputs.
     """
@@ -150,9 +150,9 @@ def cost_model(base: TrainConfig, n_train: int, n_val: int, *, is_cached: bool) 
     Raises:
         ValueError: The device cannot be used.
     """
+    from core.build import stage_flops
     from core.device import choose_device
     from core.sharing import can_share
-    from core.work import stage_flops
 
     device = choose_device(base.device)
     is_shared = is_cached and can_share(base, device)

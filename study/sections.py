@@ -111,7 +111,8 @@ class SearchSection:
     sampler: Sampler = setting(
         "tpe",
         "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries "
-        "every backbone with its head alone, then thaws where a second gains most.",
+        "every backbone with its head alone, then thaws where a second gains most (and takes "
+        "train.head_init = probe where none is given).",
     )
     pruner: Pruner = setting(
         "hyperband",

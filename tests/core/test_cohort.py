@@ -17,12 +17,11 @@ from core.data import ImageData, load_data
 from core.evaluate import evaluate
 from core.feed import Feed
 from core.fit import build_for, fit
-from core.metrics import EpochMetrics, TrainingDiverged
+from core.metrics import MEASURED, EpochMetrics, TrainingDiverged
 from core.prefix_cache import PrefixCache
 from support import make_folder
 
 CPU = torch.device("cpu")
-MEASURED = ("images_per_s", "data_s", "train_s", "eval_s", "peak_memory_bytes", "saved_s")
 TINY = TrainConfig(
     backbone="resnet18",
     weights="none",
@@ -52,11 +51,7 @@ def shared() -> PrefixCache:
 
 def _told(epochs: list[EpochMetrics]) -> list[dict[str, Any]]:
     rows = [dataclasses.asdict(metrics) for metrics in epochs]
-    return [{k: v for k, v in row.items() if not _is_measured(k)} for row in rows]
-
-
-def _is_measured(name: str) -> bool:
-    return name in MEASURED or name.startswith("cache_")
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def _train(cohort: Cohort) -> Cohort:

@@ -288,3 +288,14 @@ def test_unknown_backbones_are_all_told() -> None:
     assert len(caught.value.faults) == 2
     assert "space.backbone: " in caught.value.faults[0]
     assert "resnet18" in caught.value.faults[0]
+
+
+def test_thaw_starts_heads_from_the_probe_unless_another_start_is_given() -> None:
+    thaw = ["search.sampler=thaw"]
+    assert load_config(None, thaw).train.head_init == "probe"
+    assert load_config(None, [*thaw, "train.head_init=zero"]).train.head_init == "zero"
+    assert load_config(None).train.head_init == "default"
+    searched = load_config(None, [*thaw, 'space.head_init=["zero", "xavier"]'])
+    assert searched.train.head_init in ("zero", "xavier")
+    given = load_config(None, [*thaw, "train.head_init=default"])
+    assert StudyConfig.from_record(given.to_record()).train.head_init == "default"
