@@ -49,6 +49,7 @@ _OWN = (
     "clip_norm",
     "batch_norm",
     "compile",
+    "monitor",
     "workers",
 )
 
@@ -167,7 +168,7 @@ class Cohort:
                     n_images=n_trained(config, len(self._data.train)),
                     peak_memory_bytes=memory,
                     micro_batch_size=config.batch_size,
-                    best_acc=result.best[0].val_acc if result.best else None,
+                    best_score=result.best[0].score if result.best else None,
                 )
             except TrainingDiverged as err:
                 result.error = err

@@ -15,6 +15,7 @@ Amp = Literal["auto", "bf16", "fp16", "off"]
 Normalize = Literal["weights", "none"]
 BatchNorm = Literal["auto", "train", "frozen"]
 LossReduction = Literal["mean", "sum"]
+Monitor = Literal["val_loss", "val_acc"]
 
 
 def setting(
@@ -168,6 +169,12 @@ class TrainConfig:
         "Batch norms of trained layers: train (normalise by the batch, follow it with running "
         "statistics), frozen (keep the source's statistics), or auto (frozen where weights are "
         "pretrained, train from scratch).",
+    )
+    monitor: Monitor = setting(
+        "val_loss",
+        "What says which epoch is kept, and which trial of a study is best: val_loss (the lowest "
+        "cross-entropy on the validation pictures, logits scaled so that it is lowest) or val_acc "
+        "(the highest accuracy, which on few pictures goes by luck).",
     )
     augment: Augment = setting(
         "standard",

@@ -40,7 +40,7 @@ def epoch_metrics(
     n_images: int,
     peak_memory_bytes: int,
     micro_batch_size: int,
-    best_acc: float | None,
+    best_score: float | None,
 ) -> EpochMetrics:
     """Return an epoch's figures.
 
@@ -54,7 +54,7 @@ def epoch_metrics(
         n_images: Training pictures of the epoch.
         peak_memory_bytes: Of the device, or of the process.
         micro_batch_size: Pictures per forward pass.
-        best_acc: Highest validation accuracy of the epochs before; None for the first.
+        best_score: Highest score of the epochs before; None for the first.
 
     Raises:
         TrainingDiverged: The validation loss is not a finite number.
@@ -63,6 +63,7 @@ def epoch_metrics(
         raise TrainingDiverged(
             f"the validation loss is no longer finite at epoch {epoch}; lower base_lr."
         )
+    score = evaluation.score(config.monitor)
     return EpochMetrics(
         epoch=epoch,
         train_loss=train_loss,
@@ -78,6 +79,7 @@ def epoch_metrics(
         eval_s=clock.eval_s,
         peak_memory_bytes=peak_memory_bytes,
         micro_batch_size=micro_batch_size,
-        is_best=best_acc is None or evaluation.acc > best_acc,
+        is_best=best_score is None or score > best_score,
+        score=score,
         **dataclasses.asdict(clock.shared),
     )

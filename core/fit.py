@@ -108,7 +108,7 @@ def fit(
                 n_images=n_images,
                 peak_memory_bytes=peak_memory_bytes(device),
                 micro_batch_size=run.micro_batch_size,
-                best_acc=best.metrics.val_acc if best else None,
+                best_score=best.metrics.score if best else None,
             )
             if metrics.is_best:
                 kept = run.snapshot() if checkpoint_dir else {}

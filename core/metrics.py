@@ -23,13 +23,15 @@ class EpochMetrics:
         peak_memory_bytes: Largest device memory so far (CUDA), or resident memory of the process.
         micro_batch_size: Pictures per forward pass; smaller than asked for after an
             out-of-memory retry.
-        is_best: The highest validation accuracy so far, and so the epoch whose weights are kept.
+        is_best: The highest `score` so far, and so the epoch whose weights are kept.
         saved_s: Seconds that reading shared work saved: what making it had taken.
         cache_hits: Entries of shared work that were read.
         cache_misses: Entries that were not there.
         cache_read_bytes: Bytes that were read, from memory or disk.
         cache_disk_bytes: Those of them that came from disk.
         cache_kept_bytes: Bytes of new entries, left for others in memory or on disk.
+        score: What epochs and trials are ranked by, in [0, 1], from `Evaluation.score`; None in
+            the record of an older version, which ranked by `val_acc`.
     """
 
     epoch: int
@@ -53,6 +55,7 @@ class EpochMetrics:
     cache_read_bytes: int = 0
     cache_disk_bytes: int = 0
     cache_kept_bytes: int = 0
+    score: float | None = None
 
 
 MEASURED = frozenset(

@@ -132,11 +132,15 @@ def is_copy(trials: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def best_number(trials: pd.DataFrame) -> int | None:
-    """Name the best trial: highest value, earliest on a tie; pruned ones only if none finished."""
+    """Name the best trial: highest score, earliest on a tie; pruned ones only if none finished.
+
+    A trial without a score is ranked by its value.
+    """
     for state in ("complete", "pruned"):
         scored = trials[(trials["state"] == state) & trials["value"].notna()]
         if len(scored):
-            ordered = scored.sort_values(["value", "number"], ascending=[False, True])
+            ranked = scored.assign(rank=scored["score"].fillna(scored["value"]))
+            ordered = ranked.sort_values(["rank", "number"], ascending=[False, True])
             return int(ordered["number"].iloc[0])
     return None
 

@@ -28,7 +28,7 @@ from study.baseline import Baseline, given_factors
 from study.config import ConfigError, StudyConfig, check_backbones, config_diff
 from study.designs import BASELINE, Cell, Design, candidates, extend_path
 from study.ledger import Ledger
-from study.progress import Counts, Progress
+from study.progress import Best, Counts, Progress
 from study.runner import (
     REASON_DIVERGED,
     REASON_OUT_OF_MEMORY,
@@ -72,7 +72,7 @@ class AblationOutcome:
         counts: Trials of the study by state.
         n_done: Runs of this design that are done.
         n_planned: Runs of this design in all, as far as it is known.
-        best_number: The complete trial with the highest validation accuracy, if any.
+        best_number: The best complete trial, if any.
         best_value: Its validation accuracy, in [0, 1].
         checkpoint: Always None: an ablation chooses nothing.
         duration_s: Wall time of this run.
@@ -282,8 +282,12 @@ class _Ablation:
         self.pictures_of(self._val_seed(0))  # a source that cannot be split anew shows here
         self._recover()
         self._put_design()
+        best = self._best()
         self.work.progress.study_started(
-            self.config.study.name, self._n_planned(), self._own_counts(), self._best()[1]
+            self.config.study.name,
+            self._n_planned(),
+            self._own_counts(),
+            Best.of(best) if best else None,
         )
         for cell, replicate in self._missing():
             because = self._reason_to_stop()
@@ -495,22 +499,21 @@ class _Ablation:
         states = [self.rows[text].state for text in dict.fromkeys(hashes) if text in self.rows]
         return Counts(complete=states.count("complete"), failed=states.count("failed"))
 
-    def _best(self) -> tuple[int | None, float | None]:
+    def _best(self) -> TrialRow | None:
         done = [row for row in self.rows.values() if row.state == "complete"]
-        best = max(done, key=lambda row: (row.value or 0.0, -row.number), default=None)
-        return (best.number, best.value) if best else (None, None)
+        return min(done, key=lambda row: row.rank, default=None)
 
     def outcome(self, because: str) -> AblationOutcome:
         """Sum up after this run."""
-        number, value = self._best()
+        best = self._best()
         return AblationOutcome(
             study_name=self.config.study.name,
             stopped_because=because,
             counts=count_trials(self.work),
             n_done=self._n_done(),
             n_planned=self._n_planned(),
-            best_number=number,
-            best_value=value,
+            best_number=best.number if best else None,
+            best_value=best.value if best else None,
             checkpoint=None,
             duration_s=time.monotonic() - self.begin,
         )

@@ -123,7 +123,7 @@ def record_trained(
         if trained.failure is not None:
             state, reason = "failed", trained.failure
     best = [metrics for metrics in done if metrics.is_best]
-    value = best[-1].val_acc if best else None
+    value, score = (best[-1].val_acc, best[-1].score) if best else (None, None)
     duration = spent + time.perf_counter() - begin
     work.store.end_trial(
         trial_id,
@@ -135,7 +135,7 @@ def record_trained(
         duration_s=duration,
         checkpoint=None,
     )
-    work.progress.trial_ended(asked.number, state, value, reason, duration)
+    work.progress.trial_ended(asked.number, state, value, reason, duration, score)
     return TrialResult(state, value, reason, duration)
 
 

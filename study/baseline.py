@@ -119,7 +119,7 @@ def _chosen(store: Store, study: StudyRow, which: str) -> TrialRow:
             f"study {study.name} must have a complete trial to be ablated, but has none. Run it "
             f"on: python -m study resume {study.name}"
         )
-    return max(complete, key=lambda row: (row.value or 0.0, -row.number))
+    return min(complete, key=lambda row: row.rank)
 
 
 def _from_trial(

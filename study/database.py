@@ -33,7 +33,9 @@ from study.tables import (
     DesignTable,
     InfoTable,
     PredictionTable,
+    StudyTable,
     TestTable,
+    TrialTable,
 )
 
 # Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
@@ -250,10 +252,26 @@ def _add_cache_counts(connection: Connection) -> None:
         connection.execute(text(f"ALTER TABLE {PREFIX}epochs ADD COLUMN {column}"))
 
 
+def _add_scores(connection: Connection) -> None:
+    """Version 5 ranked epochs and trials by validation accuracy, and knew nothing else."""
+    for table, accuracy in (("epochs", "val_acc"), ("trials", "value")):
+        connection.execute(text(f"ALTER TABLE {PREFIX}{table} ADD COLUMN score FLOAT"))
+        connection.execute(text(f"UPDATE {PREFIX}{table} SET score = {accuracy}"))
+    for study_id, config in connection.execute(select(StudyTable.id, StudyTable.config)).all():
+        found = {**config, "train": {**config.get("train", {}), "monitor": "val_acc"}}
+        key = StudyTable.id == study_id
+        connection.execute(update(StudyTable).where(key).values(config=found))
+    for trial_id, config in connection.execute(select(TrialTable.id, TrialTable.config)).all():
+        key = TrialTable.id == trial_id
+        found = {**config, "monitor": "val_acc"}
+        connection.execute(update(TrialTable).where(key).values(config=found))
+
+
 MIGRATIONS: dict[int, Callable[[Connection], None]] = {
     1: _add_tests_and_ablation,
     2: _add_designs,
     3: _add_saved_seconds,
     4: _add_cache_counts,
+    5: _add_scores,
 }
 """Steps from a schema version to the next."""

@@ -114,6 +114,7 @@ class PausedTrials:
             "paused",
             reason=f"paused after epoch {epochs_done}",
             value=best.val_acc,
+            score=best.val_acc if best.score is None else best.score,
             best_epoch=best.epoch,
             epochs_done=epochs_done,
             duration_s=row.duration_s or 0.0,

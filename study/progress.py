@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +16,9 @@ from rich.text import Text
 from core.metrics import EpochMetrics
 from study.space import ParamValue
 from study.words import format_accuracy, format_duration, format_params, json_text
+
+if TYPE_CHECKING:
+    from study.rows import TrialRow
 
 # Seconds between two lines about decoding where lines cannot be overwritten.
 _PICTURES_EVERY_S = 10.0
@@ -55,6 +58,24 @@ class Counts:
         return self.complete + self.pruned + self.failed + self.paused - self.cut_short
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """A study's or a trial's best so far.
+
+    Attributes:
+        value: Validation accuracy, in [0, 1].
+        score: What it is the best by, as in `EpochMetrics`.
+    """
+
+    value: float
+    score: float
+
+    @classmethod
+    def of(cls, trial: "TrialRow") -> "Best":
+        """Return what a trial that has finished an epoch says of it."""
+        return cls(trial.value or 0.0, trial.ranked_by or 0.0)
+
+
 class Outcome(Protocol):
     """What progress needs of `study.search.SearchOutcome`, which loads torch."""
 
@@ -77,14 +98,14 @@ class Outcome(Protocol):
 class Progress(Protocol):
     """What the runner tells while it works."""
 
-    def study_started(self, name: str, target: int, counts: Counts, best: float | None) -> None:
+    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
         """Tell that trials begin.
 
         Args:
             name: Study.
             target: Finished trials that the study shall have in total.
             counts: Trials that it has already.
-            best: Highest validation accuracy so far, in [0, 1].
+            best: The best complete trial so far.
         """
 
     def note(self, text: str) -> None:
@@ -107,9 +128,15 @@ class Progress(Protocol):
         """Tell the figures of a trial's epoch."""
 
     def trial_ended(
-        self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
+        self,
+        number: int,
+        state: str,
+        value: float | None,
+        reason: str | None,
+        duration_s: float,
+        score: float | None = None,
     ) -> None:
-        """Tell how a trial stopped, its best accuracy, and why.
+        """Tell how a trial stopped, the accuracy and the score of its best epoch, and why.
 
         It is `complete`, `pruned`, `failed` or `paused`; a paused trial may be told of again, as
         continued or as pruned.
@@ -122,6 +149,12 @@ class Progress(Protocol):
         """Give the terminal back, also after an error."""
 
 
+def _better(best: Best | None, value: float, score: float | None) -> Best:
+    """Return the better of two; of equals the first."""
+    score = value if score is None else score
+    return Best(value, score) if best is None or score > best.score else best
+
+
 @dataclass(slots=True)
 class _Running:
     """A trial under way."""
@@ -131,7 +164,7 @@ class _Running:
     epochs: int
     done: int = 0
     accuracy: float | None = None
-    best: float | None = None
+    best: Best | None = None
 
 
 @dataclass(slots=True)
@@ -141,12 +174,12 @@ class _Board:
     name: str = ""
     target: int = 0
     counts: Counts = Counts()
-    best: float | None = None
+    best: Best | None = None
     begin: float = 0.0
     finished_before: int = 0
     running: dict[int, _Running] = field(default_factory=dict)
 
-    def start(self, name: str, target: int, counts: Counts, best: float | None) -> None:
+    def start(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
         self.name, self.target, self.best = name, target, best
         self.counts = dataclasses.replace(counts, running=0)
         self.begin, self.finished_before = time.monotonic(), counts.finished
@@ -154,7 +187,7 @@ class _Board:
     def add_epoch(self, number: int, metrics: EpochMetrics) -> _Running:
         trial = self.running[number]
         trial.done, trial.accuracy = metrics.epoch + 1, metrics.val_acc
-        trial.best = max(trial.best or 0.0, metrics.val_acc)
+        trial.best = _better(trial.best, metrics.val_acc, metrics.score)
         return trial
 
     def go_on(self, number: int, trial: _Running) -> None:
@@ -162,7 +195,12 @@ class _Board:
         self.running[number] = trial
 
     def end(
-        self, number: int, state: str, value: float | None, reason: str | None
+        self,
+        number: int,
+        state: str,
+        value: float | None,
+        reason: str | None,
+        score: float | None,
     ) -> _Running | None:
         counts = {state: getattr(self.counts, state) + 1}
         if number not in self.running:  # it was paused
@@ -170,8 +208,8 @@ class _Board:
         if reason in CUT_SHORT:
             counts["cut_short"] = self.counts.cut_short + 1
         self.counts = dataclasses.replace(self.counts, **counts)
-        if state == "complete" and value is not None and value > (self.best or -1.0):
-            self.best = value
+        if state == "complete" and value is not None:
+            self.best = _better(self.best, value, score)
         return self.running.pop(number, None)
 
     def summary(self) -> str:
@@ -181,7 +219,7 @@ class _Board:
             f"{counts.finished} of {self.target} trials",
             f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"
             + (f", {counts.paused} paused" if counts.paused else ""),
-            f"best {format_accuracy(self.best)}",
+            f"best {format_accuracy(self.best.value if self.best else None)}",
         ]
         here = counts.finished - self.finished_before
         if here > 0:
@@ -203,9 +241,7 @@ def _ended_line(
 class _Silent:
     """Tells nothing; the others tell what they override."""
 
-    def study_started(
-        self, name: str, target: int, counts: Counts, best: float | None
-    ) -> None: ...
+    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -222,7 +258,13 @@ class _Silent:
     def epoch(self, number: int, metrics: EpochMetrics) -> None: ...
 
     def trial_ended(
-        self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
+        self,
+        number: int,
+        state: str,
+        value: float | None,
+        reason: str | None,
+        duration_s: float,
+        score: float | None = None,
     ) -> None: ...
 
     def study_ended(self, outcome: Outcome) -> None: ...
@@ -242,7 +284,7 @@ class PlainProgress(_Silent):
     def _say(self, text: str) -> None:
         print(text, file=self._out, flush=True)
 
-    def study_started(self, name: str, target: int, counts: Counts, best: float | None) -> None:
+    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
         """Say which study begins, and with what."""
         self._board.start(name, target, counts, best)
         self._say(f"study {name}: {self._board.summary()}")
@@ -283,10 +325,16 @@ class PlainProgress(_Silent):
         )
 
     def trial_ended(
-        self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
+        self,
+        number: int,
+        state: str,
+        value: float | None,
+        reason: str | None,
+        duration_s: float,
+        score: float | None = None,
     ) -> None:
         """Say how it ended, and where the study stands."""
-        self._board.end(number, state, value, reason)
+        self._board.end(number, state, value, reason, score)
         self._say(_ended_line(number, state, value, reason, duration_s))
         self._say(f"study {self._board.name}: {self._board.summary()}")
 
@@ -329,7 +377,7 @@ class LiveProgress(_Silent):
                 str(number),
                 f"{trial.done}/{trial.epochs}",
                 format_accuracy(trial.accuracy),
-                format_accuracy(trial.best),
+                format_accuracy(trial.best.value if trial.best else None),
                 Text(trial.origin),
                 Text(format_params(trial.params) or "as configured"),
             )
@@ -338,7 +386,7 @@ class LiveProgress(_Silent):
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(text, style=style or ""))
 
-    def study_started(self, name: str, target: int, counts: Counts, best: float | None) -> None:
+    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
         """Begin to draw."""
         self._decoding = None
         self._board.start(name, target, counts, best)
@@ -370,10 +418,16 @@ class LiveProgress(_Silent):
         self._board.add_epoch(number, metrics)
 
     def trial_ended(
-        self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
+        self,
+        number: int,
+        state: str,
+        value: float | None,
+        reason: str | None,
+        duration_s: float,
+        score: float | None = None,
     ) -> None:
         """Move the row above the table."""
-        trial = self._board.end(number, state, value, reason)
+        trial = self._board.end(number, state, value, reason, score)
         settings = format_params(trial.params) if trial else ""
         line = _ended_line(number, state, value, reason, duration_s)
         self._print(f"{line}  {settings}".rstrip(), "red" if state == "failed" else None)
@@ -405,9 +459,10 @@ class JsonProgress(_Silent):
     def _emit(self, event: str, **values: object) -> None:
         print(json_text({"event": event, **values}), file=self._out, flush=True)
 
-    def study_started(self, name: str, target: int, counts: Counts, best: float | None) -> None:
+    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
         """Write `study_started`."""
-        self._emit("study_started", study=name, target=target, counts=counts, best=best)
+        value = best.value if best else None
+        self._emit("study_started", study=name, target=target, counts=counts, best=value)
 
     def note(self, text: str) -> None:
         """Write `note`."""
@@ -430,7 +485,13 @@ class JsonProgress(_Silent):
         self._emit("epoch", trial=number, **dataclasses.asdict(metrics))
 
     def trial_ended(
-        self, number: int, state: str, value: float | None, reason: str | None, duration_s: float
+        self,
+        number: int,
+        state: str,
+        value: float | None,
+        reason: str | None,
+        duration_s: float,
+        score: float | None = None,
     ) -> None:
         """Write `trial_ended`."""
         self._emit(
@@ -440,6 +501,7 @@ class JsonProgress(_Silent):
             value=value,
             reason=reason,
             duration_s=duration_s,
+            score=score,
         )
 
 

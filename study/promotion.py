@@ -1,13 +1,15 @@
 """Successive halving whose stopped trials are paused, and go on when they turn out good enough."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
+Scores = Mapping[int, Mapping[int, float]]
+"""What trials are ranked by: number -> epochs done -> score, higher is better."""
 REDUCTION_FACTOR = 3
 """One in so many trials of a rung goes on to the next (Li et al. 2020 use 4, Hyperband 3)."""
 PAUSED_FOLDER = "paused"
@@ -62,6 +64,8 @@ class Promotion(BasePruner):
 
     Args:
         epochs: A trial's full length.
+        scores: What trials are ranked by, by number and epochs done; the value that Optuna was
+            told where it is not in here.
 
     Attributes:
         rungs: Epochs done at which trials stop.
@@ -71,14 +75,15 @@ class Promotion(BasePruner):
         https://arxiv.org/abs/1810.05934, algorithm 2.
     """
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, scores: Scores | None = None) -> None:
         self.rungs = rungs(epochs)
+        self._scores = scores if scores is not None else {}
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Say whether a trial is to stop where it is, for now."""
         if trial.last_step not in self.rungs:
             return False
-        reached = _ranked(study.get_trials(deepcopy=False), trial.last_step)
+        reached = self._ranked(study.get_trials(deepcopy=False), trial.last_step)
         return trial.number not in _best_third(reached)
 
     def standings(self, trials: Sequence[FrozenTrial], paused: Collection[int]) -> list[Standing]:
@@ -100,7 +105,7 @@ class Promotion(BasePruner):
         for level in reversed(range(len(self.rungs))):
             epochs = self.rungs[level]
             waiting = at.get(epochs, ())
-            reached = _ranked(trials, epochs) if waiting else []
+            reached = self._ranked(trials, epochs) if waiting else []
             best = _best_third(reached)
             found += [
                 Standing(number, epochs, place, level, number in best)
@@ -108,6 +113,17 @@ class Promotion(BasePruner):
                 if number in waiting
             ]
         return found
+
+    def _ranked(self, trials: Sequence[FrozenTrial], epochs: int) -> list[int]:
+        """Return the numbers of the trials that came so far, the best first, then the earlier."""
+        first: dict[tuple[tuple[str, object], ...], tuple[float, int]] = {}
+        for trial in trials:
+            if trial.state is not TrialState.FAIL and epochs in trial.intermediate_values:
+                settings = tuple(sorted(trial.params.items()))
+                told = trial.intermediate_values[epochs]
+                score = self._scores.get(trial.number, {}).get(epochs, told)
+                first.setdefault(settings, (-score, trial.number))
+        return [number for _, number in sorted(first.values())]
 
 
 def worth_keeping(standings: Sequence[Standing], n_trials: int) -> list[int]:
@@ -127,16 +143,6 @@ def worth_keeping(standings: Sequence[Standing], n_trials: int) -> list[int]:
         if row.level < 0 or row.place < n_trials // REDUCTION_FACTOR ** (row.level + 1)
     ]
     return kept[:_MOST_STATES] or [row.number for row in standings[:1]]
-
-
-def _ranked(trials: Sequence[FrozenTrial], epochs: int) -> list[int]:
-    """Return the numbers of the trials that came so far, the best first, of equals the earlier."""
-    first: dict[tuple[tuple[str, object], ...], tuple[float, int]] = {}
-    for trial in trials:
-        if trial.state is not TrialState.FAIL and epochs in trial.intermediate_values:
-            settings = tuple(sorted(trial.params.items()))
-            first.setdefault(settings, (-trial.intermediate_values[epochs], trial.number))
-    return [number for _, number in sorted(first.values())]
 
 
 def _best_third(reached: Sequence[int]) -> set[int]:

@@ -41,7 +41,7 @@ class StudySummary:
         n_failed: Trials that diverged, broke, or were cut short.
         n_running: Trials under way.
         n_paused: Trials that wait at a rung.
-        best_value: Highest validation accuracy of a complete trial, in [0, 1].
+        best_value: Validation accuracy of the best complete trial, in [0, 1].
         best_number: That trial.
     """
 
@@ -97,8 +97,9 @@ class TrialRow:
         ended_at: UTC; of a trial that was paused, when it was last left; None while it runs.
         duration_s: Wall time, pauses not counted.
         epochs_done: Epochs that were finished.
-        value: Best validation accuracy so far, in [0, 1].
-        best_epoch: The epoch of `value`.
+        value: Validation accuracy of the best epoch so far, in [0, 1].
+        best_epoch: The epoch with the highest score.
+        score: That epoch's score, as in `EpochMetrics`: what trials are ranked by.
         trained_parameters: Scalars that were trained.
         total_parameters: Scalars of the network.
         checkpoint: Folder of the best epoch's weights, while it is kept.
@@ -127,12 +128,23 @@ class TrialRow:
     epochs_done: int
     value: float | None
     best_epoch: int | None
+    score: float | None
     trained_parameters: int | None
     total_parameters: int | None
     checkpoint: str | None
     factor: str | None
     level: str | None
     replicate: int | None
+
+    @property
+    def ranked_by(self) -> float | None:
+        """The score, or for a trial that was entered without its epochs the accuracy."""
+        return self.value if self.score is None else self.score
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The place among trials of one state: the lowest is the best, of equals the earlier."""
+        return (-(self.ranked_by or 0.0), self.number)
 
 
 @dataclass(frozen=True, slots=True)

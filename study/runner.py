@@ -49,7 +49,7 @@ class TrialResult:
 
     Attributes:
         state: `complete`, `pruned`, `failed` or `paused`.
-        value: Best validation accuracy, in [0, 1]; None if no epoch was finished.
+        value: Validation accuracy of its best epoch, in [0, 1]; None if no epoch was finished.
         reason: Why it did; None for a complete trial.
         duration_s: Wall time, pauses not counted.
     """
@@ -200,6 +200,7 @@ def continue_trial(
         can_pause=True,
         value=trial.value,
         best_epoch=trial.best_epoch,
+        score=trial.score,
         epochs_done=trial.epochs_done,
         before_s=trial.duration_s or 0.0,
     )
@@ -214,8 +215,9 @@ class _Course:
         trial_id: Its key in the record.
         number: Its number.
         can_pause: Pause it where it would be stopped.
-        value: Best validation accuracy, in [0, 1].
-        best_epoch: The epoch of `value`.
+        value: Validation accuracy of the best epoch, in [0, 1].
+        best_epoch: That epoch.
+        score: Its score.
         epochs_done: Epochs that were finished.
         before_s: Wall time so far.
     """
@@ -225,6 +227,7 @@ class _Course:
     can_pause: bool
     value: float | None = None
     best_epoch: int | None = None
+    score: float | None = None
     epochs_done: int = 0
     before_s: float = 0.0
 
@@ -232,6 +235,7 @@ class _Course:
         self.epochs_done = metrics.epoch + 1
         if metrics.is_best:
             self.value, self.best_epoch = metrics.val_acc, metrics.epoch
+            self.score = metrics.score
 
 
 def _train(
@@ -292,7 +296,7 @@ def _train(
     )
     if state != "paused" and course.can_pause:
         kept.unlink(missing_ok=True)
-    work.progress.trial_ended(number, state, course.value, reason, duration)
+    work.progress.trial_ended(number, state, course.value, reason, duration, course.score)
     if fatal is not None:
         raise fatal
     return TrialResult(state, course.value, reason, duration)

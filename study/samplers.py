@@ -14,7 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
-from study.promotion import Promotion
+from study.promotion import Promotion, Scores
 from study.thaw import Outlook, ThawSampler
 
 Distributions = Mapping[str, BaseDistribution]
@@ -215,12 +215,13 @@ def make_sampler(
         return _SAMPLERS[name](draw)
 
 
-def make_pruner(name: str, epochs: int) -> pruners.BasePruner:
+def make_pruner(name: str, epochs: int, scores: Scores | None = None) -> pruners.BasePruner:
     """Build a pruner for trials of at most so many epochs.
 
     Args:
         name: One of `PRUNER_NAMES`.
         epochs: A trial's full length.
+        scores: What trials are ranked by; Optuna's own pruners go by what it was told.
 
     Raises:
         ValueError: Unknown name.
@@ -228,6 +229,8 @@ def make_pruner(name: str, epochs: int) -> pruners.BasePruner:
     if name not in _PRUNERS:
         raise ValueError(f"pruner must be one of {', '.join(PRUNER_NAMES)}, but got {name!r}.")
     with quiet_experiments():
+        if name == "promote":
+            return Promotion(epochs, scores)
         return _PRUNERS[name](epochs)
 
 

@@ -20,7 +20,7 @@ from study.config import StudyConfig, check_backbones
 from study.cost import cost_model
 from study.ledger import RERUNS, Ledger
 from study.paused_trials import PausedTrials, find_paused
-from study.progress import Counts, Progress
+from study.progress import Best, Counts, Progress
 from study.promotion import Promotion
 from study.runner import (
     RERUN_REASONS,
@@ -61,7 +61,7 @@ class SearchOutcome:
         study_name: The study.
         stopped_because: `trials`, `timeout`, `patience`, `space exhausted` or `interrupted`.
         counts: Trials of the study by state.
-        best_number: The complete trial with the highest validation accuracy, if any.
+        best_number: The best complete trial, by `train.monitor`, if any.
         best_value: Its validation accuracy, in [0, 1].
         best_params: Its values of the searched settings.
         checkpoint: Its checkpoint folder, if it is still there.
@@ -133,14 +133,16 @@ class _Search:
         self.begin = begin
         self.distributions = distributions(config.space)
         n_train, n_val = len(work.data.train), len(work.data.val)
+        self.scores = work.store.scores(work.study_id)
         self.outlook = Outlook(
             config.train.epochs,
             n_val,
             cost_model(config.train, n_train, n_val, is_cached=work.cache is not None),
             {key: getattr(config.train, key) for key in config.space},
             counts_seconds=config.study.timeout is not None,
+            scores=self.scores,
         )
-        pruner = make_pruner(config.search.pruner, config.train.epochs)
+        pruner = make_pruner(config.search.pruner, config.train.epochs, self.scores)
         found = find_paused(work)
         self.ledger = Ledger(config.study.storage, config.study.name, pruner, paused=found)
         self.can_pause = isinstance(pruner, Promotion)
@@ -158,7 +160,7 @@ class _Search:
         if self.ledger.n_trials == 0:
             self._enqueue_recipes()
         self.work.progress.study_started(
-            self.config.study.name, self.config.study.trials, self.counts(), self._best_value()
+            self.config.study.name, self.config.study.trials, self.counts(), self._best()
         )
         while True:
             promoted = self.paused.next_number()
@@ -307,8 +309,7 @@ class _Search:
         """Return what tells Optuna a trial's figures, and says whether it is to stop."""
 
         def ask(metrics: EpochMetrics) -> bool:
-            # A pruner counts epochs done (its resource), so the first report is at step 1.
-            stops = self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
+            stops = self._report(trial, metrics)
             if to_the_end or not stops:
                 return False
             if self.can_pause:
@@ -317,6 +318,13 @@ class _Search:
             return True
 
         return ask
+
+    def _report(self, trial: Trial, metrics: EpochMetrics) -> bool:
+        """Tell an epoch's figures to Optuna, and to what ranks by score."""
+        done = metrics.epoch + 1  # a pruner counts epochs done (its resource)
+        score = metrics.val_acc if metrics.score is None else metrics.score
+        self.scores.setdefault(trial.number, {})[done] = score
+        return self.ledger.report(trial, metrics.val_acc, done)
 
     def _close(self, trial: Trial, result: TrialResult, trained: Trained | None = None) -> None:
         """Tell how a trial stopped, and drop from disk what is not needed any more."""
@@ -370,7 +378,7 @@ class _Search:
         state = "pruned" if known.state == "paused" else known.state
         self._record_untrained(trial, config, origin, state, reason, known)
         for metrics in self.work.store.epochs(known.id):
-            self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
+            self._report(trial, metrics)
         self.ledger.tell(trial, _STATES[state], known.value)
 
     def _record_untrained(
@@ -396,7 +404,7 @@ class _Search:
             freeze_depth=config.freeze_depth,
             device="none",
         )
-        value = known.value if known else None
+        value, score = (known.value, known.score) if known else (None, None)
         progress.trial_started(trial.number, origin, trial.params, config.epochs)
         store.end_trial(
             trial_id,
@@ -407,8 +415,9 @@ class _Search:
             epochs_done=0,
             duration_s=0.0,
             checkpoint=None,
+            score=score,
         )
-        progress.trial_ended(trial.number, state, value, reason, 0.0)
+        progress.trial_ended(trial.number, state, value, reason, 0.0, score)
         self._reload(trial.number)
 
     def _reload(self, number: int | None = None) -> None:
@@ -435,20 +444,20 @@ class _Search:
     def _ranking(self) -> list[TrialRow]:
         """Return the complete trials, best first; of equals the earlier one."""
         complete = [row for row in self.rows.values() if row.state == "complete"]
-        return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
+        return sorted(complete, key=lambda row: row.rank)
 
     def _since_best(self) -> int:
         """Count the trials after the best one; before one is complete, the furthest paused is."""
         ranking = self._ranking() or sorted(
             (row for row in self.rows.values() if row.state == "paused"),
-            key=lambda row: (-row.epochs_done, -(row.value or 0.0), row.number),
+            key=lambda row: (-row.epochs_done, *row.rank),
         )
         best = ranking[0].number if ranking else -1
         return sum(row.number > best for row in self._finished())
 
-    def _best_value(self) -> float | None:
+    def _best(self) -> Best | None:
         ranking = self._ranking()
-        return ranking[0].value if ranking else None
+        return Best.of(ranking[0]) if ranking else None
 
     def _keep_best(self, number: int) -> None:
         """Record what the new best trial got wrong, and drop checkpoints that fell behind."""

@@ -89,15 +89,11 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
 
 
 def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
-    """Sort trials: complete ones by accuracy, then the paused, the pruned, and the others."""
+    """Sort trials: complete ones from the best, then the paused, the pruned, and the others."""
     rank = {"complete": 0, "paused": 1, "pruned": 2}
     return sorted(
         trials,
-        key=lambda row: (
-            rank.get(row.state, 3),
-            -(row.value if row.value is not None else -1.0),
-            row.number,
-        ),
+        key=lambda row: (rank.get(row.state, 3), row.value is None, *row.rank),
     )
 
 

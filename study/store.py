@@ -187,7 +187,8 @@ class Store:
         def count(state: str) -> Any:
             return func.count(case((TrialTable.state == state, 1)))
 
-        complete_value = case((TrialTable.state == "complete", TrialTable.value))
+        rank = func.coalesce(TrialTable.score, TrialTable.value)
+        complete_rank = case((TrialTable.state == "complete", rank))
         touched = func.max(func.coalesce(TrialTable.ended_at, TrialTable.started_at))
         query = (
             select(
@@ -200,7 +201,7 @@ class Store:
                 count("failed"),
                 count("running"),
                 count("paused"),
-                func.max(complete_value),
+                func.max(complete_rank),
             )
             .outerjoin(TrialTable, TrialTable.study_id == StudyTable.id)
             .group_by(StudyTable.id)
@@ -209,17 +210,22 @@ class Store:
         summaries = []
         with self._reading() as connection:
             for study_id, name, created, touched_at, *counts, best in connection.execute(query):
-                first = select(func.min(TrialTable.number)).where(
-                    TrialTable.study_id == study_id,
-                    TrialTable.state == "complete",
-                    TrialTable.value == best,
+                first = (
+                    select(TrialTable.number, TrialTable.value)
+                    .where(
+                        TrialTable.study_id == study_id,
+                        TrialTable.state == "complete",
+                        rank == best,
+                    )
+                    .order_by(TrialTable.number)
                 )
-                number = None if best is None else connection.execute(first).scalar()
+                found = None if best is None else connection.execute(first).first()
+                number, value = found or (None, None)
                 names = ("n_complete", "n_pruned", "n_failed", "n_running", "n_paused")
                 told = dict(zip(names, counts, strict=True))
                 summaries.append(
                     StudySummary(
-                        name, created, touched_at, best_value=best, best_number=number, **told
+                        name, created, touched_at, best_value=value, best_number=number, **told
                     )
                 )
         return summaries
@@ -354,7 +360,8 @@ class Store:
         values |= {"trial_id": trial_id, "seconds_since_start": seconds_since_start}
         so_far: Json = {"epochs_done": metrics.epoch + 1}
         if metrics.is_best:
-            so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch}
+            score = metrics.val_acc if metrics.score is None else metrics.score
+            so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch, "score": score}
         with self._writing() as connection:
             connection.execute(insert(EpochTable), values)
             connection.execute(update(TrialTable).where(TrialTable.id == trial_id), so_far)
@@ -370,8 +377,12 @@ class Store:
         epochs_done: int,
         duration_s: float,
         checkpoint: str | None,
+        score: float | None = None,
     ) -> None:
-        """Close a trial with its last state and figures; a paused one may go on later."""
+        """Close a trial with its last state and figures; a paused one may go on later.
+
+        Its score is the one that came with its epochs, unless another is given.
+        """
         values = {
             "state": state,
             "reason": reason,
@@ -382,6 +393,8 @@ class Store:
             "checkpoint": checkpoint,
             "ended_at": _now(),
         }
+        if score is not None:
+            values["score"] = score
         self._update(TrialTable, trial_id, values)
 
     def continue_trial(self, trial_id: int, run_id: int) -> None:
@@ -402,6 +415,20 @@ class Store:
     def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
         """Note where a trial's weights lie, or that they were removed."""
         self._update(TrialTable, trial_id, {"checkpoint": checkpoint})
+
+    def scores(self, study_id: int) -> dict[int, dict[int, float]]:
+        """Return what a study's epochs are ranked by: trial number -> epochs done -> score."""
+        columns = (TrialTable.number, EpochTable.epoch, EpochTable.score, EpochTable.val_acc)
+        query = (
+            select(*columns)
+            .join(TrialTable, TrialTable.id == EpochTable.trial_id)
+            .where(TrialTable.study_id == study_id)
+        )
+        found: dict[int, dict[int, float]] = {}
+        with self._reading() as connection:
+            for number, epoch, score, accuracy in connection.execute(query):
+                found.setdefault(number, {})[epoch + 1] = accuracy if score is None else score
+        return found
 
     def trials(self, study_id: int) -> list[TrialRow]:
         """List a study's trials by number."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PREFIX = "frostline_"
 
 Json = dict[str, Any]
@@ -87,6 +87,7 @@ class TrialTable(Base):
     epochs_done: Mapped[int] = mapped_column(default=0)
     value: Mapped[float | None]
     best_epoch: Mapped[int | None]
+    score: Mapped[float | None]
     trained_parameters: Mapped[int | None]
     total_parameters: Mapped[int | None]
     checkpoint: Mapped[str | None]
@@ -123,6 +124,7 @@ class EpochTable(Base):
     cache_read_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     cache_disk_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     cache_kept_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    score: Mapped[float | None]
     seconds_since_start: Mapped[float]
 
 

@@ -24,7 +24,7 @@ def test_study(
     Args:
         store: The record.
         name: The study.
-        number: The trial; None for the one with the best validation accuracy.
+        number: The trial; None for the best by validation.
         progress: What the user sees.
         command: Command line, for the record.
 
@@ -96,7 +96,7 @@ def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
                 f"study {study.name} must have a complete trial to be tested, but has none. Run "
                 f"it on: python -m study resume {study.name}"
             )
-        trial = max(complete, key=lambda row: (row.value or 0.0, -row.number))
+        trial = min(complete, key=lambda row: row.rank)
     if trial.checkpoint is None or not Path(trial.checkpoint).is_dir():
         raise ConfigError(
             f"trial {trial.number} of study {study.name} must have its checkpoint, but "

@@ -35,6 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 from core.config import MAX_FREEZE_DEPTH
 from study.axes import Axes, FloatArray
 from study.cost import CostModel
+from study.promotion import Scores
 from study.response import Curve, Response, by_importance, final_scores, log_improvement
 from study.space import RECIPES
 
@@ -65,6 +66,8 @@ class Outlook:
         start: Settings to probe with, beyond the known recipe's.
         counts_seconds: Whether the study's budget is time; where it is a number of trials, a cheap
             trial takes as much of it as a dear one, and the cost is left out of the draw.
+        scores: What trials are ranked by, in [0, 1], by number and epochs done; the value that
+            Optuna was told where a trial is not in here.
     """
 
     epochs: int | None = None
@@ -72,6 +75,7 @@ class Outlook:
     cost: CostModel | None = None
     start: Mapping[str, Any] = field(default_factory=dict)
     counts_seconds: bool = True
+    scores: Scores = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,8 @@ class ThawSampler(BaseSampler):
             if trial.state is TrialState.FAIL:
                 failed.append(row)
                 continue
-            curve = _curve(trial, self._length(trial, longest), sign)
+            scores = self._outlook.scores.get(trial.number)
+            curve = _curve(trial, self._length(trial, longest), sign, scores)
             if curve is not None:
                 rows.append(row)
                 curves.append(curve)
@@ -342,15 +347,18 @@ class ThawSampler(BaseSampler):
         return costs
 
 
-def _curve(trial: FrozenTrial, length: int, sign: float) -> Curve | None:
+def _curve(
+    trial: FrozenTrial, length: int, sign: float, scores: Mapping[int, float] | None
+) -> Curve | None:
+    told = {step: sign * value for step, value in trial.intermediate_values.items()}
     reached: dict[int, float] = {}
     best = -math.inf
-    for step, value in sorted(trial.intermediate_values.items()):
-        if math.isfinite(value):
-            best = max(best, sign * value)
+    for step, score in sorted((scores or told).items()):
+        if math.isfinite(score):
+            best = max(best, score)
             reached[step] = best
     if trial.state is TrialState.COMPLETE and trial.value is not None:
-        return Curve(reached, sign * trial.value, 1.0)
+        return Curve(reached, best if scores else sign * trial.value, 1.0)
     if not reached:
         return None
     return Curve(reached, None, min(1.0, max(reached) / length))

@@ -29,6 +29,7 @@ def trials_of(**columns: list[object]) -> pd.DataFrame:
         "reason": [None] * n,
         "origin": ["sampler"] * n,
         "value": [0.5] * n,
+        "score": [float("nan")] * n,
         "started_at": [start + i * minute for i in range(n)],
         "ended_at": [start + (i + 1) * minute for i in range(n)],
         "duration_s": [60.0] * n,

@@ -320,7 +320,7 @@ def _file(path: Path, kind: str) -> None:
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
         ("optuna", "holds plain Optuna studies, not Frostline's"),
-        ("newer", r"written by a newer Frostline \(schema 99; this one knows 5\)"),
+        ("newer", r"written by a newer Frostline \(schema 99; this one knows 6\)"),
         ("odd", "has schema version None, which no Frostline wrote"),
         ("missing", "there is no database"),
     ],
@@ -389,6 +389,7 @@ def _version_1(path: Path) -> None:
             connection.execute(f"DROP TABLE frostline_{table}")
         for column in ("factor", "level", "replicate"):
             connection.execute(f"ALTER TABLE frostline_trials DROP COLUMN {column}")
+        _drop_scores(connection)
         for column in ("saved_s", *CACHE_COUNTS):
             connection.execute(f"ALTER TABLE frostline_epochs DROP COLUMN {column}")
         connection.execute("UPDATE frostline_info SET value = '1'")
@@ -434,6 +435,30 @@ def test_a_database_of_schema_1_is_brought_up_to_date_and_keeps_its_data(tmp_pat
     assert version == (str(SCHEMA_VERSION),)
 
 
+def _drop_scores(connection: sqlite3.Connection) -> None:
+    for table in ("epochs", "trials"):
+        connection.execute(f"ALTER TABLE frostline_{table} DROP COLUMN score")
+
+
+def test_trials_of_schema_5_are_ranked_by_accuracy_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    with Store.open(str(path), create=True) as store:
+        study, run = _study(store)
+        for number, value in enumerate((0.75, 0.8)):
+            trial = _trial(store, study, run, number)
+            store.add_epoch(trial, _epoch(0, value), 1.0)
+            _end(store, trial, "complete", value)
+    with sqlite3.connect(path) as connection:
+        _drop_scores(connection)
+        connection.execute("UPDATE frostline_info SET value = '5'")
+    connection.close()
+    with Store.open(str(path)) as store:
+        assert [row.score for row in store.trials(study)] == [0.75, 0.8]
+        assert [row.config["monitor"] for row in store.trials(study)] == ["val_acc"] * 2
+        assert store.study("photos").config["train"]["monitor"] == "val_acc"
+        assert store.epochs(trial)[0].score == 0.8
+
+
 def test_a_database_of_schema_4_gets_counts_of_shared_work(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     with Store.open(str(path), create=True) as store:
@@ -443,6 +468,7 @@ def test_a_database_of_schema_4_gets_counts_of_shared_work(tmp_path: Path) -> No
     with sqlite3.connect(path) as connection:
         for column in CACHE_COUNTS:
             connection.execute(f"ALTER TABLE frostline_epochs DROP COLUMN {column}")
+        _drop_scores(connection)
         connection.execute("UPDATE frostline_info SET value = '4'")
     connection.close()
     later = dataclasses.replace(
