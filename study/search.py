@@ -136,7 +136,7 @@ class _Search:
         self.scores = work.store.scores(work.study_id)
         self.outlook = Outlook(
             config.train.epochs,
-            n_val,
+            n_val if config.train.monitor == "val_acc" else None,
             cost_model(config.train, n_train, n_val, is_cached=work.cache is not None),
             {key: getattr(config.train, key) for key in config.space},
             counts_seconds=config.study.timeout is not None,

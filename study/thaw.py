@@ -61,7 +61,9 @@ class Outlook:
 
     Attributes:
         epochs: A trial's full length; None for the longest seen.
-        n_val: Validation pictures, which decide how far accuracies are to be trusted.
+        n_val: Validation pictures, which decide how far accuracies are to be trusted; None for
+            scores by loss, whose noise is for the most part that of the pictures and common to
+            all trials.
         cost: Says what a setting costs; None counts all alike.
         start: Settings to probe with, beyond the known recipe's.
         counts_seconds: Whether the study's budget is time; where it is a number of trials, a cheap
