@@ -21,7 +21,7 @@ from core.epoch import Clock, epoch_metrics
 from core.evaluate import Evaluation
 from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
-from core.fit import build_for, check_batch, make_card
+from core.fit import build_for, check_batch, check_small_size, make_card
 from core.head_runs import HeadRuns, check_finite, n_trained, trains_head_alone, with_head
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.prefix_cache import PrefixCache
@@ -114,7 +114,8 @@ class Cohort:
         """Train the cohort an epoch at a time; leave the loop to stop all runs."""
         for config in self._configs:
             if config.head_init not in self._built:
-                self._built[config.head_init] = build_for(config, self._data.classes)
+                built = self._built[config.head_init] = build_for(config, self._data.classes)
+                check_small_size(config, built)
         first = self._configs[0]
         built = self._built[first.head_init]
         prefix = frozen_part(built, first, self._device)

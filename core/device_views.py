@@ -5,6 +5,7 @@ picture rows, each output column of picture columns. For a batch this is two bat
 products with weights built from the crop boxes, the flip folded into the column weights.
 """
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,6 +64,14 @@ class DeviceViews:
             h, w = self.sizes[row]
             self.pixels[row, :, :h, :w] = picture.permute(2, 0, 1).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
+
+    def of(self, spec: ViewSpec) -> "DeviceViews":
+        """Return views of another spec on the same pictures."""
+        if spec == self.spec:
+            return self
+        views = copy.copy(self)
+        views.spec = spec
+        return views
 
     def epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch: views float in [0, 255], (B, 3, S, S), and labels (B,)."""

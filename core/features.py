@@ -92,7 +92,7 @@ class Features:
             features[torch.from_numpy(order).to(rows.device)] = rows
             return (features,)
 
-        return self._kept(("train", feed.spec, self._seed, epoch), make)[0]
+        return self._kept(("train", feed.train_spec(epoch), self._seed, epoch), make)[0]
 
     def val(self) -> Tensor:
         """Return the features of the validation views, (N, F)."""

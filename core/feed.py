@@ -1,6 +1,7 @@
 """Ready inputs for one run: views of pictures, on the device, normalised."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ _MOST_WORKERS = 8
 
 
 def view_spec(config: TrainConfig, shown: Preprocessing) -> ViewSpec:
-    """Return how a run's views are made."""
+    """Return how a run's views are made; in its first epochs they may be smaller."""
     return ViewSpec(
         image_size=shown.image_size,
         resize_size=shown.resize_size,
@@ -32,6 +33,14 @@ def view_spec(config: TrainConfig, shown: Preprocessing) -> ViewSpec:
         flip=config.flip,
         rand_magnitude=config.rand_magnitude,
     )
+
+
+def small_spec(config: TrainConfig, spec: ViewSpec) -> ViewSpec:
+    """Return how the training views of a run's first `small_epochs` epochs are made."""
+    if config.small_size is None:
+        return spec
+    resize_size = round(config.small_size * spec.resize_size / spec.image_size)
+    return replace(spec, image_size=config.small_size, resize_size=resize_size)
 
 
 class Normalizer:
@@ -57,6 +66,9 @@ class Feed:
 
     On an accelerator the pictures lie in its memory and views are made there, where they fit and
     the augmentation can be done in batches; otherwise views are made on the CPU.
+
+    Attributes:
+        spec: How views are made; training views of the first epochs may be smaller (`train_spec`).
     """
 
     def __init__(
@@ -69,13 +81,15 @@ class Feed:
         self.batch_size = config.batch_size
         self.seed = config.seed
         self.n_train = len(data.train)
+        self._small_spec = small_spec(config, self.spec)
+        self._small_epochs = config.small_epochs
         self._device_views: DeviceViews | None = None
+        self._data = data
+        self._workers = default_workers(config.workers, device)
         self._loader: Loader | None = None
+        self._loader_spec: ViewSpec | None = None
         if device.type == "cuda" and fits_device(data.train, self.spec, device):
             self._device_views = DeviceViews(data.train, self.spec, device)
-        else:
-            workers = default_workers(config.workers, device)
-            self._loader = Loader(data.train, self.spec, config.seed, config.batch_size, workers)
         self._kept_val: list[Tensor] | None = None
 
     @property
@@ -89,14 +103,33 @@ class Feed:
         """Labels of the validation split, in the order of `val`."""
         return self.val_split.labels
 
+    def train_spec(self, epoch: int) -> ViewSpec:
+        """Return how an epoch's training views are made."""
+        return self._small_spec if epoch < self._small_epochs else self.spec
+
     def views(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's views (N, 3, S, S), not normalised, and labels (N,)."""
+        spec = self.train_spec(epoch)
         if self._device_views is not None:
-            yield from self._device_views.epoch(self.seed, epoch, self.batch_size)
+            views = self._device_views.of(spec)
+            yield from views.epoch(self.seed, epoch, self.batch_size)
             return
-        assert self._loader is not None
-        for images, labels, _ in self._loader.epoch(epoch):
+        for images, labels, _ in self._loader_of(spec).epoch(epoch):
             yield images, labels.to(self.device, non_blocking=True)
+
+    def _loader_of(self, spec: ViewSpec) -> Loader:
+        """Return the loader of such views; there is one at a time."""
+        if self._loader is None or self._loader_spec != spec:
+            self._close()
+            self._loader = Loader(
+                self._data.train, spec, self.seed, self.batch_size, self._workers
+            )
+            self._loader_spec = spec
+        return self._loader
+
+    def _close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
 
     def val(self) -> Iterator[Tensor]:
         """Iterate over the validation split's inputs in its order."""
@@ -121,8 +154,7 @@ class Feed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._loader is not None:
-            self._loader.close()
+        self._close()
 
 
 def eval_batches(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[Tensor]:

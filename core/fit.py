@@ -82,6 +82,7 @@ def fit(
     check_batch(config, data)
     device = choose_device(config.device)
     built = build_for(config, data.classes)
+    check_small_size(config, built)
     best: Best | None = None
     first = 0
     with _started(config, built, data, device, cache) as (run, feed):
@@ -162,6 +163,33 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
         head_init=config.head_init,
         channels_last=config.channels_last,
     )
+
+
+def check_small_size(config: TrainConfig, built: Built) -> None:
+    """Refuse a size of the first epochs' views that the network cannot take.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    size, full = config.small_size, built.preprocessing.image_size
+    if size is None:
+        return
+    if size >= full:
+        raise ValueError(
+            f"small_size must be < {full}, the image_size that {config.backbone} is built for, "
+            f"but got small_size={size!r}. Set it smaller, or leave it and small_epochs out."
+        )
+    model = built.model.eval()
+    images = next(model.parameters()).new_zeros(1, 3, size, size)
+    try:
+        with torch.inference_mode():
+            model(images)
+    except Exception as err:  # each family of networks refuses in its own way
+        raise ValueError(
+            f"{config.backbone}, built for {full} pixels, cannot take views of "
+            f"small_size={size!r} ({str(err).splitlines()[0]}). Leave small_size and small_epochs "
+            "out, or take another backbone."
+        ) from err
 
 
 def check_batch(config: TrainConfig, data: ImageData) -> None:

@@ -96,8 +96,7 @@ class Sharing:
         self.halves = halves
         spec = feed.spec
         # A view is a function of (seed, epoch, picture), the order too; batches are cut from it.
-        train = pictures_key(data, data.train)
-        self._views = ContentKey.of("views", train, spec, config.seed, config.batch_size)
+        self._pictures = pictures_key(data, data.train)
         evaluation = (spec.image_size, spec.resize_size, spec.interpolation)
         self._val_views = ContentKey.of("val views", pictures_key(data, data.val), evaluation)
         depth = config.freeze_depth if halves is not None else 0
@@ -108,8 +107,12 @@ class Sharing:
         self._crossed: list[tuple[Tensor, int]] = []
         self._is_written = False
 
+    def _views_key(self, epoch: int) -> ContentKey:
+        spec, config = self.feed.train_spec(epoch), self.config
+        return ContentKey.of("views", self._pictures, spec, config.seed, config.batch_size, epoch)
+
     def _train_key(self, epoch: int, depth: int) -> ContentKey:
-        return ContentKey.of("train", self._views, epoch, self._prefixes[depth - 1])
+        return ContentKey.of("train", self._views_key(epoch), self._prefixes[depth - 1])
 
     def _val_key(self, depth: int) -> ContentKey:
         return ContentKey.of("val", self._val_views, self._prefixes[depth - 1])
@@ -182,7 +185,7 @@ class Sharing:
 
     def _view_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's views, uint8, from the cache or made and left there."""
-        key = ContentKey.of(self._views, epoch)
+        key = self._views_key(epoch)
         found = self._tally.get(key)
         if found is not None:
             self._count_views(found.built_s)

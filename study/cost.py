@@ -58,8 +58,9 @@ class CostModel:
     def shared_by(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what two trials must agree on to read the same frozen layers' outputs."""
         names = ("backbone", "weights", "freeze_depth", "image_size", "seed", "batch_size")
+        small = ("small_size", "small_epochs")
         views = ("augment", "crop_scale", "flip", "rand_magnitude", "normalize")
-        return tuple(self._value(params, name) for name in names + views)
+        return tuple(self._value(params, name) for name in names + small + views)
 
     def predict(
         self, params: Mapping[str, Any], epochs: int | None = None, cached_epochs: int = 0
@@ -102,24 +103,30 @@ class CostModel:
     def _counted(self, params: Mapping[str, Any], epochs: int | None, cached_epochs: int) -> float:
         """Return the seconds at the assumed rate."""
         depth = int(self._value(params, "freeze_depth"))
-        flops = self._stage_flops(params)
         n_epochs = int(self._value(params, "epochs")) if epochs is None else epochs
         is_kept = self.is_shared and depth > 0
-        made = n_epochs - min(cached_epochs, n_epochs) if is_kept else n_epochs
+        small_size = self._value(params, "small_size")
+        n_small = min(int(self._value(params, "small_epochs")), n_epochs) if small_size else 0
+        cached = min(cached_epochs, n_epochs) if is_kept else 0
+        flops = self._stage_flops(params, self._value(params, "image_size"))
         prefix, suffix = sum(flops[:depth]), sum(flops[depth:])
+        per_picture = (n_epochs - max(cached, n_small)) * prefix
+        per_picture += (n_epochs - n_small) * _TRAIN_FACTOR * suffix
+        if n_small:
+            small = self._stage_flops(params, small_size)
+            per_picture += max(0, n_small - cached) * sum(small[:depth])
+            per_picture += n_small * _TRAIN_FACTOR * sum(small[depth:])
         # Validation pictures pass through the prefix once a boundary where that is kept.
         val_prefix = int(cached_epochs == 0) if is_kept else n_epochs
-        per_picture = made * prefix + n_epochs * _TRAIN_FACTOR * suffix
         work = self.n_train * per_picture + self.n_val * (val_prefix * prefix + n_epochs * suffix)
         views = 0 if self.is_shared else n_epochs * self.n_train * _VIEW_S
         return _TRIAL_S + views + work / _RATES.get(self.device, _RATES["cpu"])
 
-    def _stage_flops(self, params: Mapping[str, Any]) -> tuple[int, ...]:
+    def _stage_flops(self, params: Mapping[str, Any], size: int | None) -> tuple[int, ...]:
         backbone, weights = (
             str(self._value(params, "backbone")),
             str(self._value(params, "weights")),
         )
-        size = self._value(params, "image_size")
         key = (backbone, weights, size)
         if key not in self._flops:
             try:

@@ -77,11 +77,8 @@ def estimate(config: StudyConfig, data: ImageData) -> Estimate:
     n_classes = len(data.classes)
     costs = tuple(_measure(train, n_classes, device) for train in corner_configs(config))
     depths = _levels(config.space.get("freeze_depth"), config.train.freeze_depth)
-    epochs = config.train.epochs
     per_trial = [
-        epochs * (len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s)
-        for cost in costs
-        for depth in depths
+        _trial_seconds(config.train, cost, depth, data) for cost in costs for depth in depths
     ]
     trial_s = statistics.fmean(per_trial)
     return Estimate(
@@ -114,9 +111,16 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
             device = choose_device(train.device)
             known[shape] = _measure(train, len(data.classes), device)
         cost = known[shape]
-        per_epoch = len(data.train) * cost.train_s[train.freeze_depth]
-        seconds.append(train.epochs * (per_epoch + len(data.val) * cost.eval_s))
+        seconds.append(_trial_seconds(train, cost, train.freeze_depth, data))
     return seconds, max(cost.weights_bytes for cost in known.values())
+
+
+def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
+    """Add up a trial's steps; one on smaller views takes their share of the pixels."""
+    share = ((train.small_size or 0) / cost.image_size) ** 2
+    whole = train.epochs - train.small_epochs + share * train.small_epochs
+    eval_s = train.epochs * len(data.val) * cost.eval_s
+    return whole * len(data.train) * cost.train_s[depth] + eval_s
 
 
 def _levels(dimension: Dimension | None, fixed: int) -> list[int]:

@@ -18,7 +18,7 @@ from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.disk_entries import DiskEntries
-from core.fit import build_for
+from core.fit import build_for, check_small_size
 from core.head_runs import check_probe
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
@@ -204,6 +204,7 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         if network not in built:
             built.add(network)
             made = build_for(train, data.classes)
+            check_small_size(train, made)
             if train.head_init == "probe":
                 check_probe(train, made)
     largest = max(train.batch_size for train in trains)

@@ -70,6 +70,7 @@ _RUNS = st.fixed_dictionaries(
         "standardize": st.booleans(),
         "head_init": st.sampled_from(["default", "zero", "probe"]),
         "schedule": st.sampled_from(["cosine", "constant"]),
+        "monitor": st.sampled_from(["val_loss", "val_acc"]),
     }
 )
 
@@ -77,11 +78,21 @@ _RUNS = st.fixed_dictionaries(
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(runs=st.lists(_RUNS, min_size=1, max_size=6), seed=st.sampled_from([0, 3]))
+@given(
+    runs=st.lists(_RUNS, min_size=1, max_size=6),
+    seed=st.sampled_from([0, 3]),
+    small_epochs=st.sampled_from([0, 0, 1]),
+)
 def test_a_cohort_gives_each_run_the_figures_it_has_alone(
-    data: ImageData, shared: PrefixCache, runs: list[dict[str, Any]], seed: int
+    data: ImageData,
+    shared: PrefixCache,
+    runs: list[dict[str, Any]],
+    seed: int,
+    small_epochs: int,
 ) -> None:
-    configs = [dataclasses.replace(TINY, seed=seed, **run) for run in runs]
+    small = {"small_size": 24, "small_epochs": small_epochs} if small_epochs else {}
+    runs = [run | {"epochs": max(run["epochs"], small_epochs + 1)} for run in runs]
+    configs = [dataclasses.replace(TINY, seed=seed, **run, **small) for run in runs]
     cohort = _train(Cohort(configs, data, shared))
     for config, result in zip(configs, cohort.results, strict=True):
         alone = list(fit(config, data))  # without any sharing

@@ -47,3 +47,37 @@ def test_evaluate_goes_over_all_batches_in_eval_mode() -> None:
     expected = nn.functional.cross_entropy(logits, torch.from_numpy(labels))
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)
     assert result.predicted.tolist() == logits.argmax(1).tolist()
+
+
+def _of_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
+    log_probs = torch.from_numpy(logits).log_softmax(1).numpy().astype(np.float32)
+    predicted = log_probs.argmax(1).astype(np.int64)
+    return Evaluation(labels, log_probs, count_confusion(labels, predicted, logits.shape[1]))
+
+
+def test_scaled_loss_does_not_depend_on_how_sure_of_itself_a_network_is() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    logits = rng.normal(size=(400, 3)) + 1.5 * np.eye(3)[labels]
+    plain, sure, shy = (_of_logits(factor * logits, labels) for factor in (1.0, 6.0, 0.2))
+    assert sure.loss > 1.5 * plain.loss
+    assert shy.loss > 1.2 * plain.loss
+    for other in (sure, shy):
+        assert other.scaled_loss == pytest.approx(plain.scaled_loss, rel=2e-3)
+    factors = np.exp(np.linspace(-2, 2, 401))
+    best = min(_of_logits(factor * logits, labels).loss for factor in factors)
+    assert plain.scaled_loss == pytest.approx(best, rel=1e-3)
+
+
+def test_a_few_pictures_that_are_all_right_do_not_make_a_network_perfect() -> None:
+    labels = np.array([0, 1, 0, 1, 0])
+    logits = np.where(np.eye(2)[labels] > 0, 1.0, 0.0)
+    clear = _of_logits(3 * logits, labels)
+    assert 0 < clear.scaled_loss < clear.loss
+    assert clear.score("val_loss") < 1
+    assert clear.score("val_acc") == clear.acc == 1
+
+
+def test_a_network_that_says_nothing_scores_chance_by_its_loss() -> None:
+    result = _of_logits(np.zeros((8, 4)), np.arange(8) % 4)
+    assert result.score("val_loss") == pytest.approx(0.25)

@@ -12,7 +12,7 @@ from core.checkpoint import load_checkpoint, read_card
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.feed import Feed, view_spec
-from core.fit import fit
+from core.fit import build_for, fit
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.weights import WeightsError
 from support import make_folder
@@ -183,12 +183,38 @@ def test_batch_larger_than_the_data_is_refused(data: ImageData) -> None:
         next(fit(replace(TINY, batch_size=500), data))
 
 
+def test_the_first_epochs_are_trained_on_small_views_and_all_are_evaluated_in_full(
+    data: ImageData,
+) -> None:
+    config = replace(TINY, epochs=3)
+    small = replace(config, small_size=16, small_epochs=1)
+    whole, mixed = list(fit(config, data)), list(fit(small, data))
+    assert mixed[0].train_loss != whole[0].train_loss
+    assert mixed[0].val_loss != whole[0].val_loss
+    views = []
+    built = build_for(small, data.classes)
+    with Feed(small, built.preprocessing, data, torch.device("cpu")) as feed:
+        for epoch in range(3):
+            views.append({tuple(images.shape[2:]) for images, _ in feed.views(epoch)})
+        assert {tuple(images.shape[2:]) for images in feed.val()} == {(32, 32)}
+    assert views == [{(16, 16)}, {(32, 32)}, {(32, 32)}]
+
+
+def test_a_size_that_the_network_cannot_take_is_refused(data: ImageData) -> None:
+    config = replace(TINY, image_size=None, small_size=224, small_epochs=1)
+    with pytest.raises(ValueError, match="small_size must be < 224, the image_size that resnet18"):
+        list(fit(config, data))
+    fixed = replace(TINY, backbone="vit_b_16", image_size=32, small_size=16, small_epochs=1)
+    with pytest.raises(ValueError, match=r"vit_b_16, built for 32 pixels, cannot take views of"):
+        list(fit(fixed, data))
+
+
 def test_checkpoint_is_the_best_epoch_and_loads_into_plain_torchvision(
     data: ImageData, tmp_path: Path
 ) -> None:
     config = replace(TINY, epochs=3)
     epochs = list(fit(config, data, tmp_path))
-    best = max(epochs, key=lambda m: (m.val_acc, -m.epoch))
+    best = max(epochs, key=lambda m: (m.score or 0.0, -m.epoch))
     card = read_card(tmp_path)
     assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
     assert card.classes == data.classes

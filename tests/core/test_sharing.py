@@ -88,6 +88,7 @@ def _on_disk(folder: Path, memory: int = 0, disk: int = 1 << 30) -> PrefixCache:
     batch_size=st.sampled_from([5, 8]),
     workers=st.sampled_from([0, 0, 1]),
     batch_norm=st.sampled_from(["train", "frozen"]),
+    small_epochs=st.sampled_from([0, 0, 1]),
 )
 def test_sharing_changes_no_number(
     data: ImageData,
@@ -96,11 +97,14 @@ def test_sharing_changes_no_number(
     backbone: str,
     depth: int,
     workers: int,
+    small_epochs: int,
     **settings: Any,
 ) -> None:
+    small_size = 24 if small_epochs else None
     config = dataclasses.replace(
-        TINY, backbone=backbone, freeze_depth=depth, workers=workers, **settings
-    )
+        TINY, backbone=backbone, freeze_depth=depth, workers=workers, small_epochs=small_epochs,
+        small_size=small_size, **settings,
+    )  # fmt: skip
     alone = _run(config, data, None)
     assert _run(config, data, shared) == alone  # builds what is not there
     assert _run(config, data, shared) == alone  # reads it

@@ -50,6 +50,21 @@ def test_cost_falls_with_the_freeze_level_and_grows_with_epochs_and_backbone() -
     assert model.predict({"backbone": "b"}) > 1.9 * model.predict({"backbone": "a"})
 
 
+def test_small_views_in_the_first_epochs_cost_their_share() -> None:
+    def stages(_: str, __: str, size: int | None) -> tuple[int, ...]:
+        return tuple(f * (size or 64) ** 2 for f in (10_000,) * 5)
+
+    base = TrainConfig(epochs=4, image_size=64, small_size=32, small_epochs=3)
+    model = CostModel(base, 1000, 1, stages)
+    full = {"small_size": None, "small_epochs": 0}
+    start = model.predict(full, epochs=0)
+    for depth in (0, 3):
+        whole = model.predict({"freeze_depth": depth, **full}) - start
+        small = model.predict({"freeze_depth": depth}) - start
+        assert small / whole == pytest.approx((1 + 3 / 4) / 4, rel=0.01)
+    assert model.shared_by({}) != model.shared_by(full)
+
+
 def test_trials_share_frozen_outputs_only_where_all_agrees_that_decides_them() -> None:
     model = _model()
     own = model.shared_by({"freeze_depth": 3, "base_lr": 0.1})

@@ -70,6 +70,15 @@ def test_the_best_third_of_a_rung_goes_on_the_highest_rung_first() -> None:
     ]
 
 
+def test_trials_are_ranked_by_their_scores_where_there_are_any() -> None:
+    trials = [_trial(k, [value]) for k, value in enumerate([0.9, 0.8, 0.7])]
+    scores = {0: {1: 0.4}, 1: {1: 0.5}, 2: {1: 0.6, 2: 0.1}}
+    order = Promotion(10, scores).standings(trials, range(3))
+    assert [row.number for row in order] == [2, 1, 0]
+    del scores[0]  # what Optuna was told stands in
+    assert [row.number for row in Promotion(10, scores).standings(trials, range(3))] == [0, 2, 1]
+
+
 def test_an_interrupted_trial_goes_on_before_all_others() -> None:
     trials = [_trial(0, [0.1, 0.1]), *(_trial(k, [0.9]) for k in range(1, 4))]
     order = Promotion(10).standings(trials, range(4))

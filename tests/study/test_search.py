@@ -73,14 +73,37 @@ def test_a_study_tries_recipes_first_then_the_sampler_and_keeps_the_best(home: P
     assert [row[2].partition(":")[0] for row in rows[:3]] == ["recipe"] * 3
     assert [row[2] for row in rows[3:]] == ["sampler"] * 3
     complete = [row for row in rows if row[1] == "complete"]
-    best = max(complete, key=lambda row: (row[3], -row[0]))
-    assert (outcome.best_number, outcome.best_value) == (best[0], best[3])
+    best = {row[0]: row[3] for row in complete}
+    assert outcome.best_value == best[outcome.best_number]
     assert outcome.checkpoint is not None
     assert (outcome.checkpoint / "model.safetensors").is_file()
     assert len(list((home / "runs" / "photos").glob("trial-*"))) == 1
     study = optuna.load_study(study_name="photos", storage=f"sqlite:///{home}/s.db")
     assert [t.params["base_lr"] for t in study.trials] == [row[5] for row in rows]
     assert all(t.intermediate_values for t in study.trials)
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "val_acc"])
+def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
+    home: Path, monitor: str
+) -> None:
+    outcome = _run(_config(home, 6, f"train.monitor={monitor}", 'search.pruner="none"'))
+    with Store.open(str(home / "s.db")) as store:
+        trials = store.trials(store.study("photos").id)
+        epochs = {row.number: store.epochs(row.id) for row in trials}
+        scores = store.scores(trials[0].study_id)
+        (summary,) = store.studies()
+    for row in trials:
+        assert row.best_epoch is not None
+        best = epochs[row.number][row.best_epoch]
+        assert best.score == max(epoch.score or 0.0 for epoch in epochs[row.number]) == row.score
+        assert (row.value, best.is_best) == (best.val_acc, True)
+        assert scores[row.number] == {e.epoch + 1: e.score for e in epochs[row.number]}
+    ranked = sorted(trials, key=lambda row: (-(row.score or 0.0), row.number))
+    assert (outcome.best_number, outcome.best_value) == (ranked[0].number, ranked[0].value)
+    assert (summary.best_number, summary.best_value) == (ranked[0].number, ranked[0].value)
+    if monitor == "val_acc":
+        assert all(row.score == row.value for row in trials)
 
 
 def test_stopping_and_resuming_gives_the_same_study(home: Path) -> None:

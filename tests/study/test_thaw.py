@@ -457,3 +457,14 @@ def test_a_good_setting_is_found_for_less_than_tpe_pays() -> None:
     tpe = list(_seconds_to("tpe", seeds, 0.88, 30))
     assert sum(a < b for a, b in zip(thaw, tpe, strict=True)) >= 5
     assert statistics.median(thaw) < 0.7 * statistics.median(tpe)
+
+
+def test_scores_stand_in_for_what_optuna_was_told() -> None:
+    study = _search("thaw", SPACE, 12, 0, _tuned, _outlook(None))
+    told = {t.number: {EPOCHS: _tuned(t.params)} for t in study.trials}
+    upside_down = {number: {EPOCHS: 1 - v[EPOCHS]} for number, v in told.items()}
+    drawn = [
+        _drawn(study, 12, SPACE, dataclasses.replace(_outlook(None), scores=scores))
+        for scores in ({}, told, upside_down)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
