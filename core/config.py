@@ -246,8 +246,8 @@ class TrainConfig:
         if (self.small_size is None) != (self.small_epochs == 0):
             faults.append(
                 "small_size and small_epochs must be given together, but got "
-                f"small_size={self.small_size!r} and small_epochs={self.small_epochs!r}; set both, "
-                "or leave both out."
+                f"small_size={self.small_size!r} and small_epochs={self.small_epochs!r}; set "
+                "both, or leave both out."
             )
         if self.small_epochs and self.small_epochs >= self.epochs:
             faults.append(

@@ -23,14 +23,16 @@ class Audited:
     Attributes:
         number: Its number in the search.
         epochs: Epochs that it had when it was pruned.
-        pruned_value: Its best validation accuracy then, a fraction.
-        full_value: Its best validation accuracy at the full budget; NaN where it failed.
+        pruned_value: Validation accuracy of its best epoch then, a fraction.
+        full_value: The same at the full budget; NaN where it failed.
+        full_score: What that epoch is ranked by; NaN where it failed.
     """
 
     number: int
     epochs: int
     pruned_value: float
     full_value: float
+    full_score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class Audit:
         early: How early the final order shows, over finished trials.
         n_complete: Finished trials of the search.
         n_pruned: Pruned trials of the search.
-        best: Best validation accuracy of the search; None where no trial finished.
+        best: Validation accuracy of the search's best trial; None where none finished.
+        best_score: What that trial is ranked by.
         trials: Pruned trials that were trained to the end, by number.
     """
 
@@ -51,13 +54,14 @@ class Audit:
     n_complete: int
     n_pruned: int
     best: float | None
+    best_score: float | None
     trials: tuple[Audited, ...]
 
     @property
     def n_won(self) -> int:
         """Count the audited trials that end above the search's best."""
-        best = self.best
-        return sum(best is not None and trial.full_value > best for trial in self.trials)
+        best = self.best_score
+        return sum(best is not None and trial.full_score > best for trial in self.trials)
 
     @property
     def share_won(self) -> Interval | None:
@@ -76,7 +80,7 @@ class Audit:
                 f"would have beaten the best one ({percent(self.best)}): "
                 f"{100 * share.estimate:.0f} % (95 % interval {ends})."
             )
-            top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_value) else t.full_value)
+            top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_score) else t.full_score)
             told.append(
                 f"The best of them, trial {top.number}, ends at {percent(top.full_value)}, "
                 f"{signed(100 * (top.full_value - self.best), 1)} points from the best."
@@ -102,6 +106,7 @@ def read_audit(store: Store, name: str) -> Audit:
         states.count("complete"),
         states.count("pruned") + states.count("paused"),
         None if number is None else rows[number].value,
+        None if number is None else rows[number].ranked_by,
         tuple(sorted(audited, key=lambda trial: trial.number)),
     )
 
@@ -114,9 +119,11 @@ def _audited(rows: Sequence[TrialRow], source: dict[int, TrialRow]) -> list[Audi
             continue
         pruned = source.get(int(row.level))
         if pruned is not None:
-            full = row.value if row.state == "complete" and row.value is not None else math.nan
+            full = score = math.nan
+            if row.state == "complete" and row.value is not None:
+                full, score = row.value, row.ranked_by or 0.0
             value = math.nan if pruned.value is None else pruned.value
-            found[pruned.number] = Audited(pruned.number, pruned.epochs_done, value, full)
+            found[pruned.number] = Audited(pruned.number, pruned.epochs_done, value, full, score)
     return list(found.values())
 
 

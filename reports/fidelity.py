@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
-from reports.frames import is_copy
+from reports.frames import accuracy_of_best, is_copy
 from reports.intervals import Interval
 from reports.words import plural
 
@@ -94,7 +94,7 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
     pruned = own.loc[own["state"] == "pruned", "number"]
     seen = epochs.dropna(subset=["val_acc"]).sort_values(["number", "epoch"])
     seen = seen.astype({"val_acc": float})  # where there is none, pandas knows no type
-    seen = seen.assign(best=seen.groupby("number")["val_acc"].cummax())
+    seen = seen.assign(best=accuracy_of_best(seen))
     stops = seen[seen["number"].isin(pruned)].groupby("number")["epoch"].max().value_counts()
     seen = seen[seen["number"].isin(final.index)]
     ranks = []

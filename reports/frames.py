@@ -131,6 +131,24 @@ def is_copy(trials: pd.DataFrame) -> "pd.Series[bool]":
     return trials["origin"].astype(str).str.startswith("same as")
 
 
+def rank_of(frame: pd.DataFrame, accuracy: str) -> "pd.Series[float]":
+    """Give what trials or epochs are ranked by: the score, or the accuracy where there is none."""
+    known = frame[accuracy].astype(float)
+    return frame["score"].astype(float).fillna(known) if "score" in frame else known
+
+
+def accuracy_of_best(epochs: pd.DataFrame) -> "pd.Series[float]":
+    """Give, at each epoch, the accuracy of its trial's best epoch so far.
+
+    Args:
+        epochs: One row per trial and epoch, in this order.
+    """
+    numbers, ranks = epochs["number"], rank_of(epochs, "val_acc")
+    before = ranks.groupby(numbers).cummax().groupby(numbers).shift()
+    is_new = ~(ranks <= before)  # the first has none before it
+    return epochs["val_acc"].astype(float).where(is_new).groupby(numbers).ffill()
+
+
 def best_number(trials: pd.DataFrame) -> int | None:
     """Name the best trial: highest score, earliest on a tie; pruned ones only if none finished.
 
@@ -139,7 +157,7 @@ def best_number(trials: pd.DataFrame) -> int | None:
     for state in ("complete", "pruned"):
         scored = trials[(trials["state"] == state) & trials["value"].notna()]
         if len(scored):
-            ranked = scored.assign(rank=scored["score"].fillna(scored["value"]))
+            ranked = scored.assign(rank=rank_of(scored, "value"))
             ordered = ranked.sort_values(["rank", "number"], ascending=[False, True])
             return int(ordered["number"].iloc[0])
     return None
@@ -185,10 +203,19 @@ def history_frame(trials: pd.DataFrame) -> pd.DataFrame:
     frame["value"] = ended["value"].astype(float).to_numpy()
     frame["elapsed_s"] = busy_seconds(ended).to_numpy()
     finished = frame["value"].where(frame["state"] == "complete")
-    frame["best"] = finished.cummax().ffill()
+    ranks = pd.Series(rank_of(ended, "value").to_numpy(), index=frame.index)
+    finished_ranks = ranks.where(finished.notna())
+    frame["best"] = _best_so_far(finished, finished_ranks)
     by_time = frame["elapsed_s"].sort_values(kind="stable").index
-    frame["best_by_time"] = finished.loc[by_time].cummax().ffill().reindex(frame.index)
+    best = _best_so_far(finished.loc[by_time], finished_ranks.loc[by_time])
+    frame["best_by_time"] = best.reindex(frame.index)
     return frame
+
+
+def _best_so_far(values: "pd.Series[float]", ranks: "pd.Series[float]") -> "pd.Series[float]":
+    """Give at each place the value of the finished trial that ranks highest so far."""
+    before = ranks.fillna(-math.inf).cummax().shift(fill_value=-math.inf)
+    return values.where(ranks > before).ffill()
 
 
 def curves_frame(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:

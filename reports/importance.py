@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import isotonic_regression
 
-from reports.frames import PARAM_PREFIX, Dimension, is_copy, is_diverged
+from reports.frames import PARAM_PREFIX, Dimension, accuracy_of_best, is_copy, is_diverged
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -134,9 +134,9 @@ def estimate_final(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _best_by_epoch(epochs: pd.DataFrame) -> pd.DataFrame:
-    """Best accuracy so far, shape (trials, epochs); NaN from where a trial's record ends."""
+    """Accuracy of the best epoch so far, (trials, epochs); NaN from where a record ends."""
     ordered = epochs.sort_values(["number", "epoch"]).dropna(subset=["val_acc"])
-    ordered = ordered.assign(best=ordered.groupby("number")["val_acc"].cummax())
+    ordered = ordered.assign(best=accuracy_of_best(ordered))
     return ordered.pivot(index="number", columns="epoch", values="best").sort_index(axis=1)
 
 

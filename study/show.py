@@ -142,12 +142,14 @@ def study_view(
 def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableType:
     """Show a trial: how it went, its settings, its epochs."""
     best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch + 1})"
+    score = None if trial.score is None else f"{trial.score:.4f} ({_monitor(trial)})"
     trained, total = trial.trained_parameters, trial.total_parameters
     facts = [
         ("trial", trial.number),
         ("state", f"{trial.state}: {trial.reason}" if trial.reason else trial.state),
         ("from", trial.origin),
         ("accuracy", f"{format_accuracy(trial.value)}{best}"),
+        ("score", score),
         ("time", format_duration(trial.duration_s)),
         ("saved by sharing", say_shared(epochs)),
         ("trained parameters", None if trained is None else f"{trained:,} of {total:,}"),
@@ -158,6 +160,13 @@ def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableT
     config = [(key, format_value(value)) for key, value in trial.config.items()]
     head = "\nConfiguration:"
     return Group(_facts(facts), Text(""), epochs_table(epochs), Text(head), _facts(config))
+
+
+def _monitor(trial: "TrialRow") -> str:
+    """Say what a trial is ranked by."""
+    if trial.config.get("monitor") == "val_loss":
+        return "what it gives the true class, by validation loss"
+    return "validation accuracy"
 
 
 def say_shared(epochs: Sequence[EpochMetrics]) -> str:

@@ -4,6 +4,7 @@ import pytest
 
 from reports.frames import (
     Dimension,
+    accuracy_of_best,
     best_number,
     busy_seconds,
     confused_pairs,
@@ -164,3 +165,15 @@ def test_confused_pairs_are_the_commonest_first() -> None:
     told = confused_pairs(matrix, ["a", "b", "c"], n_pairs=2)
     assert told.values.tolist() == [["b", "c", 5, 0.5], ["a", "b", 2, 0.2]]
     assert confused_pairs(np.eye(3), ["a", "b", "c"]).empty
+
+
+def test_what_is_best_is_said_by_the_score_where_there_is_one() -> None:
+    trials = trials_of(value=[0.5, 0.9, 0.7], score=[0.6, 0.4, 0.8])
+    assert best_number(trials) == 2
+    assert history_frame(trials)["best"].tolist() == [0.5, 0.5, 0.7]
+    epochs = pd.DataFrame(
+        {"number": [0, 0, 0, 1, 1], "val_acc": [0.5, 0.9, 0.7, 0.2, 0.1],
+         "score": [0.3, 0.2, 0.4, 0.5, 0.6]}
+    )  # fmt: skip
+    assert accuracy_of_best(epochs).tolist() == [0.5, 0.5, 0.7, 0.2, 0.1]
+    assert accuracy_of_best(epochs.drop(columns="score")).tolist() == [0.5, 0.9, 0.9, 0.2, 0.2]
