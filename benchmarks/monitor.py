@@ -1,0 +1,159 @@
+"""What to choose a model by: validation accuracy, loss, or loss behind one scale of the logits.
+
+Heads with settings drawn from the search space are trained on the features of frozen backbones,
+and after every epoch of every head the validation and the test split are evaluated. Then studies
+of so many heads are drawn from them, and each rule chooses the best epoch of all of them, as a
+study does, or the best last epoch. Told is the test accuracy of what it chooses: the mean over the
+drawn studies, and how far they spread. The heads of all studies are the same few hundred, so the
+spread says what luck a study has, not how sure the mean is; other pictures would say that.
+
+    python benchmarks/monitor.py --data photos/hotdog photos/hymenoptera --size 128
+"""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+import numpy as np
+import torch
+from naive import BACKBONES, RATES
+
+from core.config import DataConfig, TrainConfig
+from core.data import ImageData, load_data
+from core.device import choose_device
+from core.evaluate import Evaluation, count_confusion
+from core.features import Features, feature_config, frozen_part
+from core.feed import Feed, eval_batches
+from core.fit import build_for
+from core.head_runs import HeadRuns
+
+_STARTS = ("default", "probe")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A head after an epoch.
+
+    Attributes:
+        seed: Of its views.
+        head: Which head of its seed, over all backbones.
+        is_last: Whether it was the last epoch.
+        val: On the validation split.
+        test_acc: On the test split, in [0, 1].
+    """
+
+    seed: int
+    head: int
+    is_last: bool
+    val: Evaluation
+    test_acc: float
+
+
+RULES: dict[str, Callable[[Evaluation], float]] = {
+    "accuracy": lambda found: found.acc,
+    "loss": lambda found: -found.loss,
+    "scaled loss": lambda found: -found.scaled_loss,
+}
+"""What is highest is chosen; of equals the earlier head."""
+
+
+def settings(rng: np.random.Generator) -> dict[str, float]:
+    """Draw rates from the space that every side of time_to_quality.py searches."""
+    return {
+        name: float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        for name, (low, high) in RATES.items()
+    }
+
+
+def heads(base: TrainConfig, data: ImageData, n: int, first: int) -> Iterator[Epoch]:
+    """Train n heads of one backbone and one seed; give every epoch of each."""
+    rng = np.random.default_rng((base.seed, first))
+    configs = [
+        dataclasses.replace(base, head_init=_STARTS[k % 2], **settings(rng)) for k in range(n)
+    ]
+    built = {
+        start: build_for(dataclasses.replace(base, head_init=start), data.classes)
+        for start in _STARTS
+    }
+    device = choose_device("cpu")
+    network = built["default"]
+    prefix = frozen_part(network, base, device)
+    assert prefix is not None, "the backbones here end in one linear layer"
+    assert data.test is not None, "the data have a test split"
+    with Feed(feature_config(base, len(data.train)), network.preprocessing, data, device) as feed:
+        features = Features(base, network, data, feed, prefix, None)
+        with torch.no_grad():
+            batches = eval_batches(data.test, feed.spec, device)
+            test = torch.cat([prefix(feed.normalize(images))[0].float() for images in batches])
+        runs = HeadRuns(configs, [built[c.head_init] for c in configs], data, features)
+        for epoch in range(base.epochs):
+            runs.train_epoch(epoch)
+            found = zip(runs.members, runs.evaluate(), runs.heads(), strict=True)
+            for k, val, (weight, bias) in found:
+                predicted = (test @ weight.t() + bias).argmax(1).numpy().astype(np.int64)
+                confusion = count_confusion(data.test.labels, predicted, len(data.classes))
+                test_acc = float(np.trace(confusion) / len(predicted))
+                if np.isfinite(val.loss):
+                    yield Epoch(base.seed, first + k, epoch == base.epochs - 1, val, test_acc)
+
+
+def told(epochs: list[Epoch], n_seeds: int, sizes: list[int], n_studies: int) -> str:
+    """Draw studies and say what each rule chooses."""
+    scores = {name: np.array([rule(e.val) for e in epochs]) for name, rule in RULES.items()}
+    seeds, which = np.array([e.seed for e in epochs]), np.array([e.head for e in epochs])
+    is_last, test = np.array([e.is_last for e in epochs]), np.array([e.test_acc for e in epochs])
+    n_heads = int(which.max()) + 1
+    lines = []
+    for size in sizes:
+        rng = np.random.default_rng(0)
+        chosen: dict[str, list[float]] = {}
+        for study in range(n_studies):
+            drawn = np.isin(which, rng.choice(n_heads, size, replace=False))
+            for when, among in (("any epoch", drawn), ("last epoch", drawn & is_last)):
+                at = np.flatnonzero(among & (seeds == study % n_seeds))
+                for name, score in scores.items():
+                    best = at[int(score[at].argmax())]
+                    chosen.setdefault(f"{name}, {when}", []).append(100 * test[best])
+        parts = [f"{name} {np.mean(v):.1f} ± {np.std(v):.1f}" for name, v in chosen.items()]
+        lines.append(f"  of {size} heads: {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print a block for each data set."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of pictures")
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--limit", type=int, help="training pictures")
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--heads", type=int, default=100, help="of each backbone and seed")
+    parser.add_argument("--studies", type=int, default=300)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 50], help="heads of a study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--backbones", nargs="+", default=list(BACKBONES))
+    parser.add_argument("--cache-dir", help="folder of decoded pictures")
+    args = parser.parse_args()
+    for folder in args.data:
+        source = DataConfig(f"folder:{folder}", limit=args.limit, cache_dir=args.cache_dir)
+        data = load_data(source, round(args.size * 1.25))
+        base = TrainConfig(freeze_depth=5, image_size=args.size, epochs=args.epochs, device="cpu")
+        epochs: list[Epoch] = []
+        for seed in args.seeds:
+            for k, backbone in enumerate(args.backbones):
+                config = dataclasses.replace(base, seed=seed, backbone=backbone)
+                epochs += heads(config, data, args.heads, k * args.heads)
+        assert data.test is not None, "the data have a test split"
+        print(
+            f"{folder.name}: {len(data.train)} training, {len(data.val)} validation, "
+            f"{len(data.test)} test pictures; test accuracy of what is chosen, %"
+        )
+        print(told(epochs, len(args.seeds), args.sizes, args.studies), flush=True)
+
+
+if __name__ == "__main__":
+    main()
