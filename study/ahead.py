@@ -20,6 +20,7 @@ from core.metrics import EpochMetrics
 from study.runner import (
     REASON_DIVERGED,
     Asked,
+    Course,
     TrialResult,
     Work,
     begin_record,
@@ -109,11 +110,11 @@ def record_trained(
     """
     begin = time.perf_counter()
     trial_id = begin_record(work, asked, config)
-    done: list[EpochMetrics] = []
+    course = Course(trial_id, asked.number)
     state, reason, spent = "complete", None, 0.0
     for metrics in trained.epochs:
         spent += metrics.data_s + metrics.train_s + metrics.eval_s
-        done.append(metrics)
+        course.add(metrics)
         work.store.add_epoch(trial_id, metrics, spent)
         work.progress.epoch(asked.number, metrics)
         if should_stop(metrics) and metrics.epoch < config.epochs - 1:
@@ -122,21 +123,7 @@ def record_trained(
     else:
         if trained.failure is not None:
             state, reason = "failed", trained.failure
-    best = [metrics for metrics in done if metrics.is_best]
-    value, score = (best[-1].val_acc, best[-1].score) if best else (None, None)
-    duration = spent + time.perf_counter() - begin
-    work.store.end_trial(
-        trial_id,
-        state,
-        reason=reason,
-        value=value,
-        best_epoch=best[-1].epoch if best else None,
-        epochs_done=len(done),
-        duration_s=duration,
-        checkpoint=None,
-    )
-    work.progress.trial_ended(asked.number, state, value, reason, duration, score)
-    return TrialResult(state, value, reason, duration)
+    return course.end(work, state, reason, spent + time.perf_counter() - begin, None)
 
 
 def save_trained(work: Work, number: int, trained: Trained) -> None:

@@ -138,7 +138,7 @@ def run_trial(
     trial_id = begin_record(work, asked, config)
     # An earlier study of this name may have left one.
     pause_file(work.output, asked.number).unlink(missing_ok=True)
-    course = _Course(trial_id, asked.number, can_pause, before_s=time.perf_counter() - begin)
+    course = Course(trial_id, asked.number, can_pause, before_s=time.perf_counter() - begin)
     return _train(work, course, config, should_stop)
 
 
@@ -194,7 +194,7 @@ def continue_trial(
     work.progress.trial_continued(
         trial.number, trial.origin, trial.params, config.epochs, trial.epochs_done
     )
-    course = _Course(
+    course = Course(
         trial.id,
         trial.number,
         can_pause=True,
@@ -208,8 +208,8 @@ def continue_trial(
 
 
 @dataclass(slots=True)
-class _Course:
-    """How far a trial has come.
+class Course:
+    """How far a trial has come; its last line in the record.
 
     Attributes:
         trial_id: Its key in the record.
@@ -224,7 +224,7 @@ class _Course:
 
     trial_id: int
     number: int
-    can_pause: bool
+    can_pause: bool = False
     value: float | None = None
     best_epoch: int | None = None
     score: float | None = None
@@ -232,15 +232,41 @@ class _Course:
     before_s: float = 0.0
 
     def add(self, metrics: EpochMetrics) -> None:
+        """Take in an epoch."""
         self.epochs_done = metrics.epoch + 1
         if metrics.is_best:
             self.value, self.best_epoch = metrics.val_acc, metrics.epoch
             self.score = metrics.score
 
+    def end(
+        self, work: Work, state: str, reason: str | None, duration: float, folder: Path | None
+    ) -> TrialResult:
+        """Record how the trial stopped, and tell it.
+
+        Args:
+            work: What the trials share.
+            state: As in `TrialResult`.
+            reason: Why; None for a complete trial.
+            duration: Seconds, pauses not counted.
+            folder: Its checkpoint, if one was kept.
+        """
+        work.store.end_trial(
+            self.trial_id,
+            state,
+            reason=reason,
+            value=self.value,
+            best_epoch=self.best_epoch,
+            epochs_done=self.epochs_done,
+            duration_s=duration,
+            checkpoint=str(folder) if folder is not None else None,
+        )
+        work.progress.trial_ended(self.number, state, self.value, reason, duration, self.score)
+        return TrialResult(state, self.value, reason, duration)
+
 
 def _train(
     work: Work,
-    course: _Course,
+    course: Course,
     config: TrainConfig,
     should_stop: Callable[[EpochMetrics], bool],
 ) -> TrialResult:
@@ -284,22 +310,12 @@ def _train(
     except Exception as err:  # one broken setting must not end a night's search
         state, reason = "failed", f"{REASON_ERROR}: {_told(err)}"
     duration = time.perf_counter() - begin
-    work.store.end_trial(
-        trial_id,
-        state,
-        reason=reason,
-        value=course.value,
-        best_epoch=course.best_epoch,
-        epochs_done=course.epochs_done,
-        duration_s=duration,
-        checkpoint=str(folder) if state == "complete" else None,
-    )
+    result = course.end(work, state, reason, duration, folder if state == "complete" else None)
     if state != "paused" and course.can_pause:
         kept.unlink(missing_ok=True)
-    work.progress.trial_ended(number, state, course.value, reason, duration, course.score)
     if fatal is not None:
         raise fatal
-    return TrialResult(state, course.value, reason, duration)
+    return result
 
 
 def _told(err: Exception) -> str:
