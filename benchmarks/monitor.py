@@ -113,9 +113,11 @@ def told(epochs: list[Epoch], n_seeds: int, sizes: list[int], n_studies: int) ->
         rng = np.random.default_rng(0)
         chosen: dict[str, list[float]] = {}
         for study in range(n_studies):
-            drawn = np.isin(which, rng.choice(n_heads, size, replace=False))
+            turn = rng.permutation(n_heads)
+            drawn = turn[which] < size
             for when, among in (("any epoch", drawn), ("last epoch", drawn & is_last)):
                 at = np.flatnonzero(among & (seeds == study % n_seeds))
+                at = at[np.argsort(turn[which[at]], kind="stable")]  # in the study's order
                 for name, score in scores.items():
                     best = at[int(score[at].argmax())]
                     chosen.setdefault(f"{name}, {when}", []).append(100 * test[best])

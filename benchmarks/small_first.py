@@ -30,6 +30,7 @@ from time_to_quality import test_accuracy
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.fit import fit
+from core.metrics import TrainingDiverged
 
 # Narrower than the search space: what diverges at one size does at the other, and would make any
 # two rankings agree.
@@ -83,7 +84,7 @@ def told(full: list[Run], small: list[Run], small_epochs: int) -> str:
     """Sum up the pairs so far."""
     ratios = [a.seconds / b.seconds for a, b in zip(full, small, strict=True)]
     gains = [100 * (b.test_acc - a.test_acc) for a, b in zip(full, small, strict=True)]
-    spread = statistics.stdev(gains) / len(gains) ** 0.5
+    spread = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     final = [one.scores[-1] for one in full]
     lines = [
         f"n = {len(full)}; full / small first, seconds: {statistics.median(ratios):.2f} "
@@ -128,8 +129,14 @@ def main() -> None:
         settings = drawn(rng, args.backbones, args.levels[k % len(args.levels)])
         config = dataclasses.replace(base, **settings)
         shrunk = dataclasses.replace(config, small_size=args.small, small_epochs=args.small_epochs)
-        for config_, runs in ((config, full), (shrunk, small)):
-            runs.append(run(config_, data))
+        try:
+            turns = [(config, full), (shrunk, small)]
+            done = [(runs, run(each, data)) for each, runs in turns[:: 1 if k % 2 else -1]]
+        except TrainingDiverged as err:
+            print(f"left out: {err}", flush=True)
+            continue
+        for runs, found in done:
+            runs.append(found)
         row = {**settings, "full": vars(full[-1]), "small": vars(small[-1])}
         print(json.dumps(row), flush=True)
     print(told(full, small, args.small_epochs))

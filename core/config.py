@@ -243,11 +243,10 @@ class TrainConfig:
     def _small_faults(self) -> list[str]:
         """Say what is wrong with the first epochs on smaller views."""
         faults = []
-        if (self.small_size is None) != (self.small_epochs == 0):
+        if self.small_epochs and self.small_size is None:
             faults.append(
-                "small_size and small_epochs must be given together, but got "
-                f"small_size={self.small_size!r} and small_epochs={self.small_epochs!r}; set "
-                "both, or leave both out."
+                "small_epochs needs a small_size, but got "
+                f"small_epochs={self.small_epochs!r} without one; set both, or leave both out."
             )
         if self.small_epochs and self.small_epochs >= self.epochs:
             faults.append(

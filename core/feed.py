@@ -23,7 +23,7 @@ _MOST_WORKERS = 8
 
 
 def view_spec(config: TrainConfig, shown: Preprocessing) -> ViewSpec:
-    """Return how a run's views are made; in its first epochs they may be smaller."""
+    """Return how a run's views are made, but for smaller ones in its first epochs."""
     return ViewSpec(
         image_size=shown.image_size,
         resize_size=shown.resize_size,

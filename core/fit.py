@@ -45,6 +45,8 @@ from core.stages import freeze, train_mode
 # and still stops a diverged run within a fraction of a second.
 _FINITE_CHECK_EVERY = 16
 _TAG_DROPOUT, _TAG_MIX = 101, 102
+# Backbones that were seen to take views of a size, with the size that they were built for.
+_FIT_FOR_SMALL: set[tuple[str, int, int]] = set()
 
 
 def fit(
@@ -172,13 +174,16 @@ def check_small_size(config: TrainConfig, built: Built) -> None:
         ValueError: It cannot.
     """
     size, full = config.small_size, built.preprocessing.image_size
-    if size is None:
+    if size is None or not config.small_epochs:
         return
     if size >= full:
         raise ValueError(
             f"small_size must be < {full}, the image_size that {config.backbone} is built for, "
             f"but got small_size={size!r}. Set it smaller, or leave it and small_epochs out."
         )
+    network = (config.backbone, full, size)
+    if network in _FIT_FOR_SMALL:
+        return
     model = built.model.eval()
     images = next(model.parameters()).new_zeros(1, 3, size, size)
     try:
@@ -187,9 +192,10 @@ def check_small_size(config: TrainConfig, built: Built) -> None:
     except Exception as err:  # each family of networks refuses in its own way
         raise ValueError(
             f"{config.backbone}, built for {full} pixels, cannot take views of "
-            f"small_size={size!r} ({str(err).splitlines()[0]}). Leave small_size and small_epochs "
-            "out, or take another backbone."
+            f"small_size={size!r} ({(str(err) or type(err).__name__).splitlines()[0]}). Leave "
+            "small_size and small_epochs out, or take another backbone."
         ) from err
+    _FIT_FOR_SMALL.add(network)
 
 
 def check_batch(config: TrainConfig, data: ImageData) -> None:

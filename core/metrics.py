@@ -57,6 +57,11 @@ class EpochMetrics:
     cache_kept_bytes: int = 0
     score: float | None = None
 
+    @property
+    def ranked_by(self) -> float:
+        """The score, or the accuracy where a record has none."""
+        return self.val_acc if self.score is None else self.score
+
 
 MEASURED = frozenset(
     {"images_per_s", "data_s", "train_s", "eval_s", "peak_memory_bytes", "saved_s"}

@@ -14,6 +14,7 @@ from scipy import stats
 from reports.effects import Arm, Effect, Rules, estimate_effects
 from reports.intervals import Interval
 from study.read import read_predictions
+from study.rows import chosen_by
 from study.store import DesignRow, Store, StoreError, StudyRow, TestRow, TrialRow
 
 BASELINE = "baseline"
@@ -105,6 +106,11 @@ class Ablation:
     def is_resplit(self) -> bool:
         """Say whether every replicate has a validation split of its own."""
         return bool(self.spec["settings"]["resplit"])
+
+    @property
+    def chosen_by(self) -> str:
+        """Return what the best epoch of each run was chosen by."""
+        return chosen_by(self.study.config.get("train", {}))
 
     @property
     def n_missing(self) -> int:

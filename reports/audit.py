@@ -77,7 +77,7 @@ class Audit:
             ends = f"{100 * share.low:.0f} to {100 * share.high:.0f} %"
             told.append(
                 f"Of {plural(len(self.trials), 'pruned trial')} trained to the end, {self.n_won} "
-                f"would have beaten the best one ({percent(self.best)}): "
+                f"would have been ranked above the best one ({percent(self.best)}): "
                 f"{100 * share.estimate:.0f} % (95 % interval {ends})."
             )
             top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_score) else t.full_score)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
-from reports.frames import accuracy_of_best, is_copy
+from reports.frames import is_copy, rank_of
 from reports.intervals import Interval
 from reports.words import plural
 
@@ -23,10 +23,10 @@ class EpochRank:
 
     Attributes:
         epoch: From 0.
-        at_epoch: Spearman's correlation of the validation accuracy after this epoch with the
-            final value, in [-1, 1], and its 95 % interval; None where it has none, all trials
-            being equal.
-        best_so_far: The same for the best validation accuracy up to this epoch.
+        at_epoch: Spearman's correlation of what trials are ranked by after this epoch with what
+            they are in the end, in [-1, 1], and its 95 % interval; None where it has none, all
+            trials being equal.
+        best_so_far: The same for the best up to this epoch.
         n: Finished trials that reached this epoch.
         n_stopped: Pruned trials that ended with this epoch.
     """
@@ -61,14 +61,15 @@ class EarlyRank:
         if self.n_pruned == 0:
             return None
         return (
-            f"Over the {plural(self.n_complete, 'finished trial')} only: the final accuracy of "
-            f"{plural(self.n_pruned, 'pruned trial')} is not known. Pruning removed low early "
-            "accuracies, so over all trials the correlation is likely higher."
+            f"Over the {plural(self.n_complete, 'finished trial')} only: how "
+            f"{plural(self.n_pruned, 'pruned trial')} would have ended is not known. Pruning "
+            "removed those that were low early, so over all trials the correlation is likely "
+            "higher."
         )
 
 
 def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyRank:
-    """Correlate the validation accuracy at each epoch with the final value, by ranks.
+    """Correlate what trials are ranked by at each epoch (`rank_of`) with its final value.
 
     Over finished trials, the only ones whose final value is known. Where a pruner was at work they
     are survivors, chosen by the very accuracy that is correlated here: the low early values are
@@ -90,11 +91,11 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
     """
     own = trials[~is_copy(trials)]
     finished = own[(own["state"] == "complete") & own["value"].notna()]
-    final = finished.set_index("number")["value"].astype(float)
+    final = rank_of(finished.set_index("number"), "value")
     pruned = own.loc[own["state"] == "pruned", "number"]
     seen = epochs.dropna(subset=["val_acc"]).sort_values(["number", "epoch"])
-    seen = seen.astype({"val_acc": float})  # where there is none, pandas knows no type
-    seen = seen.assign(best=accuracy_of_best(seen))
+    seen = seen.assign(rank=rank_of(seen, "val_acc"))
+    seen = seen.assign(best=seen.groupby("number")["rank"].cummax())
     stops = seen[seen["number"].isin(pruned)].groupby("number")["epoch"].max().value_counts()
     seen = seen[seen["number"].isin(final.index)]
     ranks = []
@@ -102,7 +103,7 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
         if len(rows) < MIN_TRIALS:
             continue
         known = final.loc[rows["number"]].tolist()
-        at_epoch = spearman_interval(rows["val_acc"].tolist(), known)
+        at_epoch = spearman_interval(rows["rank"].tolist(), known)
         best = spearman_interval(rows["best"].tolist(), known)
         number = int(str(epoch))
         ranks.append(EpochRank(number, at_epoch, best, len(rows), int(stops.get(number, 0))))

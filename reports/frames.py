@@ -296,14 +296,15 @@ def cost_frame(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def depth_lr_frame(trials: pd.DataFrame) -> pd.DataFrame:
-    """Give freeze depth and base learning rate of scored trials: number, depth, lr, value, state.
+    """Give freeze depth, base learning rate, value, score and state of trials that have them.
 
     Empty where the study did not search the base learning rate.
     """
-    columns = ["number", "freeze_depth", "base_lr", "value", "state"]
+    columns = ["number", "freeze_depth", "base_lr", "value", "score", "state"]
     if PARAM_PREFIX + "base_lr" not in trials:
         return pd.DataFrame(columns=columns)
-    frame = trials.rename(columns={PARAM_PREFIX + "base_lr": "base_lr"})[columns]
+    named = trials.rename(columns={PARAM_PREFIX + "base_lr": "base_lr"})
+    frame = named.assign(score=rank_of(trials, "value"))[columns]
     is_scored = frame["state"].isin(["complete", "pruned"])
     return frame[is_scored].dropna().reset_index(drop=True)
 

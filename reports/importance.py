@@ -85,12 +85,13 @@ class Importance:
 def estimate_final(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
     """Give every trial that says something about its settings a final accuracy.
 
-    A completed trial keeps its own. A pruned trial, last seen at epoch e with best accuracy v so
-    far, gets the isotonic (monotone least-squares) regression of the final accuracy on the best
-    accuracy at epoch e, fitted to the trials that went further, and read off at v. Trials pruned
+    A completed trial keeps its own. A pruned trial, last seen at epoch e with accuracy v at its
+    best epoch so far, gets the isotonic (monotone least-squares) regression of the final accuracy
+    on that accuracy at epoch e, over the trials that went further, read off at v. Those pruned
     later are estimated first and then serve as references for those pruned earlier, so order at a
     rung is kept. The estimate is never above the best final accuracy among references equal to it
-    at that epoch, and never below v, which the trial did reach. Worse than every reference, it
+    at that epoch, and never below v, which the trial did reach, unless that of a reference fell
+    (as it may where the best epoch is chosen by loss). Worse than every reference, it
     stays worse by as much (parallel curves). Without references it keeps v. Diverged trials get
     the lowest score of all others. Left out are trials that failed for other reasons, which say
     nothing about their settings, and those not trained because an equal one had been.
@@ -154,6 +155,8 @@ def _map_to_final(at_epoch: FloatArray, final: FloatArray, values: FloatArray) -
     np.maximum.at(reached, group, final)
     fitted = np.minimum.accumulate(np.minimum(fitted, reached)[::-1])[::-1]
     mapped = np.interp(values, knots, fitted) - np.maximum(knots[0] - values, 0.0)
+    if (final < at_epoch).any():  # chosen by loss, accuracy may fall
+        return np.asarray(mapped, dtype=np.float64)
     return np.asarray(np.maximum(mapped, values), dtype=np.float64)
 
 

@@ -134,9 +134,9 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
     if ablation.replicates < 2:
         speak = "With one replicate nothing is said of other seeds. "
     parts.append(
-        f"{speak}Each run's accuracy is that of its "
-        "best epoch on the validation split, and therefore optimistic, the more so the more "
-        f"epochs a setting has. {test_split_words(ablation)} Run on {version_words(ablation)}."
+        f"{speak}Each run's accuracy is that of its best epoch on the validation split, by "
+        f"{ablation.chosen_by}, and therefore optimistic, the more so the more epochs a setting "
+        f"has. {test_split_words(ablation)} Run on {version_words(ablation)}."
     )
     return " ".join(parts)
 

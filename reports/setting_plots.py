@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from reports.frames import Dimension
+from reports.frames import Dimension, best_number
 from reports.importance import FactorImportance
 from reports.style import (
     BLUE,
@@ -140,7 +140,7 @@ def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes
     if len(finished) < len(frame):
         entries.append(entry("X", GREY, "pruned"))
     if len(finished):
-        at = finished.sort_values(["value", "number"], ascending=[False, True]).index[0]
+        at = frame.index[frame["number"] == best_number(finished)][0]
         ring: dict[str, Any] = {"facecolor": "none", "edgecolor": RED, "linewidths": 1.8, "s": 130}
         ax.scatter(frame.loc[at, "base_lr"], y[at], **ring)
         label = f"best (trial {frame.loc[at, 'number']})"

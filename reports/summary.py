@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from reports.frames import busy_seconds, is_copy
+from reports.frames import busy_seconds, is_copy, rank_of
 from reports.importance import Importance
 from reports.intervals import Interval, difference_interval, wilson_interval
 from reports.record import Record
@@ -138,14 +138,19 @@ def _gain_sentence(record: Record) -> str | None:
     recipes = trials[is_recipe & (trials["state"] == "complete") & trials["value"].notna()]
     if best is None or best.value is None or best.state != "complete" or not len(recipes):
         return None
-    top = recipes.sort_values(["value", "number"], ascending=[False, True]).iloc[0]
+    ranked = recipes.assign(rank=rank_of(recipes, "value"))
+    top = ranked.sort_values(["rank", "number"], ascending=[False, True]).iloc[0]
     name = str(top["origin"]).removeprefix("recipe:")
     if int(top["number"]) == best.number:
         return f"It is a plain recipe ({name}): the search found nothing better."
-    return (
-        f"The best plain recipe ({name}, trial {top['number']}) reached {percent(top['value'])}; "
-        f"the search gained {100 * (best.value - top['value']):.1f} points on validation."
-    )
+    gain = 100 * (best.value - top["value"])
+    told = f"The best plain recipe ({name}, trial {top['number']}) reached {percent(top['value'])}"
+    if gain < 0:
+        return (
+            f"{told}, {-gain:.1f} points more than the best trial, which was chosen by its "
+            f"{best.chosen_by}."
+        )
+    return f"{told}; the search gained {gain:.1f} points on validation."
 
 
 def _rivals_sentence(record: Record, accuracy: Interval | None) -> str | None:
@@ -154,7 +159,8 @@ def _rivals_sentence(record: Record, accuracy: Interval | None) -> str | None:
     if best is None or accuracy is None or best.state != "complete":
         return None
     is_other = (trials["number"] != best.number) & ~is_copy(trials)
-    rivals = trials[(trials["state"] == "complete") & is_other & (trials["value"] >= accuracy.low)]
+    is_near = trials["value"].between(accuracy.low, accuracy.high)
+    rivals = trials[(trials["state"] == "complete") & is_other & is_near]
     if not len(rivals):
         return None
     text = (
@@ -192,7 +198,9 @@ def _optimism_sentences(looks: tuple[Look, ...]) -> list[str]:
                 f"(95 % interval {points(gap.low)} to {points(gap.high)}): "
             )
             if gap.low > 0:
-                told += "validation was optimistic, as the figure one chooses by tends to be."
+                told += (
+                    "validation was optimistic, as figures tend to be that one has chosen among."
+                )
             elif gap.high < 0:
                 told += "the test pictures are easier than the validation pictures."
             else:

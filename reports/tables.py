@@ -84,9 +84,6 @@ def _cell(raw: Any, dim: Dimension) -> str:
         return "–"
 
 
-_MONITORS = {"val_loss": "validation loss", "val_acc": "validation accuracy"}
-
-
 def best_table(record: Record) -> Table:
     """List the best trial's settings and figures."""
     trial = record.best
@@ -97,7 +94,7 @@ def best_table(record: Record) -> Table:
     pairs = [(name, setting(value)) for name, value in settings.items()]
     pairs += [
         ("found by", trial.origin),
-        ("chosen by", _MONITORS.get(str(trial.config.get("monitor")), "validation accuracy")),
+        ("chosen by", trial.chosen_by),
         ("best epoch", "–" if trial.best_epoch is None else f"{trial.best_epoch + 1}"),
         ("epochs trained", count(trial.epochs_done)),
         ("duration", duration(trial.duration_s)),

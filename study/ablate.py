@@ -28,7 +28,7 @@ from study.baseline import Baseline, given_factors
 from study.config import ConfigError, StudyConfig, check_backbones, config_diff
 from study.designs import BASELINE, Cell, Design, candidates, extend_path
 from study.ledger import Ledger
-from study.progress import Best, Counts, Progress
+from study.progress import BestTrial, Counts, Progress
 from study.runner import (
     REASON_DIVERGED,
     REASON_OUT_OF_MEMORY,
@@ -287,7 +287,7 @@ class _Ablation:
             self.config.study.name,
             self._n_planned(),
             self._own_counts(),
-            Best.of(best) if best else None,
+            BestTrial.of(best) if best else None,
         )
         for cell, replicate in self._missing():
             because = self._reason_to_stop()

@@ -73,7 +73,8 @@ class PausedTrials:
             row = store.trial(self._work.study_id, number)
             reason = f"pruned after epoch {row.epochs_done}"
             store.prune_paused(row.id, reason)
-            progress.trial_ended(number, "pruned", row.value, reason, row.duration_s or 0.0)
+            spent = row.duration_s or 0.0
+            progress.trial_ended(number, "pruned", row.value, reason, spent, row.ranked_by)
             yield number
 
     def recover(self, found: dict[int, int], most_reruns: int) -> Iterator[TrialRow]:
@@ -114,7 +115,7 @@ class PausedTrials:
             "paused",
             reason=f"paused after epoch {epochs_done}",
             value=best.val_acc,
-            score=best.val_acc if best.score is None else best.score,
+            score=best.ranked_by,
             best_epoch=best.epoch,
             epochs_done=epochs_done,
             duration_s=row.duration_s or 0.0,

@@ -59,7 +59,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
+class BestTrial:
     """A study's or a trial's best so far.
 
     Attributes:
@@ -71,7 +71,7 @@ class Best:
     score: float
 
     @classmethod
-    def of(cls, trial: "TrialRow") -> "Best":
+    def of(cls, trial: "TrialRow") -> "BestTrial":
         """Return what a trial that has finished an epoch says of it."""
         return cls(trial.value or 0.0, trial.ranked_by or 0.0)
 
@@ -98,7 +98,9 @@ class Outcome(Protocol):
 class Progress(Protocol):
     """What the runner tells while it works."""
 
-    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
+    def study_started(
+        self, name: str, target: int, counts: Counts, best: BestTrial | None
+    ) -> None:
         """Tell that trials begin.
 
         Args:
@@ -149,10 +151,10 @@ class Progress(Protocol):
         """Give the terminal back, also after an error."""
 
 
-def _better(best: Best | None, value: float, score: float | None) -> Best:
+def _better(best: BestTrial | None, value: float, score: float | None) -> BestTrial:
     """Return the better of two; of equals the first."""
     score = value if score is None else score
-    return Best(value, score) if best is None or score > best.score else best
+    return BestTrial(value, score) if best is None or score > best.score else best
 
 
 @dataclass(slots=True)
@@ -164,7 +166,7 @@ class _Running:
     epochs: int
     done: int = 0
     accuracy: float | None = None
-    best: Best | None = None
+    best: BestTrial | None = None
 
 
 @dataclass(slots=True)
@@ -174,12 +176,12 @@ class _Board:
     name: str = ""
     target: int = 0
     counts: Counts = Counts()
-    best: Best | None = None
+    best: BestTrial | None = None
     begin: float = 0.0
     finished_before: int = 0
     running: dict[int, _Running] = field(default_factory=dict)
 
-    def start(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
+    def start(self, name: str, target: int, counts: Counts, best: BestTrial | None) -> None:
         self.name, self.target, self.best = name, target, best
         self.counts = dataclasses.replace(counts, running=0)
         self.begin, self.finished_before = time.monotonic(), counts.finished
@@ -241,7 +243,9 @@ def _ended_line(
 class _Silent:
     """Tells nothing; the others tell what they override."""
 
-    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None: ...
+    def study_started(
+        self, name: str, target: int, counts: Counts, best: BestTrial | None
+    ) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -284,7 +288,9 @@ class PlainProgress(_Silent):
     def _say(self, text: str) -> None:
         print(text, file=self._out, flush=True)
 
-    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
+    def study_started(
+        self, name: str, target: int, counts: Counts, best: BestTrial | None
+    ) -> None:
         """Say which study begins, and with what."""
         self._board.start(name, target, counts, best)
         self._say(f"study {name}: {self._board.summary()}")
@@ -386,7 +392,9 @@ class LiveProgress(_Silent):
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(text, style=style or ""))
 
-    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
+    def study_started(
+        self, name: str, target: int, counts: Counts, best: BestTrial | None
+    ) -> None:
         """Begin to draw."""
         self._decoding = None
         self._board.start(name, target, counts, best)
@@ -459,7 +467,9 @@ class JsonProgress(_Silent):
     def _emit(self, event: str, **values: object) -> None:
         print(json_text({"event": event, **values}), file=self._out, flush=True)
 
-    def study_started(self, name: str, target: int, counts: Counts, best: Best | None) -> None:
+    def study_started(
+        self, name: str, target: int, counts: Counts, best: BestTrial | None
+    ) -> None:
         """Write `study_started`."""
         value = best.value if best else None
         self._emit("study_started", study=name, target=target, counts=counts, best=value)

@@ -1,4 +1,4 @@
-"""The surrogate of a search: final accuracy over the settings, from whole and cut learning curves.
+"""The surrogate of a search: the final score over settings, from whole and cut learning curves.
 
 A trial that was stopped early is worth what the trials that went on gained from there, with the
 spread of that gain as its noise; then a Gaussian process is fitted to all.
@@ -37,10 +37,10 @@ _AMPLITUDE, _LENGTH, _NOISE = (0.0, 0.5), (-0.5, 0.8), (-3.5, 1.5)
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What is known of a trial's accuracy.
+    """What is known of a trial's score: accuracy, or what it is ranked by.
 
     Attributes:
-        reached: Best accuracy up to each step (epochs done), of the steps reported.
+        reached: Best score up to each step (epochs done), of the steps reported.
         final: Its value, if it went to its end; fractions in [0, 1].
         share: How much of its full length it ran, in (0, 1].
     """

@@ -1,5 +1,6 @@
 """What the record gives back: frozen rows, one kind a table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,6 +27,11 @@ class StudyRow:
     config: Json
     data: Json
     versions: dict[str, str]
+
+
+def chosen_by(train: Mapping[str, Any]) -> str:
+    """Say in words what a training configuration's `monitor` is, as recorded."""
+    return "validation loss" if train.get("monitor") == "val_loss" else "validation accuracy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,11 @@ class TrialRow:
     replicate: int | None
 
     @property
+    def chosen_by(self) -> str:
+        """What its best epoch was chosen by, and it is ranked by, in words."""
+        return chosen_by(self.config)
+
+    @property
     def ranked_by(self) -> float | None:
         """The score, or for a trial that was entered without its epochs the accuracy."""
         return self.value if self.score is None else self.score
@@ -186,7 +197,7 @@ class TestRow:
         high: Upper end.
         balanced_acc: Mean over classes of the share classified rightly.
         macro_f1: Mean F1 over classes.
-        val_acc: The trial's validation accuracy, by which it was chosen.
+        val_acc: Validation accuracy of the epoch that was chosen.
         confusion: Pictures by true (row) and predicted (column) class.
         command: Command line.
     """

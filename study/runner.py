@@ -31,6 +31,8 @@ from study.store import PictureRow, Store, TrialRow, config_hash
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
+# Settings of later versions at what earlier ones did: a hash from then is still found.
+_AS_BEFORE: dict[str, Any] = {"monitor": "val_acc", "small_size": None, "small_epochs": 0}
 # The worst pictures that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
 _THUMBNAIL = 160
@@ -111,7 +113,10 @@ class Asked:
 def identity(config: TrainConfig) -> str:
     """Return the hash by which two trials are the same setting under the same seed."""
     settings = dataclasses.asdict(config)
-    return config_hash({k: v for k, v in settings.items() if k not in _NOT_IDENTITY})
+    if not config.small_epochs:
+        settings["small_size"] = None
+    left_out = [name for name, value in _AS_BEFORE.items() if settings[name] == value]
+    return config_hash({k: v for k, v in settings.items() if k not in (*_NOT_IDENTITY, *left_out)})
 
 
 def run_trial(

@@ -161,18 +161,18 @@ _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
     "thaw": lambda draw: ThawSampler(draw.trial_seed, draw.space, draw.outlook),
 }
 
-_PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {
-    "hyperband": _Hyperband,
-    "median": lambda epochs: pruners.MedianPruner(
+_PRUNERS: dict[str, Callable[[int, Scores | None], pruners.BasePruner]] = {
+    "hyperband": lambda epochs, _: _Hyperband(epochs),
+    "median": lambda epochs, _: pruners.MedianPruner(
         n_startup_trials=4, n_warmup_steps=_warmup(epochs)
     ),
-    "percentile": lambda epochs: pruners.PercentilePruner(
+    "percentile": lambda epochs, _: pruners.PercentilePruner(
         25.0, n_startup_trials=4, n_warmup_steps=_warmup(epochs)
     ),
-    "halving": lambda epochs: pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+    "halving": lambda *_: pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     "promote": Promotion,
-    "wilcoxon": lambda epochs: pruners.WilcoxonPruner(p_threshold=0.1),
-    "none": lambda epochs: pruners.NopPruner(),
+    "wilcoxon": lambda *_: pruners.WilcoxonPruner(p_threshold=0.1),
+    "none": lambda *_: pruners.NopPruner(),
 }
 
 SAMPLER_NAMES = tuple(_SAMPLERS)
@@ -229,9 +229,7 @@ def make_pruner(name: str, epochs: int, scores: Scores | None = None) -> pruners
     if name not in _PRUNERS:
         raise ValueError(f"pruner must be one of {', '.join(PRUNER_NAMES)}, but got {name!r}.")
     with quiet_experiments():
-        if name == "promote":
-            return Promotion(epochs, scores)
-        return _PRUNERS[name](epochs)
+        return _PRUNERS[name](epochs, scores)
 
 
 def quiet_experiments() -> warnings.catch_warnings:

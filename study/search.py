@@ -20,7 +20,7 @@ from study.config import StudyConfig, check_backbones
 from study.cost import cost_model
 from study.ledger import RERUNS, Ledger
 from study.paused_trials import PausedTrials, find_paused
-from study.progress import Best, Counts, Progress
+from study.progress import BestTrial, Counts, Progress
 from study.promotion import Promotion
 from study.runner import (
     RERUN_REASONS,
@@ -43,6 +43,7 @@ from study.thaw import Outlook
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
 _ORIGIN = "origin"
+_COPY = "same as "
 # A study that stopped for these goes on where it was; for any other reason it is at its end.
 _HALTED = ("interrupted", "timeout")
 
@@ -153,6 +154,10 @@ class _Search:
         self.asked: deque[Trial] = deque()  # for their turn
         self.ahead: dict[int, Trained] = {}  # by number
         self.rows = {row.number: row for row in work.store.trials(work.study_id)}
+        for row in self.rows.values():
+            if row.origin.startswith(_COPY):
+                known = self.scores.get(int(row.origin.removeprefix(_COPY)))
+                self.scores |= {row.number: known} if known else {}
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
@@ -322,8 +327,7 @@ class _Search:
     def _report(self, trial: Trial, metrics: EpochMetrics) -> bool:
         """Tell an epoch's figures to Optuna, and to what ranks by score."""
         done = metrics.epoch + 1  # a pruner counts epochs done (its resource)
-        score = metrics.val_acc if metrics.score is None else metrics.score
-        self.scores.setdefault(trial.number, {})[done] = score
+        self.scores.setdefault(trial.number, {})[done] = metrics.ranked_by
         return self.ledger.report(trial, metrics.val_acc, done)
 
     def _close(self, trial: Trial, result: TrialResult, trained: Trained | None = None) -> None:
@@ -373,7 +377,7 @@ class _Search:
     def _repeat(self, trial: Trial, config: TrainConfig, known: TrialRow) -> None:
         """Take over the result of an equal trial instead of training it again."""
         reason = f"same settings and seed as trial {known.number}"
-        origin = f"same as {known.number}"
+        origin = f"{_COPY}{known.number}"
         # Of a paused trial there is but one to go on with.
         state = "pruned" if known.state == "paused" else known.state
         self._record_untrained(trial, config, origin, state, reason, known)
@@ -455,9 +459,9 @@ class _Search:
         best = ranking[0].number if ranking else -1
         return sum(row.number > best for row in self._finished())
 
-    def _best(self) -> Best | None:
+    def _best(self) -> BestTrial | None:
         ranking = self._ranking()
-        return Best.of(ranking[0]) if ranking else None
+        return BestTrial.of(ranking[0]) if ranking else None
 
     def _keep_best(self, number: int) -> None:
         """Record what the new best trial got wrong, and drop checkpoints that fell behind."""

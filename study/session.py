@@ -169,7 +169,7 @@ def picture_size(trains: Iterable[TrainConfig]) -> int:
 def corner_configs(config: StudyConfig) -> list[TrainConfig]:
     """Return the base configuration at every network of the space, at the largest batch."""
     corners: list[dict[str, ParamValue]] = [{}]
-    for name in ("backbone", "weights", "image_size"):
+    for name in ("backbone", "weights", "image_size", "small_size"):
         if name in config.space:
             ends = config.space[name].ends
             corners = [{**corner, name: end} for corner in corners for end in ends]
@@ -200,7 +200,9 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     built = set()
     for train in trains:
         choose_device(train.device)
-        network = (train.backbone, train.weights, train.image_size, train.normalize)
+        network = (
+            train.backbone, train.weights, train.image_size, train.normalize, train.small_size
+        )  # fmt: skip
         if network not in built:
             built.add(network)
             made = build_for(train, data.classes)
@@ -226,9 +228,18 @@ def versions() -> dict[str, str]:
 
 def _refuse_changes(store: Store, config: StudyConfig, allow_changes: bool) -> None:
     row = store.find_study(config.study.name)
-    if row is None or allow_changes:
+    if row is None:
         return
-    changes = config_diff(StudyConfig.from_record(row.config), config)
+    stored = StudyConfig.from_record(row.config)
+    if stored.train.monitor != config.train.monitor:
+        raise ConfigError(
+            f"train.monitor must stay {stored.train.monitor}, by which study {config.study.name} "
+            f"has ranked its trials, but got {config.train.monitor}. Add --set "
+            f"train.monitor={stored.train.monitor}, or use another --name."
+        )
+    if allow_changes:
+        return
+    changes = config_diff(stored, config)
     if changes:
         raise ConfigError(
             f"study {config.study.name} is already in {config.study.storage} with another "

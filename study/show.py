@@ -97,15 +97,23 @@ def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
     )
 
 
+def _are_scored_alike(trials: Iterable["TrialRow"]) -> bool:
+    """Say whether trials are ranked by their accuracy, so that a score would say it again."""
+    return all(row.score is None or row.score == row.value for row in trials)
+
+
 def trials_table(trials: Sequence["TrialRow"]) -> Table:
-    """Show trials in the given order."""
-    right = ("trial", "accuracy", "epochs", "time")
+    """Show trials in the given order; the score where it is not the accuracy."""
+    more = () if _are_scored_alike(trials) else ("score",)
+    right = ("trial", "accuracy", *more, "epochs", "time")
     table = make_table(*right, "state", "from", "settings", right=right)
     for row in trials:
+        score = "" if row.ranked_by is None else f"{row.ranked_by:.4f}"
         _add(
             table,
             row.number,
             format_accuracy(row.value),
+            *((score,) if more else ()),
             row.epochs_done,
             format_duration(row.duration_s),
             row.state,
@@ -142,7 +150,7 @@ def study_view(
 def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableType:
     """Show a trial: how it went, its settings, its epochs."""
     best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch + 1})"
-    score = None if trial.score is None else f"{trial.score:.4f} ({_monitor(trial)})"
+    score = None if trial.score is None else f"{trial.score:.4f} (by {trial.chosen_by})"
     trained, total = trial.trained_parameters, trial.total_parameters
     facts = [
         ("trial", trial.number),
@@ -160,13 +168,6 @@ def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableT
     config = [(key, format_value(value)) for key, value in trial.config.items()]
     head = "\nConfiguration:"
     return Group(_facts(facts), Text(""), epochs_table(epochs), Text(head), _facts(config))
-
-
-def _monitor(trial: "TrialRow") -> str:
-    """Say what a trial is ranked by."""
-    if trial.config.get("monitor") == "val_loss":
-        return "what it gives the true class, by validation loss"
-    return "validation accuracy"
 
 
 def say_shared(epochs: Sequence[EpochMetrics]) -> str:
@@ -211,7 +212,9 @@ def trial_differences(a: "TrialRow", b: "TrialRow") -> dict[str, tuple[Any, Any]
         pair = a.config.get(key), b.config.get(key)
         if pair[0] != pair[1]:
             found[key] = pair
-    for key in ("state", "value", "best_epoch", "epochs_done", "trained_parameters", "duration_s"):
+    results = ("value", *(() if _are_scored_alike((a, b)) else ("score",)))
+    more = ("best_epoch", "epochs_done", "trained_parameters", "duration_s")
+    for key in ("state", *results, *more):
         pair = getattr(a, key), getattr(b, key)
         if pair[0] != pair[1]:
             found[key] = pair

@@ -149,6 +149,11 @@ def parse_space(
             if found is not None:
                 space[key] = found
         faults.extend(wrong)
+    if "monitor" in space:
+        text = (
+            "says which trial is best, so all trials must agree on it; set train.monitor instead."
+        )
+        faults.append(Fault("monitor", text))
     return space, fixed, faults
 
 

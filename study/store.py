@@ -360,8 +360,8 @@ class Store:
         values |= {"trial_id": trial_id, "seconds_since_start": seconds_since_start}
         so_far: Json = {"epochs_done": metrics.epoch + 1}
         if metrics.is_best:
-            score = metrics.val_acc if metrics.score is None else metrics.score
-            so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch, "score": score}
+            so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch}
+            so_far |= {"score": metrics.ranked_by}
         with self._writing() as connection:
             connection.execute(insert(EpochTable), values)
             connection.execute(update(TrialTable).where(TrialTable.id == trial_id), so_far)

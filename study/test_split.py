@@ -29,7 +29,7 @@ def test_study(
         command: Command line, for the record.
 
     Returns:
-        Accuracy with a 95 % Wilson interval, beside the validation accuracy that chose the trial.
+        Accuracy with a 95 % Wilson interval, beside the trial's validation accuracy.
 
     Raises:
         ConfigError: No complete trial, no checkpoint, no test split, or other pictures.

@@ -355,12 +355,13 @@ def _curve(
     told = {step: sign * value for step, value in trial.intermediate_values.items()}
     reached: dict[int, float] = {}
     best = -math.inf
-    for step, score in sorted((scores or told).items()):
+    for step, value in sorted(told.items()):
+        score = value if scores is None else scores.get(step, value)
         if math.isfinite(score):
             best = max(best, score)
             reached[step] = best
     if trial.state is TrialState.COMPLETE and trial.value is not None:
-        return Curve(reached, best if scores else sign * trial.value, 1.0)
+        return Curve(reached, best if scores and reached else sign * trial.value, 1.0)
     if not reached:
         return None
     return Curve(reached, None, min(1.0, max(reached) / length))

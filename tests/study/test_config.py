@@ -299,3 +299,9 @@ def test_thaw_starts_heads_from_the_probe_unless_another_start_is_given() -> Non
     assert searched.train.head_init in ("zero", "xavier")
     given = load_config(None, [*thaw, "train.head_init=default"])
     assert StudyConfig.from_record(given.to_record()).train.head_init == "default"
+
+
+def test_what_ranks_trials_cannot_be_searched() -> None:
+    with pytest.raises(ConfigError, match=r"all trials must agree on it; set train.monitor"):
+        parse_config({"space": {"monitor": ["val_loss", "val_acc"]}}, "study.toml")
+    assert parse_config({"space": {"monitor": "val_acc"}}, "x").train.monitor == "val_acc"

@@ -54,6 +54,7 @@ def test_the_books_recipe_is_kept() -> None:
         weight_decay=1e-3,
         decay_all=True,
         schedule="constant",
+        monitor="val_acc",
         crop_scale=0.08,
         batch_norm="train",
         amp="off",

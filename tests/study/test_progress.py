@@ -9,7 +9,7 @@ from rich.console import Console
 from core.metrics import EpochMetrics
 from study.progress import (
     CUT_SHORT,
-    Best,
+    BestTrial,
     Counts,
     JsonProgress,
     LiveProgress,
@@ -56,7 +56,7 @@ def play(progress: Progress) -> None:
     progress.pictures(5, 10)
     progress.pictures(10, 10)
     progress.note("3 files are no pictures [ignored]")
-    progress.study_started("ants", 6, Counts(complete=2), Best(0.8, 0.8))
+    progress.study_started("ants", 6, Counts(complete=2), BestTrial(0.8, 0.8))
     progress.trial_started(2, "recipe:linear-probe", {"base_lr": 0.00123, "depth": 5}, 2)
     progress.epoch(2, metrics(0, 0.7))
     progress.epoch(2, metrics(1, 0.9))
@@ -145,7 +145,7 @@ def rendered(progress: LiveProgress) -> str:
 
 def test_the_live_table_shows_running_trials_and_the_study() -> None:
     progress, _ = recorded()
-    progress.study_started("ants", 6, Counts(complete=2), Best(0.8, 0.8))
+    progress.study_started("ants", 6, Counts(complete=2), BestTrial(0.8, 0.8))
     progress.trial_started(2, "recipe:linear-probe", {"base_lr": 0.00123}, 3)
     progress.epoch(2, metrics(0, 0.7))
     progress.epoch(2, metrics(1, 0.6))
@@ -240,7 +240,9 @@ def test_without_a_terminal_lines_are_chosen() -> None:
 def test_a_trial_that_was_cut_short_does_not_count_towards_the_target() -> None:
     out = io.StringIO()
     progress = PlainProgress(out)
-    progress.study_started("ants", 6, Counts(complete=2, failed=2, cut_short=1), Best(0.8, 0.8))
+    progress.study_started(
+        "ants", 6, Counts(complete=2, failed=2, cut_short=1), BestTrial(0.8, 0.8)
+    )
     progress.trial_started(4, "sampler", {}, 2)
     progress.trial_ended(4, "failed", None, "interrupted", 1.0)
     lines = out.getvalue().splitlines()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from study.progress import QuietProgress
 from study.read import read_trials
 from study.runner import identity
 from study.search import run_search
-from study.store import Store, StoreError
+from study.store import Store, StoreError, config_hash
 from study.test_split import test_study as look_at_test_split
 from support import make_folder
 
@@ -129,6 +130,24 @@ def test_a_changed_configuration_is_refused_with_the_difference(home: Path) -> N
     assert _run(_config(home, 2, "train.epochs=3"), allow_changes=True).counts.finished == 2
 
 
+def test_a_study_keeps_what_ranks_its_trials(home: Path) -> None:
+    _run(_config(home, 1, "train.monitor=val_acc"))
+    with pytest.raises(ConfigError, match=r"train.monitor must stay val_acc, by which study photos"):
+        _run(_config(home, 2), allow_changes=True)
+    assert _run(_config(home, 2, "train.monitor=val_acc")).counts.finished == 2
+
+
+def test_a_copy_of_a_trial_has_its_score(home: Path) -> None:
+    (home / "study.toml").write_text("[space]\nworkers = {choices = [0, 1]}\n")
+    config = _config(home, 2, 'search.sampler="grid"', "freeze_depth=5")
+    _run(config)
+    with Store.open(str(home / "s.db")) as store:
+        rows = store.trials(store.study("photos").id)
+        assert rows[1].origin == "same as 0"
+        assert (rows[1].score, rows[1].value) == (rows[0].score, rows[0].value)
+        assert 1 not in store.scores(rows[0].study_id)
+
+
 def test_changed_pictures_are_refused(home: Path) -> None:
     _run(_config(home, 1))
     make_folder(home / "photos", {"red": 30}, seed=5)
@@ -209,6 +228,18 @@ def test_a_removed_checkpoint_cannot_be_tested(home: Path) -> None:
         gone = next(row.number for row in rows if row.checkpoint is None)
         with pytest.raises(ConfigError, match="must have its checkpoint"):
             look_at_test_split(store, "photos", gone, progress=QuietProgress(), command="x")
+
+
+def test_identity_is_that_of_earlier_versions_where_settings_do_what_they_did(home: Path) -> None:
+    train = _config(home, 1, "train.monitor=val_acc").train
+    settings = dataclasses.asdict(train)
+    for name in ("device", "workers", "monitor", "small_size", "small_epochs"):
+        del settings[name]
+    assert identity(train) == config_hash(settings)
+    unused = dataclasses.replace(train, small_size=16)
+    assert identity(unused) == identity(train)
+    assert identity(dataclasses.replace(unused, small_epochs=1)) != identity(train)
+    assert identity(dataclasses.replace(train, monitor="val_loss")) != identity(train)
 
 
 def test_identity_leaves_out_what_does_not_change_the_numbers(home: Path) -> None:
