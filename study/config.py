@@ -136,6 +136,10 @@ FREE_KEYS = frozenset(
 """Keys that may change when a study is resumed: they do not change what a trial's result means."""
 
 
+THAW_STARTS: Dimension = Choices(("probe", "default"))
+"""What heads start from under the thaw sampler, unless that is given or searched otherwise."""
+
+
 def default_name(source: str) -> str:
     """Name a study after its data: the folder's or the data set's name."""
     kind, _, rest = source.rpartition(":") if source.startswith("torchvision:") else ("", "", "")
@@ -218,13 +222,15 @@ def _checked(layers: Layers) -> StudyConfig:
     _settle(layers, tell)
     space, fixed, wrong = parse_space(layers.values["space"])
     tell("space", wrong)
+    is_given = "head_init" in fixed or "head_init" in layers.values["train"]
+    if layers.values["search"].get("sampler") == "thaw" and not is_given:
+        space = {"head_init": THAW_STARTS} | space
     made: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         values, wrong = check_section(section, layers.values[name])
         tell(name, wrong)
         if name == "train":
             values |= fixed | _base_values(space, values)
-            values = _probed_first(layers.values["search"], space) | values
         if name == "data" and "source" in values:
             values["source"] = _canonical_source(values["source"])
         try:
@@ -262,12 +268,6 @@ def _base_values(space: Mapping[str, Dimension], given: Mapping[str, Any]) -> di
         for key, dimension in space.items()
         if key not in given
     }
-
-
-def _probed_first(search: Mapping[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any]:
-    """Return the head that the thaw sampler's trials start from, unless one is given."""
-    is_asked = search.get("sampler", SearchSection().sampler) == "thaw"
-    return {"head_init": "probe"} if is_asked and "head_init" not in space else {}
 
 
 def _canonical_source(source: str) -> str:

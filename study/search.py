@@ -111,7 +111,7 @@ def run_search(
         open_session(
             store,
             config,
-            corner_configs(config),
+            corner_configs(config, with_starts=True),
             progress=progress,
             command=command,
             allow_changes=allow_changes,

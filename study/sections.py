@@ -111,8 +111,8 @@ class SearchSection:
     sampler: Sampler = setting(
         "tpe",
         "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries "
-        "every backbone with its head alone, then thaws where a second gains most (and takes "
-        "train.head_init = probe where none is given).",
+        "every backbone with its head alone, then thaws where a second gains most (and "
+        "searches train.head_init, probe or default, where none is given).",
     )
     pruner: Pruner = setting(
         "hyperband",

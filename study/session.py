@@ -166,10 +166,16 @@ def picture_size(trains: Iterable[TrainConfig]) -> int:
     return round(_STORE_MARGIN * max(resizes))
 
 
-def corner_configs(config: StudyConfig) -> list[TrainConfig]:
-    """Return the base configuration at every network of the space, at the largest batch."""
+def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[TrainConfig]:
+    """Return the base configuration at every network of the space, at the largest batch.
+
+    Args:
+        config: The study.
+        with_starts: At every start of a head and every size of its first views, too.
+    """
     corners: list[dict[str, ParamValue]] = [{}]
-    for name in ("backbone", "weights", "image_size", "small_size"):
+    starts = ("small_size", "head_init") if with_starts else ()
+    for name in ("backbone", "weights", "image_size", *starts):
         if name in config.space:
             ends = config.space[name].ends
             corners = [{**corner, name: end} for corner in corners for end in ends]
@@ -201,7 +207,8 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     for train in trains:
         choose_device(train.device)
         network = (
-            train.backbone, train.weights, train.image_size, train.normalize, train.small_size
+            train.backbone, train.weights, train.image_size, train.normalize, train.small_size,
+            train.head_init == "probe",
         )  # fmt: skip
         if network not in built:
             built.add(network)

@@ -234,7 +234,7 @@ class ThawSampler(BaseSampler):
 
     def _start(self) -> FloatArray:
         """Return the known recipe in this space: what it does not name is in the middle."""
-        wanted = {**self._outlook.start, **_RECIPE}
+        wanted = {**self._outlook.start, **_RECIPE, "head_init": "probe"}
         row = np.empty(len(self._axes.axes))
         for k, axis in enumerate(self._axes.axes):
             value = axis.nearest(wanted[axis.name]) if axis.name in wanted else None
@@ -355,8 +355,7 @@ def _curve(
     told = {step: sign * value for step, value in trial.intermediate_values.items()}
     reached: dict[int, float] = {}
     best = -math.inf
-    for step, value in sorted(told.items()):
-        score = value if scores is None else scores.get(step, value)
+    for step, score in sorted((told | dict(scores or {})).items()):
         if math.isfinite(score):
             best = max(best, score)
             reached[step] = best

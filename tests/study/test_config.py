@@ -6,6 +6,7 @@ import pytest
 from core.config import DataConfig, TrainConfig
 from study.config import (
     FREE_KEYS,
+    THAW_STARTS,
     ConfigError,
     StudyConfig,
     check_backbones,
@@ -290,15 +291,21 @@ def test_unknown_backbones_are_all_told() -> None:
     assert "resnet18" in caught.value.faults[0]
 
 
-def test_thaw_starts_heads_from_the_probe_unless_another_start_is_given() -> None:
+def test_thaw_searches_where_heads_start_unless_that_is_given() -> None:
     thaw = ["search.sampler=thaw"]
-    assert load_config(None, thaw).train.head_init == "probe"
-    assert load_config(None, [*thaw, "train.head_init=zero"]).train.head_init == "zero"
-    assert load_config(None).train.head_init == "default"
+    found = load_config(None, thaw)
+    assert found.space["head_init"] == THAW_STARTS
+    assert StudyConfig.from_record(found.to_record()) == found
+    for start in ("zero", "default", "probe"):
+        given = load_config(None, [*thaw, f"train.head_init={start}"])
+        assert given.train.head_init == start
+        assert "head_init" not in given.space
+        assert StudyConfig.from_record(given.to_record()) == given
+    assert "head_init" not in load_config(None).space
     searched = load_config(None, [*thaw, 'space.head_init=["zero", "xavier"]'])
-    assert searched.train.head_init in ("zero", "xavier")
-    given = load_config(None, [*thaw, "train.head_init=default"])
-    assert StudyConfig.from_record(given.to_record()).train.head_init == "default"
+    assert searched.space["head_init"] == Choices(("zero", "xavier"))
+    fixed = load_config(None, [*thaw, "space.head_init=zero"])
+    assert (fixed.train.head_init, "head_init" in fixed.space) == ("zero", False)
 
 
 def test_what_ranks_trials_cannot_be_searched() -> None:

@@ -132,7 +132,9 @@ def test_a_changed_configuration_is_refused_with_the_difference(home: Path) -> N
 
 def test_a_study_keeps_what_ranks_its_trials(home: Path) -> None:
     _run(_config(home, 1, "train.monitor=val_acc"))
-    with pytest.raises(ConfigError, match=r"train.monitor must stay val_acc, by which study photos"):
+    with pytest.raises(
+        ConfigError, match=r"train.monitor must stay val_acc, by which study photos"
+    ):
         _run(_config(home, 2), allow_changes=True)
     assert _run(_config(home, 2, "train.monitor=val_acc")).counts.finished == 2
 

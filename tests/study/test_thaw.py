@@ -133,6 +133,14 @@ def test_where_the_freeze_level_stops_short_the_probe_takes_its_highest() -> Non
     assert first["freeze_depth"] == 3
 
 
+def test_probes_start_from_the_linear_probe_where_the_start_of_heads_is_searched() -> None:
+    starts = CategoricalDistribution(("default", "probe"))
+    outlook = dataclasses.replace(_outlook(), start={"head_init": "default"})
+    space = {**SPACE, "head_init": starts}
+    drawn = [t.params for t in _search("thaw", space, 2, 0, _tuned, outlook).trials]
+    assert [p["head_init"] for p in drawn] == ["probe", "probe"]
+
+
 def test_settings_of_the_base_that_no_recipe_names_are_probed_with() -> None:
     space = {**SPACE, "optimizer": CategoricalDistribution(("sgd", "adamw"))}
     start = {"optimizer": "adamw", "weight_decay": 1e-5}
