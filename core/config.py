@@ -243,10 +243,11 @@ class TrainConfig:
     def _small_faults(self) -> list[str]:
         """Say what is wrong with the first epochs on smaller views."""
         faults = []
-        if self.small_epochs and self.small_size is None:
+        if (self.small_size is None) != (self.small_epochs == 0):
             faults.append(
-                "small_epochs needs a small_size, but got "
-                f"small_epochs={self.small_epochs!r} without one; set both, or leave both out."
+                "small_size and small_epochs do nothing without each other, but got "
+                f"small_size={self.small_size!r} and small_epochs={self.small_epochs!r}; set "
+                "both, or leave both out."
             )
         if self.small_epochs and self.small_epochs >= self.epochs:
             faults.append(

@@ -174,7 +174,7 @@ def check_small_size(config: TrainConfig, built: Built) -> None:
         ValueError: It cannot.
     """
     size, full = config.small_size, built.preprocessing.image_size
-    if size is None or not config.small_epochs:
+    if size is None:
         return
     if size >= full:
         raise ValueError(

@@ -10,6 +10,7 @@ from reports.intervals import Interval, wilson_interval
 from reports.publish import Grid, number_words, signed
 from reports.words import percent, plural
 from study.read import read_epochs, read_trials
+from study.rows import chosen_by
 from study.store import Store, TrialRow
 
 _SUFFIX = "-audit"
@@ -46,6 +47,7 @@ class Audit:
         n_pruned: Pruned trials of the search.
         best: Validation accuracy of the search's best trial; None where none finished.
         best_score: What that trial is ranked by.
+        chosen_by: What that is, in words.
         trials: Pruned trials that were trained to the end, by number.
     """
 
@@ -55,6 +57,7 @@ class Audit:
     n_pruned: int
     best: float | None
     best_score: float | None
+    chosen_by: str
     trials: tuple[Audited, ...]
 
     @property
@@ -77,13 +80,14 @@ class Audit:
             ends = f"{100 * share.low:.0f} to {100 * share.high:.0f} %"
             told.append(
                 f"Of {plural(len(self.trials), 'pruned trial')} trained to the end, {self.n_won} "
-                f"would have been ranked above the best one ({percent(self.best)}): "
+                f"would have been ranked above the best one ({percent(self.best)}) by "
+                f"{self.chosen_by}: "
                 f"{100 * share.estimate:.0f} % (95 % interval {ends})."
             )
             top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_score) else t.full_score)
             told.append(
-                f"The best of them, trial {top.number}, ends at {percent(top.full_value)}, "
-                f"{signed(100 * (top.full_value - self.best), 1)} points from the best."
+                f"The best of them by that, trial {top.number}, ends at {percent(top.full_value)}"
+                f", {signed(100 * (top.full_value - self.best), 1)} points from the best."
             )
         return told
 
@@ -107,6 +111,7 @@ def read_audit(store: Store, name: str) -> Audit:
         states.count("pruned") + states.count("paused"),
         None if number is None else rows[number].value,
         None if number is None else rows[number].ranked_by,
+        chosen_by(store.study(name).config.get("train", {})),
         tuple(sorted(audited, key=lambda trial: trial.number)),
     )
 

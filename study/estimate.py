@@ -62,6 +62,7 @@ class Estimate:
     trial_s: float
     total_s: float
     checkpoint_bytes: int
+    small_size: int | None = None
 
 
 def estimate(config: StudyConfig, data: ImageData) -> Estimate:
@@ -90,6 +91,7 @@ def estimate(config: StudyConfig, data: ImageData) -> Estimate:
         trial_s=trial_s,
         total_s=trial_s * config.study.trials,
         checkpoint_bytes=config.study.keep_checkpoints * max(c.weights_bytes for c in costs),
+        small_size=config.train.small_size,
     )
 
 

@@ -214,6 +214,11 @@ class _Board:
             self.best = _better(self.best, value, score)
         return self.running.pop(number, None)
 
+    def _told_best(self) -> str:
+        if self.best is None or self.best.score == self.best.value:
+            return f"best {format_accuracy(self.best.value if self.best else None)}"
+        return f"best by loss {format_accuracy(self.best.value)}"
+
     def summary(self) -> str:
         """Return the counts, the best accuracy, the pace and the time left, in one line."""
         counts = self.counts
@@ -221,7 +226,7 @@ class _Board:
             f"{counts.finished} of {self.target} trials",
             f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"
             + (f", {counts.paused} paused" if counts.paused else ""),
-            f"best {format_accuracy(self.best.value if self.best else None)}",
+            self._told_best(),
         ]
         here = counts.finished - self.finished_before
         if here > 0:

@@ -113,8 +113,6 @@ class Asked:
 def identity(config: TrainConfig) -> str:
     """Return the hash by which two trials are the same setting under the same seed."""
     settings = dataclasses.asdict(config)
-    if not config.small_epochs:
-        settings["small_size"] = None
     left_out = [name for name, value in _AS_BEFORE.items() if settings[name] == value]
     return config_hash({k: v for k, v in settings.items() if k not in (*_NOT_IDENTITY, *left_out)})
 

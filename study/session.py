@@ -213,9 +213,12 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         if network not in built:
             built.add(network)
             made = build_for(train, data.classes)
-            check_small_size(train, made)
-            if train.head_init == "probe":
-                check_probe(train, made)
+            try:
+                check_small_size(train, made)
+                if train.head_init == "probe":
+                    check_probe(train, made)
+            except ValueError as err:
+                raise ConfigError(f"train: {err}") from err
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(

@@ -102,6 +102,16 @@ def _are_scored_alike(trials: Iterable["TrialRow"]) -> bool:
     return all(row.score is None or row.score == row.value for row in trials)
 
 
+def _ranking_words(trials: Sequence["TrialRow"]) -> str:
+    """Say what trials are ranked by where that is not the accuracy that is shown."""
+    if _are_scored_alike(trials):
+        return ""
+    return (
+        f"Trials are ranked by {trials[0].chosen_by} (score = exp(-loss), logits scaled), not by "
+        "accuracy, which on few pictures goes by luck."
+    )
+
+
 def trials_table(trials: Sequence["TrialRow"]) -> Table:
     """Show trials in the given order; the score where it is not the accuracy."""
     more = () if _are_scored_alike(trials) else ("score",)
@@ -138,6 +148,10 @@ def study_view(
         ]
     )
     parts: list[RenderableType] = [facts]
+    if trials and trials[0].chosen_by and best_first(trials)[0].state == "complete":
+        best = best_first(trials)[0]
+        told = f"Best trial: {best.number}, {format_accuracy(best.value)}."
+        parts += [Text(f"{told} {_ranking_words(trials)}".strip())]
     if len(trials) > _SHOWN_TRIALS:
         parts += [Text(f"\nThe best {_SHOWN_TRIALS} of {len(trials)} trials:")]
         parts += [trials_table(best_first(trials)[:_SHOWN_TRIALS])]
@@ -189,15 +203,21 @@ def say_shared(epochs: Sequence[EpochMetrics]) -> str:
 
 def epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
     """Show a trial's epochs."""
-    columns = ("epoch", "train loss", "val loss", "accuracy", "balanced", "base_lr", "images/s")
+    has_scores = any(row.score not in (None, row.val_acc) for row in epochs)
+    more = ("score",) if has_scores else ()
+    losses = ("train loss", "val loss")
+    columns = ("epoch", *losses, "accuracy", *more, "balanced", "base_lr", "images/s")
     table = make_table(*columns, right=columns)
     for row in epochs:
+        score = f"{row.ranked_by:.4f}" + (" *" if row.is_best else "  ")
+        star = "" if more else " *" if row.is_best else "  "
         _add(
             table,
             row.epoch + 1,
             f"{row.train_loss:.4f}",
             f"{row.val_loss:.4f}",
-            format_accuracy(row.val_acc) + (" *" if row.is_best else "  "),
+            format_accuracy(row.val_acc) + star,
+            *((score,) if more else ()),
             format_accuracy(row.val_balanced_acc),
             f"{row.base_lr:.3g}",
             f"{row.images_per_s:.0f}",
@@ -265,6 +285,8 @@ def summary_view(
         why = f" The last one failed: {failed.reason}." if failed else ""
         return Group(*parts, Text(f"No trial is complete.{why}"))
     parts += [trials_table(best)]
+    if words := _ranking_words(best):
+        parts += [Text(words)]
     n_seen = counts.complete + counts.pruned + counts.paused
     bonus = selection_bonus(outcome.best_value, n_val, n_seen)
     if bonus > 0:
@@ -309,13 +331,9 @@ def say_test(row: "TestRow") -> str:
     if row.val_acc is None:
         return text
     gap = 100 * (row.val_acc - row.accuracy)
-    if gap > 0:
-        word = f"{gap:.1f} points too optimistic"
-    else:
-        word = f"{-gap:.1f} points too pessimistic" if gap < 0 else "exact"
-    inside = "inside" if row.low <= row.val_acc <= row.high else "outside"
-    said = f"Validation had said {format_accuracy(row.val_acc)}: {word}, {inside} the interval."
-    return f"{text} {said}"
+    word = f"{abs(gap):.1f} points {'more' if gap > 0 else 'less'}" if gap else "the same"
+    said = f"Validation had said {format_accuracy(row.val_acc)}, {word}"
+    return f"{text} {said} (the report says what chance alone can give)."
 
 
 def levels_table(backbone: str, levels: Sequence["Level"]) -> RenderableType:
@@ -337,11 +355,12 @@ def estimate_view(estimate: "Estimate") -> RenderableType:
     """Show what a study would cost."""
     right = ("size", "all trained", "head alone", "checkpoint")
     table = make_table("backbone", *right, right=right)
+    small = estimate.small_size
     for cost in estimate.costs:
         _add(
             table,
             cost.backbone,
-            f"{cost.image_size} px",
+            f"{cost.image_size} px" + (f", at first {small} px" if small else ""),
             f"{1 / cost.train_s[0]:.0f} images/s",
             f"{1 / cost.train_s[-1]:.0f} images/s",
             format_bytes(cost.weights_bytes),

@@ -5,9 +5,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.build import input_of
+from core.build import Built, input_of
 from core.config import TrainConfig
 from core.data import ImageData
+from core.fit import build_for
 from core.weights import WeightsError
 from study import session as session_module
 from study.config import ConfigError, StudyConfig, load_config
@@ -203,8 +204,9 @@ def test_every_different_network_is_tried_once(
 ) -> None:
     built = []
 
-    def recorded(config: TrainConfig, classes: object) -> None:
+    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Built:
         built.append((config.backbone, config.weights, config.image_size, config.normalize))
+        return build_for(config, classes)
 
     monkeypatch.setattr(session_module, "build_for", recorded)
     train = _config(home).train
@@ -222,6 +224,14 @@ def test_every_different_network_is_tried_once(
         ("resnet34", "none", 32, "weights"),
         ("resnet18", "none", 32, "none"),
     ]
+
+
+def test_a_size_that_a_backbone_cannot_take_is_refused_before_any_trial(home: Path) -> None:
+    settings = ["train.backbone=vit_b_16", "train.small_size=16", "train.small_epochs=1"]
+    config = _config(home, *settings)
+    data = load_pictures(config, QuietProgress())
+    with pytest.raises(ConfigError, match="vit_b_16, built for 32 pixels, cannot take views of"):
+        preflight([config.train], data)
 
 
 def test_the_largest_batch_of_all_must_fit(home: Path) -> None:

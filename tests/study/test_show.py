@@ -212,10 +212,10 @@ def looked_at(val_acc: float | None) -> TestRow:
 @pytest.mark.parametrize(
     ("val_acc", "words"),
     [
-        (0.85, "85.0 %: 5.0 points too optimistic, inside the interval."),
-        (0.95, "95.0 %: 15.0 points too optimistic, outside the interval."),
-        (0.78, "78.0 %: 2.0 points too pessimistic, inside the interval."),
-        (0.8, "80.0 %: exact, inside the interval."),
+        (0.85, "85.0 %, 5.0 points more (the report says what chance alone can give)."),
+        (0.95, "95.0 %, 15.0 points more (the report says what chance alone can give)."),
+        (0.78, "78.0 %, 2.0 points less (the report says what chance alone can give)."),
+        (0.8, "80.0 %, the same (the report says what chance alone can give)."),
         (None, "(95 % interval 71.0 % to 87.0 %)."),
     ],
 )
@@ -289,6 +289,7 @@ class Estimate:
     trial_s: float = 30.0
     total_s: float = 600.0
     checkpoint_bytes: int = 135_000_000
+    small_size: int | None = None
 
 
 def test_an_estimate_shows_time_and_disk() -> None:
