@@ -183,8 +183,8 @@ class TrainConfig:
     monitor: Monitor = setting(
         "val_loss",
         "What says which epoch is kept, and which trial of a study is best: val_loss (the lowest "
-        "cross-entropy on the validation pictures, logits scaled so that it is lowest) or val_acc "
-        "(the highest accuracy, which on few pictures goes by luck).",
+        "cross-entropy on the validation pictures) or val_acc (the highest accuracy, which on few "
+        "pictures goes by luck).",
     )
     augment: Augment = setting(
         "standard",

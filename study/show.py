@@ -107,7 +107,7 @@ def _ranking_words(trials: Sequence["TrialRow"]) -> str:
     if _are_scored_alike(trials):
         return ""
     return (
-        f"Trials are ranked by {trials[0].chosen_by} (score = exp(-loss), logits scaled), not by "
+        f"Trials are ranked by {trials[0].chosen_by} (score = exp(-loss)), not by "
         "accuracy, which on few pictures goes by luck."
     )
 
