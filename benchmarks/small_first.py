@@ -93,7 +93,7 @@ def told(full: list[Run], small: list[Run], small_epochs: int) -> str:
         f"error {spread:.1f})",
         "rank correlation with the full-size final score:",
     ]
-    for epoch in range(len(final)):
+    for epoch in range(len(full[0].scores)):
         at = f"  after epoch {epoch + 1}{' (small)' if epoch < small_epochs else ''}"
         pairs = [("full", full), ("small first", small)]
         rhos = [
