@@ -187,9 +187,9 @@ def check_small_size(config: TrainConfig, built: Built) -> None:
     model = built.model.eval()
     images = next(model.parameters()).new_zeros(1, 3, size, size)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: a network may keep what it made
             model(images)
-    except Exception as err:  # each family of networks refuses in its own way
+    except (AssertionError, RuntimeError, ValueError) as err:  # how networks refuse a size
         raise ValueError(
             f"{config.backbone}, built for {full} pixels, cannot take views of "
             f"small_size={size!r} ({(str(err) or type(err).__name__).splitlines()[0]}). Leave "

@@ -141,8 +141,9 @@ def rank_grid(audit: Audit) -> Grid:
             ends = f" [{number_words(told.low)}, {number_words(told.high)}]" if told else ""
             cells.append(f"{number_words(told.estimate)}{ends}" if told else "–")
         rows.append((str(found.epoch + 1), *cells, str(found.n), str(found.n_stopped)))
-    note = "Spearman’s rank correlation with the final accuracy, with its 95 % interval. " + (
-        audit.early.caveat or ""
+    note = (
+        "Spearman’s rank correlation, with its 95 % interval, of what trials are ranked by. "
+        + (audit.early.caveat or "")
     )
     header = ("Epoch", "At this epoch", "Best so far", "Finished trials", "Pruned here")
     title = "Rank correlation of early epochs with the last"

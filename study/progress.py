@@ -95,8 +95,8 @@ class Outcome(Protocol):
     def duration_s(self) -> float: ...  # noqa: D102
 
 
-class Progress(Protocol):
-    """What the runner tells while it works."""
+class Progress:
+    """What the runner tells while it works; silent but for what is overridden."""
 
     def study_started(
         self, name: str, target: int, counts: Counts, best: BestTrial | None
@@ -245,43 +245,7 @@ def _ended_line(
     return f"{line}  {reason}" if reason else line
 
 
-class _Silent:
-    """Tells nothing; the others tell what they override."""
-
-    def study_started(
-        self, name: str, target: int, counts: Counts, best: BestTrial | None
-    ) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def pictures(self, done: int, total: int) -> None: ...
-
-    def trial_started(
-        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int
-    ) -> None: ...
-
-    def trial_continued(
-        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
-    ) -> None: ...
-
-    def epoch(self, number: int, metrics: EpochMetrics) -> None: ...
-
-    def trial_ended(
-        self,
-        number: int,
-        state: str,
-        value: float | None,
-        reason: str | None,
-        duration_s: float,
-        score: float | None = None,
-    ) -> None: ...
-
-    def study_ended(self, outcome: Outcome) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class PlainProgress(_Silent):
+class PlainProgress(Progress):
     """Lines for a log file or a pipe."""
 
     def __init__(self, out: TextIO | None = None) -> None:
@@ -350,7 +314,7 @@ class PlainProgress(_Silent):
         self._say(f"study {self._board.name}: {self._board.summary()}")
 
 
-class LiveProgress(_Silent):
+class LiveProgress(Progress):
     """A table of the running trials that is drawn over itself; ended trials scroll away above."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -454,7 +418,7 @@ class LiveProgress(_Silent):
         self._live.stop()
 
 
-class QuietProgress(_Silent):
+class QuietProgress(Progress):
     """Nothing but warnings, on standard error."""
 
     def note(self, text: str) -> None:
@@ -462,7 +426,7 @@ class QuietProgress(_Silent):
         print(text, file=sys.stderr, flush=True)
 
 
-class JsonProgress(_Silent):
+class JsonProgress(Progress):
     """One JSON object a line, each with its `event`."""
 
     def __init__(self, out: TextIO | None = None) -> None:

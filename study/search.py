@@ -156,8 +156,8 @@ class _Search:
         self.rows = {row.number: row for row in work.store.trials(work.study_id)}
         for row in self.rows.values():
             if row.origin.startswith(_COPY):
-                known = self.scores.get(int(row.origin.removeprefix(_COPY)))
-                self.scores |= {row.number: known} if known else {}
+                known = int(row.origin.removeprefix(_COPY))
+                self.scores[row.number] = self.scores.get(known, {})
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""

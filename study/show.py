@@ -148,8 +148,8 @@ def study_view(
         ]
     )
     parts: list[RenderableType] = [facts]
-    if trials and trials[0].chosen_by and best_first(trials)[0].state == "complete":
-        best = best_first(trials)[0]
+    best = next((row for row in best_first(trials) if row.state == "complete"), None)
+    if best is not None:
         told = f"Best trial: {best.number}, {format_accuracy(best.value)}."
         parts += [Text(f"{told} {_ranking_words(trials)}".strip())]
     if len(trials) > _SHOWN_TRIALS:
