@@ -75,14 +75,11 @@ class HeadRuns:
         return losses
 
     def _start(self, plain: Tensor) -> None:
-        """Lay out the heads, in coordinates that the first epoch's features decide.
-
-        Where that epoch's views are small, the full-size pictures' do.
-        """
+        """Lay out the heads, in coordinates that the first epoch's features decide."""
         for config in self._configs:
             if config.standardize not in self._coordinates:
                 self._coordinates[config.standardize] = (
-                    Coordinates.of(self._features.plain() if config.small_epochs else plain)
+                    Coordinates.of(plain)
                     if config.standardize
                     else Coordinates.unchanged(plain.shape[1], plain.device)
                 )

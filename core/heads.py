@@ -21,6 +21,8 @@ from core.optim import lr_factor
 _BETA2, _EPS = 0.999, 1e-8  # AdamW's, PyTorch's defaults
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 _ALIGNED = 16  # float32 numbers in 64 bytes
+# Without it heads on 40 pictures, seen at two sizes, reached losses of 14 instead of 0.6.
+_LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Coordinates:
 
     Attributes:
         mean: Of each feature, (F,).
-        std: Deviation of each feature, (F,); 1 where a feature never changes.
+        std: Deviation of each feature, (F,), but at least a twentieth of the median one, so that
+            a feature that hardly moves here does not explode where it does; 1 where all are 0.
     """
 
     mean: Tensor
@@ -40,6 +43,7 @@ class Coordinates:
         """Measure training features, (N, F)."""
         exact = features.double()
         std = exact.std(dim=0, correction=0)
+        std = std.clamp(min=_LEAST_SHARE * float(std.median()))
         std = torch.where(std > 0, std, torch.ones_like(std))
         return cls(exact.mean(dim=0).float(), std.float())
 

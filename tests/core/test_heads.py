@@ -192,3 +192,16 @@ def test_a_head_folded_back_says_of_plain_features_what_it_said_of_standardised_
     weight, bias = coordinates.back(head)
     assert torch.allclose(weight, layer.weight, atol=1e-6)
     assert torch.allclose(bias, layer.bias, atol=1e-5)
+
+
+def test_a_feature_that_hardly_moves_does_not_explode_on_other_views() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 9, generator=generator)
+    features[:, 3] *= 1e-6
+    features[:, 4] = 2.0
+    found = Coordinates.of(features)
+    inputs = found.apply(features + 0.5)
+    assert inputs.abs().max() < 20
+    rest = [0, 1, 2, 5, 6, 7, 8]
+    assert torch.equal(found.std[rest], features.double().std(dim=0, correction=0).float()[rest])
+    assert torch.equal(Coordinates.of(torch.zeros(4, 3)).std, torch.ones(3))
