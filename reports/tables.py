@@ -55,7 +55,9 @@ def trials_csv(trials: pd.DataFrame) -> str:
 def trials_table(record: Record) -> Table:
     """List all trials: how they ended, with which settings, and why."""
     names = [dim.name for dim in record.dims]
-    header = ("Trial", "State", "Accuracy", "Epochs", "Duration", *names, "From", "Reason")
+    own = record.trials["score"].notna() & (record.trials["score"] != record.trials["value"])
+    more = ("Score",) if own.any() else ()
+    header = ("Trial", "State", "Accuracy", *more, "Epochs", "Duration", *names, "From", "Reason")
     best = -1 if record.best is None else record.best.number
     rows, kinds = [], []
     for row in record.trials.to_dict("records"):
@@ -66,6 +68,7 @@ def trials_table(record: Record) -> Table:
                 f"{row['number']}",
                 _STATE_WORDS.get(state, state),
                 percent(row["value"]),
+                *(("–" if is_missing(row["score"]) else f"{row['score']:.4f}",) if more else ()),
                 count(row["epochs_done"]),
                 duration(row["duration_s"]),
                 *settings,

@@ -92,10 +92,20 @@ def _section(config: StudyConfig, name: str, values: Any, with_help: bool) -> It
             yield f"# {item.name} is searched: see [space]."
         elif value is None:
             yield f"# {item.name} ="
-        elif with_help and item.name == "name" and value == default_name(config.data.source):
+        elif with_help and value == _unsaid(config, item):
             yield f"# {item.name} = {toml_value(value)}"
         else:
             yield f"{item.name} = {toml_value(value)}"
+
+
+def _unsaid(config: StudyConfig, item: "dataclasses.Field[Any]") -> Any:
+    """Return the value at which a key is better left out, None for keys that are always written.
+
+    The study's name follows the data, and thaw searches where heads start unless that is given.
+    """
+    if item.name == "name":
+        return default_name(config.data.source)
+    return item.default if item.name == "head_init" else None
 
 
 def _space(config: StudyConfig, with_help: bool) -> Iterator[str]:

@@ -291,12 +291,13 @@ class PlainProgress(Progress):
         self._say(f"trial {number:>3}  goes on after epoch {done}")
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
-        """Say accuracy, loss and pace."""
+        """Say accuracy, validation loss, training loss and pace."""
         trial = self._board.add_epoch(number, metrics)
         self._say(
             f"trial {number:>3}  epoch {trial.done:>2}/{trial.epochs}"
             f"  accuracy {format_accuracy(metrics.val_acc):>7}"
-            f"  loss {metrics.train_loss:.3f}  {metrics.images_per_s:.0f} images/s"
+            f"  loss {metrics.val_loss:.3f} (training {metrics.train_loss:.3f})"
+            f"  {metrics.images_per_s:.0f} images/s"
         )
 
     def trial_ended(

@@ -248,7 +248,11 @@ def differences_table(a: "TrialRow", b: "TrialRow") -> RenderableType:
         _add(table, key, *(format_value(value) for value in pair))
     if a.value is not None and b.value is not None:
         gain = 100 * (b.value - a.value)
-        return Group(table, Text(f"\nTrial {b.number} is {gain:+.1f} points of accuracy away."))
+        said = f"\nTrial {b.number} is {gain:+.1f} points of accuracy away."
+        if not _are_scored_alike((a, b)):
+            first = min((a, b), key=lambda row: row.rank)
+            said += f" By {first.chosen_by}, trial {first.number} is the better one."
+        return Group(table, Text(said))
     return table
 
 

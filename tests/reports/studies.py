@@ -38,6 +38,7 @@ class Plan:
     origin: str = "sampler"
     epoch_s: float = 4.0
     duration_s: float | None = field(default=None)
+    score: float | None = None
 
 
 def metrics(epoch: int, val_acc: float, *, is_best: bool) -> EpochMetrics:
@@ -144,6 +145,7 @@ def _enter(
             plan.state,
             reason=plan.reason,
             value=best if plan.curve else None,
+            score=plan.score,
             best_epoch=best_epoch,
             epochs_done=len(plan.curve),
             duration_s=duration,

@@ -11,6 +11,8 @@ from PIL import Image
 
 from reports.frames import best_number
 from reports.html import ReportPaths, write_report
+from reports.record import read_record
+from reports.tables import trials_table
 from study.read import read_trials
 from study.store import Store, StoreError
 from tests.reports.studies import SPACE, Plan, add_results, curve, make_study, searched_plans
@@ -157,6 +159,20 @@ def test_the_csv_holds_every_trial_as_it_is(searched: tuple[ReportPaths, Page]) 
     assert frame["number"].tolist() == list(range(40))
     assert frame["value"].max() < 1
     assert {f"params_{name}" for name in SPACE} <= set(frame.columns)
+
+
+def test_every_trial_has_its_score_where_that_ranks_and_is_not_the_accuracy(
+    tmp_path: Path,
+) -> None:
+    for scores, n_columns in (((0.41, 0.47, 0.52), 1), ((None, None, None), 0)):
+        plans = [Plan(PARAMS, [0.8], score=score) for score in scores]
+        with make_study(tmp_path / f"{n_columns}.db", plans, space=SMALL) as store:
+            table = trials_table(read_record(store, "pets"))
+        assert table.header.count("Score") == n_columns
+        if n_columns:
+            column = table.header.index("Score")
+            assert [row[column] for row in table.rows] == ["0.4100", "0.4700", "0.5200"]
+            assert table.kinds == ("complete", "complete", "complete best")
 
 
 def test_the_same_record_gives_the_same_report(tmp_path: Path) -> None:

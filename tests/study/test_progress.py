@@ -77,7 +77,10 @@ def test_plain_lines_tell_each_trial_and_where_the_study_stands() -> None:
     assert lines[0] == "3 files are no pictures [ignored]"
     assert lines[1] == "study ants: 2 of 6 trials · 2 complete, 0 pruned, 0 failed · best 80.0 %"
     assert lines[2] == "trial   2  recipe:linear-probe: base_lr=0.00123, depth=5"
-    assert lines[4] == "trial   2  epoch  2/2  accuracy  90.0 %  loss 0.500  123 images/s"
+    assert (
+        lines[4]
+        == "trial   2  epoch  2/2  accuracy  90.0 %  loss 0.400 (training 0.500)  123 images/s"
+    )
     assert lines[5] == "trial   2  complete   90.0 %      4.2 s"
     assert lines[6].startswith(
         "study ants: 3 of 6 trials · 3 complete, 0 pruned, 0 failed · best 90.0 %"
@@ -104,7 +107,10 @@ def test_a_paused_trial_counts_once_and_may_go_on_or_be_given_up() -> None:
     lines = out.getvalue().splitlines()
     assert "trial   2  paused     70.0 %      1.0 s  paused after epoch 1" in lines
     assert "trial   2  goes on after epoch 1" in lines
-    assert "trial   2  epoch  2/9  accuracy  90.0 %  loss 0.500  123 images/s" in lines
+    assert (
+        "trial   2  epoch  2/9  accuracy  90.0 %  loss 0.400 (training 0.500)  123 images/s"
+        in lines
+    )
     told = [line.split(" · ")[:2] for line in lines if line.startswith("study ants")]
     assert told == [
         ["study ants: 1 of 3 trials", "0 complete, 0 pruned, 0 failed, 1 paused"],

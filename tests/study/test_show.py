@@ -155,6 +155,19 @@ def test_two_trials_differ_in_settings_and_results(store: Store) -> None:
     text = text_of(differences_table(a, b))
     assert ["base_lr", "0.1", "0.01"] in [line.split() for line in text.splitlines()]
     assert "Trial 1 is +10.0 points of accuracy away." in text
+    assert "the better one" not in text  # accuracy says it already
+
+
+def test_two_trials_by_loss_are_told_apart_by_it(store: Store) -> None:
+    study = store.study("ants")
+    a, b = (
+        dataclasses.replace(row, score=score, config={**row.config, "monitor": "val_loss"})
+        for row, score in zip(store.trials(study.id)[:2], (0.7, 0.6), strict=True)
+    )
+    text = text_of(differences_table(a, b))
+    assert "Trial 1 is +10.0 points of accuracy away." in text
+    assert "By validation loss, trial 0 is the better one." in text
+    assert ["score", "0.7", "0.6"] in [line.split() for line in text.splitlines()]
 
 
 @dataclass(frozen=True)
