@@ -125,9 +125,8 @@ class Cohort:
                 f"backbone={first.backbone!r}."
             )
         batches = feature_config(first, len(self._data.train))
-        shared = self._cache if self._device.type == "cpu" else None
         with Feed(batches, built.preprocessing, self._data, self._device) as feed:
-            features = Features(first, built, self._data, feed, prefix, shared)
+            features = Features(first, built, self._data, feed, prefix, self._cache)
             networks = [self._built[config.head_init] for config in self._configs]
             runs = HeadRuns(self._configs, networks, self._data, features)
             for epoch in range(max(config.epochs for config in self._configs)):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import torch
@@ -48,6 +49,24 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return device.type
+
+
+def kernels_of(device: torch.device) -> tuple[object, ...]:
+    """Name what decides a device's numbers, for keys of what was computed there.
+
+    A processor's are named by `core.entry_keys.surroundings`, with the libraries.
+    """
+    if device.type != "cuda":
+        return (device.type,)
+    cudnn: Any = torch.backends.cudnn  # its types are not told
+    return (
+        device.type,
+        torch.cuda.get_device_name(device),
+        torch.version.cuda,
+        cudnn.version(),
+        cudnn.conv.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+    )
 
 
 def amp_dtype(amp: Amp, device: torch.device) -> torch.dtype | None:

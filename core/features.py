@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data import ImageData
-from core.device import amp_dtype
+from core.device import amp_dtype, deterministic, kernels_of
 from core.draws import batch_positions, epoch_order
 from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.feed import Feed, eval_batches
@@ -39,6 +39,8 @@ def feature_config(config: TrainConfig, n_train: int) -> TrainConfig:
 class Features:
     """Features of one network on one run's views; made when asked for, and kept by the cache.
 
+    What the cache keeps lies in the host's memory or on disk, wherever it was computed.
+
     Args:
         config: The run.
         built: Its network.
@@ -48,7 +50,7 @@ class Features:
         cache: Where features are kept for other runs; None keeps nothing.
 
     Attributes:
-        device: Where the features lie.
+        device: Where the features lie for the run.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class Features:
             pictures_key(data, data.val),
             prefix_key(config, built, MAX_FREEZE_DEPTH),
             str(dtype),
-            feed.device.type,
+            kernels_of(feed.device),
+            feed.makes_views_there,
         )
         self._data_s = 0.0
 
@@ -123,19 +126,19 @@ class Features:
         key = ContentKey.of(self._key, *what)
         found = self._tally.get(key) if self._tally else None
         if found is not None:
-            tensors: tuple[Tensor, ...] = found.batches[0]
-            return tensors
+            return tuple(tensor.to(self.device) for tensor in found.batches[0])
         begin = time.perf_counter()
         tensors = make()
         made_s = time.perf_counter() - begin
         if self._tally is not None:
-            self._tally.put(key, [tensors], crossing_bytes(tensors), made_s)
-        return tensors
+            kept = tuple(tensor.cpu() for tensor in tensors)
+            self._tally.put(key, [kept], crossing_bytes(kept), made_s)
+        return tuple(tensor.to(self.device) for tensor in tensors)
 
     def _cross(self, batches: Iterable[Tensor]) -> Tensor:
         rows = []
         waiting = iter(batches)
-        with torch.no_grad(), self._autocast:
+        with torch.no_grad(), self._autocast, deterministic(self.device):
             while True:
                 begin = time.perf_counter()
                 images = next(waiting, None)

@@ -93,6 +93,11 @@ class Feed:
         self._kept_val: list[Tensor] | None = None
 
     @property
+    def makes_views_there(self) -> bool:
+        """Whether training views are made on the accelerator: alike, but not to the bit."""
+        return self._device_views is not None
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch; a last batch of one picture is left out."""
         full, rest = divmod(self.n_train, self.batch_size)

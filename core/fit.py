@@ -134,19 +134,18 @@ def _started(
     cache: PrefixCache | None,
 ) -> Iterator[tuple["_Run | HeadRun", Feed]]:
     """Make the run that a configuration asks for, with its pictures."""
-    shared = cache if device.type == "cpu" else None
     if trains_head_alone(config):
         prefix = frozen_part(built, config, device)
         if prefix is not None:
             with Feed(
                 feature_config(config, len(data.train)), built.preprocessing, data, device
             ) as feed:
-                features = Features(config, built, data, feed, prefix, shared)
+                features = Features(config, built, data, feed, prefix, cache)
                 yield HeadRun(config, built, data, features), feed
             return
     with Feed(config, built.preprocessing, data, device) as feed:
         if config.head_init == "probe":
-            start_from_probe(config, built, data, feed, shared)
+            start_from_probe(config, built, data, feed, cache)
         run = _Run(config, built, device)
         if cache is not None and can_share(config, device):
             run.share(cache, built, data, feed)

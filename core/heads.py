@@ -41,11 +41,13 @@ class Coordinates:
     @classmethod
     def of(cls, features: Tensor) -> "Coordinates":
         """Measure training features, (N, F)."""
-        exact = features.double()
+        # Apple's GPUs have no 64-bit numbers.
+        exact = (features.cpu() if features.device.type == "mps" else features).double()
         std = exact.std(dim=0, correction=0)
-        std = std.clamp(min=_LEAST_SHARE * float(std.median()))
+        std = std.clamp(min=_LEAST_SHARE * std.median())
         std = torch.where(std > 0, std, torch.ones_like(std))
-        return cls(exact.mean(dim=0).float(), std.float())
+        mean, std = exact.mean(dim=0).float(), std.float()
+        return cls(mean.to(features.device), std.to(features.device))
 
     @classmethod
     def unchanged(cls, n_features: int, device: torch.device) -> "Coordinates":
@@ -136,7 +138,7 @@ class Lane:
         for matrix, config in zip(self._decay.each, self.configs, strict=True):
             matrix[:, :-1] = config.weight_decay
             matrix[:, -1] = config.weight_decay if config.decay_all else 0.0
-        self._is_decayed = bool((self._decay.flat > 0).any())
+        self._is_decayed = any(config.weight_decay > 0 for config in self.configs)
 
     def leave(self, staying: Sequence[int]) -> None:
         """Go on with these heads only."""

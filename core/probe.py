@@ -42,8 +42,8 @@ def probe_head(
         Weight, (K, F), and bias, (K,), for features as they are; on the features' device.
     """
     coordinates = Coordinates.of(features)
-    inputs = coordinates.apply(features).double().cpu()
-    val_inputs = coordinates.apply(val_features).double().cpu()
+    inputs = coordinates.apply(features).cpu().double()
+    val_inputs = coordinates.apply(val_features).cpu().double()
     hot = torch.nn.functional.one_hot(labels.cpu(), n_classes).double()
     held_out = val_labels.cpu()
     few = torch.from_numpy(np.random.default_rng(0).permutation(len(inputs))[:_MOST_PICTURES])
@@ -58,7 +58,7 @@ def probe_head(
     _, head, strength = best
     if len(inputs) > len(few):
         head = _solve(inputs, hot, strength, head, _REFINING_STEPS)
-    return coordinates.back(head.to(features.device, torch.float32))
+    return coordinates.back(head.float().to(features.device))
 
 
 def _solve(inputs: Tensor, hot: Tensor, strength: float, start: Tensor, steps: int) -> Tensor:

@@ -26,7 +26,8 @@ def can_share(config: TrainConfig, device: torch.device) -> bool:
 
     Not where a batch's pictures are blended (the blend is the run's own), where the evaluated
     weights are an average (rounding moves frozen ones too), where the network is compiled, or
-    where gradients are accumulated over parts of a batch. On a GPU nothing is shared yet.
+    where gradients are accumulated over parts of a batch. On a GPU, only the features of runs
+    that train the head alone are shared so far (`core.features`).
     """
     own = config.mixup or config.cutmix or config.ema_decay is not None or config.compile
     whole = config.micro_batch_size in (None, config.batch_size)
