@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 
 from core.metrics import EpochMetrics
+from study.answers import unpack_classes
 from study.rows import PictureRow, TrialRow
-from study.store import Store, unpack_classes
+from study.store import Store
 from study.tables import (
     ConfusionTable,
     EpochTable,

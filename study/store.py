@@ -1,24 +1,22 @@
 """The record: every study, trial, epoch and look at the test split, written and read back."""
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import socket
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, case, delete, func, insert, select, update
+from sqlalchemy import Select, case, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from core.metrics import EpochMetrics
-from study.database import StoreError, open_database, sole_writer
+from study.answers import Answers
+from study.database import StoreError, sole_writer
+from study.liveness import is_alive, process_start, told_alive
+from study.records import columns_of, now
 from study.rows import (
     DesignRow,
     Json,
@@ -30,7 +28,6 @@ from study.rows import (
     TrialRow,
 )
 from study.tables import (
-    Base,
     ConfusionTable,
     DesignTable,
     EpochTable,
@@ -55,10 +52,7 @@ __all__ = [
     "config_hash",
 ]
 
-Row = TypeVar("Row")
 _EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics))
-# Two readings of a process's start differ by rounding only.
-_SAME_START_S = 2.0
 
 
 def config_hash(settings: Mapping[str, Any]) -> str:
@@ -67,74 +61,14 @@ def config_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def pack_classes(numbers: Sequence[int]) -> bytes:
-    """Write class numbers as compressed 32-bit integers, little-endian."""
-    return zlib.compress(struct.pack(f"<{len(numbers)}i", *numbers))
+_STUDY = columns_of(StudyTable, StudyRow)
+_RUN = columns_of(RunTable, RunRow)
+_TRIAL = columns_of(TrialTable, TrialRow)
+_DESIGN = columns_of(DesignTable, DesignRow)
 
 
-def unpack_classes(packed: bytes) -> tuple[int, ...]:
-    """Read back what `pack_classes` wrote."""
-    raw = zlib.decompress(packed)
-    return struct.unpack(f"<{len(raw) // 4}i", raw)
-
-
-def _now() -> datetime:
-    """Return the time in UTC; SQLite keeps no zone, so neither do the rows."""
-    return datetime.now(UTC).replace(tzinfo=None)
-
-
-def _columns(table: type[Base], row: type[Any]) -> list[Any]:
-    return [getattr(table, field.name) for field in dataclasses.fields(row)]
-
-
-_STUDY = _columns(StudyTable, StudyRow)
-_RUN = _columns(RunTable, RunRow)
-_TRIAL = _columns(TrialTable, TrialRow)
-_PICTURE = _columns(PictureTable, PictureRow)
-_TEST = _columns(TestTable, TestRow)
-_DESIGN = _columns(DesignTable, DesignRow)
-
-
-class Store:
-    """The record in one database, open for reading and writing.
-
-    Args:
-        engine: From `open_database`.
-        storage: What the user called it.
-    """
-
-    def __init__(self, engine: Engine, storage: str) -> None:
-        self._engine = engine
-        self._held: Connection | None = None
-        self.storage = storage
-
-    @classmethod
-    def open(cls, storage: str, *, create: bool = False) -> Self:
-        """Open the record.
-
-        Args:
-            storage: SQLAlchemy URL, or path of an SQLite file.
-            create: Make it where there is none.
-
-        Raises:
-            StoreError: Missing, not a database, another program's, or of a newer Frostline.
-        """
-        return cls(open_database(storage, create=create), storage)
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+class Store(Answers):
+    """The record in one database: studies, runs, trials, epochs, designs, and answers."""
 
     # Studies
 
@@ -148,7 +82,7 @@ class Store:
         """
         values = {
             "name": name,
-            "created_at": _now(),
+            "created_at": now(),
             "config": config,
             "data": data,
             "versions": dict(versions),
@@ -276,8 +210,8 @@ class Store:
             "study_id": study_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "pid_started": _process_start(os.getpid()),
-            "started_at": _now(),
+            "pid_started": process_start(os.getpid()),
+            "started_at": now(),
             "command": command,
             "device": device,
             "versions": dict(versions),
@@ -287,15 +221,15 @@ class Store:
             connection.execute(mine.with_for_update())  # where SQLite's lock does not serve
             for row in connection.execute(_runs(study_id)).all():
                 run = RunRow(*row)
-                if run.ended_at is None and _is_alive(run, take_over):
-                    raise StoreError(_told_alive(run))
+                if run.ended_at is None and is_alive(run, take_over):
+                    raise StoreError(told_alive(run))
             key = connection.execute(insert(RunTable), values).inserted_primary_key
         assert key is not None
         return int(key[0])
 
     def end_run(self, run_id: int, outcome: str) -> None:
         """Sign a process off."""
-        self._update(RunTable, run_id, {"ended_at": _now(), "outcome": outcome})
+        self._update(RunTable, run_id, {"ended_at": now(), "outcome": outcome})
 
     def runs(self, study_id: int) -> list[RunRow]:
         """List the processes that worked on a study, oldest first."""
@@ -348,7 +282,7 @@ class Store:
             "backbone": backbone,
             "freeze_depth": freeze_depth,
             "device": device,
-            "started_at": _now(),
+            "started_at": now(),
             "epochs_done": 0,
             **more,
         }
@@ -391,7 +325,7 @@ class Store:
             "epochs_done": epochs_done,
             "duration_s": duration_s,
             "checkpoint": checkpoint,
-            "ended_at": _now(),
+            "ended_at": now(),
         }
         if score is not None:
             values["score"] = score
@@ -474,99 +408,6 @@ class Store:
         query = select(*columns).where(EpochTable.trial_id == trial_id)
         return self._rows(EpochMetrics, query.order_by(EpochTable.epoch))
 
-    # Results
-
-    def add_confusion(self, trial_id: int, split: str, matrix: list[list[int]]) -> None:
-        """Keep a trial's confusion matrix on a split, rows the truth; an earlier one goes."""
-        with self._writing() as connection:
-            connection.execute(
-                delete(ConfusionTable).where(
-                    ConfusionTable.trial_id == trial_id, ConfusionTable.split == split
-                )
-            )
-            values = {"trial_id": trial_id, "split": split, "matrix": matrix}
-            connection.execute(insert(ConfusionTable), values)
-
-    def add_pictures(self, trial_id: int, rows: Sequence[PictureRow]) -> None:
-        """Keep the pictures that a trial got wrong; earlier ones of the trial go."""
-        values = [{"trial_id": trial_id, **dataclasses.asdict(row)} for row in rows]
-        with self._writing() as connection:
-            connection.execute(delete(PictureTable).where(PictureTable.trial_id == trial_id))
-            if values:
-                connection.execute(insert(PictureTable), values)
-
-    def add_test(
-        self,
-        study_id: int,
-        trial_number: int,
-        *,
-        n: int,
-        n_correct: int,
-        balanced_acc: float,
-        macro_f1: float,
-        val_acc: float | None,
-        confusion: list[list[int]],
-        command: str,
-    ) -> int:
-        """Record a look at the test split, with its 95 % Wilson interval; return its key."""
-        from scipy.stats import binomtest
-
-        interval = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
-        values = {
-            "study_id": study_id,
-            "trial_number": trial_number,
-            "created_at": _now(),
-            "n": n,
-            "n_correct": n_correct,
-            "accuracy": n_correct / n,
-            "low": float(interval.low),
-            "high": float(interval.high),
-            "balanced_acc": balanced_acc,
-            "macro_f1": macro_f1,
-            "val_acc": val_acc,
-            "confusion": confusion,
-            "command": command,
-        }
-        return self._insert(TestTable, values)
-
-    def tests(self, study_id: int) -> list[TestRow]:
-        """List the looks at a study's test split, oldest first."""
-        query = select(*_TEST).where(TestTable.study_id == study_id).order_by(TestTable.id)
-        return self._rows(TestRow, query)
-
-    def add_predictions(
-        self, trial_id: int, split: str, labels: Sequence[int], predicted: Sequence[int]
-    ) -> None:
-        """Keep what a trial says of each picture of a split; an earlier answer goes.
-
-        Args:
-            trial_id: The trial.
-            split: `val` or `test`.
-            labels: True class numbers, (N,), in the split's order.
-            predicted: Chosen class numbers, (N,).
-        """
-        values = {
-            "trial_id": trial_id,
-            "split": split,
-            "labels": pack_classes(labels),
-            "predicted": pack_classes(predicted),
-        }
-        with self._writing() as connection:
-            connection.execute(
-                delete(PredictionTable).where(
-                    PredictionTable.trial_id == trial_id, PredictionTable.split == split
-                )
-            )
-            connection.execute(insert(PredictionTable), values)
-
-    def has_predictions(self, trial_id: int, split: str) -> bool:
-        """Say whether a trial's answers on a split are kept."""
-        query = select(PredictionTable.trial_id).where(
-            PredictionTable.trial_id == trial_id, PredictionTable.split == split
-        )
-        with self._reading() as connection:
-            return connection.execute(query).scalar() is not None
-
     # Designs
 
     def put_design(self, study_id: int, key: str, kind: str, spec: Json, command: str) -> int:
@@ -579,7 +420,7 @@ class Store:
             spec: Factors, cells and rules, as `study.designs` writes them.
             command: Command line.
         """
-        values = {"kind": kind, "spec": spec, "command": command, "updated_at": _now()}
+        values = {"kind": kind, "spec": spec, "command": command, "updated_at": now()}
         known = select(DesignTable.id).where(
             DesignTable.study_id == study_id, DesignTable.key == key
         )
@@ -595,71 +436,6 @@ class Store:
         query = select(*_DESIGN).where(DesignTable.study_id == study_id)
         return self._rows(DesignRow, query.order_by(DesignTable.updated_at, DesignTable.id))
 
-    @property
-    def engine(self) -> Engine:
-        """Return the database's engine, for readers."""
-        return self._engine
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Write all that is written inside the block in one transaction, or nothing of it."""
-        with self._engine.begin() as connection:
-            self._held = connection
-            try:
-                yield
-            finally:
-                self._held = None
-
-    def _writing(self) -> contextlib.AbstractContextManager[Connection]:
-        """Begin a transaction, or take part in the one that is open."""
-        held = self._held
-        return self._engine.begin() if held is None else contextlib.nullcontext(held)
-
-    def _reading(self) -> contextlib.AbstractContextManager[Connection]:
-        """Connect, or read what the open transaction sees."""
-        held = self._held
-        return self._engine.connect() if held is None else contextlib.nullcontext(held)
-
-    def _insert(self, table: type[Base], values: Json) -> int:
-        with self._writing() as connection:
-            key = connection.execute(insert(table), values).inserted_primary_key
-        assert key is not None
-        return int(key[0])
-
-    def _update(self, table: type[Any], key: int, values: Json) -> None:
-        with self._writing() as connection:
-            connection.execute(update(table).where(table.id == key), values)
-
-    def _rows(self, kind: type[Row], query: Any) -> list[Row]:
-        with self._reading() as connection:
-            return [kind(*values) for values in connection.execute(query).all()]
-
 
 def _runs(study_id: int) -> Select[Any]:
     return select(*_RUN).where(RunTable.study_id == study_id).order_by(RunTable.id)
-
-
-def _process_start(pid: int) -> float:
-    import psutil
-
-    return float(psutil.Process(pid).create_time())
-
-
-def _is_alive(run: RunRow, take_over: bool) -> bool:
-    """Say whether a run's process still exists; of another machine's, only it could know."""
-    import psutil
-
-    if run.host != socket.gethostname():
-        return not take_over
-    try:
-        return abs(_process_start(run.pid) - run.pid_started) < _SAME_START_S
-    except psutil.Error:
-        return False
-
-
-def _told_alive(run: RunRow) -> str:
-    where = f"process {run.pid} on {run.host} since {run.started_at:%Y-%m-%d %H:%M} UTC"
-    remedy = "Wait for it, stop it, or use another --name."
-    if run.host != socket.gethostname():
-        remedy += " If that machine is gone, add --take-over."
-    return f"the study is being run by {where}. {remedy}"

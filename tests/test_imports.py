@@ -10,7 +10,15 @@ ROOT = Path(__file__).parents[1]
 OURS = ("core", "study", "reports")
 MODULES = sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
 # What a report may read of the study: the record. Parts of it may be files of their own.
-RECORD = ("study.store", "study.read", "study.rows", "study.tables", "study.database")
+RECORD = (
+    "study.answers",
+    "study.database",
+    "study.read",
+    "study.records",
+    "study.rows",
+    "study.store",
+    "study.tables",
+)
 # The command line stands above all three rooms.
 ABOVE = ("study/__main__.py", "study/ablation_commands.py")
 HEAVY = ("torch", "torchvision", "timm")
