@@ -305,7 +305,9 @@ class DataConfig:
         ge=16,
     )
     cache_dir: str | None = setting(
-        None, "Folder of decoded pictures; leave out for the user's cache folder."
+        None,
+        "Folder of decoded pictures and shared work; leave out for the user's cache folder. "
+        "Pictures that no run used for a day go where all take more than half of its disk.",
     )
 
     def __post_init__(self) -> None:

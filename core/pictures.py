@@ -20,18 +20,16 @@ from numpy.typing import NDArray
 
 from core.decode import Raw, UInt8Array, decode_one, strict_and_quiet
 from core.device import usable_cores
+from core.store_room import PARTIAL, make_room, mark_used
 
 IntArray = NDArray[np.int64]
 
 # Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
 _DECODER = 1
 _PIXELS, _INDEX = "pixels.bin", "index.npz"
-_PARTIAL = "partial-"
 # Checking every picture's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
-# A partial store this old was left by a killed process: decoding takes minutes (assumption).
-_ABANDONED_S = 24 * 3600
 # A rename takes microseconds; processes that collide part again after a try or two (assumption).
 _TRIES, _PAUSE_S = 10, 0.1
 # These tell of the machine, not of the picture, and must not be kept as the picture's fault.
@@ -79,6 +77,7 @@ class PictureStore:
         if path.stat().st_size != self.size_bytes:
             raise OSError(f"{path} has {path.stat().st_size} bytes instead of {self.size_bytes}")
         self._pixels: UInt8Array = np.memmap(path, np.uint8, "r")
+        mark_used(self.folder)
 
     @property
     def size_bytes(self) -> int:
@@ -118,7 +117,8 @@ def build_store(
     """Open the store of these pictures, decoding them first where that was not done yet.
 
     The store is keyed by contents and bound, so folders may move and files be renamed; it appears
-    whole or not at all, and a damaged one is made again.
+    whole or not at all, and a damaged one is made again. Stores that were not used for a day go
+    where all together would take more than half of the disk (`core.store_room`).
 
     Args:
         items: Pictures; equal contents are kept once.
@@ -141,8 +141,8 @@ def build_store(
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
+        make_room(folder.parent, estimate_store_bytes(len(unique), bound))
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
         try:
             _decode_all([unique[content] for content in contents], bound, partial, progress)
             _publish(partial, folder, contents)
@@ -158,13 +158,6 @@ def build_store(
 def estimate_store_bytes(n: int, bound: int) -> int:
     """Estimate the disk that n pictures take: 3 bytes a pixel, a third longer than wide."""
     return 4 * n * bound * bound
-
-
-def _remove_abandoned(folder: Path) -> None:
-    for partial in folder.glob(f"{_PARTIAL}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _publish(partial: Path, folder: Path, contents: list[str]) -> None:
