@@ -103,7 +103,7 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"event": "study_ended", **_dict(outcome), "report": report})
     else:
-        _print_next(config, report)
+        _print_next(config, outcome, report)
     if is_interrupted:
         return _INTERRUPTED
     return 0 if outcome.best_number is not None else 1
@@ -126,15 +126,16 @@ def _print_summary(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     _print(summary_view(outcome, trials, outcome.n_val, config.study.trials))
 
 
-def _print_next(config: "StudyConfig", report: Path | None) -> None:
+def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | None) -> None:
     from study.show import next_commands
 
     if report:
         print(f"Report: {report}")
     print("\nNext:")
-    is_interrupted = report is None
+    has_best = outcome.best_number is not None
+    goes_on = report is None or (outcome.counts.paused > 0 and not has_best)
     for line in next_commands(
-        config.study.name, config.study.storage, is_interrupted=is_interrupted
+        config.study.name, config.study.storage, goes_on=goes_on, has_best=has_best
     ):
         print(f"  {line}")
 
@@ -143,7 +144,7 @@ def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
     from study.config import check_backbones
     from study.estimate import estimate
     from study.init import config_text
-    from study.session import load_pictures
+    from study.session import corner_configs, load_pictures, preflight
     from study.show import estimate_view
 
     check_backbones(config)
@@ -151,6 +152,7 @@ def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
         print(config_text(config))
     with _progress(args) as progress:
         data = load_pictures(config, progress)
+    preflight(corner_configs(config, with_starts=True), data)
     found = estimate(config, data)
     if args.json:
         _print_json({"config": config.to_record(), "estimate": found})

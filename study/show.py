@@ -305,16 +305,26 @@ def summary_view(
     return Group(*parts)
 
 
-def next_commands(name: str, storage: str, *, is_interrupted: bool = False) -> list[str]:
-    """Return the commands to try after a run, ready to be pasted."""
+def next_commands(
+    name: str, storage: str, *, goes_on: bool = False, has_best: bool = True
+) -> list[str]:
+    """Return the commands to try after a run, ready to be pasted.
+
+    Args:
+        name: The study's.
+        storage: Its database.
+        goes_on: Whether there is more to train: it was interrupted, or trials are paused.
+        has_best: Whether there is a complete trial, which can be tested.
+    """
     rest = [shlex.quote(name)]
     if storage != "studies.db":
         rest += ["--storage", shlex.quote(storage)]
     words = " ".join(rest)
     url = storage if "://" in storage else f"sqlite:///{storage}"
     python, dashboard = _program("python"), _program("optuna-dashboard")
-    first = f"{python} -m study {'resume' if is_interrupted else 'show'} {words}"
-    return [first, f"{python} -m study test {words}", f"{dashboard} {shlex.quote(url)}"]
+    first = f"{python} -m study {'resume' if goes_on else 'show'} {words}"
+    test = [f"{python} -m study test {words}"] if has_best else []
+    return [first, *test, f"{dashboard} {shlex.quote(url)}"]
 
 
 def _program(name: str) -> str:

@@ -260,12 +260,14 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
         "python -m study test ants",
         "optuna-dashboard sqlite:///studies.db",
     ]
-    assert next_commands("my ants", "sub dir/a.db", is_interrupted=True) == [
+    assert next_commands("my ants", "sub dir/a.db", goes_on=True) == [
         "python -m study resume 'my ants' --storage 'sub dir/a.db'",
         "python -m study test 'my ants' --storage 'sub dir/a.db'",
         "optuna-dashboard 'sqlite:///sub dir/a.db'",
     ]
     assert next_commands("a", "sqlite:////x.db")[2] == "optuna-dashboard sqlite:////x.db"
+    paused = next_commands("a", "studies.db", goes_on=True, has_best=False)
+    assert paused == ["python -m study resume a", "optuna-dashboard sqlite:///studies.db"]
 
 
 @dataclass(frozen=True)
