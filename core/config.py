@@ -307,7 +307,8 @@ class DataConfig:
     cache_dir: str | None = setting(
         None,
         "Folder of decoded pictures and shared work; leave out for the user's cache folder. "
-        "Pictures that no run used for a day go where all take more than half of its disk.",
+        "Pictures that no run used for a day go where all take more than half of what they take "
+        "and what its disk has free.",
     )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,9 @@ import torch
 
 from core.config import Amp
 
+# Their numbers are named well enough to be kept for other processes.
+SHARING_DEVICES = ("cpu", "cuda")
+
 
 class DeviceError(ValueError):
     """The named device is not there."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data import ImageData
-from core.device import amp_dtype, deterministic, kernels_of
+from core.device import SHARING_DEVICES, amp_dtype, deterministic, kernels_of
 from core.draws import batch_positions, epoch_order
 from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.feed import Feed, eval_batches
@@ -65,7 +65,8 @@ class Features:
         self._prefix = prefix
         self._data = data
         self._feed = feed
-        self._tally = Tally(cache) if cache is not None else None
+        is_kept = cache is not None and feed.device.type in SHARING_DEVICES
+        self._tally = Tally(cache) if cache is not None and is_kept else None
         self._seed = config.seed
         self.device = feed.device
         dtype = amp_dtype(config.amp, feed.device)

@@ -115,6 +115,7 @@ class Feed:
     def views(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's views (N, 3, S, S), not normalised, and labels (N,)."""
         spec = self.train_spec(epoch)
+        self._data.train.store.mark_used()
         if self._device_views is not None:
             views = self._device_views.of(spec)
             yield from views.epoch(self.seed, epoch, self.batch_size)

@@ -9,7 +9,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from core.decode import Raw, UInt8Array, decode_one, strict_and_quiet
 from core.device import usable_cores
-from core.store_room import PARTIAL, make_room, mark_used
+from core.store_room import INDEX, PARTIAL, make_room, mark_used, remove_abandoned
 
 IntArray = NDArray[np.int64]
 
 # Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
 _DECODER = 1
-_PIXELS, _INDEX = "pixels.bin", "index.npz"
+_PIXELS = "pixels.bin"
 # Checking every picture's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
@@ -34,6 +34,8 @@ _CHECK_SAMPLE = 64
 _TRIES, _PAUSE_S = 10, 0.1
 # These tell of the machine, not of the picture, and must not be kept as the picture's fault.
 _MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DataError(ValueError):
@@ -64,7 +66,7 @@ class PictureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with open(folder / _INDEX, "rb") as file, np.load(file) as index:
+        with open(folder / INDEX, "rb") as file, np.load(file) as index:
             self.sizes: IntArray = index["sizes"]
             self.offsets: IntArray = index["offsets"]
             self.checksums: IntArray = index["checksums"]
@@ -77,7 +79,7 @@ class PictureStore:
         if path.stat().st_size != self.size_bytes:
             raise OSError(f"{path} has {path.stat().st_size} bytes instead of {self.size_bytes}")
         self._pixels: UInt8Array = np.memmap(path, np.uint8, "r")
-        mark_used(self.folder)
+        self.mark_used()
 
     @property
     def size_bytes(self) -> int:
@@ -91,6 +93,10 @@ class PictureStore:
         """Return picture i, (H, W, 3), as a view of the map."""
         height, width = self.sizes[i]
         return self._pixels[self.offsets[i] : self.offsets[i + 1]].reshape(height, width, 3)
+
+    def mark_used(self) -> None:
+        """Keep the store from making room for others for another day."""
+        mark_used(self.folder)
 
     def is_sound(self) -> bool:
         """Say whether the pixels agree with their checksums (a sample's, in a large store)."""
@@ -118,7 +124,7 @@ def build_store(
 
     The store is keyed by contents and bound, so folders may move and files be renamed; it appears
     whole or not at all, and a damaged one is made again. Stores that were not used for a day go
-    where all together would take more than half of the disk (`core.store_room`).
+    where all together take more than half of what they take and what is free (`core.store_room`).
 
     Args:
         items: Pictures; equal contents are kept once.
@@ -141,18 +147,30 @@ def build_store(
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        make_room(folder.parent, estimate_store_bytes(len(unique), bound))
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+        remove_abandoned(folder.parent)
         try:
-            _decode_all([unique[content] for content in contents], bound, partial, progress)
-            _publish(partial, folder, contents)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _make(folder, unique, bound, progress)
+        except OSError as err:
+            if err.errno not in _FULL_DISK or not make_room(folder.parent, 0, 0):
+                raise
+            _make(folder, unique, bound, progress)
     except OSError as err:
         raise _cache_error(err, folder.parent, len(unique), bound) from err
     found = _opened_soon(folder, contents)
     assert found is not None, "a store just built must open"
     return found
+
+
+def _make(folder: Path, unique: Mapping[str, Item], bound: int, progress: Progress | None) -> None:
+    """Decode pictures by content into a new store, and put it in its place."""
+    contents = sorted(unique)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    try:
+        _decode_all([unique[content] for content in contents], bound, partial, progress)
+        make_room(folder.parent, (partial / _PIXELS).stat().st_size)
+        _publish(partial, folder, contents)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def estimate_store_bytes(n: int, bound: int) -> int:
@@ -205,8 +223,7 @@ def _opened(folder: Path, contents: list[str]) -> Opened | None:
 
 def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
     need = estimate_store_bytes(n, bound) / 1e6
-    is_full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    why = "the disk is full" if is_full else str(err)
+    why = "the disk is full" if err.errno in _FULL_DISK else str(err)
     return DataError(
         f"decoded pictures cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; "
         "make room, set data.cache_dir to another folder, or set data.picture_size lower."
@@ -232,7 +249,7 @@ def _decode_all(items: list[Item], bound: int, folder: Path, progress: Progress 
         file.flush()
         os.fsync(file.fileno())
     np.savez(
-        folder / _INDEX,
+        folder / INDEX,
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         offsets=np.array(offsets, dtype=np.int64),
         checksums=np.array(checksums, dtype=np.int64),

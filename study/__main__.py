@@ -144,7 +144,7 @@ def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
     from study.config import check_backbones
     from study.estimate import estimate
     from study.init import config_text
-    from study.session import corner_configs, load_pictures, preflight
+    from study.session import corner_configs, load_pictures, preflight, without_weights
     from study.show import estimate_view
 
     check_backbones(config)
@@ -152,7 +152,8 @@ def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
         print(config_text(config))
     with _progress(args) as progress:
         data = load_pictures(config, progress)
-    preflight(corner_configs(config, with_starts=True), data)
+    corners = corner_configs(config, with_starts=True)
+    preflight([without_weights(train) for train in corners], data)
     found = estimate(config, data)
     if args.json:
         _print_json({"config": config.to_record(), "estimate": found})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.config import TrainConfig
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
 
 StageFlops = Callable[[str, str, int | None], tuple[int, ...]]
 """From backbone, weights and input size to the forward FLOPs of a picture in each stage."""
@@ -44,6 +44,8 @@ class CostModel:
         stage_flops: Counts a backbone's arithmetic: `core.build.stage_flops`.
         device: Its kind: cpu, cuda or mps.
         is_shared: Whether trials share views and frozen layers' outputs.
+        shares_heads: Whether those that train the head alone share its features; None for as the
+            others.
     """
 
     base: TrainConfig
@@ -52,6 +54,7 @@ class CostModel:
     stage_flops: StageFlops
     device: str = "cpu"
     is_shared: bool = True
+    shares_heads: bool | None = None
     _log_ratios: dict[str, list[float]] = field(default_factory=dict)
     _flops: dict[tuple[str, str, int | None], tuple[int, ...]] = field(default_factory=dict)
 
@@ -104,7 +107,10 @@ class CostModel:
         """Return the seconds at the assumed rate."""
         depth = int(self._value(params, "freeze_depth"))
         n_epochs = int(self._value(params, "epochs")) if epochs is None else epochs
-        is_kept = self.is_shared and depth > 0
+        is_shared = self.is_shared
+        if depth == MAX_FREEZE_DEPTH and self.shares_heads is not None:
+            is_shared = self.shares_heads
+        is_kept = is_shared and depth > 0
         small_size = self._value(params, "small_size")
         n_small = min(int(self._value(params, "small_epochs")), n_epochs) if small_size else 0
         cached = min(cached_epochs, n_epochs) if is_kept else 0
@@ -119,7 +125,7 @@ class CostModel:
         # Validation pictures pass through the prefix once a boundary where that is kept.
         val_prefix = int(cached_epochs == 0) if is_kept else n_epochs
         work = self.n_train * per_picture + self.n_val * (val_prefix * prefix + n_epochs * suffix)
-        views = 0 if self.is_shared else n_epochs * self.n_train * _VIEW_S
+        views = 0 if is_shared else n_epochs * self.n_train * _VIEW_S
         return _TRIAL_S + views + work / _RATES.get(self.device, _RATES["cpu"])
 
     def _stage_flops(self, params: Mapping[str, Any], size: int | None) -> tuple[int, ...]:
@@ -158,9 +164,10 @@ def cost_model(base: TrainConfig, n_train: int, n_val: int, *, is_cached: bool) 
         ValueError: The device cannot be used.
     """
     from core.build import stage_flops
-    from core.device import choose_device
+    from core.device import SHARING_DEVICES, choose_device
     from core.sharing import can_share
 
     device = choose_device(base.device)
     is_shared = is_cached and can_share(base, device)
-    return CostModel(base, n_train, n_val, stage_flops, device.type, is_shared)
+    heads = is_cached and device.type in SHARING_DEVICES
+    return CostModel(base, n_train, n_val, stage_flops, device.type, is_shared, heads)

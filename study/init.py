@@ -105,7 +105,8 @@ def _unsaid(config: StudyConfig, item: "dataclasses.Field[Any]") -> Any:
     """
     if item.name == "name":
         return default_name(config.data.source)
-    return item.default if item.name == "head_init" else None
+    is_open = item.name == "head_init" and config.search.sampler != "thaw"
+    return item.default if is_open else None
 
 
 def _space(config: StudyConfig, with_help: bool) -> Iterator[str]:

@@ -182,7 +182,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--dry-run",
         action="store_true",
-        help="print the configuration and an estimate of time and disk, and run nothing",
+        help="print the configuration and an estimate of time and disk instead of searching",
     )
     _add_storage(parser, None)
 

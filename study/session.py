@@ -1,5 +1,6 @@
 """A process at work on a study: checked, entered in the record, and leaving it cleanly."""
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -225,6 +226,12 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
             f"train.batch_size must be <= the number of training pictures, {len(data.train)}, but "
             f"got batch_size={largest}; set it smaller (--set train.batch_size={len(data.train)})."
         )
+
+
+def without_weights(train: TrainConfig) -> TrainConfig:
+    """Return a configuration of the same network that needs nothing from outside."""
+    start = "default" if train.head_init == "source-classes" else train.head_init
+    return dataclasses.replace(train, weights="none", normalize="none", head_init=start)
 
 
 def versions() -> dict[str, str]:

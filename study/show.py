@@ -249,7 +249,7 @@ def differences_table(a: "TrialRow", b: "TrialRow") -> RenderableType:
     if a.value is not None and b.value is not None:
         gain = 100 * (b.value - a.value)
         said = f"\nTrial {b.number} is {gain:+.1f} points of accuracy away."
-        if not _are_scored_alike((a, b)):
+        if not _are_scored_alike((a, b)) and a.ranked_by != b.ranked_by:
             first = min((a, b), key=lambda row: row.rank)
             said += f" By {first.chosen_by}, trial {first.number} is the better one."
         return Group(table, Text(said))
@@ -313,7 +313,7 @@ def next_commands(
     Args:
         name: The study's.
         storage: Its database.
-        goes_on: Whether there is more to train: it was interrupted, or trials are paused.
+        goes_on: Whether the first thing to do is to go on.
         has_best: Whether there is a complete trial, which can be tested.
     """
     rest = [shlex.quote(name)]

@@ -1,7 +1,7 @@
 """Heads on a GPU that is not there: PyTorch's fake tensors know their device and no values.
 
 An operation on tensors of two devices fails among them as it would on a GPU, and so does one that
-makes the host wait for a value.
+reads a value as a number of Python's, for which the host would wait.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.config import DataConfig, TrainConfig
 from core.data import load_data
+from core.device import kernels_of
 from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
 from core.fit import build_for
@@ -27,7 +28,7 @@ HEAD = TrainConfig(batch_size=8, epochs=2, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_heads_train_where_their_features_lie_and_never_wait(optimizer: str) -> None:
+def test_heads_train_where_their_features_lie_and_read_no_value(optimizer: str) -> None:
     config = dataclasses.replace(HEAD, optimizer=optimizer)
     clipped = dataclasses.replace(config, clip_norm=1.0, loss_reduction="sum")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -69,10 +70,35 @@ def test_features_are_kept_by_the_host_and_used_on_the_device(tmp_path: Path) ->
         features.device = CUDA  # what the network makes of pictures comes from this processor
         with FakeTensorMode(allow_non_fake_inputs=True):
             made = [features.train(0), features.val(), features.plain()]
-            probed = features.probe(lambda: (torch.zeros(2, 512), torch.zeros(2)))
+            probed = features.probe(
+                lambda: (torch.zeros(2, 512, device=CUDA), torch.zeros(2, device=CUDA))
+            )
             again = [features.train(0), features.val(), features.plain()]
             kept = [tensor for entry in cache._entries.values() for tensor in entry.batches[0]]
     assert {t.device.type for t in (*made, *probed, *again)} == {"cuda"}
     assert {t.device.type for t in kept} == {"cpu"}
     assert (len(kept), cache.hits, cache.misses) == (5, 3, 4)
     assert again[0].shape == (len(data.train), 512)
+
+
+def test_features_are_known_by_what_computes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "photos", {"red": 8, "blue": 8}, side=40)
+    data = load_data(
+        DataConfig(source=f"folder:{tmp_path / 'photos'}", cache_dir=str(tmp_path / "c")), 40
+    )
+    config = TrainConfig(
+        backbone="resnet18", weights="none", image_size=32, freeze_depth=5, batch_size=4
+    )
+    built = build_for(config, data.classes)
+    prefix = frozen_part(built, config, CPU)
+    assert prefix is not None
+    keys = set()
+    with Feed(feature_config(config, len(data.train)), built.preprocessing, data, CPU) as feed:
+        for name, is_there in (("a", False), ("b", False), ("b", True), ("b", True)):
+            monkeypatch.setattr("core.features.kernels_of", lambda _, name=name: ("cuda", name))
+            monkeypatch.setattr(Feed, "makes_views_there", is_there)
+            keys.add(Features(config, built, data, feed, prefix, None)._key)
+    assert len(keys) == 3
+    assert kernels_of(torch.device("cpu")) == ("cpu",)

@@ -30,6 +30,18 @@ def test_a_trial_costs_what_is_counted_by_hand() -> None:
     assert alone.predict({"freeze_depth": 5}) == pytest.approx(0.5 + 4 * 100 * 5e-4 + work / 30)
 
 
+def test_heads_may_share_where_deeper_trials_do_not() -> None:
+    model = _model(is_shared=False, shares_heads=True)
+    shared, alone = _model(), _model(is_shared=False)
+    for depth in range(6):
+        like = shared if depth == 5 else alone
+        params = {"freeze_depth": depth}
+        for done in (0, 4):
+            assert model.predict(params, cached_epochs=done) == like.predict(
+                params, cached_epochs=done
+            )
+
+
 def test_what_is_cached_is_not_paid_again() -> None:
     model = _model()
     params = {"freeze_depth": 5}

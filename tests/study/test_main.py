@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from core.metrics import EpochMetrics
-from study.__main__ import main
+from study.__main__ import _print_next, main
 from study.config import StudyConfig, load_config
 from study.parser import DEFAULT_STORAGE, make_parser
+from study.progress import Counts
+from study.search import SearchOutcome
 from study.store import Store
+from support import make_folder
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -332,3 +335,40 @@ def test_run_takes_the_documented_flags() -> None:
     args = make_parser().parse_args(["run", "--allow-changes", "--take-over"])
     assert args.allow_changes
     assert args.take_over
+
+
+def test_a_dry_run_tells_and_keeps_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(here / "photos", {"red": 12, "blue": 12}, side=40)
+    fixed = ("train.backbone=resnet18", "train.weights=none", "train.image_size=32")
+    words = ["run", "--data", "photos", "--dry-run", "--quiet", "--set", "train.batch_size=4"]
+    words += [word for key in fixed for word in ("--set", key)]
+    words += ["--set", "data.cache_dir=cache"]
+    shown = answered(capsys, *words)
+    assert "20 trials on cpu" in shown
+    assert not (here / DEFAULT_STORAGE).exists()
+    said = refused(capsys, *words, "--set", "train.batch_size=999")
+    assert "train.batch_size must be <= the number of training pictures" in said
+
+
+@pytest.mark.parametrize(
+    ("best", "n_paused", "first", "is_tested"),
+    [
+        (0, 0, "show", True),
+        (0, 2, "show", True),
+        (None, 2, "resume", False),
+        (None, 0, "show", False),
+    ],
+)
+def test_after_a_run_what_can_be_done_is_named(
+    best: int | None,
+    n_paused: int,
+    first: str,
+    is_tested: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    counts = Counts(paused=n_paused)
+    outcome = SearchOutcome("ants", "trials", counts, best, None, {}, None, 10, 1.0)
+    _print_next(load_config(flags={"study.name": "ants"}), outcome, Path("report.html"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].endswith(f"-m study {first} ants")
+    assert any("-m study test ants" in line for line in lines) == is_tested
