@@ -112,9 +112,9 @@ def _unsaid(config: StudyConfig, item: "dataclasses.Field[Any]") -> Any:
 def _space(config: StudyConfig, with_help: bool) -> Iterator[str]:
     if with_help:
         yield from _comment(
-            "What is searched. Any key of [train] can stand here: {low, high} with log = true or "
-            "a step, {choices = [...]}, or a plain value, which fixes it. This section as a whole "
-            "replaces the default one; an empty one makes a study of one trial."
+            "What is searched. Any key of [train] but monitor can stand here: {low, high} with "
+            "log = true or a step, {choices = [...]}, or a plain value, which fixes it. This "
+            "section as a whole replaces the default one; an empty one makes a study of one trial."
         )
     yield "[space]"
     for key, dimension in config.to_record()["space"].items():

@@ -74,7 +74,10 @@ class StudySection:
     timeout: Annotated[
         float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)
     ] = setting(
-        None, 'Longest time of one run, in seconds or as "2h" or "90m"; leave out for none.', gt=0
+        None,
+        'No trial begins after this time of one run, in seconds or as "2h" or "90m"; leave out '
+        "for none.",
+        gt=0,
     )
     patience: int | None = setting(
         None,
@@ -91,7 +94,8 @@ class StudySection:
         None,
         "Most bytes for work that trials share (augmented pixels, frozen layers), in memory and "
         'on disk together, as "8GB"; 0 shares nothing; leave out for a quarter of the memory that '
-        "is free, and as much again on disk. It changes no number.",
+        "is free, and as much again (at most a tenth of what is free) on disk. It changes no "
+        "number.",
         ge=0,
     )
     cache_disk: Annotated[
@@ -111,8 +115,9 @@ class SearchSection:
     sampler: Sampler = setting(
         "tpe",
         "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries "
-        "every backbone with its head alone, then thaws where a second gains most (and "
-        "searches train.head_init, probe or default, where none is given).",
+        "every backbone with its head alone, then thaws where a second gains most (a trial, where "
+        "study.timeout is not set; and it searches train.head_init, probe or default, where none "
+        "is given).",
     )
     pruner: Pruner = setting(
         "hyperband",
@@ -123,7 +128,9 @@ class SearchSection:
         bool | tuple[str, ...],
         BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
     ] = setting(
-        True, f"Known settings to try first: true (all), false, or a list of {', '.join(RECIPES)}."
+        True,
+        "Known settings to try first: true (all; none under thaw, grid and bruteforce), false, or "
+        f"a list of {', '.join(RECIPES)}.",
     )
 
     cohort: int = setting(
