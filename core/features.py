@@ -14,6 +14,7 @@ from core.data import ImageData
 from core.device import SHARING_DEVICES, amp_dtype, deterministic, kernels_of
 from core.draws import batch_positions, epoch_order
 from core.entry_keys import ContentKey, pictures_key, prefix_key
+from core.evaluate import IntArray
 from core.feed import Feed, eval_batches
 from core.metrics import Shared
 from core.prefix_cache import PrefixCache
@@ -88,13 +89,8 @@ class Features:
 
         def make() -> tuple[Tensor, ...]:
             views = (images for images, _ in feed.views(epoch))
-            rows = self._cross(views)
-            order = np.concatenate(
-                batch_positions(epoch_order(n, self._seed, epoch), feed.batch_size)
-            )
-            features = torch.empty_like(rows)
-            features[torch.from_numpy(order).to(rows.device)] = rows
-            return (features,)
+            order = batch_positions(epoch_order(n, self._seed, epoch), feed.batch_size)
+            return (self._cross(views, np.concatenate(order)),)
 
         return self._kept(("train", feed.train_spec(epoch), self._seed, epoch), make)[0]
 
@@ -112,7 +108,9 @@ class Features:
         shape = (spec.image_size, spec.resize_size, spec.interpolation)
         return self._kept(
             (f"plain {name}", shape),
-            lambda: (self._cross(eval_batches(split, spec, self._feed.device)),),
+            lambda: (
+                self._cross(eval_batches(split, spec, self._feed.device), np.arange(len(split))),
+            ),
         )[0]
 
     def probe(self, fit: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -136,8 +134,10 @@ class Features:
             self._tally.put(key, [kept], crossing_bytes(kept), made_s)
         return tuple(tensor.to(self.device) for tensor in tensors)
 
-    def _cross(self, batches: Iterable[Tensor]) -> Tensor:
-        rows = []
+    def _cross(self, batches: Iterable[Tensor], order: IntArray) -> Tensor:
+        """Return the features of pictures that come in this order, in the pictures' order."""
+        found: Tensor | None = None
+        at = 0
         waiting = iter(batches)
         with torch.no_grad(), self._autocast, deterministic(self.device):
             while True:
@@ -146,8 +146,14 @@ class Features:
                 self._data_s += time.perf_counter() - begin
                 if images is None:
                     break
-                rows.append(self._prefix(self._feed.normalize(images))[0].float())
-        return torch.cat(rows)
+                rows = self._prefix(self._feed.normalize(images))[0].float()
+                if found is None:
+                    found = rows.new_empty(len(order), rows.shape[1])
+                places = torch.from_numpy(order[at : at + len(rows)])
+                found[places.to(rows.device)] = rows
+                at += len(rows)
+        assert found is not None and at == len(order), "every picture came once"
+        return found
 
     def take_shared(self) -> Shared:
         """Return what was read of shared work and left there since the last call."""
