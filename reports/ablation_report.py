@@ -45,7 +45,8 @@ from reports.publish import (
 )
 from reports.ranks import RankMethod
 from reports.templating import render_template
-from reports.words import hide_password, moment, plural
+from reports.words import moment, plural
+from study.passwords import hide_password
 from study.store import Store
 
 _MOST_MAPS = 6

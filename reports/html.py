@@ -17,7 +17,8 @@ from reports.importance import Importance, estimate_importance
 from reports.record import Record, read_record
 from reports.summary import describe, summarise
 from reports.templating import render_template
-from reports.words import hide_password, moment
+from reports.words import moment
+from study.passwords import hide_password
 from study.store import Store
 
 

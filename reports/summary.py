@@ -12,13 +12,13 @@ from reports.record import Record
 from reports.words import (
     count,
     duration,
-    hide_password,
     percent,
     percent_range,
     plural,
     points,
     setting,
 )
+from study.passwords import hide_password
 from study.store import TestRow, TrialRow
 
 _STORAGE = "studies.db"  # where the command line looks if it is told nothing

@@ -13,7 +13,6 @@ from reports.summary import Summary
 from reports.words import (
     count,
     duration,
-    hide_password,
     is_missing,
     moment,
     percent,
@@ -22,6 +21,7 @@ from reports.words import (
     points,
     setting,
 )
+from study.passwords import hide_password
 
 _STATE_WORDS = {"complete": "finished"}
 # Keys of the database, of no meaning outside it.

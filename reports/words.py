@@ -75,11 +75,6 @@ def shorten(text: str, limit: int) -> str:
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
 
 
-def hide_password(text: str) -> str:
-    """Blank out the password of every database URL in a text: reports are passed on."""
-    return re.sub(r"(://[^/\s:@]*:)\S*@", r"\1***@", text)
-
-
 def markdown_text(value: Any) -> str:
     """Write a value so that Markdown shows it letter by letter, on one line."""
     line = " ".join(str(value).split())

@@ -82,11 +82,13 @@ def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
 
 
 def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
+    from study.passwords import hide_password
     from study.search import run_search
 
     with _progress(args) as progress:
         where = Path(config.study.output) / config.study.name
-        progress.note(f"Study {config.study.name} in {config.study.storage}, files in {where}")
+        storage = hide_password(config.study.storage)
+        progress.note(f"Study {config.study.name} in {storage}, files in {where}")
         outcome = run_search(
             config,
             progress=progress,
@@ -429,7 +431,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as err:
         if not _is_users(err):
             raise
-        print("error:", str(err).replace("\n", "\n  "), file=sys.stderr)
+        from study.passwords import hide_password
+
+        print("error:", hide_password(str(err)).replace("\n", "\n  "), file=sys.stderr)
         return 2
     return status
 

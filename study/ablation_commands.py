@@ -23,6 +23,7 @@ from study.baseline import factors_of, find_baseline
 from study.config import ConfigError, check_backbones
 from study.designs import BASELINE, make_design
 from study.factors import named, read_flags
+from study.passwords import hide_password
 from study.progress import Progress
 from study.show import make_table, print_json, print_view
 from study.store import Store
@@ -271,7 +272,7 @@ def _as_table(grid: "Grid") -> Any:
 def _next(name: str, storage: str, *, is_open: bool) -> list[str]:
     words = shlex.quote(name)
     if storage != "studies.db":
-        words += f" --storage {shlex.quote(storage)}"
+        words += f" --storage {shlex.quote(hide_password(storage))}"
     lines = [f"python -m study report {words} --methods"]
     if is_open:
         lines.insert(0, f"python -m study ablate {words}")

@@ -119,7 +119,12 @@ def open_database(storage: str, *, create: bool) -> Engine:
         engine.dispose()
         sqlite_pragmas(engine)
         _with_patience(lambda: _prepare(engine))
-    except (DatabaseError, ModuleNotFoundError, NoSuchModuleError) as err:
+    except ModuleNotFoundError as err:
+        raise StoreError(
+            f"database {storage} needs the package {err.name}, which is not installed. Install it "
+            '(for PostgreSQL: pip install "psycopg[binary]"), or name another with --storage.'
+        ) from err
+    except (DatabaseError, NoSuchModuleError) as err:
         why = str(getattr(err, "orig", None) or err).splitlines()[0]
         raise StoreError(
             f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "

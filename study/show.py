@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core.metrics import EpochMetrics
+from study.passwords import hide_password
 from study.progress import Outcome
 from study.words import (
     format_accuracy,
@@ -308,7 +309,7 @@ def summary_view(
 def next_commands(
     name: str, storage: str, *, goes_on: bool = False, has_best: bool = True
 ) -> list[str]:
-    """Return the commands to try after a run, ready to be pasted.
+    """Return the commands to try after a run, ready to be pasted but for a password.
 
     Args:
         name: The study's.
@@ -317,6 +318,7 @@ def next_commands(
         has_best: Whether there is a complete trial, which can be tested.
     """
     rest = [shlex.quote(name)]
+    storage = hide_password(storage)
     if storage != "studies.db":
         rest += ["--storage", shlex.quote(storage)]
     words = " ".join(rest)

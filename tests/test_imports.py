@@ -13,6 +13,7 @@ MODULES = sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
 RECORD = (
     "study.answers",
     "study.database",
+    "study.passwords",
     "study.read",
     "study.records",
     "study.rows",

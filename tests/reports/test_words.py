@@ -5,7 +5,6 @@ import pytest
 from reports.words import (
     count,
     duration,
-    hide_password,
     markdown_table,
     markdown_text,
     percent,
@@ -49,12 +48,6 @@ def test_markdown_text_is_literal() -> None:
     assert "<" not in told and ">" not in told
     assert r"\|\*x\*" in told
     assert "\n" not in told
-
-
-def test_passwords_are_not_passed_on() -> None:
-    url = "--storage postgresql+psycopg://me:p@ss:w/rd@host:5432/db --name x"
-    assert hide_password(url) == "--storage postgresql+psycopg://me:***@host:5432/db --name x"
-    assert hide_password("sqlite:///studies.db a@b") == "sqlite:///studies.db a@b"
 
 
 def test_markdown_text_stays_readable() -> None:

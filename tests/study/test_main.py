@@ -372,3 +372,8 @@ def test_after_a_run_what_can_be_done_is_named(
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].endswith(f"-m study {first} ants")
     assert any("-m study test ants" in line for line in lines) == is_tested
+
+
+def test_no_password_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "list", "--storage", "postgresql+nosuch://me:hunter2@db/x")
+    assert "hunter2" not in said and "postgresql+nosuch://me:***@db/x" in said

@@ -266,6 +266,8 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
         "optuna-dashboard 'sqlite:///sub dir/a.db'",
     ]
     assert next_commands("a", "sqlite:////x.db")[2] == "optuna-dashboard sqlite:////x.db"
+    secret = next_commands("a", "postgresql://me:hunter2@db/x")
+    assert "hunter2" not in " ".join(secret) and "me:***@db/x" in secret[0]
     paused = next_commands("a", "studies.db", goes_on=True, has_best=False)
     assert paused == ["python -m study resume a", "optuna-dashboard sqlite:///studies.db"]
 
