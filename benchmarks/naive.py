@@ -420,6 +420,7 @@ def run_study(args: argparse.Namespace) -> None:
         return best
 
     study = optuna.create_study(
+        study_name=f"naive-{args.seed}",  # Hyperband deals its brackets by name
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=args.seed),
         pruner=optuna.pruners.HyperbandPruner(1, args.epochs, 3),
