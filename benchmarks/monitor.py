@@ -3,17 +3,21 @@
 Heads with settings drawn from the search space are trained on the features of frozen backbones,
 and after every epoch of every head the validation and the test split are evaluated. Then studies
 of so many heads are drawn from them, and each rule chooses the best epoch of all of them, as a
-study does, or the best last epoch. Told is the test accuracy of what it chooses: the mean over the
-drawn studies, and how far they spread. The heads of all studies are the same few hundred, so the
-spread says what luck a study has, not how sure the mean is; other pictures would say that.
+study does, or the best last epoch. With --thawed, every study has some thawed trials beside its
+heads, drawn from so many a seed, of levels 0 to 4. Told is the test accuracy of what it chooses:
+the mean over the drawn studies, and how far they spread. The trials of all studies are the same
+few hundred, so the spread says what luck a study has, not how sure the mean is; other pictures
+would say that.
 
     python benchmarks/monitor.py --data photos/hotdog photos/hymenoptera --size 128
+    python benchmarks/monitor.py --data photos/hotdog --size 96 --heads 20 --seeds 0 --thawed 10
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +28,25 @@ import torch
 from naive import BACKBONES, RATES
 from numpy.typing import NDArray
 
+from core.build import Built
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data import ImageData, Split, load_data
 from core.device import choose_device
-from core.evaluate import Evaluation, count_confusion
+from core.evaluate import Evaluation, count_confusion, evaluate
 from core.features import Features, feature_config, frozen_part
-from core.feed import Feed, eval_batches
-from core.fit import build_for
+from core.feed import Feed, Normalizer, eval_batches, view_spec
+from core.fit import build_for, fit
 from core.head_runs import HeadRuns
+from core.metrics import TrainingDiverged
 from core.prefix_cache import PrefixCache
 
 _STARTS = ("default", "probe")
+_LEVELS = (4, 3, 4, 2, 3, 1, 4, 2, 3, 0)
+_THAWED_RATES = {
+    "base_lr": (3e-4, 5e-3),
+    "head_lr_mult": (1.0, 20.0),
+    "weight_decay": (1e-6, 1e-2),
+}
 _CACHE_BYTES = 1 << 30
 Double = NDArray[np.float64]
 # Newton's method: the loss is flat at its minimum, so this is exact to some 1e-7.
@@ -89,18 +101,20 @@ def _moments(logits: Double, factor: float) -> tuple[Double, Double, Double]:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A head after an epoch.
+    """A trial after an epoch.
 
     Attributes:
         seed: Of its views.
-        head: Which head of its seed, over all backbones.
+        trial: Which head of its seed, over all backbones, or which thawed trial.
+        is_thawed: Whether it trains more than its head.
         is_last: Whether it was the last epoch.
         val: On the validation split.
         test_acc: On the test split, in [0, 1].
     """
 
     seed: int
-    head: int
+    trial: int
+    is_thawed: bool
     is_last: bool
     val: Evaluation
     test_acc: float
@@ -114,11 +128,13 @@ RULES: dict[str, Callable[[Evaluation], float]] = {
 """What is highest is chosen; of equals the earlier head."""
 
 
-def settings(rng: np.random.Generator) -> dict[str, float]:
-    """Draw rates from the space that every side of time_to_quality.py searches."""
+def settings(
+    rng: np.random.Generator, rates: Mapping[str, tuple[float, float]] = RATES
+) -> dict[str, float]:
+    """Draw rates, by default from the space that every side of time_to_quality.py searches."""
     return {
         name: float(np.exp(rng.uniform(np.log(low), np.log(high))))
-        for name, (low, high) in RATES.items()
+        for name, (low, high) in rates.items()
     }
 
 
@@ -151,30 +167,75 @@ def heads(base: TrainConfig, data: ImageData, n: int, first: int) -> Iterator[Ep
                 confusion = count_confusion(data.test.labels, predicted, len(data.classes))
                 test_acc = float(np.trace(confusion) / len(predicted))
                 if np.isfinite(val.loss):
-                    yield Epoch(base.seed, first + k, epoch == base.epochs - 1, val, test_acc)
+                    is_last = epoch == base.epochs - 1
+                    yield Epoch(base.seed, first + k, False, is_last, val, test_acc)
 
 
-def told(epochs: list[Epoch], n_seeds: int, sizes: list[int], n_studies: int) -> str:
-    """Draw studies and say what each rule chooses."""
+def thawed(base: TrainConfig, data: ImageData, n: int, backbones: list[str]) -> Iterator[Epoch]:
+    """Train n thawed trials of one seed, backbones and levels in turn; give every epoch of each.
+
+    Rates are drawn where such trials learn: over the whole space most diverge or stand still.
+    """
+    rng = np.random.default_rng((base.seed, n))
+    cache = PrefixCache(_CACHE_BYTES)
+    for k in range(n):
+        config = dataclasses.replace(
+            base,
+            backbone=backbones[k % len(backbones)],
+            freeze_depth=int(_LEVELS[k % len(_LEVELS)]),
+            head_init=_STARTS[int(rng.integers(2))],
+            **settings(rng, _THAWED_RATES),
+        )
+        built = build_for(config, data.classes)
+        with (
+            contextlib.suppress(TrainingDiverged),
+            contextlib.closing(fit(config, data, None, cache)) as epochs,
+        ):
+            for metrics in epochs:
+                state = epochs.gi_frame.f_locals["run"].snapshot()
+                built.model.load_state_dict(state)
+                val, test = (evaluated(built, config, split) for split in (data.val, data.test))
+                is_last = metrics.epoch == base.epochs - 1
+                yield Epoch(base.seed, k, True, is_last, val, test.acc)
+
+
+def evaluated(built: Built, config: TrainConfig, split: Split | None) -> Evaluation:
+    """Evaluate a network as `fit` does."""
+    assert split is not None, "the data have a test split"
+    device = choose_device("cpu")
+    normalize = Normalizer(built.preprocessing, device, config.channels_last)
+    views = eval_batches(split, view_spec(config, built.preprocessing), device)
+    return evaluate(built.model.eval(), map(normalize, views), split.labels)
+
+
+def told(epochs: list[Epoch], sizes: list[int], n_studies: int) -> str:
+    """Draw studies, of so many heads and two thirds of the thawed trials; say what is chosen."""
     scores = {name: np.array([rule(e.val) for e in epochs]) for name, rule in RULES.items()}
-    seeds, which = np.array([e.seed for e in epochs]), np.array([e.head for e in epochs])
+    every_seed = sorted({e.seed for e in epochs})
+    seeds, which = np.array([e.seed for e in epochs]), np.array([e.trial for e in epochs])
+    is_thawed = np.array([e.is_thawed for e in epochs])
     is_last, test = np.array([e.is_last for e in epochs]), np.array([e.test_acc for e in epochs])
-    n_heads = int(which.max()) + 1
+    n_heads = int(which[~is_thawed].max()) + 1
+    n_thawed = round(2 / 3 * (int(which[is_thawed].max()) + 1)) if is_thawed.any() else 0
+    which = np.where(is_thawed, n_heads + which, which)
     lines = []
     for size in sizes:
         rng = np.random.default_rng(0)
         chosen: dict[str, list[float]] = {}
         for study in range(n_studies):
-            turn = rng.permutation(n_heads)
-            drawn = turn[which] < size
+            turn = rng.permutation(which.max() + 1)
+            order = np.argsort(turn)  # trials as the study has them
+            picked = [order[order < n_heads][:size], order[order >= n_heads][:n_thawed]]
+            drawn = np.isin(which, np.concatenate(picked))
             for when, among in (("any epoch", drawn), ("last epoch", drawn & is_last)):
-                at = np.flatnonzero(among & (seeds == study % n_seeds))
+                at = np.flatnonzero(among & (seeds == every_seed[study % len(every_seed)]))
                 at = at[np.argsort(turn[which[at]], kind="stable")]  # in the study's order
                 for name, score in scores.items():
                     best = at[int(score[at].argmax())]
                     chosen.setdefault(f"{name}, {when}", []).append(100 * test[best])
         parts = [f"{name} {np.mean(v):.1f} ± {np.std(v):.1f}" for name, v in chosen.items()]
-        lines.append(f"  of {size} heads: {'; '.join(parts)}")
+        among_them = f" and {n_thawed} thawed trials" if n_thawed else ""
+        lines.append(f"  of {size} heads{among_them}: {'; '.join(parts)}")
     return "\n".join(lines)
 
 
@@ -186,6 +247,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="training pictures")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--heads", type=int, default=100, help="of each backbone and seed")
+    parser.add_argument("--thawed", type=int, default=0, help="trials of each seed")
     parser.add_argument("--studies", type=int, default=300)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 50], help="heads of a study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -201,12 +263,14 @@ def main() -> None:
             for k, backbone in enumerate(args.backbones):
                 config = dataclasses.replace(base, seed=seed, backbone=backbone)
                 epochs += heads(config, data, args.heads, k * args.heads)
+            config = dataclasses.replace(base, seed=seed)
+            epochs += thawed(config, data, args.thawed, args.backbones)
         assert data.test is not None, "the data have a test split"
         print(
             f"{folder.name}: {len(data.train)} training, {len(data.val)} validation, "
             f"{len(data.test)} test pictures; test accuracy of what is chosen, %"
         )
-        print(told(epochs, len(args.seeds), args.sizes, args.studies), flush=True)
+        print(told(epochs, args.sizes, args.studies), flush=True)
 
 
 if __name__ == "__main__":
