@@ -113,7 +113,7 @@ def plot(groups: dict[str, dict[str, list[Row]]], file: Path) -> None:
         for line, label in zip(*ax.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, line)
     axes[0][0].set_ylabel("test accuracy of the best by validation, %")
-    columns = min(len(labels), max(2, 2 * len(groups)))
+    columns = min(len(labels), max(2, math.ceil(4 * len(groups) / 3)))
     figure.legend(
         labels.values(),
         labels.keys(),
