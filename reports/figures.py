@@ -181,7 +181,8 @@ def _confusion_plans(record: Record) -> Iterator[Plan]:
 def _history_plans(record: Record) -> Iterator[Plan]:
     why = _no_accuracy(record)
     history = frames.history_frame(record.trials)
-    caption = "Each mark is a trial; the line is the best finished trial so far."
+    chosen_by = record.best.chosen_by if record.best else "validation accuracy"
+    caption = f"Each mark is a trial; the line is the best finished trial so far, by {chosen_by}."
     yield Plan("history", "Trial by trial", caption, lambda ax: plot_history(history, ax), why)
     no_times = None if history["elapsed_s"].notna().any() else "No trial has an end time."
     yield Plan(

@@ -103,8 +103,9 @@ def plot_slice(frame: pd.DataFrame, dimension: Dimension, ax: Axes) -> Axes:
         )
         ax.set_xlim(-0.6, len(names) - 0.4)
     elif dimension.is_log:
-        ax.set_xscale("log")
+        # Before the scale: an axis of one value only cannot be turned into a logarithmic one.
         ax.set_xlim(dimension.low / 1.15, dimension.high * 1.15)
+        ax.set_xscale("log")
         plain_log_axis(ax.xaxis)
     else:
         n_ticks = 12 if is_listed else 6

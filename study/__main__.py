@@ -298,7 +298,7 @@ def _agreed(question: str) -> bool:
 
 
 def _test(args: argparse.Namespace) -> int:
-    from study.show import say_test
+    from study.show import say_looks, say_test
     from study.test_split import test_study
 
     with _opened(args) as store, _progress(args) as progress:
@@ -309,7 +309,10 @@ def _test(args: argparse.Namespace) -> int:
             return test_levels(args, store, progress)
         if args.trial is None:
             _refuse_ablation(store, args.study, "test", " --levels all")
+        study_id = store.study(args.study).id
+        before = store.tests(study_id)
         row = test_study(store, args.study, args.trial, progress=progress, command=args.line)
+        looks = store.tests(study_id)
         output = Path(store.study(args.study).config["study"]["output"])
         report = output / args.study / "report"
         if (report / "report.html").exists():  # what it says of the test split has changed
@@ -320,6 +323,8 @@ def _test(args: argparse.Namespace) -> int:
         _print_json(row)
     else:
         print(say_test(row))
+        if more := say_looks(looks, row, is_new=len(looks) > len(before)):
+            print(more)
     return 0
 
 

@@ -237,6 +237,9 @@ def trial_differences(a: "TrialRow", b: "TrialRow") -> dict[str, tuple[Any, Any]
     more = ("best_epoch", "epochs_done", "trained_parameters", "duration_s")
     for key in ("state", *results, *more):
         pair = getattr(a, key), getattr(b, key)
+        if key == "best_epoch":  # as people count, and as everything else that is shown
+            first, second = (None if epoch is None else epoch + 1 for epoch in pair)
+            pair = first, second
         if pair[0] != pair[1]:
             found[key] = pair
     return found
@@ -336,6 +339,26 @@ def _program(name: str) -> str:
     if found is None or Path(found).parent != folder:
         return shlex.quote(os.path.relpath(folder / name))
     return name
+
+
+def say_looks(looks: Sequence["TestRow"], told: "TestRow", *, is_new: bool) -> str:
+    """Say where a test's result comes from, if not from the one look at the test split.
+
+    Args:
+        looks: All of the study, oldest first.
+        told: The one that is told.
+        is_new: Whether it was taken just now.
+    """
+    lines = []
+    if not is_new:
+        lines.append(f"(From the record: it was read on {str(told.created_at)[:16]} UTC.)")
+    if len(looks) > 1:
+        numbers = ", ".join(str(look.trial_number) for look in looks)
+        lines.append(
+            f"The test split has been read {len(looks)} times (trials {numbers}): only the first "
+            "reading is untouched by what the others showed."
+        )
+    return "\n".join(lines)
 
 
 def say_test(row: "TestRow") -> str:

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from study.show import (
     format_bytes,
     levels_table,
     next_commands,
+    say_looks,
     say_shared,
     say_test,
     selection_bonus,
@@ -179,6 +181,20 @@ class Ended:
     best_value: float | None = 0.9
     checkpoint: Path | None = Path("runs/ants/trial-1")
     duration_s: float = 65.0
+
+
+def test_a_test_that_is_not_the_one_look_says_so() -> None:
+    def look(number: int) -> TestRow:
+        values = dict.fromkeys((field.name for field in dataclasses.fields(TestRow)), None)
+        told = {"trial_number": number, "created_at": datetime(2026, 3, 4, 5, 6)}
+        return TestRow(**{**values, **told})  # type: ignore[arg-type]
+
+    first, second = look(1), look(7)
+    assert say_looks([first], first, is_new=True) == ""
+    again = say_looks([first], first, is_new=False)
+    assert again == "(From the record: it was read on 2026-03-04 05:06 UTC.)"
+    both = say_looks([first, second], second, is_new=True)
+    assert both.startswith("The test split has been read 2 times (trials 1, 7)")
 
 
 def test_the_summary_names_the_best_and_how_it_flatters_itself(store: Store) -> None:
