@@ -42,11 +42,7 @@ from core.prefix_cache import PrefixCache
 
 _STARTS = ("default", "probe")
 _LEVELS = (4, 3, 4, 2, 3, 1, 4, 2, 3, 0)
-_THAWED_RATES = {
-    "base_lr": (3e-4, 5e-3),
-    "head_lr_mult": (1.0, 20.0),
-    "weight_decay": (1e-6, 1e-2),
-}
+_THAWED_RATES = RATES | {"base_lr": (3e-4, 5e-3), "head_lr_mult": (1.0, 20.0)}
 _CACHE_BYTES = 1 << 30
 Double = NDArray[np.float64]
 # Newton's method: the loss is flat at its minimum, so this is exact to some 1e-7.

@@ -10,6 +10,8 @@ import torch
 
 from core.config import Amp
 
+# cuBLAS reads it when its handle is made; without it its sums may change their order.
+_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Their numbers are named well enough to be kept for other processes.
 SHARING_DEVICES = ("cpu", "cuda")
 
@@ -69,6 +71,7 @@ def kernels_of(device: torch.device) -> tuple[object, ...]:
         cudnn.version(),
         cudnn.conv.fp32_precision,
         torch.backends.cuda.matmul.fp32_precision,
+        os.environ.get(*_WORKSPACE),
     )
 
 
@@ -93,8 +96,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    # cuBLAS reads it when its handle is made; without it its sums may change their order.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault(*_WORKSPACE)
     cudnn = torch.backends.cudnn
     before = (cudnn.deterministic, cudnn.benchmark)
     cudnn.deterministic, cudnn.benchmark = True, False

@@ -26,7 +26,7 @@ from core.data import ImageData, Split
 from core.weights import fingerprint
 
 # Variables by which the mathematical libraries are told to compute differently.
-_DECIDING = ("ATEN_", "CUBLAS", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
+_DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
 # Lines of /proc/cpuinfo by which libraries choose their kernels and block sizes.
 _CPU_LINES = ("model name", "flags", "Features", "cache size")
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from core.decode import Raw, UInt8Array, decode_one, strict_and_quiet
 from core.device import usable_cores
-from core.store_room import INDEX, PARTIAL, make_room, mark_used, remove_abandoned
+from core.picture_room import INDEX, PARTIAL, make_room, mark_used, remove_abandoned
 
 IntArray = NDArray[np.int64]
 
@@ -124,7 +124,8 @@ def build_store(
 
     The store is keyed by contents and bound, so folders may move and files be renamed; it appears
     whole or not at all, and a damaged one is made again. Stores that were not used for a day go
-    where all together take more than half of what they take and what is free (`core.store_room`).
+    where all together take more than half of what they take and what is free
+    (`core.picture_room`).
 
     Args:
         items: Pictures; equal contents are kept once.

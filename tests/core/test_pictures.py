@@ -9,11 +9,13 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from core import pictures
 from core.decode import decode_rgb
 from core.pictures import DataError, Item, PictureStore, build_store, estimate_store_bytes
 from support import make_folder
@@ -100,6 +102,29 @@ def test_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "data.cache_dir" in done.stdout
     assert list((tmp_path / "cache" / "pictures").iterdir()) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50_000
+
+
+def test_where_the_disk_is_full_old_pictures_make_room_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, _, _ = build_store(
+        _items(make_folder(tmp_path / "old", {"a": 2})), 20, tmp_path / "cache"
+    )
+    items = _items(make_folder(tmp_path / "new", {"a": 3}))
+    decode = pictures._decode_all
+
+    def decode_where_there_is_room(*given: Any) -> None:
+        if old.folder.exists():
+            raise OSError(errno.ENOSPC, "no space left")
+        decode(*given)
+
+    monkeypatch.setattr(pictures, "_decode_all", decode_where_there_is_room)
+    with pytest.raises(DataError, match="the disk is full"):
+        build_store(items, 30, tmp_path / "cache")  # the old ones were used today
+    os.utime(old.folder, (0, 0))
+    store, _, _ = build_store(items, 30, tmp_path / "cache")
+    assert (len(store), old.folder.exists()) == (3, False)
+    assert list(store.folder.parent.iterdir()) == [store.folder]
 
 
 def test_warnings_and_bombs_do_not_stop_decoding_in_threads(

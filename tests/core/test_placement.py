@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from core.build import Built
 from core.config import DataConfig, TrainConfig
-from core.data import load_data
+from core.data import ImageData, load_data
 from core.device import kernels_of
 from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
@@ -24,6 +25,9 @@ from support import make_folder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 N, WIDTH, CLASSES = 40, 16, 3
+FROZEN = TrainConfig(
+    backbone="resnet18", weights="none", image_size=32, freeze_depth=5, batch_size=8
+)
 HEAD = TrainConfig(batch_size=8, epochs=2, label_smoothing=0.1)
 
 
@@ -52,21 +56,30 @@ def test_heads_train_where_their_features_lie_and_read_no_value(optimizer: str) 
     assert (losses.shape, later.shape) == ((2,), (1,))
 
 
-def test_features_are_kept_by_the_host_and_used_on_the_device(tmp_path: Path) -> None:
+@pytest.fixture
+def data(tmp_path: Path) -> ImageData:
     make_folder(tmp_path / "photos", {"red": 14, "blue": 13}, side=40)
-    data = load_data(
-        DataConfig(source=f"folder:{tmp_path / 'photos'}", cache_dir=str(tmp_path / "c")), 40
-    )
-    config = TrainConfig(
-        backbone="resnet18", weights="none", image_size=32, freeze_depth=5, batch_size=8
-    )
-    built = build_for(config, data.classes)
-    prefix = frozen_part(built, config, CPU)
+    source = f"folder:{tmp_path / 'photos'}"
+    return load_data(DataConfig(source=source, cache_dir=str(tmp_path / "cache")), 40)
+
+
+@pytest.fixture
+def network(data: ImageData) -> tuple[Built, nn.Module]:
+    """A network, and all of it but its head."""
+    built = build_for(FROZEN, data.classes)
+    prefix = frozen_part(built, FROZEN, CPU)
     assert prefix is not None
+    return built, prefix
+
+
+def test_features_are_kept_by_the_host_and_used_on_the_device(
+    data: ImageData, network: tuple[Built, nn.Module]
+) -> None:
+    built, prefix = network
     cache = PrefixCache(1 << 30)
     kept: list[Tensor] = []
-    with Feed(feature_config(config, len(data.train)), built.preprocessing, data, CPU) as feed:
-        features = Features(config, built, data, feed, prefix, cache)
+    with Feed(feature_config(FROZEN, len(data.train)), built.preprocessing, data, CPU) as feed:
+        features = Features(FROZEN, built, data, feed, prefix, cache)
         features.device = CUDA  # what the network makes of pictures comes from this processor
         with FakeTensorMode(allow_non_fake_inputs=True):
             made = [features.train(0), features.val(), features.plain()]
@@ -82,23 +95,14 @@ def test_features_are_kept_by_the_host_and_used_on_the_device(tmp_path: Path) ->
 
 
 def test_features_are_known_by_what_computes_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: ImageData, network: tuple[Built, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_folder(tmp_path / "photos", {"red": 8, "blue": 8}, side=40)
-    data = load_data(
-        DataConfig(source=f"folder:{tmp_path / 'photos'}", cache_dir=str(tmp_path / "c")), 40
-    )
-    config = TrainConfig(
-        backbone="resnet18", weights="none", image_size=32, freeze_depth=5, batch_size=4
-    )
-    built = build_for(config, data.classes)
-    prefix = frozen_part(built, config, CPU)
-    assert prefix is not None
+    built, prefix = network
     keys = set()
-    with Feed(feature_config(config, len(data.train)), built.preprocessing, data, CPU) as feed:
+    with Feed(feature_config(FROZEN, len(data.train)), built.preprocessing, data, CPU) as feed:
         for name, is_there in (("a", False), ("b", False), ("b", True), ("b", True)):
             monkeypatch.setattr("core.features.kernels_of", lambda _, name=name: ("cuda", name))
             monkeypatch.setattr(Feed, "makes_views_there", is_there)
-            keys.add(Features(config, built, data, feed, prefix, None)._key)
+            keys.add(Features(FROZEN, built, data, feed, prefix, None)._key)
     assert len(keys) == 3
     assert kernels_of(torch.device("cpu")) == ("cpu",)

@@ -185,9 +185,8 @@ class Ended:
 
 def test_a_test_that_is_not_the_one_look_says_so() -> None:
     def look(number: int) -> TestRow:
-        values = dict.fromkeys((field.name for field in dataclasses.fields(TestRow)), None)
-        told = {"trial_number": number, "created_at": datetime(2026, 3, 4, 5, 6)}
-        return TestRow(**{**values, **told})  # type: ignore[arg-type]
+        when = datetime(2026, 3, 4, 5, 6)
+        return dataclasses.replace(looked_at(0.8), trial_number=number, created_at=when)
 
     first, second = look(1), look(7)
     assert say_looks([first], first, is_new=True) == ""

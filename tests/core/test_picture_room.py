@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from core.picture_room import make_room, mark_used
 from core.pictures import Item, build_store
-from core.store_room import make_room, mark_used
 from support import make_folder
 
 DAY_S = 24 * 3600
@@ -67,7 +67,7 @@ def test_a_store_that_was_opened_meanwhile_stays(
         mark_used(tmp_path / NAMES["older"])  # by another process
         remove(path, **how)
 
-    monkeypatch.setattr("core.store_room.shutil.rmtree", slowly)
+    monkeypatch.setattr("core.picture_room.shutil.rmtree", slowly)
     make_room(tmp_path, 100, 0)
     assert [path.name for path in tmp_path.iterdir()] == [NAMES["older"]]
 
