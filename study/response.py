@@ -4,6 +4,7 @@ A trial that was stopped early is worth what the trials that went on gained from
 spread of that gain as its noise; then a Gaussian process is fitted to all.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,7 @@ class Response:
         variances: FloatArray,
         order: NDArray[np.int_],
     ) -> None:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
@@ -164,7 +166,10 @@ class Response:
         some, kept = order[:_FITTED], order[:_KEPT]
         process = GaussianProcessRegressor(fresh, alpha=alpha[some], optimizer=self._most_likely)
         # The mean far from all trials: what a middling trial had.
-        kernel = process.fit(inputs[some], warped[some]).kernel_
+        with warnings.catch_warnings():
+            # A parameter at its bound, such as noise where there is none, is nothing to tell.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            kernel = process.fit(inputs[some], warped[some]).kernel_
         if len(kept) > len(some):
             process = GaussianProcessRegressor(kernel, alpha=alpha[kept], optimizer=None)
             process.fit(inputs[kept], warped[kept])

@@ -3,7 +3,9 @@
 Every backbone is first tried with its head alone, the cheapest one first. From then on a Gaussian
 process over all settings, taught by whole and by cut trials, says what each candidate may gain
 over the best setting known, and a count of arithmetic what it costs: drawn is the candidate with
-the highest expected improvement for its cost.
+the highest expected improvement for its cost. Once that is a thawed setting, every freeze level
+is tried first, the cheapest first, with the known recipe's rates and a fresh head: a process is
+least sure at the ends of a range, and would look there alone.
 
 A draw is a function of the trials so far and the seed. So that it does not depend on the clock,
 costs are counted and never timed: two runs of a study, or one that was killed and resumed, draw
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
@@ -154,8 +157,10 @@ class ThawSampler(BaseSampler):
         sign = -1.0 if study.direction is StudyDirection.MINIMIZE else 1.0
         seen = self._look(trials, sign)
         rng = np.random.default_rng(self._seed)
-        probe = self._probe(seen)
-        row = probe if probe is not None else self._thaw(seen, rng)
+        row = self._probe(seen)
+        if row is None:
+            row = self._thaw(seen, rng)
+            row = self._untried_level(row, seen) if self._is_thawed(row[None])[0] else row
         return self._axes.params(row)
 
     def _look(self, trials: Iterable[FrozenTrial], sign: float) -> _Seen:
@@ -224,6 +229,31 @@ class ThawSampler(BaseSampler):
             return None
         return waiting[int(np.argmin(self._costs(np.array(waiting), seen)))]
 
+    def _untried_level(self, row: FloatArray, seen: _Seen) -> FloatArray:
+        """Return the known recipe at the cheapest level that no trial had, else the row itself."""
+        at, backbone = self._axes.at("freeze_depth"), self._axes.at("backbone")
+        assert at is not None  # the row is thawed
+        waiting = []
+        for level in np.setdiff1d(self._levels(at), seen.tried[:, at]):
+            known = self._start("default")
+            known[at] = level
+            if backbone is not None:
+                known[backbone] = row[backbone]
+            waiting.append(known)
+        if not waiting:
+            return row
+        return waiting[int(np.argmin(self._costs(np.array(waiting), seen)))]
+
+    def _levels(self, at: int) -> FloatArray:
+        levels = self._axes.axes[at].listed()
+        assert levels is not None  # levels are whole numbers
+        return levels
+
+    def _is_thawed(self, rows: FloatArray) -> NDArray[np.bool_]:
+        """Say which settings train more than the head, (n,)."""
+        top = self._top_level()
+        return np.zeros(len(rows), bool) if top is None else rows[:, top[0]] != top[1]
+
     def _top_level(self) -> tuple[int, float] | None:
         """Return the dimension of the freeze level and its highest value, if it is searched."""
         at = self._axes.at("freeze_depth")
@@ -232,9 +262,9 @@ class ThawSampler(BaseSampler):
         value = self._axes.axes[at].nearest(MAX_FREEZE_DEPTH)
         return None if value is None else (at, value)
 
-    def _start(self) -> FloatArray:
+    def _start(self, head_init: str = "probe") -> FloatArray:
         """Return the known recipe in this space: what it does not name is in the middle."""
-        wanted = {**self._outlook.start, **_RECIPE, "head_init": "probe"}
+        wanted = {**self._outlook.start, **_RECIPE, "head_init": head_init}
         row = np.empty(len(self._axes.axes))
         for k, axis in enumerate(self._axes.axes):
             value = axis.nearest(wanted[axis.name]) if axis.name in wanted else None
@@ -286,8 +316,7 @@ class ThawSampler(BaseSampler):
         at, depth = self._axes.at("backbone"), self._axes.at("freeze_depth")
         if depth is None:
             return leaders[:0]
-        levels = self._axes.axes[depth].listed()
-        assert levels is not None  # levels are whole numbers
+        levels = self._levels(depth)
         backbones = [None] if at is None else list(np.unique(leaders[:, at]))
         found = []
         for backbone in backbones:
@@ -320,7 +349,10 @@ class ThawSampler(BaseSampler):
         moved = np.maximum(moved, 1e-9)
         worth = log_improvement((told.mean - top.mean) / moved) + np.log(moved)
         worth = worth - self._cost_power * np.log(self._costs(rows, seen))
-        return np.asarray(worth + self._belief(rows) * _BELIEF / (1 + len(seen.tried)))
+        # The many cheap heads do not use up what is believed of thawed settings.
+        tried = self._is_thawed(seen.tried)
+        n_alike = np.where(self._is_thawed(rows), tried.sum(), (~tried).sum())
+        return np.asarray(worth + self._belief(rows) * _BELIEF / (1 + n_alike))
 
     def _belief(self, rows: FloatArray) -> FloatArray:
         """Return the logarithm of how likely good settings are near the known recipe's rates."""

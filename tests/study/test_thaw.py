@@ -141,6 +141,73 @@ def test_probes_start_from_the_linear_probe_where_the_start_of_heads_is_searched
     assert [p["head_init"] for p in drawn] == ["probe", "probe"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_every_level_is_thawed_once_by_the_known_recipe_before_the_model_is_followed(
+    seed: int,
+) -> None:
+    space = {**SPACE, "head_init": CategoricalDistribution(("probe", "default"))}
+    drawn = [t.params for t in _search("thaw", space, 16, seed, _tuned, _outlook()).trials]
+    thawed = [p for p in drawn if p["freeze_depth"] < 5]
+    first, later = thawed[:5], thawed[5:]
+    assert [p["freeze_depth"] for p in first] == [4, 3, 2, 1, 0]  # the cheapest first
+    for params in first:
+        assert params["base_lr"] == pytest.approx(1e-3)
+        assert params["head_lr_mult"] == pytest.approx(10.0)
+        assert params["head_init"] == "default"
+    assert any(p["base_lr"] != pytest.approx(1e-3) for p in later)
+
+
+def test_a_level_that_was_tried_or_failed_is_not_tried_again_for_its_own_sake() -> None:
+    study = optuna.create_study(direction="maximize")
+    rates = {"base_lr": 2e-3, "head_lr_mult": 5.0, "weight_decay": 1e-4}
+    for backbone in ("small", "large"):
+        for depth in (5, 4, 2):
+            params = {"backbone": backbone, "freeze_depth": depth, **rates}
+            state = TrialState.FAIL if depth == 2 else TrialState.COMPLETE
+            value = None if depth == 2 else 0.6 + 0.05 * (5 - depth)
+            study.add_trial(
+                create_trial(params=params, distributions=SPACE, value=value, state=state)
+            )
+    drawn = _drawn(study, 6, SPACE, _outlook())
+    assert drawn["freeze_depth"] == 3
+    assert drawn["base_lr"] == pytest.approx(1e-3)
+
+
+def test_cheap_heads_do_not_use_up_what_is_believed_of_thawed_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    axes = Axes(SPACE)
+    thawed = {"backbone": "small", "freeze_depth": 2, "head_lr_mult": 10.0, "weight_decay": 1e-4}
+    head = {**thawed, "freeze_depth": 5}
+    usual, bound = 1e-3, 1e-4
+
+    def preferred(study: optuna.Study, params: Mapping[str, Any], belief: float) -> float:
+        """Return by how much the known rate is worth more than the one at the bound."""
+        monkeypatch.setattr("study.thaw._BELIEF", belief)
+        sampler = ThawSampler(0, SPACE, _outlook())
+        seen = sampler._look(study.trials, 1.0)
+        scores, variances = final_scores(seen.curves)
+        order = by_importance(scores, np.random.default_rng(0))
+        response = Response(axes.inputs(seen.rows), scores, variances, order)
+        rows = np.array([axes.row({**params, "base_lr": rate}) for rate in (usual, bound)])
+        worth = sampler._worth(rows, response, seen.rows[0], seen)
+        return float(worth[0] - worth[1])
+
+    few = _search("thaw", SPACE, 2, 0, _tuned, _outlook())
+    many = _search("thaw", SPACE, 2, 0, _tuned, _outlook())
+    for rate in np.geomspace(1e-4, 1e-2, 30):
+        tried = {**head, "base_lr": float(rate)}
+        value = _tuned(tried)
+        many.add_trial(create_trial(params=tried, distributions=SPACE, value=value))
+    gained = {
+        (name, kind): preferred(study, params, 3.0) - preferred(study, params, 0.0)
+        for name, study in (("few", few), ("many", many))
+        for kind, params in (("thawed", thawed), ("head", head))
+    }
+    assert gained["many", "thawed"] == pytest.approx(gained["few", "thawed"])
+    assert gained["many", "head"] < 0.2 * gained["few", "head"]
+
+
 def test_settings_of_the_base_that_no_recipe_names_are_probed_with() -> None:
     space = {**SPACE, "optimizer": CategoricalDistribution(("sgd", "adamw"))}
     start = {"optimizer": "adamw", "weight_decay": 1e-5}
@@ -476,3 +543,11 @@ def test_scores_stand_in_for_what_optuna_was_told() -> None:
         for scores in ({}, told, upside_down)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_kernel_at_its_bounds_says_nothing_to_the_user() -> None:
+    # Without any noise; a warning would be an error here.
+    inputs, scores = np.linspace(0, 1, 40)[:, None], np.full(40, 0.8)
+    order = by_importance(scores, np.random.default_rng(0))
+    response = Response(inputs, scores, np.zeros(40), order)
+    assert response._white == pytest.approx(1e-5)
