@@ -216,8 +216,9 @@ def _checked(layers: Layers) -> StudyConfig:
     def tell(section: str, wrong: Sequence[Fault]) -> None:
         for fault in wrong:
             where = ".".join(filter(None, (section, fault.key)))
-            key = fault.key.partition(".")[0]
-            faults.append(f"{layers.origin(section, key).label}: {where}: {fault.text}")
+            # A rule between keys: the one that was said last broke it.
+            keys = [fault.key.partition(".")[0]] if fault.key else _said(fault.text)
+            faults.append(f"{layers.latest(section, keys).label}: {where}: {fault.text}")
 
     _settle(layers, tell)
     space, fixed, wrong = parse_space(layers.values["space"])
@@ -244,6 +245,11 @@ def _checked(layers: Layers) -> StudyConfig:
     if faults:
         raise ConfigError(*faults)
     return StudyConfig(**made, space=space)
+
+
+def _said(text: str) -> list[str]:
+    """Return the keys that a message gives with their values, as key=value."""
+    return re.findall(r"\b([a-z_]+)=", text)
 
 
 def _settle(layers: Layers, tell: Any) -> None:

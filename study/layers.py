@@ -1,7 +1,7 @@
 """Layers of a configuration (defaults, file, --set, flags) merged, each key with its origin."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,10 @@ class Origin:
 
     rank: int
     label: str
+
+
+def _rank(origin: Origin) -> int:
+    return origin.rank
 
 
 class Layers:
@@ -47,6 +51,10 @@ class Layers:
     def origin(self, section: str, key: str) -> Origin:
         """Return where a key was said."""
         return self._origins.get((section, key), self._source)
+
+    def latest(self, section: str, keys: Iterable[str]) -> Origin:
+        """Return where the last of some keys was said."""
+        return max((self.origin(section, key) for key in keys), key=_rank, default=self._source)
 
     def drop(self, section: str, key: str) -> None:
         """Forget a key."""
@@ -100,6 +108,11 @@ class Layers:
 
     def _put(self, path: Sequence[str], value: object, origin: Origin) -> None:
         section, key, *inner = path
+        homes = [name for name, keys in self._known.items() if key in keys and name != "space"]
+        if section != "space" and homes and section not in homes:
+            text = f"is no key of this section; it belongs into [{homes[0]}]."
+            self.faults.append(f"{origin.label}: {section}.{key}: {text}")
+            return
         self._origins[section, key] = origin
         table = self.values[section]
         for part in inner:

@@ -149,6 +149,7 @@ def test_a_wrong_dimension_is_refused(line: str, message: str, tmp_path: Path) -
         ("[space]\nmixup = [0.0, 0.2]\ncutmix = [0.0, 1.0]", "may draw mixup=0.2 with cutmix=1.0"),
         ("[space]\nepochs = {low = 1, high = 9}\n[train]\nwarmup_epochs = 2", "may draw epochs=1"),
         ("epochs = 3", "epochs: stands in no section; it belongs into [train]."),
+        ("[data]\nepochs = 3", "data.epochs: is no key of this section; it belongs into [train]."),
         ("[sarch]\nsampler = 'tpe'", "sarch: is no section or key. Did you mean search?"),
         ("train = 3", "train: must be a table, [train], but got 3."),
         ("[train\nepochs = 3", "must be TOML, but expected ']'"),
@@ -201,12 +202,19 @@ def test_an_override_may_empty_the_space() -> None:
             "train.epochs=many",
             "--set: train.epochs: must be a whole number, but got epochs='many'",
         ),
+        ("train.warmup_epochs=11", "--set: train: warmup_epochs must be <= epochs"),
+        ("data.batch_size=4", "--set: data.batch_size: is no key of this section; it belongs"),
     ],
 )
 def test_a_wrong_override_is_told_as_such(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(overrides=[override])
     assert str(caught.value).startswith(message)
+
+
+def test_a_rule_between_keys_is_told_where_the_last_of_them_was_said(tmp_path: Path) -> None:
+    (fault,) = faults_of("[train]\nwarmup_epochs = 4", tmp_path, "epochs=3")
+    assert fault.startswith("--set: train: warmup_epochs must be <= epochs")
 
 
 def test_a_flag_is_named_in_its_fault() -> None:
