@@ -104,7 +104,12 @@ class Task:
 
 
 def prepare(
-    folder: Path, size: int, out: Path, backbones: Sequence[str], limit: int | None = None
+    folder: Path,
+    size: int,
+    out: Path,
+    backbones: Sequence[str],
+    limit: int | None = None,
+    val_seed: int | None = None,
 ) -> None:
     """Write down Frostline's splits, freeze levels and weights, for sides that do without it."""
     import torch
@@ -114,7 +119,9 @@ def prepare(
     from core.data import load_data
 
     out.mkdir(parents=True, exist_ok=True)
-    chosen = DataConfig(source=f"folder:{folder}", limit=limit, cache_dir=str(out / "cache"))
+    chosen = DataConfig(
+        source=f"folder:{folder}", limit=limit, val_seed=val_seed, cache_dir=str(out / "cache")
+    )
     data = load_data(chosen, round(1.25 * size))
     assert data.test is not None, "the data set must have a test split"
     networks = {}
@@ -484,6 +491,7 @@ def main() -> None:
     made.add_argument("--data", type=Path, required=True, help="folder of pictures")
     made.add_argument("--size", type=int, default=96)
     made.add_argument("--limit", type=int, help="training pictures")
+    made.add_argument("--val-seed", type=int, help="of the validation split")
     made.add_argument("--backbones", nargs="+", default=BACKBONES)
     made.add_argument("--out", type=Path, required=True)
     study = commands.add_parser("study")
@@ -499,7 +507,7 @@ def main() -> None:
         command.add_argument("--channels-last", action="store_true")
     args = parser.parse_args()
     if args.command == "prepare":
-        prepare(args.data, args.size, args.out, args.backbones, args.limit)
+        prepare(args.data, args.size, args.out, args.backbones, args.limit, args.val_seed)
     elif args.command == "study":
         run_study(args)
     else:

@@ -91,7 +91,8 @@ class Case:
 
     Attributes:
         data: Folder of pictures.
-        seed: Of the sampler and of training.
+        seed: Of the sampler, of training and of the validation split: a split that happens to be
+            easy for one kind of model would otherwise count in every seed.
         args: The command line.
     """
 
@@ -102,7 +103,7 @@ class Case:
     @property
     def task(self) -> Path:
         """Folder that `naive.py prepare` wrote."""
-        return self.args.work / "tasks" / self.data.name
+        return self.args.work / "tasks" / f"{self.data.name}-{self.seed}"
 
     def record(self, side: str) -> Path:
         """Return the file of a side's epochs."""
@@ -191,7 +192,11 @@ def frostline_config(case: Case, side: str, folder: Path, budget: float) -> str:
             "output": str(folder / "runs"),
             "seed": case.seed,
         },
-        "data": {"source": f"folder:{case.data.resolve()}", "cache_dir": str(folder / "cache")},
+        "data": {
+            "source": f"folder:{case.data.resolve()}",
+            "val_seed": case.seed,
+            "cache_dir": str(folder / "cache"),
+        },
         "train": {
             "weights": "auto",
             "image_size": args.size,
@@ -460,6 +465,7 @@ def prepare_task(case: Case) -> None:
     args = case.args
     words = [sys.executable, ROOT / "benchmarks" / "naive.py", "prepare", "--data", case.data]
     words += ["--size", str(args.size), "--out", case.task, "--backbones", *args.backbones]
+    words += ["--val-seed", str(case.seed)]
     words += ["--limit", str(args.limit)] if args.limit else []
     timed(words, args.work / "prepare.log")
 
