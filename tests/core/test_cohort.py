@@ -19,7 +19,7 @@ from core.feed import Feed
 from core.fit import build_for, fit
 from core.metrics import MEASURED, EpochMetrics, TrainingDiverged
 from core.prefix_cache import PrefixCache
-from support import make_folder
+from support import make_folder, step_losses
 
 CPU = torch.device("cpu")
 TINY = TrainConfig(
@@ -93,10 +93,15 @@ def test_a_cohort_gives_each_run_the_figures_it_has_alone(
     small = {"small_size": 24, "small_epochs": small_epochs} if small_epochs else {}
     runs = [run | {"epochs": max(run["epochs"], small_epochs + 1)} for run in runs]
     configs = [dataclasses.replace(TINY, seed=seed, **run, **small) for run in runs]
-    cohort = _train(Cohort(configs, data, shared))
+    with step_losses() as together:
+        cohort = _train(Cohort(configs, data, shared))
     for config, result in zip(configs, cohort.results, strict=True):
-        alone = list(fit(config, data))  # without any sharing
+        with step_losses() as by_itself:
+            alone = list(fit(config, data))  # without any sharing
         assert _told(result.epochs) == _told(alone)
+        # Equal runs stand in one lane, side by side.
+        own = together[config][:: configs.count(config)]
+        assert own == by_itself[config]
         assert _told(list(fit(config, data, None, shared))) == _told(alone)
 
 

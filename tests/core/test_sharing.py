@@ -26,7 +26,7 @@ from core.segments import middle
 from core.sharing import can_share
 from core.split import Halves, split_network
 from core.stages import freeze, train_mode
-from support import make_folder
+from support import make_folder, step_losses
 
 CPU = torch.device("cpu")
 # So that every entry of these small sets is worth writing.
@@ -58,6 +58,14 @@ def _told(metrics: EpochMetrics) -> dict[str, Any]:
 
 def _run(config: TrainConfig, data: ImageData, cache: PrefixCache | None) -> list[dict[str, Any]]:
     return [_told(metrics) for metrics in fit(config, data, None, cache)]
+
+
+def _steps_and_epochs(
+    config: TrainConfig, data: ImageData, cache: PrefixCache | None
+) -> tuple[list[float], list[dict[str, Any]]]:
+    with step_losses() as losses:
+        epochs = _run(config, data, cache)
+    return losses[config], epochs
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +113,14 @@ def test_sharing_changes_no_number(
         TINY, backbone=backbone, freeze_depth=depth, workers=workers, small_epochs=small_epochs,
         small_size=small_size, **settings,
     )  # fmt: skip
-    alone = _run(config, data, None)
-    assert _run(config, data, shared) == alone  # builds what is not there
-    assert _run(config, data, shared) == alone  # reads it
+    alone = _steps_and_epochs(config, data, None)
+    assert all(alone)
+    assert _steps_and_epochs(config, data, shared) == alone  # builds what is not there
+    assert _steps_and_epochs(config, data, shared) == alone  # reads it
     memory = 1 << 30 if workers else 0  # entries written when they are whole, or batch by batch
-    assert _run(config, data, _on_disk(folder, memory)) == alone
+    assert _steps_and_epochs(config, data, _on_disk(folder, memory)) == alone
     later = _on_disk(folder)
-    assert _run(config, data, later) == alone
+    assert _steps_and_epochs(config, data, later) == alone
     assert later.hits > 0 and later.misses == 0
 
 
