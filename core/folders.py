@@ -15,22 +15,31 @@ _EXTENSIONS = frozenset(
 )
 
 
+def check_folder(root: Path) -> None:
+    """Refuse a data folder that is missing or holds no folders.
+
+    Raises:
+        DataError: It cannot be one.
+    """
+    if not root.exists():
+        raise DataError(_missing(root))
+    if not root.is_dir():
+        raise DataError(f"data must be a folder of class folders, but {root} is a file.")
+    if not _subfolders(root):
+        raise DataError(
+            f"data folder {root} must hold one folder per class (or train, val, test with them "
+            "inside), but it has no folders."
+        )
+
+
 def find_in_folder(root: Path) -> Found:
     """List the pictures of a folder of classes, or of splits with classes inside.
 
     Raises:
         DataError: It is missing or empty, or its folders do not agree.
     """
-    if not root.exists():
-        raise DataError(_missing(root))
-    if not root.is_dir():
-        raise DataError(f"data must be a folder of class folders, but {root} is a file.")
+    check_folder(root)
     inner = _subfolders(root)
-    if not inner:
-        raise DataError(
-            f"data folder {root} must hold one folder per class (or train, val, test with them "
-            "inside), but it has no folders."
-        )
     splits = {folder: SPLITS[folder.name.lower()] for folder in inner if _is_split(folder)}
     if "train" in splits.values():
         return _split_folders(root, splits, inner)

@@ -82,9 +82,11 @@ def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
 
 
 def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
+    from study.config import check_source
     from study.passwords import hide_password
     from study.search import run_search
 
+    check_source(config)
     with _progress(args) as progress:
         where = Path(config.study.output) / config.study.name
         storage = hide_password(config.study.storage)

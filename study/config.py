@@ -342,6 +342,24 @@ def _flat(config: StudyConfig) -> dict[str, str]:
     return flat
 
 
+def check_source(config: StudyConfig) -> None:
+    """Refuse a data folder that is not there, before anything is written.
+
+    Raises:
+        ConfigError: It is missing, a file, or without folders.
+    """
+    from core.folders import check_folder
+    from core.pictures import DataError
+
+    kind, _, path = config.data.source.partition(":")
+    if kind != "folder":
+        return
+    try:
+        check_folder(Path(path))
+    except DataError as err:
+        raise ConfigError(f"data.source: {err}") from err
+
+
 def check_backbones(config: StudyConfig) -> None:
     """Refuse backbones that neither library knows (this loads torch).
 

@@ -163,6 +163,7 @@ def test_a_wrong_command_line_is_refused(
         (["run", "--trials", "0"], "--trials: study.trials: must be >= 1, but got trials=0."),
         (["run", "--timeout", "soon"], "--timeout: study.timeout: must be seconds or a text"),
         (["run", "--name", "a/b"], "--name: study.name: must begin and end with"),
+        (["run", "--data", "nowhere"], "data.source: data folder nowhere must exist"),
         (["list"], "there is no database studies.db"),
         (["resume", "ants"], "there is no database studies.db"),
         (["show", "ants", "--storage", "other.db"], "there is no database other.db"),
@@ -185,7 +186,8 @@ def test_several_faults_are_told_together(here: Path, capsys: pytest.CaptureFixt
 def test_an_unknown_backbone_is_refused_before_pictures_are_read(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refused(capsys, "run", "--data", "nowhere", "--set", "backbone=resnet19")
+    told = refused(capsys, "run", "--set", "backbone=resnet19")
+    assert not list(here.iterdir())
     assert "train.backbone: backbone must be a torchvision classification model" in told
     assert "resnet18" in told
 
