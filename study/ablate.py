@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from core.cohort import stream_key
 from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.metrics import EpochMetrics
+from study.ablation_plan import Plan, as_begun_config, cell_configs, n_runs
 from study.ahead import (
     Trained,
     record_trained,
@@ -24,9 +24,9 @@ from study.ahead import (
     save_trained,
     train_ahead,
 )
-from study.baseline import Baseline, given_factors
-from study.config import ConfigError, StudyConfig, check_backbones, config_diff
-from study.designs import BASELINE, Cell, Design, candidates, extend_path
+from study.baseline import given_factors
+from study.config import StudyConfig, check_backbones
+from study.designs import BASELINE, Cell, candidates, extend_path
 from study.ledger import Ledger
 from study.progress import BestTrial, Counts, Progress
 from study.runner import (
@@ -42,13 +42,7 @@ from study.runner import (
     run_trial,
 )
 from study.samplers import make_pruner
-from study.session import (
-    close_killed,
-    corner_configs,
-    count_trials,
-    open_session,
-    picture_size,
-)
+from study.session import close_killed, count_trials, open_session
 from study.space import apply_params
 from study.store import Store, TrialRow, config_hash
 
@@ -57,8 +51,6 @@ Scores = list[list[float | None]]
 Decide = Callable[[Scores, Sequence[int]], set[int]]
 """Given the scores and the looks so far, the cells whose question is still open."""
 
-# A later look has half as many replicates again: few looks, so that little error is spent on each.
-_LOOK_GROWTH = 1.5
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
@@ -89,81 +81,6 @@ class AblationOutcome:
     duration_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an ablation is to do.
-
-    Attributes:
-        baseline: What is compared against.
-        design: Its cells; a path grows.
-        looks: Numbers of replicates after which an adaptive ablation looks; one for a fixed one.
-    """
-
-    baseline: Baseline
-    design: Design
-    looks: tuple[int, ...]
-
-
-def looks_of(replicates: int, most: int) -> tuple[int, ...]:
-    """List the numbers of replicates at which an adaptive ablation looks."""
-    looks = [replicates]
-    while looks[-1] < most:
-        step = math.ceil(looks[-1] * _LOOK_GROWTH)
-        # No look that the last one follows closely: it would spend error and see little.
-        looks.append(most if step * _LOOK_GROWTH > most else step)
-    return tuple(looks)
-
-
-def make_plan(baseline: Baseline, design: Design) -> Plan:
-    """Put a baseline and a design together.
-
-    Raises:
-        ConfigError: The rules of an adaptive ablation are broken.
-    """
-    settings = baseline.settings
-    if not settings.adaptive:
-        return Plan(baseline, design, (settings.replicates,))
-    if design.kind not in ("ofat", "loco"):
-        raise ConfigError(
-            f"--adaptive adds replicates to single levels, so it needs --design ofat or loco, but "
-            f"got design={design.kind!r}."
-        )
-    if settings.replicates < 2 or settings.max_replicates <= settings.replicates:
-        raise ConfigError(
-            "an adaptive ablation must begin with at least 2 replicates and may end with more "
-            f"(ablation.max_replicates), but got {settings.replicates} and "
-            f"{settings.max_replicates}."
-        )
-    return Plan(baseline, design, looks_of(settings.replicates, settings.max_replicates))
-
-
-def cell_configs(plan: Plan) -> list[TrainConfig]:
-    """Return what each cell of the design trains, with the first replicate's seed."""
-    train = plan.baseline.config.train
-    found = []
-    for cell in plan.design.cells:
-        try:
-            found.append(apply_params(train, cell.overrides))
-        except ValueError as err:
-            raise ConfigError(f"{cell.label}: {err}") from err
-    return found
-
-
-def settled_config(plan: Plan) -> StudyConfig:
-    """Return the ablation's configuration with the pictures' size fixed.
-
-    What a run sees must not depend on the other cells of the design; so the size at which pictures
-    are kept is that of the study that found the baseline, or enough for every cell of the first
-    design.
-    """
-    config, source = plan.baseline.config, plan.baseline.source
-    if config.data.picture_size is not None:
-        return config
-    trains = corner_configs(source) if source else cell_configs(plan)
-    data = dataclasses.replace(config.data, picture_size=picture_size(trains))
-    return config.model_copy(update={"data": data})
-
-
 def run_ablation(
     plan: Plan,
     *,
@@ -191,7 +108,7 @@ def run_ablation(
     config = plan.baseline.config
     check_backbones(config)
     with Store.open(config.study.storage, create=True) as store:
-        config = _as_begun(store, plan)
+        config = as_begun_config(store, plan)
         with open_session(
             store,
             config,
@@ -205,43 +122,6 @@ def run_ablation(
             outcome = ablation.outcome(session.because)
             progress.study_ended(outcome)
             return outcome
-
-
-def check_begun(plan: Plan) -> None:
-    """Refuse, before a run, what the database has under the ablation's name, if it is another.
-
-    Raises:
-        ConfigError: The study of this name is a search, or has another baseline.
-    """
-    storage = plan.baseline.config.study.storage
-    if "://" in storage or Path(storage).is_file():
-        with Store.open(storage) as store:
-            _as_begun(store, plan)
-
-
-def _as_begun(store: Store, plan: Plan) -> StudyConfig:
-    """Take the pictures' size from the record where the ablation has begun; else settle it."""
-    row = store.find_study(plan.baseline.config.study.name)
-    if row is None:
-        return settled_config(plan)
-    if row.config.get("space"):
-        raise ConfigError(
-            f"study {row.name} is a search, so it cannot hold an ablation too. Use another --name."
-        )
-    config = plan.baseline.config
-    if config.data.picture_size is None:
-        known = row.config["data"]["picture_size"]
-        data = dataclasses.replace(config.data, picture_size=known)
-        config = config.model_copy(update={"data": data})
-    changes = config_diff(StudyConfig.from_record(row.config), config)
-    if changes:
-        raise ConfigError(
-            f"ablation {row.name} is already in {config.study.storage} with another baseline:\n  "
-            + "\n  ".join(changes)
-            + "\nUse another --name, or go on with that one: "
-            f"python -m study ablate {row.name}"
-        )
-    return config
 
 
 class _Ablation:
@@ -534,14 +414,6 @@ def is_done(row: TrialRow) -> bool:
         return True
     own = (REASON_DIVERGED, REASON_OUT_OF_MEMORY)
     return row.state == "failed" and (row.reason or "").startswith(own)
-
-
-def n_runs(plan: Plan) -> int:
-    """Count the runs of a plan: all that an adaptive one may need, all steps of a path."""
-    if plan.design.kind != "path":
-        return len(plan.design.cells) * plan.looks[-1]
-    k = len(plan.design.factors)
-    return (1 + k * (k + 1) // 2) * plan.looks[-1]
 
 
 def _place(cell: Cell) -> tuple[str | None, str | None]:

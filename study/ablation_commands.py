@@ -8,17 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.ablate import (
-    AblationOutcome,
-    Decide,
-    Plan,
-    Scores,
-    cell_configs,
-    check_begun,
-    make_plan,
-    n_runs,
-    run_ablation,
-)
+from study.ablate import AblationOutcome, Decide, Scores, run_ablation
+from study.ablation_plan import Plan, cell_configs, check_begun, make_plan, n_runs
 from study.baseline import factors_of, find_baseline
 from study.config import ConfigError, check_backbones
 from study.designs import BASELINE, make_design

@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "study/sections.py",
     "study/show.py",
     "study/space.py",
+    "study/terminal.py",
     "study/words.py",
 )
 

@@ -19,7 +19,7 @@ from reports.effects import (
 from reports.paired import bca_interval, power, sign_flip, spread, t_interval
 from tests.reports.ablations import RUN_SD, draw_study, make_arm, verdicts_only
 
-# What `study.ablate.looks_of(5, 20)` gives.
+# What `study.ablation_plan.looks_of(5, 20)` gives.
 LOOKS = (5, 8, 12, 20)
 PAIR_SD = RUN_SD * math.sqrt(2)
 NAN = math.nan

@@ -26,17 +26,13 @@ from core.pictures import DataError
 from reports.ablation import read_ablations
 from reports.ablation_tables import effects_csv, failures_grid
 from reports.effects import Rules, open_levels
-from study.ablate import (
-    AblationOutcome,
+from study.ablate import AblationOutcome, Scores, is_done, run_ablation, run_identity
+from study.ablation_plan import (
     Plan,
-    Scores,
     cell_configs,
-    is_done,
     looks_of,
     make_plan,
     n_runs,
-    run_ablation,
-    run_identity,
     settled_config,
 )
 from study.baseline import factors_of, find_baseline

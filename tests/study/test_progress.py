@@ -12,12 +12,11 @@ from study.progress import (
     BestTrial,
     Counts,
     JsonProgress,
-    LiveProgress,
-    PlainProgress,
     Progress,
     QuietProgress,
     choose_progress,
 )
+from study.terminal import LiveProgress, PlainProgress
 
 
 @dataclass(frozen=True)
