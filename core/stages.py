@@ -7,23 +7,17 @@ patches), its longest stages are divided into equal groups of blocks, and where 
 smallest neighbours are joined. Every backbone so offers the same levels.
 """
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.feature_extraction import NodePathTracer
+from torch import nn
 
 from core.config import MAX_FREEZE_DEPTH
+from core.traced import Cut, Traced
 
-# Three, since hardly any network has a dimension of three behind its first layer: a tensor whose
-# first dimension is not three (windows of a Swin block, say) no longer holds one row a picture.
-_PROBE_BATCH = 3
 # A token more (a class token: 196 -> 197) is no change of resolution; pooling at least halves.
 _RESOLUTION_DROP = 0.7
 # A last stage of fewer weights than this share of the trunk (ConvNeXt's norm behind the pooling,
@@ -65,23 +59,6 @@ class Stages:
         return sum(self.flops[:depth]) / max(1, sum(self.flops))
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A place between two nodes where one tensor is alive.
-
-    Attributes:
-        position: Index of the last node before the cut.
-        spatial: Positions per picture of the tensor: height times width, or tokens.
-        numel: Elements of the tensor.
-        nesting: Modules that hold both neighbours; small at the border of a large block.
-    """
-
-    position: int
-    spatial: int
-    numel: int
-    nesting: int
-
-
 class _Weights:
     """How many scalars of the trunk have been used up to a node."""
 
@@ -94,138 +71,14 @@ class _Weights:
         return sum(size for at, size in self._uses if at <= position)
 
 
-class _Measure(fx.Interpreter):
-    """Runs the graph once and notes each node's FLOPs and the shape of its tensor."""
-
-    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(module)
-        self.counter = counter
-        self.flops: list[int] = []
-        self.values: list[Any] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
-        value = super().run_node(n)
-        self.flops.append(self.counter.get_total_flops() - before)
-        self.values.append(_shape(value))
-        return value
-
-
-def _shape(value: Any) -> Any:
-    """Reduce a node's value to a tensor's shape, `...` for a container of tensors, or None."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape) if value.is_floating_point() else ...
-    if isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value):
-        return ...
-    return None
-
-
-class _Traced:
-    """A network's graph with what each node is called, uses, and costs."""
-
-    def __init__(self, model: nn.Module, image_size: int) -> None:
-        tracer = _tracer()
-        was_training = model.training
-        model.eval()
-        try:
-            graph = tracer.trace(model)
-            images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                measure = _Measure(fx.GraphModule(model, graph), counter)
-                measure.run(images)
-        finally:
-            model.train(was_training)
-        self.nodes = list(graph.nodes)
-        self.paths = [tracer.node_to_qualname.get(node, "").split(".") for node in self.nodes]
-        self.flops = [flops // _PROBE_BATCH for flops in measure.flops]
-        self.shapes = measure.values
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-
-    def last_use(self, i: int) -> int:
-        return max((self.index[user] for user in self.nodes[i].users), default=i)
-
-    def parameter_uses(self, model: nn.Module) -> dict[str, int]:
-        """Map each used parameter to the last node that uses it."""
-        names = {id(p): name for name, p in model.named_parameters()}
-        uses: dict[str, int] = {}
-        for i, node in enumerate(self.nodes):
-            if node.op == "call_module":
-                found: Iterable[nn.Parameter] = model.get_submodule(str(node.target)).parameters()
-                at = i
-            elif node.op == "get_attr":
-                value = functools.reduce(getattr, str(node.target).split("."), model)
-                found = [value] if isinstance(value, nn.Parameter) else []
-                at = self.last_use(i)
-            else:
-                continue
-            for parameter in found:
-                name = names[id(parameter)]
-                uses[name] = max(uses.get(name, 0), at)
-        return uses
-
-    def cuts(self, end: int) -> list[_Cut]:
-        """Return the cut points before node `end`, in the graph's order."""
-        alive_until = [
-            self.last_use(i) if self.shapes[i] is not None and node.op != "get_attr" else -1
-            for i, node in enumerate(self.nodes)
-        ]
-        cuts = []
-        alive: set[int] = set()
-        for i in range(end):
-            if alive_until[i] > i:
-                alive.add(i)
-            alive = {j for j in alive if alive_until[j] > i}
-            if len(alive) != 1:
-                continue
-            shape = self.shapes[next(iter(alive))]
-            if shape is ... or shape[0] != _PROBE_BATCH or len(shape) < 2:
-                continue
-            nesting = _common(self.paths[i], self.paths[i + 1])
-            cuts.append(_Cut(i, _spatial(shape), _numel(shape), nesting))
-        return cuts
-
-
-def _tracer() -> NodePathTracer:
-    modules, functions = _untraceable()
-    return NodePathTracer(leaf_modules=modules, autowrap_functions=functions)
-
-
-def trace_nodes(model: nn.Module) -> list[fx.Node]:
-    """Trace a network in the mode it is in; `Stages.limits` are positions in this list."""
-    return list(_tracer().trace(model).nodes)
-
-
-def _untraceable() -> tuple[list[type[nn.Module]], list[Any]]:
-    """Return timm's own lists of modules and functions to keep whole while tracing."""
-    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
-    return list(get_notrace_modules()), list(get_notrace_functions())
-
-
-def _common(a: list[str], b: list[str]) -> int:
-    pairs = zip(a, b, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _spatial(shape: tuple[int, ...]) -> int:
-    """Count positions per picture, whether channels come first (N, C, H, W) or last."""
-    if len(shape) == 4:
-        return shape[2] * shape[3] if shape[2] == shape[3] else shape[1] * shape[2]
-    return shape[1] if len(shape) == 3 else 1
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
-
-def _resolution_cuts(traced: _Traced, cuts: list[_Cut]) -> list[_Cut]:
+def _resolution_cuts(traced: Traced, cuts: list[Cut]) -> list[Cut]:
     """Pick the cut before each drop of resolution, at the border of the block that drops it.
 
     Inside such a block (an inverted bottleneck that first widens, say) there may be later cuts
     with wider tensors; so of the borders of all modules that hold the dropping operation, the
     narrowest is taken, and the latest of equals.
     """
-    groups: list[list[_Cut]] = []
+    groups: list[list[Cut]] = []
     for cut in cuts:
         if groups and cut.spatial > groups[-1][-1].spatial * _RESOLUTION_DROP:
             groups[-1].append(cut)
@@ -245,7 +98,7 @@ def _start(paths: list[list[str]], prefix: list[str]) -> int:
     return next(i for i, path in enumerate(paths) if path[: len(prefix)] == prefix)
 
 
-def _distinct(cuts: Iterable[_Cut], weights: _Weights) -> list[_Cut]:
+def _distinct(cuts: Iterable[Cut], weights: _Weights) -> list[Cut]:
     """Keep cuts that freeze strictly more than the one before, and leave something to train."""
     kept, frozen = [], 0
     for cut in cuts:
@@ -256,7 +109,7 @@ def _distinct(cuts: Iterable[_Cut], weights: _Weights) -> list[_Cut]:
     return kept
 
 
-def _join_smallest(bounds: list[_Cut], cost: list[int], end: int) -> list[_Cut]:
+def _join_smallest(bounds: list[Cut], cost: list[int], end: int) -> list[Cut]:
     """Drop cuts until there are as many as levels need, joining the cheapest neighbours."""
     bounds = list(bounds)
     while len(bounds) > MAX_FREEZE_DEPTH - 1:
@@ -266,7 +119,7 @@ def _join_smallest(bounds: list[_Cut], cost: list[int], end: int) -> list[_Cut]:
     return bounds
 
 
-def _split_longest(bounds: list[_Cut], cuts: list[_Cut], cost: list[int], end: int) -> list[_Cut]:
+def _split_longest(bounds: list[Cut], cuts: list[Cut], cost: list[int], end: int) -> list[Cut]:
     """Add cuts until there are as many as levels need: equal groups in the costliest stages."""
     edges = [-1, *(cut.position for cut in bounds), end]
     segments = []
@@ -289,7 +142,7 @@ def _split_longest(bounds: list[_Cut], cuts: list[_Cut], cost: list[int], end: i
     return sorted(set(result), key=lambda cut: cut.position)
 
 
-def _misfit(cut: _Cut, begin: int, length: int, target: float, k: int, cost: list[int]) -> float:
+def _misfit(cut: Cut, begin: int, length: int, target: float, k: int, cost: list[int]) -> float:
     share = (cost[cut.position + 1] - begin) / max(1, length)
     return abs(share - target) + _NESTING_PENALTY / k * cut.nesting
 
@@ -306,7 +159,7 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
         StagesError: `torch.fx` cannot follow the network, or it has too few cut points.
     """
     try:
-        traced = _Traced(model, image_size)
+        traced = Traced(model, image_size)
     except Exception as err:  # tracing runs the model's own code
         raise StagesError(f"the network cannot be traced by torch.fx: {err}") from err
     uses = traced.parameter_uses(model)
@@ -347,10 +200,10 @@ def _sizes(model: nn.Module, stage_of: dict[str, int]) -> tuple[int, ...]:
     return tuple(counts[stage] for stage in range(unused + 1))
 
 
-def _outermost(cuts: list[_Cut], taken: list[_Cut], weights: _Weights) -> list[_Cut]:
+def _outermost(cuts: list[Cut], taken: list[Cut], weights: _Weights) -> list[Cut]:
     """Keep, of the cuts that freeze the same parameters, the one at the outermost border."""
     frozen_by_taken = {weights.before(cut.position) for cut in taken}
-    best: dict[int, _Cut] = {}
+    best: dict[int, Cut] = {}
     for cut in cuts:
         size = weights.before(cut.position)
         is_new = size not in frozen_by_taken and 0 < size < weights.total
@@ -359,7 +212,7 @@ def _outermost(cuts: list[_Cut], taken: list[_Cut], weights: _Weights) -> list[_
     return list(best.values())
 
 
-def _modules_before(traced: _Traced, model: nn.Module, limit: int) -> tuple[str, ...]:
+def _modules_before(traced: Traced, model: nn.Module, limit: int) -> tuple[str, ...]:
     """Name the outermost modules all of whose nodes lie at or before `limit`."""
     first_to_last: dict[str, int] = {}
     for i, (node, path) in enumerate(zip(traced.nodes, traced.paths, strict=True)):
@@ -420,55 +273,3 @@ def train_mode(
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One freeze level of a backbone, as `study backbones NAME` shows it.
-
-    Attributes:
-        depth: The level.
-        newly_frozen: Modules that it freezes and the level below it does not.
-        trained_parameters: Number of scalars that are still trained, head included.
-        frozen_flops_share: Share of the forward pass that is frozen, in [0, 1].
-    """
-
-    depth: int
-    newly_frozen: tuple[str, ...]
-    trained_parameters: int
-    frozen_flops_share: float
-
-
-def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
-    """List the freeze levels, 0 to `MAX_FREEZE_DEPTH`."""
-    levels = []
-    for depth in range(MAX_FREEZE_DEPTH + 1):
-        before = set(stages.eval_modules[depth - 1]) if depth else set()
-        named = [
-            name
-            for name in stages.eval_modules[depth]
-            if name not in before and not _all_within(name, before, model)
-        ]
-        levels.append(
-            Level(
-                depth,
-                tuple(_shorten(named, before)),
-                sum(stages.sizes[depth : MAX_FREEZE_DEPTH + 1]),
-                stages.frozen_flops_share(depth),
-            )
-        )
-    return levels
-
-
-def _all_within(name: str, before: set[str], model: nn.Module) -> bool:
-    """Say whether every parameter of a module was already in one of the named modules."""
-    module = model.get_submodule(name)
-    inner = [f"{name}.{p}" for p, _ in module.named_parameters()]
-    return not inner or all(any(p.startswith(f"{b}.") for b in before) for p in inner)
-
-
-def _shorten(names: list[str], before: set[str]) -> Iterator[str]:
-    """Write `blocks` as `rest of blocks` where a part of it was frozen earlier."""
-    for name in names:
-        rest = any(b.startswith(f"{name}.") for b in before)
-        yield f"rest of {name}" if rest else name

@@ -221,7 +221,7 @@ def _backbones(args: argparse.Namespace) -> int:
 
 def _levels(args: argparse.Namespace) -> int:
     from core.build import stages_of
-    from core.stages import describe_levels
+    from core.levels import describe_levels
     from study.show import levels_table
 
     levels = describe_levels(*stages_of(args.name))

@@ -29,6 +29,7 @@ from study.config import StudyConfig, check_backbones
 from study.designs import BASELINE, Cell, candidates, extend_path
 from study.ledger import Ledger
 from study.progress import BestTrial, Counts, Progress
+from study.roster import Roster
 from study.runner import (
     REASON_DIVERGED,
     REASON_OUT_OF_MEMORY,
@@ -42,7 +43,7 @@ from study.runner import (
     run_trial,
 )
 from study.samplers import make_pruner
-from study.session import close_killed, count_trials, open_session
+from study.session import close_killed, open_session
 from study.space import apply_params
 from study.store import Store, TrialRow, config_hash
 
@@ -389,7 +390,7 @@ class _Ablation:
         return AblationOutcome(
             study_name=self.config.study.name,
             stopped_because=because,
-            counts=count_trials(self.work),
+            counts=Roster(self.work).counts(),
             n_done=self._n_done(),
             n_planned=self._n_planned(),
             best_number=best.number if best else None,

@@ -13,13 +13,13 @@ from study.ablate import is_done
 from study.config import ConfigError, StudyConfig
 from study.ledger import Ledger
 from study.progress import Progress
+from study.roster import Roster
 from study.runner import Asked, TrialResult, Work, drop_checkpoint, identity, run_trial
 from study.samplers import make_pruner
 from study.search import SearchOutcome
 from study.session import (
     close_killed,
     corner_configs,
-    count_trials,
     open_session,
     picture_size,
 )
@@ -106,7 +106,7 @@ def _run(
     space = distributions(config.space)
     close_killed(work, ledger)
     done = {row.level for row in store.trials(study_id) if is_done(row)}
-    work.progress.study_started(config.study.name, len(chosen), count_trials(work), None)
+    work.progress.study_started(config.study.name, len(chosen), Roster(work).counts(), None)
     for row, train in zip(chosen, trains, strict=True):
         if work.stop.is_set():
             return "interrupted"
@@ -139,7 +139,7 @@ def _outcome(work: Work, config: StudyConfig, because: str, begin: float) -> Sea
     return SearchOutcome(
         study_name=config.study.name,
         stopped_because=because,
-        counts=count_trials(work),
+        counts=Roster(work).counts(),
         best_number=None,
         best_value=None,
         best_params={},

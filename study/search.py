@@ -20,8 +20,9 @@ from study.config import StudyConfig, check_backbones
 from study.cost import cost_model
 from study.ledger import RERUNS, Ledger
 from study.paused_trials import PausedTrials, find_paused
-from study.progress import BestTrial, Counts, Progress
+from study.progress import Counts, Progress
 from study.promotion import Promotion
+from study.roster import Roster
 from study.runner import (
     RERUN_REASONS,
     Asked,
@@ -153,8 +154,8 @@ class _Search:
         self.left_paused = found
         self.asked: deque[Trial] = deque()  # for their turn
         self.ahead: dict[int, Trained] = {}  # by number
-        self.rows = {row.number: row for row in work.store.trials(work.study_id)}
-        for row in self.rows.values():
+        self.roster = Roster(work)
+        for row in self.roster.rows.values():
             if row.origin.startswith(_COPY):
                 known = int(row.origin.removeprefix(_COPY))
                 self.scores[row.number] = self.scores.get(known, {})
@@ -165,7 +166,10 @@ class _Search:
         if self.ledger.n_trials == 0:
             self._enqueue_recipes()
         self.work.progress.study_started(
-            self.config.study.name, self.config.study.trials, self.counts(), self._best()
+            self.config.study.name,
+            self.config.study.trials,
+            self.roster.counts(),
+            self.roster.best(),
         )
         while True:
             promoted = self.paused.next_number()
@@ -196,7 +200,7 @@ class _Search:
             self._again(row.number, row.params, dict(known.user_attrs) if known else {})
         for number, trial in cut.items():  # asked for, but never entered in the record
             self._again(number, dict(trial.params), dict(trial.user_attrs))
-        self._reload()
+        self.roster.reload()
 
     def _again(self, number: int, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
         """Put a cut trial's settings in line, unless they keep taking the process down."""
@@ -219,16 +223,16 @@ class _Search:
         settings = self.config.study
         if self.work.stop.is_set():
             return "interrupted"
-        if may_begin and self._n_finished() >= settings.trials:
+        if may_begin and len(self.roster.finished()) >= settings.trials:
             return "trials"
         if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
             return "timeout"
         if not may_begin:
             return None
-        if settings.patience is not None and self._since_best() >= settings.patience:
+        if settings.patience is not None and self.roster.since_best() >= settings.patience:
             return "patience"
         size = n_points(self.config.space)
-        if size is not None and self._n_settings() >= size:
+        if size is not None and self.roster.n_settings() >= size:
             return "space exhausted"
         return None
 
@@ -254,9 +258,9 @@ class _Search:
         if in_line or self.can_pause or not is_foreseen:
             return
         size = n_points(settings.space)
-        left = settings.study.trials - self._n_finished()
+        left = settings.study.trials - len(self.roster.finished())
         if size is not None:
-            left = min(left, size - self._n_settings())
+            left = min(left, size - self.roster.n_settings())
         while len(self.asked) < min(settings.search.cohort, left):
             self.asked.append(self._asked_one())
         coming = {}
@@ -300,7 +304,7 @@ class _Search:
 
     def _continue(self, number: int, *, to_the_end: bool = False) -> None:
         """Go on with a paused trial."""
-        row, here = self.rows[number], self.config.train
+        row, here = self.roster.rows[number], self.config.train
         config = dataclasses.replace(
             TrainConfig(**row.config), device=here.device, workers=here.workers
         )
@@ -336,12 +340,12 @@ class _Search:
             self.ledger.pause(trial)
         else:
             self._tell(trial, result)
-        self._reload(trial.number)
+        self.roster.reload(trial.number)
         if trained is not None and result.state == "complete":
-            ranking = [row.number for row in self._ranking()]
+            ranking = [row.number for row in self.roster.ranking()]
             if trial.number in ranking[: self.config.study.keep_checkpoints]:
                 save_trained(self.work, trial.number, trained)
-                self._reload(trial.number)
+                self.roster.reload(trial.number)
         if result.state == "complete":
             self._keep_best(trial.number)
         if self.can_pause:
@@ -353,12 +357,12 @@ class _Search:
         A study shall have a best model: where no trial is complete, the best of the paused ones
         is trained to its end.
         """
-        while not self._ranking() and (standings := self.paused.standings()):
+        while not self.roster.ranking() and (standings := self.paused.standings()):
             if self.work.stop.is_set():
                 return "interrupted"
             self._continue(standings[0].number, to_the_end=True)
         for number in self.paused.give_up():
-            self._reload(number)
+            self.roster.reload(number)
         self.paused.keep_states(0)
         return None
 
@@ -422,80 +426,29 @@ class _Search:
             score=score,
         )
         progress.trial_ended(trial.number, state, value, reason, 0.0, score)
-        self._reload(trial.number)
-
-    def _reload(self, number: int | None = None) -> None:
-        store, study_id = self.work.store, self.work.study_id
-        if number is None:
-            self.rows = {row.number: row for row in store.trials(study_id)}
-        else:
-            self.rows[number] = store.trial(study_id, number)
-
-    def _finished(self) -> list[TrialRow]:
-        """Return the trials that count: paused ones, too, but none cut short from outside."""
-        return [
-            row
-            for row in self.rows.values()
-            if row.state != "running" and row.reason not in RERUN_REASONS
-        ]
-
-    def _n_finished(self) -> int:
-        return len(self._finished())
-
-    def _n_settings(self) -> int:
-        return len({row.config_hash for row in self._finished()})
-
-    def _ranking(self) -> list[TrialRow]:
-        """Return the complete trials, best first; of equals the earlier one."""
-        complete = [row for row in self.rows.values() if row.state == "complete"]
-        return sorted(complete, key=lambda row: row.rank)
-
-    def _since_best(self) -> int:
-        """Count the trials after the best one; before one is complete, the furthest paused is."""
-        ranking = self._ranking() or sorted(
-            (row for row in self.rows.values() if row.state == "paused"),
-            key=lambda row: (-row.epochs_done, *row.rank),
-        )
-        best = ranking[0].number if ranking else -1
-        return sum(row.number > best for row in self._finished())
-
-    def _best(self) -> BestTrial | None:
-        ranking = self._ranking()
-        return BestTrial.of(ranking[0]) if ranking else None
+        self.roster.reload(trial.number)
 
     def _keep_best(self, number: int) -> None:
         """Record what the new best trial got wrong, and drop checkpoints that fell behind."""
-        if self._ranking()[0].number == number:
+        if self.roster.ranking()[0].number == number:
             record_predictions(self.work, number)
         self._tidy_checkpoints()
 
     def _tidy_checkpoints(self) -> None:
-        kept = [row for row in self._ranking() if row.checkpoint]
+        kept = [row for row in self.roster.ranking() if row.checkpoint]
         for row in kept[self.config.study.keep_checkpoints :]:
             self.work.store.set_checkpoint(row.id, None)
             shutil.rmtree(checkpoint_folder(self.work.output, row.number), ignore_errors=True)
-            self._reload(row.number)
-
-    def counts(self) -> Counts:
-        """Count the study's trials by state."""
-        states = [row.state for row in self.rows.values()]
-        return Counts(
-            complete=states.count("complete"),
-            pruned=states.count("pruned"),
-            failed=states.count("failed"),
-            running=states.count("running"),
-            cut_short=sum(row.reason in RERUN_REASONS for row in self.rows.values()),
-            paused=states.count("paused"),
-        )
+            self.roster.reload(row.number)
 
     def outcome(self, because: str) -> SearchOutcome:
         """Sum up the study after this run."""
-        ranking = self._ranking()
+        ranking = self.roster.ranking()
         best = ranking[0] if ranking else None
         return SearchOutcome(
             study_name=self.config.study.name,
             stopped_because=because,
-            counts=self.counts(),
+            counts=self.roster.counts(),
             best_number=best.number if best else None,
             best_value=best.value if best else None,
             best_params=dict(best.params) if best else {},

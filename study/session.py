@@ -24,8 +24,8 @@ from core.head_runs import check_probe
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
 from study.ledger import Ledger
-from study.progress import Counts, Progress
-from study.runner import REASON_KILLED, RERUN_REASONS, Work
+from study.progress import Progress
+from study.runner import REASON_KILLED, Work
 from study.space import ParamValue, apply_params
 from study.store import Store, TrialRow
 
@@ -129,18 +129,6 @@ def close_killed(work: Work, ledger: Ledger) -> None:
     for row in work.store.trials(work.study_id):
         if row.number >= ledger.n_trials:  # Optuna was not told before the process died
             ledger.add_failed({}, {})
-
-
-def count_trials(work: Work) -> Counts:
-    """Count the trials of a study in which nothing is pruned, by state."""
-    rows = work.store.trials(work.study_id)
-    states = [row.state for row in rows]
-    return Counts(
-        complete=states.count("complete"),
-        failed=states.count("failed"),
-        running=states.count("running"),
-        cut_short=sum(row.reason in RERUN_REASONS for row in rows),
-    )
 
 
 def end_killed(work: Work, row: TrialRow) -> None:

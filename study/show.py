@@ -26,7 +26,7 @@ from study.words import (
 )
 
 if TYPE_CHECKING:
-    from core.stages import Level
+    from core.levels import Level
     from study.estimate import Estimate
     from study.rows import StudyRow, StudySummary, TestRow, TrialRow
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import core.fit
-import core.heads
 from core.config import TrainConfig
+from core.heads import Lane
+from core.network_run import NetworkRun
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -53,7 +53,7 @@ def make_folder(
 def step_losses() -> Iterator[dict[TrainConfig, list[float]]]:
     """Collect the loss of every training step that is taken meanwhile, by the run's settings."""
     losses: dict[TrainConfig, list[float]] = defaultdict(list)
-    step, heads_step = core.fit._Run._accumulate, core.heads.Lane._take_step
+    step, heads_step = NetworkRun._accumulate, Lane._take_step
 
     def of_network(run: Any, *args: Any) -> Any:
         loss = step(run, *args)
@@ -67,7 +67,7 @@ def step_losses() -> Iterator[dict[TrainConfig, list[float]]]:
         return loss
 
     with (
-        mock.patch.object(core.fit._Run, "_accumulate", of_network),
-        mock.patch.object(core.heads.Lane, "_take_step", of_heads),
+        mock.patch.object(NetworkRun, "_accumulate", of_network),
+        mock.patch.object(Lane, "_take_step", of_heads),
     ):
         yield losses

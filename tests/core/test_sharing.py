@@ -407,7 +407,7 @@ def test_what_the_trained_half_writes_into_is_not_kept(
         first.register_forward_pre_hook(lambda _, inputs: inputs[0].mul_(1.0))
         return halves
 
-    monkeypatch.setattr("core.fit.split_network", writing)
+    monkeypatch.setattr("core.network_run.split_network", writing)
     cache = PrefixCache(1 << 30)
     config = dataclasses.replace(TINY, freeze_depth=3)
     alone = _run(config, data, None)

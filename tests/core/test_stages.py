@@ -4,7 +4,8 @@ from torch import nn
 
 from core.build import build, stages_of
 from core.config import MAX_FREEZE_DEPTH
-from core.stages import StagesError, describe_levels, find_stages, freeze, train_mode
+from core.levels import describe_levels
+from core.stages import StagesError, find_stages, freeze, train_mode
 
 FAMILIES = [
     "resnet18",
