@@ -115,9 +115,9 @@ class SearchSection:
     sampler: Sampler = setting(
         "tpe",
         "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries "
-        "every backbone with its head alone, every freeze level once, and then thaws where a "
-        "second gains most (a trial, where study.timeout is not set; and it searches "
-        "train.head_init, probe or default, where none is given).",
+        "every backbone with its head alone, freeze levels from the top as long as that gains, "
+        "and then what gains most a second (a trial, where study.timeout is not set); it "
+        "searches train.head_init, probe or default, where none is given.",
     )
     pruner: Pruner = setting(
         "hyperband",

@@ -3,9 +3,9 @@
 Every backbone is first tried with its head alone, the cheapest one first. From then on a Gaussian
 process over all settings, taught by whole and by cut trials, says what each candidate may gain
 over the best setting known, and a count of arithmetic what it costs: drawn is the candidate with
-the highest expected improvement for its cost. Once that is a thawed setting, every freeze level
-is tried first, the cheapest first, with the known recipe's rates and a fresh head: a process is
-least sure at the ends of a range, and would look there alone.
+the highest expected improvement for its cost. Once that is a thawed setting, the freeze levels are
+tried first, one after the other as long as that gains, with the known recipe's rates and a fresh
+head: a process is least sure at the ends of a range, and would look there alone.
 
 A draw is a function of the trials so far and the seed. So that it does not depend on the clock,
 costs are counted and never timed: two runs of a study, or one that was killed and resumed, draw
@@ -230,19 +230,30 @@ class ThawSampler(BaseSampler):
         return waiting[int(np.argmin(self._costs(np.array(waiting), seen)))]
 
     def _untried_level(self, row: FloatArray, seen: _Seen) -> FloatArray:
-        """Return the known recipe at the cheapest level that no trial had, else the row itself."""
+        """Return the known recipe at the next level down, else the row itself.
+
+        A level is tried for its own sake if the one above it gained on the one before: it costs
+        more, and what fails for want of memory fails there, too.
+        """
         at, backbone = self._axes.at("freeze_depth"), self._axes.at("backbone")
         assert at is not None  # the row is thawed
-        waiting = []
-        for level in np.setdiff1d(self._levels(at), seen.tried[:, at]):
-            known = self._start("default")
-            known[at] = level
-            if backbone is not None:
-                known[backbone] = row[backbone]
-            waiting.append(known)
-        if not waiting:
-            return row
-        return waiting[int(np.argmin(self._costs(np.array(waiting), seen)))]
+        top, scores = self._top_level(), final_scores(seen.curves)[0]
+        levels = self._levels(at)
+        before = -math.inf
+        for level in levels[np.argsort(-self._axes.axes[at].units(levels))]:
+            if (at, level) == top:
+                continue
+            if level not in seen.tried[:, at]:
+                known = self._start("default")
+                known[at] = level
+                if backbone is not None:
+                    known[backbone] = row[backbone]
+                return known
+            best = scores[seen.rows[:, at] == level].max(initial=-math.inf)
+            if best < before or best == -math.inf:
+                break
+            before = best
+        return row
 
     def _levels(self, at: int) -> FloatArray:
         levels = self._axes.axes[at].listed()

@@ -142,35 +142,47 @@ def test_probes_start_from_the_linear_probe_where_the_start_of_heads_is_searched
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_level_is_thawed_once_by_the_known_recipe_before_the_model_is_followed(
-    seed: int,
+@pytest.mark.parametrize(
+    ("best_level", "tried"), [(0, [4, 3, 2, 1, 0]), (3, [4, 3, 2]), (4, [4, 3])]
+)
+def test_levels_are_thawed_by_the_known_recipe_as_long_as_that_gains(
+    seed: int, best_level: int, tried: list[int]
 ) -> None:
     space = {**SPACE, "head_init": CategoricalDistribution(("probe", "default"))}
-    drawn = [t.params for t in _search("thaw", space, 16, seed, _tuned, _outlook()).trials]
+
+    def value(params: Mapping[str, Any]) -> float:
+        return _tuned({**params, "freeze_depth": 5}) - 0.01 * abs(
+            params["freeze_depth"] - best_level
+        )
+
+    drawn = [t.params for t in _search("thaw", space, 16, seed, value, _outlook()).trials]
     thawed = [p for p in drawn if p["freeze_depth"] < 5]
-    first, later = thawed[:5], thawed[5:]
-    assert [p["freeze_depth"] for p in first] == [4, 3, 2, 1, 0]  # the cheapest first
+    first = thawed[: len(tried)]
+    assert [p["freeze_depth"] for p in first] == tried
     for params in first:
         assert params["base_lr"] == pytest.approx(1e-3)
         assert params["head_lr_mult"] == pytest.approx(10.0)
         assert params["head_init"] == "default"
-    assert any(p["base_lr"] != pytest.approx(1e-3) for p in later)
 
 
-def test_a_level_that_was_tried_or_failed_is_not_tried_again_for_its_own_sake() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_below_a_level_that_failed_none_is_tried_for_its_own_sake(*, fails: bool) -> None:
     study = optuna.create_study(direction="maximize")
     rates = {"base_lr": 2e-3, "head_lr_mult": 5.0, "weight_decay": 1e-4}
     for backbone in ("small", "large"):
-        for depth in (5, 4, 2):
+        for depth in (5, 4, 3):
             params = {"backbone": backbone, "freeze_depth": depth, **rates}
-            state = TrialState.FAIL if depth == 2 else TrialState.COMPLETE
-            value = None if depth == 2 else 0.6 + 0.05 * (5 - depth)
+            is_failed = fails and depth == 3
             study.add_trial(
-                create_trial(params=params, distributions=SPACE, value=value, state=state)
-            )
+                create_trial(
+                    params=params, distributions=SPACE,
+                    state=TrialState.FAIL if is_failed else TrialState.COMPLETE,
+                    value=None if is_failed else 0.6 + 0.05 * (5 - depth),
+                )
+            )  # fmt: skip
     drawn = _drawn(study, 6, SPACE, _outlook())
-    assert drawn["freeze_depth"] == 3
-    assert drawn["base_lr"] == pytest.approx(1e-3)
+    is_next_level = drawn["freeze_depth"] == 2 and drawn["base_lr"] == pytest.approx(1e-3)
+    assert is_next_level != fails
 
 
 def test_cheap_heads_do_not_use_up_what_is_believed_of_thawed_settings(
