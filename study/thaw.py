@@ -3,9 +3,8 @@
 Every backbone is first tried with its head alone, the cheapest one first. From then on a Gaussian
 process over all settings, taught by whole and by cut trials, says what each candidate may gain
 over the best setting known, and a count of arithmetic what it costs: drawn is the candidate with
-the highest expected improvement for its cost. Once that is a thawed setting, the freeze levels are
-tried first, one after the other as long as that gains, with the known recipe's rates and a fresh
-head: a process is least sure at the ends of a range, and would look there alone.
+the highest expected improvement for its cost. Once that is a thawed setting, those that
+`study.opening` knows come first.
 
 A draw is a function of the trials so far and the seed. So that it does not depend on the clock,
 costs are counted and never timed: two runs of a study, or one that was killed and resumed, draw
@@ -22,39 +21,36 @@ References:
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from core.config import MAX_FREEZE_DEPTH
 from study.axes import Axes, FloatArray
 from study.cost import CostModel
+from study.opening import Opening
 from study.promotion import Scores
 from study.response import Curve, Response, by_importance, final_scores, log_improvement
-from study.space import RECIPES
 
 # Weight of the cost: the improvement is divided by the cost to this power. Cooling (Lee et al.)
 # takes it from 1 to 0 over a budget, which is not known here; one half is its mean. On four
 # planted landscapes, four seeds each, 0 and 0.5 ended 2.1 and 2.4 points below the best, and 1,
 # which hardly ever leaves the heads, 3.4.
 COST_POWER = 0.5
-# What the belief about good rates is worth against so many trials, and its width as a share of
-# the searched range. Assumptions.
-_BELIEF, _BELIEF_WIDTH = 3.0, 0.2
+# What the belief about good rates is worth against so many trials, as Hvarfner et al. have it, and
+# its width as a share of the searched range, an assumption.
+_BELIEF, _BELIEF_WIDTH = 10.0, 0.2
 _BELIEVED = ("base_lr", "head_lr_mult")
 _N_DRAWN, _N_AROUND, _N_BEST = 256, 24, 6
 _NUDGES = (0.03, 0.1, 0.25)
 _MOST_LISTED = 2048
-_RECIPE = RECIPES["linear-probe"]
 _RUNS = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
@@ -126,6 +122,7 @@ class ThawSampler(BaseSampler):
         self._space = dict(space)
         self._axes = Axes(self._space)
         self._outlook = outlook or Outlook()
+        self._opening = Opening(self._axes, self._outlook.start)
         self._cost_power = cost_power if self._outlook.counts_seconds else 0.0
         self._apart = RandomSampler(seed=seed)
 
@@ -156,11 +153,13 @@ class ThawSampler(BaseSampler):
         trials = [t for t in whole.get_trials(deepcopy=False) if t.number != trial.number]
         sign = -1.0 if study.direction is StudyDirection.MINIMIZE else 1.0
         seen = self._look(trials, sign)
-        rng = np.random.default_rng(self._seed)
-        row = self._probe(seen)
+        row = self._opening.probe(seen.tried, lambda rows: self._costs(rows, seen))
         if row is None:
-            row = self._thaw(seen, rng)
-            row = self._untried_level(row, seen) if self._is_thawed(row[None])[0] else row
+            row = self._thaw(seen, np.random.default_rng(self._seed))
+            if self._opening.is_thawed(row[None])[0]:
+                scores, _ = final_scores(seen.curves)
+                known = self._opening.thawed(row, seen.tried, seen.rows, scores)
+                row = row if known is None else known
         return self._axes.params(row)
 
     def _look(self, trials: Iterable[FrozenTrial], sign: float) -> _Seen:
@@ -205,85 +204,6 @@ class ThawSampler(BaseSampler):
         searched = trial.params.get("epochs")
         return int(searched or self._outlook.epochs or longest or 1)
 
-    def _probe(self, seen: _Seen) -> FloatArray | None:
-        """Return the cheapest backbone's head-only setting that was not tried yet, if any."""
-        at = self._axes.at("backbone")
-        backbones: Sequence[float] = [0.0]
-        if at is not None:
-            backbones = [float(i) for i in range(len(self._axes.axes[at].choices or ()))]
-        waiting = []
-        top = self._top_level()
-        for backbone in backbones:
-            row = self._start()
-            tried = seen.tried
-            if at is not None:
-                row[at] = backbone
-                tried = tried[tried[:, at] == backbone]
-            if top is not None:
-                k, level = top
-                row[k] = level
-                tried = tried[tried[:, k] == level]
-            if not len(tried):
-                waiting.append(row)
-        if not waiting:
-            return None
-        return waiting[int(np.argmin(self._costs(np.array(waiting), seen)))]
-
-    def _untried_level(self, row: FloatArray, seen: _Seen) -> FloatArray:
-        """Return the known recipe at the next level down, else the row itself.
-
-        A level is tried for its own sake if the one above it gained on the one before: it costs
-        more, and what fails for want of memory fails there, too.
-        """
-        at, backbone = self._axes.at("freeze_depth"), self._axes.at("backbone")
-        assert at is not None  # the row is thawed
-        top, scores = self._top_level(), final_scores(seen.curves)[0]
-        levels = self._levels(at)
-        before = -math.inf
-        for level in levels[np.argsort(-self._axes.axes[at].units(levels))]:
-            if (at, level) == top:
-                continue
-            if level not in seen.tried[:, at]:
-                known = self._start("default")
-                known[at] = level
-                if backbone is not None:
-                    known[backbone] = row[backbone]
-                return known
-            best = scores[seen.rows[:, at] == level].max(initial=-math.inf)
-            if best < before or best == -math.inf:
-                break
-            before = best
-        return row
-
-    def _levels(self, at: int) -> FloatArray:
-        levels = self._axes.axes[at].listed()
-        assert levels is not None  # levels are whole numbers
-        return levels
-
-    def _is_thawed(self, rows: FloatArray) -> NDArray[np.bool_]:
-        """Say which settings train more than the head, (n,)."""
-        top = self._top_level()
-        return np.zeros(len(rows), bool) if top is None else rows[:, top[0]] != top[1]
-
-    def _top_level(self) -> tuple[int, float] | None:
-        """Return the dimension of the freeze level and its highest value, if it is searched."""
-        at = self._axes.at("freeze_depth")
-        if at is None:
-            return None
-        value = self._axes.axes[at].nearest(MAX_FREEZE_DEPTH)
-        return None if value is None else (at, value)
-
-    def _start(self, head_init: str = "probe") -> FloatArray:
-        """Return the known recipe in this space: what it does not name is in the middle."""
-        wanted = {**self._outlook.start, **_RECIPE, "head_init": head_init}
-        row = np.empty(len(self._axes.axes))
-        for k, axis in enumerate(self._axes.axes):
-            value = axis.nearest(wanted[axis.name]) if axis.name in wanted else None
-            if value is None:
-                value = float(axis.values(np.array([0.5]))[0]) if axis.is_ordered else 0.0
-            row[k] = value
-        return row
-
     def _thaw(self, seen: _Seen, rng: Generator) -> FloatArray:
         if not seen.curves:
             return np.asarray(self._fresh(self._axes.draw(rng, _N_DRAWN), seen)[0])
@@ -327,7 +247,8 @@ class ThawSampler(BaseSampler):
         at, depth = self._axes.at("backbone"), self._axes.at("freeze_depth")
         if depth is None:
             return leaders[:0]
-        levels = self._levels(depth)
+        levels = self._axes.axes[depth].listed()
+        assert levels is not None  # levels are whole numbers
         backbones = [None] if at is None else list(np.unique(leaders[:, at]))
         found = []
         for backbone in backbones:
@@ -361,13 +282,13 @@ class ThawSampler(BaseSampler):
         worth = log_improvement((told.mean - top.mean) / moved) + np.log(moved)
         worth = worth - self._cost_power * np.log(self._costs(rows, seen))
         # The many cheap heads do not use up what is believed of thawed settings.
-        tried = self._is_thawed(seen.tried)
-        n_alike = np.where(self._is_thawed(rows), tried.sum(), (~tried).sum())
+        tried = self._opening.is_thawed(seen.tried)
+        n_alike = np.where(self._opening.is_thawed(rows), tried.sum(), (~tried).sum())
         return np.asarray(worth + self._belief(rows) * _BELIEF / (1 + n_alike))
 
     def _belief(self, rows: FloatArray) -> FloatArray:
         """Return the logarithm of how likely good settings are near the known recipe's rates."""
-        start = self._start()
+        start = self._opening.recipe()
         total = np.zeros(len(rows))
         for name in _BELIEVED:
             k = self._axes.at(name)

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from core import fit as fit_module
+from core import network_run
 from core.backbones import create
 from core.checkpoint import load_checkpoint, read_card
 from core.config import DataConfig, TrainConfig
@@ -162,14 +162,14 @@ def test_a_network_that_breaks_only_in_evaluation_has_diverged(
 def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = fit_module.cross_entropy
+    real = network_run.cross_entropy
 
     def small_memory(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if len(logits) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(logits, *args, **kwargs)
 
-    monkeypatch.setattr(fit_module, "cross_entropy", small_memory)
+    monkeypatch.setattr(network_run, "cross_entropy", small_memory)
     config = replace(TINY, epochs=1, freeze_depth=4, batch_norm="frozen")
     squeezed = list(fit(config, data))[0]
     monkeypatch.undo()

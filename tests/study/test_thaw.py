@@ -165,6 +165,25 @@ def test_levels_are_thawed_by_the_known_recipe_as_long_as_that_gains(
         assert params["head_init"] == "default"
 
 
+@pytest.mark.parametrize(("best_rate", "moved"), [(1e-3, [3e-3, 1e-3 / 3]), (6e-3, [3e-3])])
+def test_at_the_best_level_the_backbones_rate_is_moved_and_the_heads_stays(
+    best_rate: float, moved: list[float]
+) -> None:
+    def value(params: Mapping[str, Any]) -> float:
+        if params["freeze_depth"] == 5:
+            return 0.6
+        off = abs(math.log10(params["base_lr"] / best_rate))
+        return 0.8 - 0.01 * abs(params["freeze_depth"] - 3) - 0.02 * off
+
+    drawn = [t.params for t in _search("thaw", SPACE, 16, 0, value, _outlook()).trials]
+    thawed = [p for p in drawn if p["freeze_depth"] < 5]
+    assert [p["freeze_depth"] for p in thawed[:3]] == [4, 3, 2]
+    after = thawed[3 : 3 + len(moved)]
+    assert [p["freeze_depth"] for p in after] == [3] * len(moved)
+    assert [p["base_lr"] for p in after] == pytest.approx(moved)
+    assert [p["base_lr"] * p["head_lr_mult"] for p in after] == pytest.approx([0.01] * len(moved))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_below_a_level_that_failed_none_is_tried_for_its_own_sake(*, fails: bool) -> None:
     study = optuna.create_study(direction="maximize")
@@ -212,7 +231,7 @@ def test_cheap_heads_do_not_use_up_what_is_believed_of_thawed_settings(
         value = _tuned(tried)
         many.add_trial(create_trial(params=tried, distributions=SPACE, value=value))
     gained = {
-        (name, kind): preferred(study, params, 3.0) - preferred(study, params, 0.0)
+        (name, kind): preferred(study, params, 10.0) - preferred(study, params, 0.0)
         for name, study in (("few", few), ("many", many))
         for kind, params in (("thawed", thawed), ("head", head))
     }
@@ -290,16 +309,16 @@ def test_a_finite_space_is_exhausted_before_a_setting_comes_twice(values: str) -
 
 
 def test_draws_depend_on_the_seed_and_the_trials_alone() -> None:
-    whole = [t.params for t in _search("thaw", SPACE, 9, 5, _tuned, _outlook()).trials]
-    assert whole == [t.params for t in _search("thaw", SPACE, 9, 5, _tuned, _outlook()).trials]
-    other = [t.params for t in _search("thaw", SPACE, 9, 6, _tuned, _outlook()).trials]
+    whole = [t.params for t in _search("thaw", SPACE, 13, 5, _tuned, _outlook()).trials]
+    assert whole == [t.params for t in _search("thaw", SPACE, 13, 5, _tuned, _outlook()).trials]
+    other = [t.params for t in _search("thaw", SPACE, 13, 6, _tuned, _outlook()).trials]
     assert whole[:2] == other[:2]  # the probes
     assert whole[2:] != other[2:]
     # Stopped after five, and read back by another process.
     begun = _search("thaw", SPACE, 5, 5, _tuned, _outlook())
     resumed = optuna.create_study(direction="maximize")
     resumed.add_trials(begun.trials)
-    for _ in range(4):
+    for _ in range(8):
         _step(resumed, "thaw", SPACE, 5, _tuned, _outlook())
     assert [t.params for t in resumed.trials] == whole
 
