@@ -21,7 +21,7 @@ from study.store import Store
 from study.words import format_duration
 
 if TYPE_CHECKING:
-    from reports.ablation_report import Section
+    from reports.ablation_sections import Section
     from reports.effects import Rules
     from reports.publish import Grid
 
@@ -184,7 +184,8 @@ def _dry_run(plan: Plan, args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _tell(outcome: AblationOutcome, plan: Plan, args: argparse.Namespace) -> int:
-    from reports.ablation_report import describe_ablation, write_ablation
+    from reports.ablation_report import write_ablation
+    from reports.ablation_sections import describe_ablation
 
     study = plan.baseline.config.study
     is_interrupted = outcome.stopped_because == "interrupted"
@@ -274,7 +275,8 @@ def _next(name: str, storage: str, *, is_open: bool) -> list[str]:
 
 def report_ablation(args: argparse.Namespace, store: Store) -> int:
     """Write an ablation's report, or print its methods paragraph."""
-    from reports.ablation_report import describe_ablation, write_ablation
+    from reports.ablation_report import write_ablation
+    from reports.ablation_sections import describe_ablation
 
     if args.methods:
         sections = describe_ablation(store, args.study)
@@ -305,7 +307,8 @@ def test_levels(args: argparse.Namespace, store: Store, progress: Progress) -> i
     if args.json:
         print_json(rows)
         return 0
-    from reports.ablation_report import describe_ablation, write_ablation
+    from reports.ablation_report import write_ablation
+    from reports.ablation_sections import describe_ablation
 
     section = describe_ablation(store, args.study)[0]
     for grid in section.grids:

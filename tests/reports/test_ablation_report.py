@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 
 from reports.ablation import read_ablations
-from reports.ablation_report import (
-    AblationPaths,
-    Section,
-    describe_ablation,
-    write_ablation,
-)
+from reports.ablation_report import AblationPaths, write_ablation
+from reports.ablation_sections import Section, describe_ablation
 from reports.ablation_tables import effects_csv, failures_grid
 from reports.effects import Rules, estimate_effects
 from study.designs import Cell, Design

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reports.ablation_report import AblationPaths, Section, describe_ablation, write_ablation
+from reports.ablation_report import AblationPaths, write_ablation
+from reports.ablation_sections import Section, describe_ablation
 from reports.intervals import Interval
 from reports.publish import (
     Grid,
