@@ -228,11 +228,7 @@ def _factorial(ablation: Ablation, name: str) -> Section:
     else:
         findings = list(contrast_findings(contrasts, ablation.rules.alpha))
     findings.append(Finding("Design:", f"{ablation.spec['construction']}."))
-    findings.append(Finding("Test split:", test_split_words(ablation)))
-    return Section(
-        name, _TITLES[ablation.kind], tuple(_cards(ablation)), tuple(findings), tuple(grids),
-        tuple(plans), methods_paragraph(ablation, []), (),
-    )  # fmt: skip
+    return _without_levels(ablation, name, findings, grids, plans)
 
 
 def _maps(
@@ -274,11 +270,7 @@ def _screening(ablation: Ablation, name: str) -> Section:
         plans.append(plan)
     findings = list(contrast_findings(contrasts, ablation.rules.alpha))
     findings.append(Finding("Design:", f"{ablation.spec['construction']}."))
-    findings.append(Finding("Test split:", test_split_words(ablation)))
-    return Section(
-        name, _TITLES[ablation.kind], tuple(_cards(ablation)), tuple(findings), tuple(grids),
-        tuple(plans), methods_paragraph(ablation, []), (),
-    )  # fmt: skip
+    return _without_levels(ablation, name, findings, grids, plans)
 
 
 def _path(ablation: Ablation, name: str) -> Section:
@@ -290,9 +282,20 @@ def _path(ablation: Ablation, name: str) -> Section:
         lambda ax: plot_path(steps, ax), size=forest_size(len(steps) + 1),
     )  # fmt: skip
     findings = list(path_findings(steps, ablation.rules.alpha))
-    findings.append(Finding("Test split:", test_split_words(ablation)))
-    grids = (tables.path_grid(ablation, steps), tables.cells_grid(ablation))
+    grids = [tables.path_grid(ablation, steps), tables.cells_grid(ablation)]
+    return _without_levels(ablation, name, findings, grids, [plan])
+
+
+def _without_levels(
+    ablation: Ablation,
+    name: str,
+    findings: Sequence[Finding],
+    grids: Sequence[Grid],
+    plans: Sequence[Plan],
+) -> Section:
+    """Put together what is said of a design that does not compare levels with a baseline."""
+    on_test = Finding("Test split:", test_split_words(ablation))
     return Section(
-        name, _TITLES[ablation.kind], tuple(_cards(ablation)), tuple(findings), grids,
-        (plan,), methods_paragraph(ablation, []), (),
+        name, _TITLES[ablation.kind], tuple(_cards(ablation)), (*findings, on_test), tuple(grids),
+        tuple(plans), methods_paragraph(ablation, []), (),
     )  # fmt: skip
