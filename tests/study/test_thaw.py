@@ -26,6 +26,7 @@ from study.response import (
     half_ranked,
     log_improvement,
 )
+from study.opening import Opening
 from study.samplers import make_pruner, make_sampler, quiet_experiments
 from study.thaw import Outlook, ThawSampler
 
@@ -184,24 +185,69 @@ def test_at_the_best_level_the_backbones_rate_is_moved_and_the_heads_stays(
     assert [p["base_lr"] * p["head_lr_mult"] for p in after] == pytest.approx([0.01] * len(moved))
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_below_a_level_that_failed_none_is_tried_for_its_own_sake(*, fails: bool) -> None:
+def _opened(
+    space: Space, scores: Mapping[tuple[str, int, float], float | None], n_drawn: int = 1
+) -> list[dict[str, Any]]:
+    """Return what is drawn after probes and thawed trials by (backbone, level, base_lr)."""
     study = optuna.create_study(direction="maximize")
-    rates = {"base_lr": 2e-3, "head_lr_mult": 5.0, "weight_decay": 1e-4}
-    for backbone in ("small", "large"):
-        for depth in (5, 4, 3):
-            params = {"backbone": backbone, "freeze_depth": depth, **rates}
-            is_failed = fails and depth == 3
-            study.add_trial(
-                create_trial(
-                    params=params, distributions=SPACE,
-                    state=TrialState.FAIL if is_failed else TrialState.COMPLETE,
-                    value=None if is_failed else 0.6 + 0.05 * (5 - depth),
-                )
-            )  # fmt: skip
-    drawn = _drawn(study, 6, SPACE, _outlook())
-    is_next_level = drawn["freeze_depth"] == 2 and drawn["base_lr"] == pytest.approx(1e-3)
-    assert is_next_level != fails
+    known = {"head_lr_mult": 10.0, "weight_decay": 1e-4}
+    heads = {(name, 5, 1e-3): 0.6 for name in ("small", "large")}
+    for (backbone, depth, rate), score in (heads | dict(scores)).items():
+        params = {"backbone": backbone, "freeze_depth": depth, "base_lr": rate, **known}
+        state = TrialState.FAIL if score is None else TrialState.COMPLETE
+        mult = 0.01 / rate if depth < 5 else 10.0
+        params = {k: v for k, v in {**params, "head_lr_mult": mult}.items() if k in space}
+        study.add_trial(create_trial(params=params, distributions=space, value=score, state=state))
+    drawn = []
+    for _ in range(n_drawn):
+        drawn.append(_drawn(study, len(study.trials), space, _outlook()))
+        study.add_trial(create_trial(params=drawn[-1], distributions=space, value=0.5))
+    return drawn
+
+
+THAWED = {("small", 4, 1e-3): 0.70, ("small", 3, 1e-3): 0.75}
+
+
+def test_the_next_level_is_tried_with_the_backbone_of_the_first() -> None:
+    axes = Axes(SPACE)
+    opening = Opening(axes, {})
+    first = opening.recipe("default")
+    first[[axes.at("backbone"), axes.at("freeze_depth")]] = 1.0, 4.0
+    wanted = first.copy()
+    wanted[axes.at("backbone")] = 0.0  # as the model wants it by now
+    row = opening.thawed(wanted, first[None], first[None], np.array([0.7]))
+    assert row is not None
+    assert (row[axes.at("backbone")], row[axes.at("freeze_depth")]) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("score", [None, 0.74, 0.75])
+def test_the_descent_ends_where_a_level_fails_or_does_not_gain(score: float | None) -> None:
+    (drawn,) = _opened(SPACE, THAWED | {("small", 2, 1e-3): score})
+    assert (drawn["freeze_depth"], drawn["base_lr"]) == (3, pytest.approx(3e-3))
+
+
+def test_a_rate_that_was_better_ends_the_opening_and_so_does_any_other_thawed_setting() -> None:
+    descended = THAWED | {("small", 2, 1e-3): 0.74}
+    down = _opened(SPACE, descended | {("small", 3, 3e-3): 0.73})[0]
+    assert (down["freeze_depth"], down["base_lr"]) == (3, pytest.approx(1e-3 / 3))
+    for more in ({("small", 3, 3e-3): 0.77}, {("small", 3, 3e-3): None, ("small", 3, 2e-3): 0.7}):
+        free = _opened(SPACE, descended | more)[0]
+        assert free["base_lr"] != pytest.approx(1e-3 / 3)
+
+
+def test_in_a_list_the_rate_moves_to_its_neighbours_and_the_heads_rate_stays() -> None:
+    rates = CategoricalDistribution((1e-2, 1e-3, 1e-4, 2e-3))
+    space = {**SPACE, "base_lr": rates, "freeze_depth": CategoricalDistribution((2, 5, 4, 3))}
+    up, down = _opened(space, THAWED | {("small", 2, 1e-3): 0.74}, n_drawn=2)
+    assert (up["freeze_depth"], up["base_lr"], up["head_lr_mult"]) == (3, 2e-3, pytest.approx(5))
+    assert (down["base_lr"], down["head_lr_mult"]) == (1e-4, pytest.approx(100.0))
+
+
+def test_at_the_end_of_its_range_the_rate_moves_the_other_way_alone() -> None:
+    space = {**SPACE, "base_lr": FloatDistribution(1e-3, 1e-2, log=True)}
+    first, second = _opened(space, THAWED | {("small", 2, 1e-3): 0.74}, n_drawn=2)
+    assert first["base_lr"] == pytest.approx(3e-3)
+    assert second["head_lr_mult"] != pytest.approx(30.0)
 
 
 def test_cheap_heads_do_not_use_up_what_is_believed_of_thawed_settings(
