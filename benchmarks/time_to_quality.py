@@ -9,8 +9,9 @@ from its record afterwards.
 
 The ratio is the naive side's whole budget over a side's seconds until its best-by-validation model
 first reaches the target. The naive side has a ratio, too: it often has its final accuracy early.
-Best by validation means by accuracy on the naive side and the rivals, as their scripts do it, and
-by what `train.monitor` says for Frostline; `frostline-acc` tells what that alone is worth.
+Each seed has its own validation split, so the data folder must have none of its own. Best by
+validation means by accuracy on the naive side and the rivals, as their scripts do it, and by what
+`train.monitor` says for Frostline; `frostline-acc` tells what that alone is worth.
 
     python benchmarks/time_to_quality.py --data photos/hotdog --trials 10 --seeds 0 1 2 \
         --work work --python ray=rivals/ray/bin/python syne=rivals/syne/bin/python
@@ -494,6 +495,8 @@ def main() -> None:
         for side, _, file in (text.partition("=") for text in args.python)
     }
     args.work = args.work.resolve()
+    if (args.work / "tasks" / args.data.name / "task.json").exists():
+        sys.exit(f"{args.work} holds runs of one split for all seeds; use another --work.")
     os.sched_setaffinity(0, {args.core})  # as `taskset -c`; every process below inherits it
     (args.work / "runs").mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:

@@ -1,6 +1,7 @@
 """What one training run and one data set are told: frozen, checked, and free of torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -76,6 +77,19 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
+
+
+class RulesError(ValueError):
+    """Settings that are right one by one and wrong together.
+
+    Attributes:
+        rules: What each broken rule says.
+    """
+
+    def __init__(self, rules: Sequence[str]) -> None:
+        """Say all rules, one after the other."""
+        super().__init__(" ".join(rules))
+        self.rules = tuple(rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +252,7 @@ class TrainConfig:
                 f"warmup_epochs={self.warmup_epochs!r} and epochs={self.epochs!r}."
             )
         if faults:
-            raise ValueError(" ".join(faults))
+            raise RulesError(faults)
 
     def _small_faults(self) -> list[str]:
         """Say what is wrong with the first epochs on smaller views."""

@@ -19,7 +19,7 @@ def check_folder(root: Path) -> None:
     """Refuse a data folder that is missing or holds no folders.
 
     Raises:
-        DataError: It cannot be one.
+        DataError: It is missing, a file, or has no folders.
     """
     if not root.exists():
         raise DataError(_missing(root))

@@ -30,7 +30,10 @@ _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 
 
 
 def _run(args: argparse.Namespace) -> int:
+    from study.config import check_source
+
     config = _configured(args)
+    check_source(config)
     return _dry_run(config, args) if args.dry_run else _search(config, args)
 
 
@@ -65,12 +68,13 @@ def _given(flags: dict[str, object]) -> dict[str, object]:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from study.config import parse_config
+    from study.config import check_source, parse_config
 
     with _opened(args) as store:
         row = store.study(args.study)
         _refuse_ablation(store, args.study, "ablate", "")
     config = parse_config(row.config, f"study {args.study}", args.set, _flags(args))
+    check_source(config)
     return _search(config, args)
 
 
@@ -82,11 +86,9 @@ def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
 
 
 def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
-    from study.config import check_source
     from study.passwords import hide_password
     from study.search import run_search
 
-    check_source(config)
     with _progress(args) as progress:
         where = Path(config.study.output) / config.study.name
         storage = hide_password(config.study.storage)

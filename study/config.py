@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.config import DataConfig, TrainConfig
+from core.config import DataConfig, RulesError, TrainConfig
 from study.factors import parse_factors
 from study.fields import Fault, Section, check_section, keys_of
 from study.layers import Layers, Origin, read_toml
@@ -216,9 +216,10 @@ def _checked(layers: Layers) -> StudyConfig:
     def tell(section: str, wrong: Sequence[Fault]) -> None:
         for fault in wrong:
             where = ".".join(filter(None, (section, fault.key)))
-            # A rule between keys: the one that was said last broke it.
-            keys = [fault.key.partition(".")[0]] if fault.key else _said(fault.text)
-            faults.append(f"{layers.latest(section, keys).label}: {where}: {fault.text}")
+            # Of a rule between keys, the one that was said last broke it; a value may be searched.
+            keys = [key for key in (fault.key.partition(".")[0], *_said(fault.text)) if key]
+            places = ("train", "space") if section in ("train", "space") else (section,)
+            faults.append(f"{layers.latest(places, keys).label}: {where}: {fault.text}")
 
     _settle(layers, tell)
     space, fixed, wrong = parse_space(layers.values["space"])
@@ -237,7 +238,8 @@ def _checked(layers: Layers) -> StudyConfig:
         try:
             made[name] = section(**values)
         except ValueError as err:
-            tell(name, [Fault("", str(err))])
+            rules = err.rules if isinstance(err, RulesError) else (str(err),)
+            tell(name, [Fault("", rule) for rule in rules])
     if not faults:
         tell("space", _space_faults(space, made["train"]))
         tell("search", _search_faults(space, made["search"]))
@@ -358,6 +360,8 @@ def check_source(config: StudyConfig) -> None:
         check_folder(Path(path))
     except DataError as err:
         raise ConfigError(f"data.source: {err}") from err
+    except OSError as err:
+        raise ConfigError(f"data.source: {path} cannot be read: {err.strerror}.") from err
 
 
 def check_backbones(config: StudyConfig) -> None:

@@ -1,9 +1,11 @@
 """Layers of a configuration (defaults, file, --set, flags) merged, each key with its origin."""
 
+import itertools
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,6 @@ class Origin:
 
     rank: int
     label: str
-
-
-def _rank(origin: Origin) -> int:
-    return origin.rank
 
 
 class Layers:
@@ -52,9 +50,14 @@ class Layers:
         """Return where a key was said."""
         return self._origins.get((section, key), self._source)
 
-    def latest(self, section: str, keys: Iterable[str]) -> Origin:
-        """Return where the last of some keys was said."""
-        return max((self.origin(section, key) for key in keys), key=_rank, default=self._source)
+    def latest(self, sections: Iterable[str], keys: Iterable[str]) -> Origin:
+        """Return where the last of some keys was said, in any of some sections."""
+        places = itertools.product(sections, keys)
+        return max(
+            (self.origin(*place) for place in places),
+            key=attrgetter("rank"),
+            default=self._source,
+        )
 
     def drop(self, section: str, key: str) -> None:
         """Forget a key."""
@@ -108,9 +111,9 @@ class Layers:
 
     def _put(self, path: Sequence[str], value: object, origin: Origin) -> None:
         section, key, *inner = path
-        homes = [name for name, keys in self._known.items() if key in keys and name != "space"]
+        homes = self._homes(key)
         if section != "space" and homes and section not in homes:
-            text = f"is no key of this section; it belongs into [{homes[0]}]."
+            text = f"is no key of this section; it belongs into [{'] or ['.join(homes)}]."
             self.faults.append(f"{origin.label}: {section}.{key}: {text}")
             return
         self._origins[section, key] = origin
@@ -125,7 +128,7 @@ class Layers:
         """Find the section of a key that was given without one."""
         if path[0] in self._known:
             return path
-        homes = [name for name, keys in self._known.items() if path[0] in keys and name != "space"]
+        homes = self._homes(path[0])
         if len(homes) == 1:
             return [homes[0], *path]
         if homes:
@@ -135,6 +138,10 @@ class Layers:
             text = self._no_section(path[0])
         self.faults.append(f"{origin.label}: {path[0]}: {text}")
         return []
+
+    def _homes(self, key: str) -> list[str]:
+        """Return the sections that have a key; a dimension's is its setting's."""
+        return [name for name, keys in self._known.items() if key in keys and name != "space"]
 
     def _no_section(self, name: str) -> str:
         homes = [section for section, keys in self._known.items() if name in keys]

@@ -116,9 +116,9 @@ class SearchSection:
         "tpe",
         "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries "
         "every backbone with its head alone, freeze levels from the top as long as that gains, "
-        "two more rates at the best of them, and then what gains most a second (a trial, where "
-        "study.timeout is not set); it searches train.head_init, probe or default, where none is "
-        "given.",
+        "other rates at the best of them, and then what promises most for its cost (for a trial, "
+        "where study.timeout is not set); it searches train.head_init, probe or default, where "
+        "none is given.",
     )
     pruner: Pruner = setting(
         "hyperband",

@@ -3,8 +3,8 @@
 Every backbone is first tried with its head alone, the cheapest one first. From then on a Gaussian
 process over all settings, taught by whole and by cut trials, says what each candidate may gain
 over the best setting known, and a count of arithmetic what it costs: drawn is the candidate with
-the highest expected improvement for its cost. Once that is a thawed setting, those that
-`study.opening` knows come first.
+the highest expected improvement for its cost. Once that is a thawed setting, the few that
+`study.opening` knows are taken first.
 
 A draw is a function of the trials so far and the seed. So that it does not depend on the clock,
 costs are counted and never timed: two runs of a study, or one that was killed and resumed, draw
@@ -42,7 +42,7 @@ from study.response import Curve, Response, by_importance, final_scores, log_imp
 # Weight of the cost: the improvement is divided by the cost to this power. Cooling (Lee et al.)
 # takes it from 1 to 0 over a budget, which is not known here; one half is its mean. On four
 # planted landscapes, four seeds each, 0 and 0.5 ended 2.1 and 2.4 points below the best, and 1,
-# which hardly ever leaves the heads, 3.4.
+# which hardly ever leaves the heads, 3.4. (Before trials were opened with known settings.)
 COST_POWER = 0.5
 # What the belief about good rates is worth against so many trials, as Hvarfner et al. have it, and
 # its width as a share of the searched range, an assumption.

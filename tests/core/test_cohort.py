@@ -102,6 +102,7 @@ def test_a_cohort_gives_each_run_the_figures_it_has_alone(
         # Equal runs stand in one lane, side by side.
         own = together[config][:: configs.count(config)]
         assert own == by_itself[config]
+        assert own
         assert _told(list(fit(config, data, None, shared))) == _told(alone)
 
 

@@ -204,6 +204,7 @@ def test_an_override_may_empty_the_space() -> None:
         ),
         ("train.warmup_epochs=11", "--set: train: warmup_epochs must be <= epochs"),
         ("data.batch_size=4", "--set: data.batch_size: is no key of this section; it belongs"),
+        ("data.seed=4", "--set: data.seed: is no key of this section; it belongs into [study] or"),
     ],
 )
 def test_a_wrong_override_is_told_as_such(override: str, message: str) -> None:
@@ -213,8 +214,14 @@ def test_a_wrong_override_is_told_as_such(override: str, message: str) -> None:
 
 
 def test_a_rule_between_keys_is_told_where_the_last_of_them_was_said(tmp_path: Path) -> None:
-    (fault,) = faults_of("[train]\nwarmup_epochs = 4", tmp_path, "epochs=3")
+    text = "[train]\nwarmup_epochs = 4\nmixup = 0.2\ncutmix = 1.0"
+    mixed, warm = faults_of(text, tmp_path, "epochs=3")
+    assert warm.startswith("--set: train: warmup_epochs must be <= epochs")
+    assert "study.toml: train: mixup and cutmix" in mixed
+    (fault,) = faults_of("", tmp_path, "space.warmup_epochs=[11]")
     assert fault.startswith("--set: train: warmup_epochs must be <= epochs")
+    (fault,) = faults_of("[space]\nmixup = [0.0, 0.2]", tmp_path, "cutmix=1.0")
+    assert fault.startswith("--set: space.mixup: may draw mixup=0.2, but")
 
 
 def test_a_flag_is_named_in_its_fault() -> None:

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from core.config import TrainConfig
 from study.axes import Axes
 from study.cost import CostModel
+from study.opening import Opening
 from study.response import (
     Curve,
     Response,
@@ -26,7 +27,6 @@ from study.response import (
     half_ranked,
     log_improvement,
 )
-from study.opening import Opening
 from study.samplers import make_pruner, make_sampler, quiet_experiments
 from study.thaw import Outlook, ThawSampler
 
