@@ -1,6 +1,7 @@
 """Pictures in folders: one folder a class, alone or inside train, val and test."""
 
 import difflib
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -131,11 +132,24 @@ def _shown(path: Path, root: Path) -> str:
 
 def _pictures_in(folder: Path, ignored: Counter[str]) -> list[Path]:
     found = []
+    _check_readable(folder)
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        if path.suffix.lower() in _EXTENSIONS:
+        if path.is_dir():
+            _check_readable(path)
+        elif path.suffix.lower() in _EXTENSIONS:
             found.append(path)
         else:
             ignored[path.suffix.lower()] += 1
     return found
+
+
+def _check_readable(folder: Path) -> None:
+    """Refuse a folder whose files would be passed over in silence.
+
+    Raises:
+        DataError: Its files cannot be listed or opened.
+    """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise DataError(f"folder {folder} must be readable, but permission is denied.")

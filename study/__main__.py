@@ -139,7 +139,8 @@ def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | 
         print(f"Report: {report}")
     print("\nNext:")
     has_best = outcome.best_number is not None
-    goes_on = report is None or (outcome.counts.paused > 0 and not has_best)
+    goes_on = outcome.stopped_because in ("interrupted", "timeout")
+    goes_on |= outcome.counts.paused > 0 and not has_best
     for line in next_commands(
         config.study.name, config.study.storage, goes_on=goes_on, has_best=has_best
     ):

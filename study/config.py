@@ -234,6 +234,8 @@ def _checked(layers: Layers) -> StudyConfig:
         if name == "train":
             values |= fixed | _base_values(space, values)
         if name == "data" and "source" in values:
+            if not values["source"].removeprefix("folder:").strip():
+                tell(name, [Fault("source", "must name a folder of pictures, but is empty.")])
             values["source"] = _canonical_source(values["source"])
         try:
             made[name] = section(**values)

@@ -159,6 +159,17 @@ def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
         _load(tmp_path / "hotdog")
 
 
+def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "photos", {"red": 3, "blue": 3})
+    locked = tmp_path / "photos" / "blue"
+    readable = os.access  # root may read everything, so the mode alone would prove nothing
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and readable(path, mode))
+    with pytest.raises(DataError, match=r"blue must be readable, but permission is denied"):
+        load_data(DataConfig(source=f"folder:{tmp_path / 'photos'}"), 40)
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [

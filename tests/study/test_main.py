@@ -164,6 +164,10 @@ def test_a_wrong_command_line_is_refused(
         (["run", "--timeout", "soon"], "--timeout: study.timeout: must be seconds or a text"),
         (["run", "--name", "a/b"], "--name: study.name: must begin and end with"),
         (["run", "--data", "nowhere"], "data.source: data folder nowhere must exist"),
+        (
+            ["run", "--data", ""],
+            "--data: data.source: must name a folder of pictures, but is empty",
+        ),
         (["run", "--data", "nowhere", "--dry-run"], "data.source: data folder nowhere must"),
         (["list"], "there is no database studies.db"),
         (["resume", "ants"], "there is no database studies.db"),
