@@ -133,13 +133,14 @@ def _print_summary(config: "StudyConfig", outcome: "SearchOutcome") -> None:
 
 
 def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | None) -> None:
+    from study.search import HALTED
     from study.show import next_commands
 
     if report:
         print(f"Report: {report}")
     print("\nNext:")
     has_best = outcome.best_number is not None
-    goes_on = outcome.stopped_because in ("interrupted", "timeout")
+    goes_on = outcome.stopped_because in HALTED
     goes_on |= outcome.counts.paused > 0 and not has_best
     for line in next_commands(
         config.study.name, config.study.storage, goes_on=goes_on, has_best=has_best

@@ -45,8 +45,8 @@ from study.thaw import Outlook
 _MOST_RERUNS = 3
 _ORIGIN = "origin"
 _COPY = "same as "
-# A study that stopped for these goes on where it was; for any other reason it is at its end.
-_HALTED = ("interrupted", "timeout")
+HALTED = ("interrupted", "timeout")
+"""A study that stopped for these goes on where it was; for any other reason it is at its end."""
 
 _STATES = {
     "complete": TrialState.COMPLETE,
@@ -180,7 +180,7 @@ class _Search:
                 self._one_trial()
             else:
                 self._continue(promoted)
-        if because not in _HALTED:
+        if because not in HALTED:
             because = self._end_paused() or because
         self._tidy_checkpoints()
         return because

@@ -381,6 +381,17 @@ def test_after_a_run_what_can_be_done_is_named(
     assert any("-m study test ants" in line for line in lines) == is_tested
 
 
+@pytest.mark.parametrize(
+    ("because", "is_named"), [("interrupted", True), ("timeout", True), ("trials", False)]
+)
+def test_resume_is_named_after_a_study_that_was_only_halted(
+    because: str, *, is_named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = SearchOutcome("ants", because, Counts(complete=2), 1, 0.8, {}, None, 10, 1.0)
+    _print_next(load_config(flags={"study.name": "ants"}), outcome, Path("report.html"))
+    assert ("-m study resume ants" in capsys.readouterr().out) == is_named
+
+
 def test_no_password_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "list", "--storage", "postgresql+nosuch://me:hunter2@db/x")
     assert "hunter2" not in said and "postgresql+nosuch://me:***@db/x" in said
