@@ -32,12 +32,7 @@ _COLOURS = {
     "naive": ("#000000", "plain Optuna (TPE, Hyperband)"),
     "naive-channels-last": ("#888888", "the same, channels-last"),
     "frostline": ("#D55E00", "Frostline"),
-    "frostline-promote": ("#F0E442", "Frostline, with promote"),
     "frostline-acc": ("#F5A742", "Frostline, best by accuracy"),
-    "ray": ("#0072B2", "Ray Tune (ASHA)"),
-    "syne": ("#009E73", "Syne Tune (ASHA)"),
-    "qtt": ("#CC79A7", "Quick-Tune-Tool's optimizer and space"),
-    "frostline-tpe": ("#E69F00", "Frostline, TPE and Hyperband"),
     "frostline-alone": ("#56B4E9", "Frostline, nothing shared"),
 }
 _GRID_POINTS = 1000

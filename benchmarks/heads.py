@@ -1,4 +1,4 @@
-"""Head-only trials: against the naive loop, and many in one pass against one after the other.
+"""Head-only trials against the naive loop.
 
 Both sides of each ratio take turns. A naive trial builds the network, decodes and augments all
 pictures in every epoch, and trains the head behind it. Ours does that work once (cold), and later
@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -25,10 +24,8 @@ from naive import CROP_SCALE, Settings, Task, read_task, train
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.prefix_cache import PrefixCache
-from study.config import load_config
 from study.progress import QuietProgress
 from study.runner import Asked, Work, run_trial
-from study.search import run_search
 from study.store import Store
 
 
@@ -99,56 +96,12 @@ def against_naive(args: argparse.Namespace, task: Task, data: ImageData, folder:
         )
 
 
-class Clock(QuietProgress):
-    """Notes how long a study's trials took, without what surrounds them."""
-
-    def study_started(self, *args: Any) -> None:
-        """Begin."""
-        super().study_started(*args)
-        self.begun = time.perf_counter()
-
-    def study_ended(self, outcome: Any) -> None:
-        """End."""
-        self.seconds = time.perf_counter() - self.begun
-        super().study_ended(outcome)
-
-
-def one_study(args: argparse.Namespace, task: Task, folder: Path, cohort: int, n: int) -> float:
-    """Run a study of heads whose features lie on disk already; return its seconds."""
-    (folder / "study.toml").write_text("[space]\n[space.base_lr]\nlow = 1e-4\nhigh = 1e-2\n")
-    backbone = next(iter(task.networks))
-    overrides = [
-        f'train.backbone="{backbone}"',
-        f"train.image_size={task.networks[backbone].image_size}",
-        f"train.epochs={args.epochs}",
-        "train.freeze_depth=5",
-        "search.sampler=random",
-        "search.pruner=none",
-        "search.recipes=false",
-        f"search.cohort={cohort}",
-    ]
-    flags = {
-        "data.source": f"folder:{task.root}",
-        "data.limit": args.limit,
-        "data.cache_dir": str(folder / "cache"),
-        "study.storage": str(folder / f"{cohort}-{n}.db"),
-        "study.output": str(folder / f"{cohort}-{n}"),
-        "study.trials": args.trials,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
-    clock = Clock()
-    config = load_config(folder / "study.toml", overrides, given)
-    run_search(config, progress=clock, command="benchmark")
-    return clock.seconds
-
-
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", type=Path, required=True, help="folder that naive.py prepared")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--limit", type=int, help="training pictures; as naive.py was told")
     args = parser.parse_args()
     task = read_task(args.task)
@@ -160,17 +113,6 @@ def main() -> None:
         )
         data = load_data(chosen, round(1.25 * size))
         against_naive(args, task, data, folder)
-        one_study(args, task, folder, 64, 0)  # leaves the features on disk
-        singles, cohorts = [], []
-        for n in range(1, args.rounds + 1):
-            singles.append(one_study(args, task, folder, 1, n))
-            cohorts.append(one_study(args, task, folder, 64, n))
-        ratios = [a / b for a, b in zip(singles, cohorts, strict=True)]
-        print(
-            f"{args.trials} head-only trials with their records, warm: one after the other "
-            f"{statistics.median(singles):.2f} s, together {statistics.median(cohorts):.2f} s, "
-            f"ratio {told(ratios)}"
-        )
 
 
 if __name__ == "__main__":

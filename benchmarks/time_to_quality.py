@@ -2,19 +2,19 @@
 
 For each seed the naive side (benchmarks/naive.py: TPE and Hyperband, a fixed number of trials)
 runs first and sets the budget, its wall time, and the target, the test accuracy of its
-best-by-validation model at its end. Then Frostline and the rivals get the same seconds, pictures,
+best-by-validation model at its end. Then Frostline's sides get the same seconds, pictures,
 space, core and thread. All clocks begin with the process: imports and decoding count. Testing does
-not: the naive side and the rivals stop their clocks for it, and Frostline's models are made again
+not: the naive side stops its clock for it, and Frostline's models are made again
 from its record afterwards.
 
 The ratio is the naive side's whole budget over a side's seconds until its best-by-validation model
 first reaches the target. The naive side has a ratio, too: it often has its final accuracy early.
 Each seed has its own validation split, so the data folder must have none of its own. Best by
-validation means by accuracy on the naive side and the rivals, as their scripts do it, and by what
+validation means by accuracy on the naive side, as its script does it, and by what
 `train.monitor` says for Frostline; `frostline-acc` tells what that alone is worth.
 
     python benchmarks/time_to_quality.py --data photos/hotdog --trials 10 --seeds 0 1 2 \
-        --work work --python ray=rivals/ray/bin/python syne=rivals/syne/bin/python
+        --work work
     python benchmarks/anytime.py work/results.jsonl --out work
 
 Every side's epochs stay in `work/runs`; a run that is there is not run again. What the machine
@@ -49,23 +49,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 ROOT = Path(__file__).parent.parent
 FROSTLINE: dict[str, dict[str, dict[str, Any]]] = {
-    "frostline": {"search": {"sampler": "thaw", "pruner": "none"}},
-    "frostline-promote": {"search": {"sampler": "thaw", "pruner": "promote"}},
-    "frostline-acc": {
-        "search": {"sampler": "thaw", "pruner": "none"},
-        "train": {"monitor": "val_acc"},
-    },
-    "frostline-tpe": {"search": {"sampler": "tpe", "pruner": "hyperband"}},
-    "frostline-alone": {
-        "search": {"sampler": "tpe", "pruner": "hyperband"},
-        "study": {"cache": 0},
-    },
+    "frostline": {},
+    "frostline-acc": {"train": {"monitor": "val_acc"}},
+    "frostline-alone": {"study": {"cache": 0}},
 }
 """Frostline's sides: what each sets beyond the common study. The one place for its settings."""
 # The naive side with one line more (channels-last memory): measured a quarter to a third faster.
 NAIVE = {"naive": [], "naive-channels-last": ["--channels-last"]}
-RIVALS = {"ray": "rival_ray.py", "syne": "rival_syne.py", "qtt": "rival_qtt.py"}
-SIDES = (*NAIVE, *FROSTLINE, *RIVALS)
+SIDES = (*NAIVE, *FROSTLINE)
 _STUDY = "ttq"
 _NO_END = 10**6
 _REPLAY_CACHE_BYTES = 2 << 30
@@ -142,19 +133,15 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def run_script(case: Case, side: str, *options: str) -> None:
-    """Run the naive side or a rival, which write their records themselves."""
-    script = RIVALS.get(side, "naive.py")
-    python = case.args.pythons.get(side, sys.executable)
+    """Run the naive side, which writes its record itself."""
     out = case.record(side)
     partial = out.with_suffix(".part")
     partial.unlink(missing_ok=True)
-    words = [python, ROOT / "benchmarks" / script]
-    words += ["study", *NAIVE[side]] if side in NAIVE else []
+    words = [sys.executable, ROOT / "benchmarks" / "naive.py", "study", *NAIVE[side]]
     words += ["--task", case.task, "--seed", str(case.seed), "--epochs", str(case.args.epochs)]
     facts = timed(
         [*words, "--out", partial, "--began", "{began}", *options],
         out.with_suffix(".log"),
-        PYTHONPATH="",  # a rival's environment has the project's libraries, not its modules
     )
     finish(partial, out, facts)
 
@@ -298,10 +285,8 @@ def _as_written(store: "Store") -> list[tuple[int, int]]:
 def timeline(store: "Store", began: float) -> list[dict[str, Any]]:
     """List all epochs of a study in the order in which they ended.
 
-    A trial's own clock stands still while it is paused, and epochs of one process cannot overlap;
-    so an epoch ends when its trial's clock says, or as late as the epoch before it and its own
-    time ask. Where a paused trial's state was dropped and its first epochs were trained again, the
-    record has the second time only: later than they were known, if anything.
+    Epochs of one process cannot overlap, so an epoch ends when its trial's clock says, or as late
+    as the epoch before it and its own time ask.
     """
     from study.read import read_epochs
 
@@ -311,16 +296,12 @@ def timeline(store: "Store", began: float) -> list[dict[str, Any]]:
         for epoch in read_epochs(store, _STUDY).to_dict("records")
     }
     rows = []
-    paused: dict[int, float] = {}
     best = before = 0.0
     for key in _as_written(store):
         epoch, trial = epochs[key], trials[key[0]]
         started = trial.started_at.replace(tzinfo=UTC).timestamp() - began
         spent = epoch["data_s"] + epoch["train_s"] + epoch["eval_s"]
-        own = started + epoch["seconds_since_start"] + paused.get(trial.number, 0.0)
-        ended = max(own, before + spent)
-        paused[trial.number] = paused.get(trial.number, 0.0) + ended - own
-        before = ended
+        ended = before = max(started + epoch["seconds_since_start"], before + spent)
         row = {"seconds": ended, "trial": trial.number, "spent_s": spent}
         row |= {key: epoch[key] for key in ("epoch", "val_acc", "train_loss", "score")}
         row["is_best"] = row["score"] > best
@@ -477,23 +458,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--trials", type=int, required=True, help="of the naive side")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, default=["naive", "frostline", "ray", "syne"]
-    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["naive", "frostline"])
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is written")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--limit", type=int, help="training pictures")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES))
     parser.add_argument("--core", type=int, default=0, help="the one core that all sides run on")
-    parser.add_argument(
-        "--python", nargs="+", default=[], metavar="SIDE=FILE", help="a rival's interpreter"
-    )
     args = parser.parse_args()
-    args.pythons = {
-        side: str(Path(file).absolute())
-        for side, _, file in (text.partition("=") for text in args.python)
-    }
     args.work = args.work.resolve()
     if (args.work / "tasks" / args.data.name / "task.json").exists():
         sys.exit(f"{args.work} holds runs of one split for all seeds; use another --work.")

@@ -108,7 +108,7 @@ def read_audit(store: Store, name: str) -> Audit:
         name,
         early_rank_correlation(epochs, trials),
         states.count("complete"),
-        states.count("pruned") + states.count("paused"),
+        states.count("pruned"),
         None if number is None else rows[number].value,
         None if number is None else rows[number].ranked_by,
         chosen_by(store.study(name).config.get("train", {})),

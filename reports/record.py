@@ -1,6 +1,5 @@
 """All that a report says about one study, read from the record once."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,6 @@ from study.store import (
     TestRow,
     TrialRow,
 )
-
-# What a study that was halted knows of a paused trial is what it knows of a pruned one.
-_PAUSED = {"paused": "pruned"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +60,6 @@ class Record:
         return int(self.study.data.get("n_test") or 0)
 
 
-def _best(trial: TrialRow) -> TrialRow:
-    return dataclasses.replace(trial, state=_PAUSED.get(trial.state, trial.state))
-
-
 def read_record(store: Store, name: str) -> Record:
     """Read a study.
 
@@ -76,7 +68,6 @@ def read_record(store: Store, name: str) -> Record:
     """
     study = store.study(name)
     trials = _as_floats(read_trials(store, name), ("value", "duration_s"))
-    trials["state"] = trials["state"].replace(_PAUSED)
     number = best_number(trials)
     confusion, pictures = None, []
     if number is not None:
@@ -90,7 +81,7 @@ def read_record(store: Store, name: str) -> Record:
         dims=dimensions(study.config.get("space", {}), trials),
         runs=store.runs(study.id),
         tests=store.tests(study.id),
-        best=None if number is None else _best(store.trial(study.id, number)),
+        best=None if number is None else store.trial(study.id, number),
         confusion=confusion,
         pictures=pictures,
     )

@@ -141,7 +141,6 @@ def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | 
     print("\nNext:")
     has_best = outcome.best_number is not None
     goes_on = outcome.stopped_because in HALTED
-    goes_on |= outcome.counts.paused > 0 and not has_best
     for line in next_commands(
         config.study.name, config.study.storage, goes_on=goes_on, has_best=has_best
     ):

@@ -123,8 +123,6 @@ FREE_KEYS = frozenset(
         "study.patience",
         "study.keep_checkpoints",
         "study.cache",
-        "study.cache_disk",
-        "search.cohort",
         "data.root",
         "data.download",
         "data.cache_dir",
@@ -134,10 +132,6 @@ FREE_KEYS = frozenset(
     | {f"ablation.{key}" for key in keys_of(AblationSection)}
 )
 """Keys that may change when a study is resumed: they do not change what a trial's result means."""
-
-
-THAW_STARTS: Dimension = Choices(("probe", "default"))
-"""What heads start from under the thaw sampler, unless that is given or searched otherwise."""
 
 
 def default_name(source: str) -> str:
@@ -224,9 +218,6 @@ def _checked(layers: Layers) -> StudyConfig:
     _settle(layers, tell)
     space, fixed, wrong = parse_space(layers.values["space"])
     tell("space", wrong)
-    is_given = "head_init" in fixed or "head_init" in layers.values["train"]
-    if layers.values["search"].get("sampler") == "thaw" and not is_given:
-        space = {"head_init": THAW_STARTS} | space
     made: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         values, wrong = check_section(section, layers.values[name])

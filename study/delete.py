@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 from study.optuna_storage import delete_optuna_study
-from study.promotion import PAUSED_FOLDER
 from study.store import Store
 
 
@@ -26,9 +25,8 @@ def delete_study(store: Store, name: str, *, command: str) -> list[Path]:
     # Entering as the process that works on it keeps others out until it is gone.
     store.begin_run(study.id, command=command, device="none", versions={})
     folders = [Path(row.checkpoint) for row in store.trials(study.id) if row.checkpoint]
-    paused = Path(study.config["study"]["output"]) / name / PAUSED_FOLDER
     delete_optuna_study(store.storage, name)
     store.delete_study(name)
-    for folder in (*folders, paused):
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     return folders

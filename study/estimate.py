@@ -62,7 +62,6 @@ class Estimate:
     trial_s: float
     total_s: float
     checkpoint_bytes: int
-    small_size: int | None = None
 
 
 def estimate(config: StudyConfig, data: ImageData) -> Estimate:
@@ -91,7 +90,6 @@ def estimate(config: StudyConfig, data: ImageData) -> Estimate:
         trial_s=trial_s,
         total_s=trial_s * config.study.trials,
         checkpoint_bytes=config.study.keep_checkpoints * max(c.weights_bytes for c in costs),
-        small_size=config.train.small_size,
     )
 
 
@@ -118,11 +116,9 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
 
 
 def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
-    """Add up a trial's steps; one on smaller views takes their share of the pixels."""
-    share = ((train.small_size or 0) / cost.image_size) ** 2
-    whole = train.epochs - train.small_epochs + share * train.small_epochs
-    eval_s = train.epochs * len(data.val) * cost.eval_s
-    return whole * len(data.train) * cost.train_s[depth] + eval_s
+    """Add up a trial's steps."""
+    epoch_s = len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s
+    return train.epochs * epoch_s
 
 
 def _levels(dimension: Dimension | None, fixed: int) -> list[int]:

@@ -54,11 +54,6 @@ def keys_of(section: Section) -> list[str]:
     return [item.name for item in dataclasses.fields(section)]
 
 
-def defaults_of(section: Section) -> dict[str, Any]:
-    """Return a section's keys with their defaults."""
-    return {item.name: item.default for item in dataclasses.fields(section)}
-
-
 @functools.cache
 def hints_of(section: Section) -> dict[str, Any]:
     """Return a section's type hints, with what `Annotated` adds to them."""

@@ -99,14 +99,8 @@ def _section(config: StudyConfig, name: str, values: Any, with_help: bool) -> It
 
 
 def _unsaid(config: StudyConfig, item: "dataclasses.Field[Any]") -> Any:
-    """Return the value at which a key is better left out, None for keys that are always written.
-
-    The study's name follows the data, and thaw searches where heads start unless that is given.
-    """
-    if item.name == "name":
-        return default_name(config.data.source)
-    is_open = item.name == "head_init" and config.search.sampler != "thaw"
-    return item.default if is_open else None
+    """Return the value at which a key is better left out: the name that follows the data."""
+    return default_name(config.data.source) if item.name == "name" else None
 
 
 def _space(config: StudyConfig, with_help: bool) -> Iterator[str]:

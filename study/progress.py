@@ -29,7 +29,6 @@ class Counts:
         failed: Diverged, broke, or were cut short.
         running: Under way.
         cut_short: Those of the failed that will be run again.
-        paused: Stopped at a rung, to go on if they turn out good enough.
     """
 
     complete: int = 0
@@ -37,15 +36,11 @@ class Counts:
     failed: int = 0
     running: int = 0
     cut_short: int = 0
-    paused: int = 0
 
     @property
     def finished(self) -> int:
-        """Return how many trials came to a stop of their own, as the study's target counts.
-
-        A paused trial is counted when it stops first: going on with it is no new trial.
-        """
-        return self.complete + self.pruned + self.failed + self.paused - self.cut_short
+        """Return how many trials came to a stop of their own, as the study's target counts."""
+        return self.complete + self.pruned + self.failed - self.cut_short
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +106,6 @@ class Progress:
     ) -> None:
         """Tell a trial's settings, where they came from, and its epochs if it is not stopped."""
 
-    def trial_continued(
-        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
-    ) -> None:
-        """Tell that a paused trial goes on after so many of its epochs."""
-
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Tell the figures of a trial's epoch."""
 
@@ -130,8 +120,7 @@ class Progress:
     ) -> None:
         """Tell how a trial stopped, the accuracy and the score of its best epoch, and why.
 
-        It is `complete`, `pruned`, `failed` or `paused`; a paused trial may be told of again, as
-        continued or as pruned.
+        It is `complete`, `pruned` or `failed`.
         """
 
     def study_ended(self, outcome: Outcome) -> None:
@@ -175,12 +164,6 @@ class JsonProgress(Progress):
     ) -> None:
         """Write `trial_started`."""
         self._emit("trial_started", trial=number, origin=origin, params=params, epochs=epochs)
-
-    def trial_continued(
-        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
-    ) -> None:
-        """Write `trial_continued`."""
-        self._emit("trial_continued", trial=number, epochs=epochs, done=done)
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Write `epoch` with every figure."""

@@ -29,7 +29,7 @@ class Roster:
             self.rows[number] = store.trial(study_id, number)
 
     def finished(self) -> list[TrialRow]:
-        """Return the trials that count: paused ones, too, but none cut short from outside."""
+        """Return the trials that count: not those cut short from outside."""
         return [
             row
             for row in self.rows.values()
@@ -46,11 +46,8 @@ class Roster:
         return sorted(complete, key=lambda row: row.rank)
 
     def since_best(self) -> int:
-        """Count the trials after the best one; before one is complete, the furthest paused is."""
-        ranking = self.ranking() or sorted(
-            (row for row in self.rows.values() if row.state == "paused"),
-            key=lambda row: (-row.epochs_done, *row.rank),
-        )
+        """Count the trials after the best one; all of them before one is complete."""
+        ranking = self.ranking()
         best = ranking[0].number if ranking else -1
         return sum(row.number > best for row in self.finished())
 
@@ -68,5 +65,4 @@ class Roster:
             failed=states.count("failed"),
             running=states.count("running"),
             cut_short=sum(row.reason in RERUN_REASONS for row in self.rows.values()),
-            paused=states.count("paused"),
         )

@@ -46,7 +46,6 @@ class StudySummary:
         n_pruned: Trials that the pruner stopped.
         n_failed: Trials that diverged, broke, or were cut short.
         n_running: Trials under way.
-        n_paused: Trials that wait at a rung.
         best_value: Validation accuracy of the best complete trial, in [0, 1].
         best_number: That trial.
     """
@@ -58,7 +57,6 @@ class StudySummary:
     n_pruned: int
     n_failed: int
     n_running: int
-    n_paused: int
     best_value: float | None
     best_number: int | None
 
@@ -89,8 +87,8 @@ class TrialRow:
         study_id: Its study's key.
         number: Its number in the study, as in Optuna.
         run_id: The process that ran it.
-        state: `running`, `paused`, `complete`, `pruned` or `failed`.
-        reason: Why it was paused, pruned or failed.
+        state: `running`, `complete`, `pruned` or `failed`.
+        reason: Why it was pruned or failed.
         origin: `recipe:NAME`, `sampler`, `retry of N` or `same as N`.
         params: Values that the search chose.
         config: The full `TrainConfig`.
@@ -100,8 +98,8 @@ class TrialRow:
         freeze_depth: Its freeze level.
         device: What it ran on.
         started_at: UTC.
-        ended_at: UTC; of a trial that was paused, when it was last left; None while it runs.
-        duration_s: Wall time, pauses not counted.
+        ended_at: UTC; None while it runs.
+        duration_s: Wall time.
         epochs_done: Epochs that were finished.
         value: Validation accuracy of the best epoch so far, in [0, 1].
         best_epoch: The epoch with the highest score.

@@ -23,16 +23,12 @@ from core.data import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
-from core.paused import pause
 from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
-from study.promotion import PAUSED_FOLDER
-from study.store import PictureRow, Store, TrialRow, config_hash
+from study.store import PictureRow, Store, config_hash
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
-# Settings of later versions at what earlier ones did: a hash from then is still found.
-_AS_BEFORE: dict[str, Any] = {"monitor": "val_acc", "small_size": None, "small_epochs": 0}
 # The worst pictures that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
 _THUMBNAIL = 160
@@ -50,10 +46,10 @@ class TrialResult:
     """How a trial stopped.
 
     Attributes:
-        state: `complete`, `pruned`, `failed` or `paused`.
+        state: `complete`, `pruned` or `failed`.
         value: Validation accuracy of its best epoch, in [0, 1]; None if no epoch was finished.
         reason: Why it did; None for a complete trial.
-        duration_s: Wall time, pauses not counted.
+        duration_s: Wall time.
     """
 
     state: str
@@ -113,8 +109,7 @@ class Asked:
 def identity(config: TrainConfig) -> str:
     """Return the hash by which two trials are the same setting under the same seed."""
     settings = dataclasses.asdict(config)
-    left_out = [name for name, value in _AS_BEFORE.items() if settings[name] == value]
-    return config_hash({k: v for k, v in settings.items() if k not in (*_NOT_IDENTITY, *left_out)})
+    return config_hash({k: v for k, v in settings.items() if k not in _NOT_IDENTITY})
 
 
 def run_trial(
@@ -122,8 +117,6 @@ def run_trial(
     asked: Asked,
     config: TrainConfig,
     should_stop: Callable[[EpochMetrics], bool],
-    *,
-    can_pause: bool = False,
 ) -> TrialResult:
     """Train one configuration and keep its record, whatever becomes of it.
 
@@ -132,20 +125,60 @@ def run_trial(
         asked: Its number and where it comes from.
         config: What to train.
         should_stop: Asked after every epoch; True prunes the trial.
-        can_pause: Pause it instead, for `continue_trial`; also where the user stops the study.
 
     Raises:
         OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
     """
     begin = time.perf_counter()
-    trial_id = begin_record(work, asked, config)
-    # An earlier study of this name may have left one.
-    pause_file(work.output, asked.number).unlink(missing_ok=True)
-    course = Course(trial_id, asked.number, can_pause, before_s=time.perf_counter() - begin)
-    return _train(work, course, config, should_stop)
+    trial_id = _begin_record(work, asked, config)
+    folder = checkpoint_folder(work.output, asked.number)
+    value, score, best_epoch, epochs_done = None, None, None, 0
+    state, reason, fatal = "complete", None, None
+    try:
+        with contextlib.closing(fit(config, work.data, folder, work.cache)) as epochs:
+            for metrics in epochs:
+                epochs_done = metrics.epoch + 1
+                if metrics.is_best:
+                    value, score, best_epoch = metrics.val_acc, metrics.score, metrics.epoch
+                work.store.add_epoch(trial_id, metrics, time.perf_counter() - begin)
+                work.progress.epoch(asked.number, metrics)
+                is_last = epochs_done == config.epochs
+                # Asked at the last epoch too, since it also tells the search the figure.
+                is_stopped = should_stop(metrics)
+                if is_last or not (is_stopped or work.stop.is_set()):
+                    continue
+                if is_stopped:
+                    state, reason = "pruned", f"pruned after epoch {epochs_done}"
+                else:
+                    state, reason = "failed", REASON_INTERRUPTED
+                break
+    except TrainingDiverged as err:
+        state, reason = "failed", f"{REASON_DIVERGED}: {err}"
+    except torch.OutOfMemoryError as err:
+        state = "failed"
+        reason = f"{REASON_OUT_OF_MEMORY}: even one picture at a time does not fit ({err})"
+    except OSError as err:
+        state, reason, fatal = "failed", f"{REASON_ERROR}: {err}", err
+    except Exception as err:  # one broken setting must not end a night's search
+        state, reason = "failed", f"{REASON_ERROR}: {_told(err)}"
+    duration = time.perf_counter() - begin
+    work.store.end_trial(
+        trial_id,
+        state,
+        reason=reason,
+        value=value,
+        best_epoch=best_epoch,
+        epochs_done=epochs_done,
+        duration_s=duration,
+        checkpoint=str(folder) if state == "complete" else None,
+    )
+    work.progress.trial_ended(asked.number, state, value, reason, duration, score)
+    if fatal is not None:
+        raise fatal
+    return TrialResult(state, value, reason, duration)
 
 
-def begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
+def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
     """Enter a trial as running; return its key in the record."""
     trained, total = count_parameters(
         config.backbone,
@@ -176,151 +209,6 @@ def begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
     return trial_id
 
 
-def continue_trial(
-    work: Work,
-    trial: TrialRow,
-    config: TrainConfig,
-    should_stop: Callable[[EpochMetrics], bool],
-) -> TrialResult:
-    """Go on with a paused trial; from its beginning, where its state is not to be had any more.
-
-    Args:
-        work: What the trials share.
-        trial: Its record.
-        config: What it trains.
-        should_stop: Asked after every epoch; True pauses the trial again.
-
-    Raises:
-        OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
-    """
-    work.store.continue_trial(trial.id, work.run_id)
-    work.progress.trial_continued(
-        trial.number, trial.origin, trial.params, config.epochs, trial.epochs_done
-    )
-    course = Course(
-        trial.id,
-        trial.number,
-        can_pause=True,
-        value=trial.value,
-        best_epoch=trial.best_epoch,
-        score=trial.score,
-        epochs_done=trial.epochs_done,
-        before_s=trial.duration_s or 0.0,
-    )
-    return _train(work, course, config, should_stop)
-
-
-@dataclass(slots=True)
-class Course:
-    """How far a trial has come; its last line in the record.
-
-    Attributes:
-        trial_id: Its key in the record.
-        number: Its number.
-        can_pause: Pause it where it would be stopped.
-        value: Validation accuracy of the best epoch, in [0, 1].
-        best_epoch: That epoch.
-        score: Its score.
-        epochs_done: Epochs that were finished.
-        before_s: Wall time so far.
-    """
-
-    trial_id: int
-    number: int
-    can_pause: bool = False
-    value: float | None = None
-    best_epoch: int | None = None
-    score: float | None = None
-    epochs_done: int = 0
-    before_s: float = 0.0
-
-    def add(self, metrics: EpochMetrics) -> None:
-        """Take in an epoch."""
-        self.epochs_done = metrics.epoch + 1
-        if metrics.is_best:
-            self.value, self.best_epoch = metrics.val_acc, metrics.epoch
-            self.score = metrics.score
-
-    def end(
-        self, work: Work, state: str, reason: str | None, duration: float, folder: Path | None
-    ) -> TrialResult:
-        """Record how the trial stopped, and tell it.
-
-        Args:
-            work: What the trials share.
-            state: As in `TrialResult`.
-            reason: Why; None for a complete trial.
-            duration: Seconds, pauses not counted.
-            folder: Its checkpoint, if one was kept.
-        """
-        work.store.end_trial(
-            self.trial_id,
-            state,
-            reason=reason,
-            value=self.value,
-            best_epoch=self.best_epoch,
-            epochs_done=self.epochs_done,
-            duration_s=duration,
-            checkpoint=str(folder) if folder is not None else None,
-        )
-        work.progress.trial_ended(self.number, state, self.value, reason, duration, self.score)
-        return TrialResult(state, self.value, reason, duration)
-
-
-def _train(
-    work: Work,
-    course: Course,
-    config: TrainConfig,
-    should_stop: Callable[[EpochMetrics], bool],
-) -> TrialResult:
-    """Train a trial from where it is until it stops, and record how it did."""
-    begin = time.perf_counter() - course.before_s
-    trial_id, number = course.trial_id, course.number
-    folder = checkpoint_folder(work.output, number)
-    kept = pause_file(work.output, number)
-    state, reason, fatal = "complete", None, None
-    may_repeat = course.epochs_done > 0  # where its state was lost, or its process died later
-    run = fit(config, work.data, folder, work.cache, kept if course.can_pause else None)
-    try:
-        with contextlib.closing(run) as epochs:
-            for metrics in epochs:
-                if may_repeat:
-                    work.store.cut_epochs(trial_id, metrics.epoch)
-                    may_repeat = False
-                course.add(metrics)
-                work.store.add_epoch(trial_id, metrics, time.perf_counter() - begin)
-                work.progress.epoch(number, metrics)
-                is_last = metrics.epoch == config.epochs - 1
-                # Asked at the last epoch too, since it also tells the search the figure.
-                is_stopped = should_stop(metrics)
-                if is_last or not (is_stopped or work.stop.is_set()):
-                    continue
-                if course.can_pause:
-                    pause(epochs)
-                    state, reason = "paused", f"paused after epoch {metrics.epoch + 1}"
-                elif is_stopped:
-                    state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
-                else:
-                    state, reason = "failed", REASON_INTERRUPTED
-                break
-    except TrainingDiverged as err:
-        state, reason = "failed", f"{REASON_DIVERGED}: {err}"
-    except torch.OutOfMemoryError as err:
-        state = "failed"
-        reason = f"{REASON_OUT_OF_MEMORY}: even one picture at a time does not fit ({err})"
-    except OSError as err:
-        state, reason, fatal = "failed", f"{REASON_ERROR}: {err}", err
-    except Exception as err:  # one broken setting must not end a night's search
-        state, reason = "failed", f"{REASON_ERROR}: {_told(err)}"
-    duration = time.perf_counter() - begin
-    result = course.end(work, state, reason, duration, folder if state == "complete" else None)
-    if state != "paused" and course.can_pause:
-        kept.unlink(missing_ok=True)
-    if fatal is not None:
-        raise fatal
-    return result
-
-
 def _told(err: Exception) -> str:
     """Tell a user's fault in its own words, and a fault of ours with where it happened."""
     if isinstance(err, ValueError):
@@ -332,11 +220,6 @@ def _told(err: Exception) -> str:
 def checkpoint_folder(output: Path, number: int) -> Path:
     """Return where a trial's checkpoint lies."""
     return output / f"trial-{number:04d}"
-
-
-def pause_file(output: Path, number: int) -> Path:
-    """Return where the state of a paused trial lies."""
-    return output / PAUSED_FOLDER / f"trial-{number:04d}.safetensors"
 
 
 def drop_checkpoint(work: Work, number: int) -> None:

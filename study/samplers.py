@@ -14,9 +14,6 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
-from study.promotion import Promotion, Scores
-from study.thaw import Outlook, ThawSampler
-
 Distributions = Mapping[str, BaseDistribution]
 FloatArray = NDArray[np.float64]
 GridValue = str | float | int | bool | None
@@ -68,14 +65,12 @@ class _Draw:
             keep their place in the study.
         space: Distributions by name.
         seen: What is remembered from trial to trial.
-        outlook: What `thaw` is told of the study beside its trials.
     """
 
     trial_seed: int
     study_seed: int
     space: Distributions
     seen: SeenTrials
-    outlook: Outlook | None = None
 
 
 class _TPE(samplers.TPESampler):
@@ -158,21 +153,19 @@ _SAMPLERS: dict[str, Callable[[_Draw], samplers.BaseSampler]] = {
     "qmc": lambda draw: samplers.QMCSampler(seed=draw.study_seed, scramble=True),
     "grid": _grid,
     "bruteforce": lambda draw: _BruteForce(seed=draw.trial_seed),
-    "thaw": lambda draw: ThawSampler(draw.trial_seed, draw.space, draw.outlook),
 }
 
-_PRUNERS: dict[str, Callable[[int, Scores | None], pruners.BasePruner]] = {
-    "hyperband": lambda epochs, _: _Hyperband(epochs),
-    "median": lambda epochs, _: pruners.MedianPruner(
+_PRUNERS: dict[str, Callable[[int], pruners.BasePruner]] = {
+    "hyperband": lambda epochs: _Hyperband(epochs),
+    "median": lambda epochs: pruners.MedianPruner(
         n_startup_trials=4, n_warmup_steps=_warmup(epochs)
     ),
-    "percentile": lambda epochs, _: pruners.PercentilePruner(
+    "percentile": lambda epochs: pruners.PercentilePruner(
         25.0, n_startup_trials=4, n_warmup_steps=_warmup(epochs)
     ),
-    "halving": lambda *_: pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
-    "promote": Promotion,
-    "wilcoxon": lambda *_: pruners.WilcoxonPruner(p_threshold=0.1),
-    "none": lambda *_: pruners.NopPruner(),
+    "halving": lambda _: pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+    "wilcoxon": lambda _: pruners.WilcoxonPruner(p_threshold=0.1),
+    "none": lambda _: pruners.NopPruner(),
 }
 
 SAMPLER_NAMES = tuple(_SAMPLERS)
@@ -190,7 +183,6 @@ def make_sampler(
     trial_number: int,
     space: Distributions,
     seen: SeenTrials | None = None,
-    outlook: Outlook | None = None,
 ) -> samplers.BaseSampler:
     """Build a sampler for one trial.
 
@@ -201,7 +193,6 @@ def make_sampler(
         space: Distributions by name.
         seen: One object for all trials of a study, to spare the sampler old trials; None to look
             at all of them again.
-        outlook: What `thaw` is told of the study beside its trials; None for nothing.
 
     Raises:
         ValueError: Unknown name.
@@ -211,17 +202,16 @@ def make_sampler(
     words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
     with quiet_experiments():
         memory = seen or SeenTrials()
-        draw = _Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, memory, outlook)
+        draw = _Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space, memory)
         return _SAMPLERS[name](draw)
 
 
-def make_pruner(name: str, epochs: int, scores: Scores | None = None) -> pruners.BasePruner:
+def make_pruner(name: str, epochs: int) -> pruners.BasePruner:
     """Build a pruner for trials of at most so many epochs.
 
     Args:
         name: One of `PRUNER_NAMES`.
         epochs: A trial's full length.
-        scores: What trials are ranked by; Optuna's own pruners go by what it was told.
 
     Raises:
         ValueError: Unknown name.
@@ -229,7 +219,7 @@ def make_pruner(name: str, epochs: int, scores: Scores | None = None) -> pruners
     if name not in _PRUNERS:
         raise ValueError(f"pruner must be one of {', '.join(PRUNER_NAMES)}, but got {name!r}.")
     with quiet_experiments():
-        return _PRUNERS[name](epochs, scores)
+        return _PRUNERS[name](epochs)
 
 
 def quiet_experiments() -> warnings.catch_warnings:

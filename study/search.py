@@ -1,10 +1,8 @@
 """Run a search: ask Optuna, run the trial, tell it; stop and resume as the user wishes."""
 
-import contextlib
 import dataclasses
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,9 @@ from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
-from study.ahead import Trained, record_trained, save_trained, train_ahead
 from study.config import StudyConfig, check_backbones
-from study.cost import cost_model
 from study.ledger import RERUNS, Ledger
-from study.paused_trials import PausedTrials, find_paused
 from study.progress import Counts, Progress
-from study.promotion import Promotion
 from study.roster import Roster
 from study.runner import (
     RERUN_REASONS,
@@ -29,22 +23,20 @@ from study.runner import (
     TrialResult,
     Work,
     checkpoint_folder,
-    continue_trial,
     identity,
     record_predictions,
     run_trial,
 )
 from study.samplers import make_pruner, make_sampler
-from study.sections import FORESEEN
 from study.session import corner_configs, end_killed, open_session
 from study.space import ParamValue, apply_params, distributions, n_points, recipes
 from study.store import Store, TrialRow
-from study.thaw import Outlook
 
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
 _ORIGIN = "origin"
 _COPY = "same as "
+_RECIPE = "recipe:"
 HALTED = ("interrupted", "timeout")
 """A study that stopped for these goes on where it was; for any other reason it is at its end."""
 
@@ -134,31 +126,9 @@ class _Search:
         self.config = config
         self.begin = begin
         self.distributions = distributions(config.space)
-        n_train, n_val = len(work.data.train), len(work.data.val)
-        self.scores = work.store.scores(work.study_id)
-        self.outlook = Outlook(
-            config.train.epochs,
-            n_val if config.train.monitor == "val_acc" else None,
-            cost_model(config.train, n_train, n_val, is_cached=work.cache is not None),
-            {key: getattr(config.train, key) for key in config.space},
-            counts_seconds=config.study.timeout is not None,
-            scores=self.scores,
-        )
-        pruner = make_pruner(config.search.pruner, config.train.epochs, self.scores)
-        found = find_paused(work)
-        self.ledger = Ledger(config.study.storage, config.study.name, pruner, paused=found)
-        self.can_pause = isinstance(pruner, Promotion)
-        self.paused = PausedTrials(
-            work, self.ledger, pruner if isinstance(pruner, Promotion) else None
-        )
-        self.left_paused = found
-        self.asked: deque[Trial] = deque()  # for their turn
-        self.ahead: dict[int, Trained] = {}  # by number
+        pruner = make_pruner(config.search.pruner, config.train.epochs)
+        self.ledger = Ledger(config.study.storage, config.study.name, pruner)
         self.roster = Roster(work)
-        for row in self.roster.rows.values():
-            if row.origin.startswith(_COPY):
-                known = int(row.origin.removeprefix(_COPY))
-                self.scores[row.number] = self.scores.get(known, {})
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
@@ -172,16 +142,10 @@ class _Search:
             self.roster.best(),
         )
         while True:
-            promoted = self.paused.next_number()
-            because = self._reason_to_stop(may_begin=promoted is None)
+            because = self._reason_to_stop()
             if because is not None:
                 break
-            if promoted is None:
-                self._one_trial()
-            else:
-                self._continue(promoted)
-        if because not in HALTED:
-            because = self._end_paused() or because
+            self._one_trial()
         self._tidy_checkpoints()
         return because
 
@@ -192,8 +156,6 @@ class _Search:
         for row in store.trials(self.work.study_id):
             if row.number >= ledger.n_trials:  # it died before Optuna's tables had it
                 ledger.add_failed(row.params, self.distributions)
-        for row in self.paused.recover(self.left_paused, _MOST_RERUNS):
-            self._again(row.number, row.params, ledger.user_attrs(row.number))
         for row in store.stale_trials(self.work.study_id):
             end_killed(self.work, row)
             known = cut.pop(row.number, None)
@@ -211,24 +173,17 @@ class _Search:
     def _enqueue_recipes(self) -> None:
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}", RERUNS: 0})
+            self.ledger.enqueue(params, {_ORIGIN: f"{_RECIPE}{name}", RERUNS: 0})
 
-    def _reason_to_stop(self, *, may_begin: bool) -> str | None:
-        """Return why the study is to stop.
-
-        Args:
-            may_begin: Whether a new trial would be next; while a paused one goes on, none of the
-                reasons against new ones counts.
-        """
+    def _reason_to_stop(self) -> str | None:
+        """Return why the study is to stop."""
         settings = self.config.study
         if self.work.stop.is_set():
             return "interrupted"
-        if may_begin and len(self.roster.finished()) >= settings.trials:
+        if len(self.roster.finished()) >= settings.trials:
             return "trials"
         if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
             return "timeout"
-        if not may_begin:
-            return None
         if settings.patience is not None and self.roster.since_best() >= settings.patience:
             return "patience"
         size = n_points(self.config.space)
@@ -237,52 +192,8 @@ class _Search:
         return None
 
     def _one_trial(self) -> None:
-        """Run the next trial, or all next ones whose heads were trained together."""
-        if not self.asked:
-            self._ask()
-        if self.asked[0].number not in self.ahead:
-            self._take_turn()
-            return
-        with self.ledger.together(), self.work.store.together():
-            while self.asked and self.asked[0].number in self.ahead:
-                self._take_turn()
-                if self._reason_to_stop(may_begin=True) is not None:
-                    return
-
-    def _ask(self) -> None:
-        """Ask for the next trial; for several where a cohort may come of them."""
-        ledger, settings = self.ledger, self.config
-        in_line = ledger.next_number() < ledger.n_trials
-        self.asked.append(self._asked_one())
-        is_foreseen = settings.search.sampler in FORESEEN and self.work.cache is not None
-        if in_line or self.can_pause or not is_foreseen:
-            return
-        size = n_points(settings.space)
-        left = settings.study.trials - len(self.roster.finished())
-        if size is not None:
-            left = min(left, size - self.roster.n_settings())
-        while len(self.asked) < min(settings.search.cohort, left):
-            self.asked.append(self._asked_one())
-        coming = {}
-        for trial in self.asked:
-            with contextlib.suppress(ValueError):  # told when its turn comes
-                coming[trial.number] = apply_params(settings.train, trial.params)
-        self.ahead = train_ahead(self.work, coming, self.work.data)
-
-    def _asked_one(self) -> Trial:
-        settings, ledger = self.config, self.ledger
-        sampler = make_sampler(
-            settings.search.sampler,
-            settings.study.seed,
-            ledger.next_number(),
-            self.distributions,
-            ledger.seen,
-            self.outlook,
-        )
-        return ledger.ask(sampler, self.distributions)
-
-    def _take_turn(self) -> None:
-        trial = self.asked.popleft()
+        """Ask for the next trial, run it, and tell how it did."""
+        trial = self._ask()
         origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
         try:
             config = apply_params(self.config.train, trial.params)
@@ -294,77 +205,38 @@ class _Search:
             self._repeat(trial, config, known)
             return
         asked = Asked(trial.number, trial.params, origin)
-        ask = self._should_stop(trial)
-        trained = self.ahead.pop(trial.number, None)
-        if trained is None:
-            result = run_trial(self.work, asked, config, ask, can_pause=self.can_pause)
-        else:
-            result = record_trained(self.work, asked, config, trained, ask)
-        self._close(trial, result, trained)
-
-    def _continue(self, number: int, *, to_the_end: bool = False) -> None:
-        """Go on with a paused trial."""
-        row, here = self.roster.rows[number], self.config.train
-        config = dataclasses.replace(
-            TrainConfig(**row.config), device=here.device, workers=here.workers
-        )
-        trial = self.ledger.go_on(number)
-        ask = self._should_stop(trial, to_the_end=to_the_end)
-        self._close(trial, continue_trial(self.work, row, config, ask))
-
-    def _should_stop(
-        self, trial: Trial, *, to_the_end: bool = False
-    ) -> Callable[[EpochMetrics], bool]:
-        """Return what tells Optuna a trial's figures, and says whether it is to stop."""
-
-        def ask(metrics: EpochMetrics) -> bool:
-            stops = self._report(trial, metrics)
-            if to_the_end or not stops:
-                return False
-            if self.can_pause:
-                # Before its state is on disk: what is found there, Optuna's tables know of.
-                self.ledger.pause(trial)
-            return True
-
-        return ask
-
-    def _report(self, trial: Trial, metrics: EpochMetrics) -> bool:
-        """Tell an epoch's figures to Optuna, and to what ranks by score."""
-        done = metrics.epoch + 1  # a pruner counts epochs done (its resource)
-        self.scores.setdefault(trial.number, {})[done] = metrics.ranked_by
-        return self.ledger.report(trial, metrics.val_acc, done)
-
-    def _close(self, trial: Trial, result: TrialResult, trained: Trained | None = None) -> None:
-        """Tell how a trial stopped, and drop from disk what is not needed any more."""
-        if result.state == "paused":
-            self.ledger.pause(trial)
-        else:
-            self._tell(trial, result)
+        result = run_trial(self.work, asked, config, self._should_stop(trial, origin))
+        self._tell(trial, result)
         self.roster.reload(trial.number)
-        if trained is not None and result.state == "complete":
-            ranking = [row.number for row in self.roster.ranking()]
-            if trial.number in ranking[: self.config.study.keep_checkpoints]:
-                save_trained(self.work, trial.number, trained)
-                self.roster.reload(trial.number)
         if result.state == "complete":
             self._keep_best(trial.number)
-        if self.can_pause:
-            self.paused.keep_states(self.config.study.trials)
 
-    def _end_paused(self) -> str | None:
-        """Leave no trial paused; return what halted this, if anything did.
+    def _ask(self) -> Trial:
+        settings, ledger = self.config, self.ledger
+        sampler = make_sampler(
+            settings.search.sampler,
+            settings.study.seed,
+            ledger.next_number(),
+            self.distributions,
+            ledger.seen,
+        )
+        return ledger.ask(sampler, self.distributions)
 
-        A study shall have a best model: where no trial is complete, the best of the paused ones
-        is trained to its end.
+    def _should_stop(self, trial: Trial, origin: str) -> Callable[[EpochMetrics], bool]:
+        """Return what reports a trial's epochs to Optuna, and says whether it is to stop.
+
+        A recipe is what the others are compared with, so it always runs to its end.
         """
-        while not self.roster.ranking() and (standings := self.paused.standings()):
-            if self.work.stop.is_set():
-                return "interrupted"
-            self._continue(standings[0].number, to_the_end=True)
-        for number in self.paused.give_up():
-            self.roster.reload(number)
-        self.paused.keep_states(0)
-        return None
+
+        def report(metrics: EpochMetrics) -> bool:
+            stops = self._report(trial, metrics)
+            return stops and not origin.startswith(_RECIPE)
+
+        return report
+
+    def _report(self, trial: Trial, metrics: EpochMetrics) -> bool:
+        # A pruner counts epochs done (its resource).
+        return self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
 
     def _tell(self, trial: Trial, result: TrialResult) -> None:
         self.ledger.tell(trial, _STATES[result.state], result.value)
@@ -382,12 +254,10 @@ class _Search:
         """Take over the result of an equal trial instead of training it again."""
         reason = f"same settings and seed as trial {known.number}"
         origin = f"{_COPY}{known.number}"
-        # Of a paused trial there is but one to go on with.
-        state = "pruned" if known.state == "paused" else known.state
-        self._record_untrained(trial, config, origin, state, reason, known)
+        self._record_untrained(trial, config, origin, known.state, reason, known)
         for metrics in self.work.store.epochs(known.id):
             self._report(trial, metrics)
-        self.ledger.tell(trial, _STATES[state], known.value)
+        self.ledger.tell(trial, _STATES[known.state], known.value)
 
     def _record_untrained(
         self,

@@ -9,14 +9,12 @@ from pydantic import BeforeValidator
 from core.config import setting
 from study.space import RECIPES
 
-Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce", "thaw"]
-Pruner = Literal["hyperband", "median", "percentile", "halving", "promote", "wilcoxon", "none"]
+Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
+Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
 DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
 DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
-FORESEEN: tuple[Sampler, ...] = ("random", "qmc", "grid", "bruteforce")
-"""Samplers whose next settings do not depend on what earlier trials gave."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B)?")
 _SIZES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -98,14 +96,6 @@ class StudySection:
         "number.",
         ge=0,
     )
-    cache_disk: Annotated[
-        int | None, BeforeValidator(_bytes, json_schema_input_type=int | str | None)
-    ] = setting(
-        None,
-        "The part of cache that lies on disk (in data.cache_dir), where later runs and other "
-        "processes find it; 0 keeps shared work in memory alone; leave out for half.",
-        ge=0,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,44 +104,28 @@ class SearchSection:
 
     sampler: Sampler = setting(
         "tpe",
-        "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries "
-        "every backbone with its head alone, freeze levels from the top as long as that gains, "
-        "other rates at the best of them, and then what promises most for its cost (for a trial, "
-        "where study.timeout is not set); it searches train.head_init, probe or default, where "
-        "none is given.",
+        "Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce.",
     )
     pruner: Pruner = setting(
         "hyperband",
-        "Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none; "
-        "promote pauses trials after 1, 3, 9, ... epochs and goes on with the best third of them.",
+        "Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none.",
     )
     recipes: Annotated[
         bool | tuple[str, ...],
         BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
     ] = setting(
         True,
-        "Known settings to try first: true (all; none under thaw, grid and bruteforce), false, or "
+        "Known settings to try first: true (all; none under grid and bruteforce), false, or "
         f"a list of {', '.join(RECIPES)}.",
-    )
-
-    cohort: int = setting(
-        64,
-        "Most trials of a head alone that are trained in one pass, where the sampler does not "
-        "look at earlier trials (random, qmc, grid, bruteforce), and in ablations; 1 trains one "
-        "after the other. It changes no figure.",
-        ge=1,
     )
 
     @property
     def recipe_names(self) -> tuple[str, ...]:
-        """List the recipes to try first: none where the sampler visits every setting anyway.
-
-        `thaw` begins with a linear probe of every backbone by itself, the cheapest first.
-        """
+        """List the recipes to try first: none where the sampler visits every setting anyway."""
         if self.recipes is False or self.sampler in EXHAUSTIVE:
             return ()
         if self.recipes is True:
-            return () if self.sampler == "thaw" else tuple(RECIPES)
+            return tuple(RECIPES)
         return self.recipes
 
 

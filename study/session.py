@@ -19,7 +19,7 @@ from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.disk_entries import DiskEntries
-from core.fit import build_for, check_small_size
+from core.fit import build_for
 from core.head_runs import check_probe
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
@@ -101,16 +101,16 @@ def open_session(
 
 def _cache(config: StudyConfig) -> PrefixCache | None:
     """Make room for shared work; None where nothing is to be shared."""
-    budget, on_disk = config.study.cache, config.study.cache_disk
+    budget = config.study.cache
     if budget == 0:
         return None
     # Beside the decoded pictures, as core.data places them.
     folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "entries"
     if budget is None:
         memory = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
-        on_disk = min(memory, _free_disk(folder)) if on_disk is None else on_disk
+        on_disk = min(memory, _free_disk(folder))
     else:
-        on_disk = budget // 2 if on_disk is None else min(on_disk, budget)
+        on_disk = budget // 2
         memory = budget - on_disk
     return PrefixCache(memory, DiskEntries(folder, on_disk) if on_disk else None)
 
@@ -160,10 +160,10 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
 
     Args:
         config: The study.
-        with_starts: At every start of a head and every size of its first views, too.
+        with_starts: At every start of a head, too.
     """
     corners: list[dict[str, ParamValue]] = [{}]
-    starts = ("small_size", "head_init") if with_starts else ()
+    starts = ("head_init",) if with_starts else ()
     for name in ("backbone", "weights", "image_size", *starts):
         if name in config.space:
             ends = config.space[name].ends
@@ -196,18 +196,17 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     for train in trains:
         choose_device(train.device)
         network = (
-            train.backbone, train.weights, train.image_size, train.normalize, train.small_size,
+            train.backbone, train.weights, train.image_size, train.normalize,
             train.head_init == "probe",
         )  # fmt: skip
         if network not in built:
             built.add(network)
             made = build_for(train, data.classes)
-            try:
-                check_small_size(train, made)
-                if train.head_init == "probe":
+            if train.head_init == "probe":
+                try:
                     check_probe(train, made)
-            except ValueError as err:
-                raise ConfigError(f"train: {err}") from err
+                except ValueError as err:
+                    raise ConfigError(f"train: {err}") from err
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(

@@ -69,7 +69,7 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
     """Show all studies of a database."""
     if not summaries:
         return Text("No study yet; `python -m study run` makes one.")
-    counts = ("complete", "pruned", "failed", "running", "paused")
+    counts = ("complete", "pruned", "failed", "running")
     table = make_table(
         "study", "best", "trial", *counts, "updated (UTC)", right=("best", "trial", *counts)
     )
@@ -83,18 +83,17 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
             row.n_pruned,
             row.n_failed,
             row.n_running,
-            row.n_paused,
             str(row.updated_at)[:19],
         )
     return table
 
 
 def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
-    """Sort trials: complete ones from the best, then the paused, the pruned, and the others."""
-    rank = {"complete": 0, "paused": 1, "pruned": 2}
+    """Sort trials: complete ones from the best, then the pruned, and the others."""
+    rank = {"complete": 0, "pruned": 1}
     return sorted(
         trials,
-        key=lambda row: (rank.get(row.state, 3), row.value is None, *row.rank),
+        key=lambda row: (rank.get(row.state, 2), row.value is None, *row.rank),
     )
 
 
@@ -284,8 +283,6 @@ def summary_view(
         f"{outcome.study_name}: {counts.finished} of {target} trials, {counts.complete} complete, "
         f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
     )
-    if counts.paused:
-        head += f" {counts.paused} are paused; resume goes on with the best of them."
     parts: list[RenderableType] = [Text(head)]
     best = [row for row in best_first(trials) if row.state == "complete"][:_SUMMARY_ROWS]
     if not best or outcome.best_value is None:
@@ -295,7 +292,7 @@ def summary_view(
     parts += [trials_table(best)]
     if words := _ranking_words(best):
         parts += [Text(words)]
-    n_seen = counts.complete + counts.pruned + counts.paused
+    n_seen = counts.complete + counts.pruned
     bonus = selection_bonus(outcome.best_value, n_val, n_seen)
     if bonus > 0:
         parts.append(
@@ -394,12 +391,11 @@ def estimate_view(estimate: "Estimate") -> RenderableType:
     """Show what a study would cost."""
     right = ("size", "all trained", "head alone", "checkpoint")
     table = make_table("backbone", *right, right=right)
-    small = estimate.small_size
     for cost in estimate.costs:
         _add(
             table,
             cost.backbone,
-            f"{cost.image_size} px" + (f", at first {small} px" if small else ""),
+            f"{cost.image_size} px",
             f"{1 / cost.train_s[0]:.0f} images/s",
             f"{1 / cost.train_s[-1]:.0f} images/s",
             format_bytes(cost.weights_bytes),

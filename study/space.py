@@ -11,7 +11,6 @@ from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from study.fields import Fault, check_value, is_float, is_int, keys_of, near
 
 if TYPE_CHECKING:
-    from optuna import Trial
     from optuna.distributions import BaseDistribution
 
 ParamValue = bool | int | float | str | None
@@ -270,21 +269,6 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
         step = int(dimension.step or 1)
         return IntDistribution(int(dimension.low), int(dimension.high), dimension.log, step)
     return FloatDistribution(dimension.low, dimension.high, dimension.log, dimension.step)
-
-
-def suggest(trial: Trial, space: Space) -> dict[str, ParamValue]:
-    """Draw one value per dimension, in the space's order."""
-    params: dict[str, ParamValue] = {}
-    for name, dim in space.items():
-        if isinstance(dim, Choices):
-            params[name] = trial.suggest_categorical(name, dim.choices)
-        elif dim.is_int:
-            params[name] = trial.suggest_int(
-                name, int(dim.low), int(dim.high), step=int(dim.step or 1), log=dim.log
-            )
-        else:
-            params[name] = trial.suggest_float(name, dim.low, dim.high, step=dim.step, log=dim.log)
-    return params
 
 
 def apply_params(base: TrainConfig, params: Mapping[str, ParamValue]) -> TrainConfig:

@@ -134,7 +134,6 @@ class Store(Answers):
                 count("pruned"),
                 count("failed"),
                 count("running"),
-                count("paused"),
                 func.max(complete_rank),
             )
             .outerjoin(TrialTable, TrialTable.study_id == StudyTable.id)
@@ -155,7 +154,7 @@ class Store(Answers):
                 )
                 found = None if best is None else connection.execute(first).first()
                 number, value = found or (None, None)
-                names = ("n_complete", "n_pruned", "n_failed", "n_running", "n_paused")
+                names = ("n_complete", "n_pruned", "n_failed", "n_running")
                 told = dict(zip(names, counts, strict=True))
                 summaries.append(
                     StudySummary(
@@ -313,7 +312,7 @@ class Store(Answers):
         checkpoint: str | None,
         score: float | None = None,
     ) -> None:
-        """Close a trial with its last state and figures; a paused one may go on later.
+        """Close a trial with its last state and figures.
 
         Its score is the one that came with its epochs, unless another is given.
         """
@@ -330,21 +329,6 @@ class Store(Answers):
         if score is not None:
             values["score"] = score
         self._update(TrialTable, trial_id, values)
-
-    def continue_trial(self, trial_id: int, run_id: int) -> None:
-        """Mark a paused trial as running again, now in this run."""
-        values = {"state": "running", "run_id": run_id, "reason": None, "ended_at": None}
-        self._update(TrialTable, trial_id, values)
-
-    def cut_epochs(self, trial_id: int, n_epochs: int) -> None:
-        """Forget all epochs of a trial but its first so many: it trains the others again."""
-        beyond = (EpochTable.trial_id == trial_id) & (EpochTable.epoch >= n_epochs)
-        with self._writing() as connection:
-            connection.execute(delete(EpochTable).where(beyond))
-
-    def prune_paused(self, trial_id: int, reason: str) -> None:
-        """Give up a paused trial."""
-        self._update(TrialTable, trial_id, {"state": "pruned", "reason": reason})
 
     def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
         """Note where a trial's weights lie, or that they were removed."""
@@ -393,11 +377,11 @@ class Store(Answers):
         return self._rows(TrialRow, query.order_by(TrialTable.number))
 
     def find_finished(self, study_id: int, config_hash: str) -> TrialRow | None:
-        """Return the first complete, pruned or paused trial of equal settings, if any."""
+        """Return the first complete or pruned trial of equal settings, if any."""
         query = select(*_TRIAL).where(
             TrialTable.study_id == study_id,
             TrialTable.config_hash == config_hash,
-            TrialTable.state.in_(("complete", "pruned", "paused")),
+            TrialTable.state.in_(("complete", "pruned")),
         )
         rows = self._rows(TrialRow, query.order_by(TrialTable.number).limit(1))
         return rows[0] if rows else None

@@ -63,10 +63,6 @@ class _Board:
         trial.best = _better(trial.best, metrics.val_acc, metrics.score)
         return trial
 
-    def go_on(self, number: int, trial: _Running) -> None:
-        self.counts = dataclasses.replace(self.counts, paused=self.counts.paused - 1)
-        self.running[number] = trial
-
     def end(
         self,
         number: int,
@@ -76,8 +72,6 @@ class _Board:
         score: float | None,
     ) -> _Running | None:
         counts = {state: getattr(self.counts, state) + 1}
-        if number not in self.running:  # it was paused
-            counts["paused"] = self.counts.paused - 1
         if reason in CUT_SHORT:
             counts["cut_short"] = self.counts.cut_short + 1
         self.counts = dataclasses.replace(self.counts, **counts)
@@ -95,8 +89,7 @@ class _Board:
         counts = self.counts
         parts = [
             f"{counts.finished} of {self.target} trials",
-            f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"
-            + (f", {counts.paused} paused" if counts.paused else ""),
+            f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
             self._told_best(),
         ]
         here = counts.finished - self.finished_before
@@ -153,13 +146,6 @@ class PlainProgress(Progress):
         """Say the settings."""
         self._board.running[number] = _Running(origin, params, epochs)
         self._say(f"trial {number:>3}  {origin}: {format_params(params) or 'as configured'}")
-
-    def trial_continued(
-        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
-    ) -> None:
-        """Say after which epoch."""
-        self._board.go_on(number, _Running(origin, params, epochs, done))
-        self._say(f"trial {number:>3}  goes on after epoch {done}")
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Say accuracy, validation loss, training loss and pace."""
@@ -255,12 +241,6 @@ class LiveProgress(Progress):
     ) -> None:
         """Add a row."""
         self._board.running[number] = _Running(origin, params, epochs)
-
-    def trial_continued(
-        self, number: int, origin: str, params: Mapping[str, ParamValue], epochs: int, done: int
-    ) -> None:
-        """Add its row again."""
-        self._board.go_on(number, _Running(origin, params, epochs, done))
 
     def epoch(self, number: int, metrics: EpochMetrics) -> None:
         """Change the row."""

@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -259,10 +258,6 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
                 "From 12 trials: 0 finished, 12 pruned",
                 "No confusion matrix is kept",
             ),
-        ),
-        "paused": (
-            [dataclasses.replace(plan, state="paused") for plan in some_pruned],
-            ("the best pruned trial; none has finished", "From 12 trials: 0 finished, 12 pruned"),
         ),
         "equal accuracies": (
             [Plan(PARAMS | rates[i], [0.5, 0.9]) for i in range(10)],

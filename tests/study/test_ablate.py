@@ -56,7 +56,6 @@ SETTINGS = [
     'train.device="cpu"',
     "ablation.keep_checkpoints=false",
     "train.standardize=false",  # else every setting is right about everything
-    "search.cohort=1",  # some tests let a script stand in for the training of single runs
 ]
 FACTORS = {"base_lr": [0.001], "augment": ["none"]}
 
@@ -89,30 +88,6 @@ def _plan(
         str(home / "s.db"), str(home / "study.toml"), "best", name, overrides, flags
     )
     return make_plan(baseline, make_design(factors_of(baseline), baseline.settings))
-
-
-def test_heads_trained_in_one_pass_leave_the_record_that_single_runs_leave(
-    photos: Path, tmp_path: Path
-) -> None:
-    factors = {"base_lr": [0.001, 0.1], "optimizer": ["adamw"], "augment": ["none"]}
-    records = []
-    for cohort in (1, 64):
-        home = tmp_path / str(cohort)
-        home.mkdir()
-        settings = (f"search.cohort={cohort}", "ablation.keep_checkpoints=true")
-        _run(_plan(photos, home, *settings, factors=factors))
-        rows = _rows(home)
-        with Store.open(str(home / "s.db")) as store:
-            answers = [read_predictions(store, "tiny", "val")]
-            figures = [
-                [(m.train_loss, m.val_loss, m.val_acc) for m in store.epochs(row.id)]
-                for row in rows
-            ]
-        kept = [Path(row.checkpoint or "").is_dir() for row in rows]
-        told = [(row.number, row.state, row.level, row.replicate, row.value) for row in rows]
-        records.append((told, figures, str(answers), kept, _effects(home)))
-    assert records[0] == records[1]
-    assert len(records[0][0]) == 2 * 5 and all(records[0][3])
 
 
 def _undecided(scores: Scores, looks: Sequence[int]) -> set[int]:

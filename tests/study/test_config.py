@@ -6,7 +6,6 @@ import pytest
 from core.config import DataConfig, TrainConfig
 from study.config import (
     FREE_KEYS,
-    THAW_STARTS,
     ConfigError,
     StudyConfig,
     check_backbones,
@@ -98,7 +97,7 @@ def test_all_faults_are_told_at_once_with_file_and_key(tmp_path: Path) -> None:
         f"{path}: train.optimizer: must be one of sgd, adamw, but got optimizer='sdg'."
         " Did you mean sgd?",
         f"{path}: search.sampler: must be one of tpe, random, gp, cmaes, qmc, grid, bruteforce,"
-        " thaw, but got sampler='tpo'. Did you mean tpe?",
+        " but got sampler='tpo'. Did you mean tpe?",
         f"{path}: space.base_lr: is given a value by train.base_lr too; remove one of the two.",
         f"{path}: space.base_lr: low must be < high, but got low=0.1 and high=0.01;"
         " a plain value instead of the table fixes the key.",
@@ -304,23 +303,6 @@ def test_unknown_backbones_are_all_told() -> None:
     assert len(caught.value.faults) == 2
     assert "space.backbone: " in caught.value.faults[0]
     assert "resnet18" in caught.value.faults[0]
-
-
-def test_thaw_searches_where_heads_start_unless_that_is_given() -> None:
-    thaw = ["search.sampler=thaw"]
-    found = load_config(None, thaw)
-    assert found.space["head_init"] == THAW_STARTS
-    assert StudyConfig.from_record(found.to_record()) == found
-    for start in ("zero", "default", "probe"):
-        given = load_config(None, [*thaw, f"train.head_init={start}"])
-        assert given.train.head_init == start
-        assert "head_init" not in given.space
-        assert StudyConfig.from_record(given.to_record()) == given
-    assert "head_init" not in load_config(None).space
-    searched = load_config(None, [*thaw, 'space.head_init=["zero", "xavier"]'])
-    assert searched.space["head_init"] == Choices(("zero", "xavier"))
-    fixed = load_config(None, [*thaw, "space.head_init=zero"])
-    assert (fixed.train.head_init, "head_init" in fixed.space) == ("zero", False)
 
 
 def test_what_ranks_trials_cannot_be_searched() -> None:

@@ -30,15 +30,6 @@ def test_the_template_says_what_each_key_means(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) < 120
 
 
-def test_a_template_leaves_it_to_thaw_where_heads_start(tmp_path: Path) -> None:
-    path = tmp_path / "study.toml"
-    path.write_text(template(load_config()), encoding="utf-8")
-    assert '# head_init = "default"\n' in path.read_text()
-    assert "head_init" in load_config(path, flags={"search.sampler": "thaw"}).space
-    given = load_config(path, flags={"search.sampler": "thaw", "train.head_init": "default"})
-    assert "head_init" not in given.space
-
-
 def test_a_template_for_other_data_is_not_named_after_the_old(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text(template(load_config()).replace('"digits"', '"photos"'), encoding="utf-8")

@@ -167,56 +167,6 @@ def _begin(ledger: Ledger, values: list[float]) -> optuna.trial.Trial:
     return trial
 
 
-def test_a_paused_trial_runs_in_the_database_and_looks_pruned_to_samplers(tmp_path: Path) -> None:
-    ledger = _ledger(tmp_path / "s.db")
-    trial = _begin(ledger, [0.2, 0.5, 0.4])
-    ledger.pause(trial)
-    (seen,) = optuna.load_study(study_name="photos", storage=f"sqlite:///{tmp_path}/s.db").trials
-    assert (seen.state, seen.params) == (TrialState.RUNNING, trial.params)
-    assert seen.intermediate_values == {1: 0.2, 2: 0.5, 3: 0.4}
-    (shown,) = ledger.trials(TrialState.PRUNED)
-    assert (shown.value, shown.params, shown.last_step) == (0.4, trial.params, 3)
-    assert ledger.trials(TrialState.RUNNING) == []
-    assert (list(ledger.paused), ledger.next_number()) == ([0], 1)
-
-
-def test_a_paused_trial_goes_on_after_others_and_after_a_stop(tmp_path: Path) -> None:
-    first = _ledger(tmp_path / "s.db")
-    first.pause(_begin(first, [0.2, 0.5]))
-    params = _one(first, 0.9)
-    second = _ledger(tmp_path / "s.db", "promote")
-    assert list(second.paused) == []
-    (left,) = second.trials(TrialState.RUNNING)
-    third = _ledger(tmp_path / "s.db", paused={0: 2, 1: 3, 7: 1})
-    assert list(third.paused) == [0]
-    assert third.fail_open() == []
-    trial = third.go_on(0)
-    assert trial.params == left.params
-    assert not third.report(trial, 0.1, 2)  # as a run does that had to begin anew
-    third.report(trial, 0.8, 3)
-    third.tell(trial, TrialState.COMPLETE, 0.8)
-    study = optuna.load_study(study_name="photos", storage=f"sqlite:///{tmp_path}/s.db")
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
-    assert study.trials[0].intermediate_values == {1: 0.2, 2: 0.5, 3: 0.8}
-    assert (study.trials[0].value, study.trials[1].params) == (0.8, params)
-
-
-def test_what_a_dead_process_told_beyond_the_pause_is_dropped(tmp_path: Path) -> None:
-    first = _ledger(tmp_path / "s.db", write_after_s=0.0)
-    trial = _begin(first, [0.2])
-    first.pause(trial)
-    trial = first.go_on(0)
-    first.report(trial, 0.7, 2)
-    second = _ledger(tmp_path / "s.db", paused={0: 1})
-    (shown,) = second.trials(TrialState.PRUNED)
-    assert shown.intermediate_values == {1: 0.2}
-    trial = second.go_on(0)
-    second.report(trial, 0.6, 2)
-    second.tell(trial, TrialState.PRUNED)
-    (seen,) = optuna.load_study(study_name="photos", storage=f"sqlite:///{tmp_path}/s.db").trials
-    assert (seen.state, seen.intermediate_values) == (TrialState.PRUNED, {1: 0.2, 2: 0.6})
-
-
 def test_several_trials_may_be_open_and_keep_their_numbers(tmp_path: Path) -> None:
     ledger = _ledger(tmp_path / "s.db")
     trials = [_begin(ledger, [0.1 * k]) for k in range(4)]
@@ -230,24 +180,6 @@ def test_several_trials_may_be_open_and_keep_their_numbers(tmp_path: Path) -> No
     assert [t.params for t in study.trials[:4]] == [trial.params for trial in trials]
     assert [t.intermediate_values for t in study.trials[:4]] == [{1: 0.1 * k} for k in range(4)]
     assert [t.state.name[0] for t in study.trials] == ["P", "P", "C", "P", "W"]
-
-
-def test_samplers_learn_from_paused_trials(tmp_path: Path) -> None:
-    def drawn(is_paused: bool) -> list[dict[str, object]]:
-        ledger = _ledger(tmp_path / f"{is_paused}.db")
-        params = []
-        for _ in range(20):
-            sampler = make_sampler("tpe", 0, ledger.next_number(), SPACE)
-            trial = ledger.ask(sampler, SPACE)
-            ledger.report(trial, -abs(trial.params["base_lr"] - 0.01), 1)
-            if is_paused:
-                ledger.pause(trial)
-            else:
-                ledger.tell(trial, TrialState.PRUNED)
-            params.append(dict(trial.params))
-        return params
-
-    assert drawn(True) == drawn(False)
 
 
 def test_trials_that_end_together_are_written_together_those_in_line_too(tmp_path: Path) -> None:

@@ -90,52 +90,6 @@ def test_plain_lines_tell_each_trial_and_where_the_study_stands() -> None:
     assert lines[-1].startswith("study ants: 5 of 6 trials · 3 complete, 1 pruned, 1 failed")
 
 
-def test_a_paused_trial_counts_once_and_may_go_on_or_be_given_up() -> None:
-    out = io.StringIO()
-    progress = PlainProgress(out)
-    progress.study_started("ants", 3, Counts(paused=1), None)
-    for number in (1, 2):
-        progress.trial_started(number, "sampler", {}, 9)
-        progress.epoch(number, metrics(0, 0.5 + 0.1 * number))
-        progress.trial_ended(number, "paused", 0.5 + 0.1 * number, "paused after epoch 1", 1.0)
-    progress.trial_continued(2, "sampler", {}, 9, 1)
-    progress.epoch(2, metrics(1, 0.9))
-    progress.trial_ended(2, "complete", 0.9, None, 2.0)
-    for number in (0, 1):
-        progress.trial_ended(number, "pruned", 0.6, "pruned after epoch 1", 1.0)
-    lines = out.getvalue().splitlines()
-    assert "trial   2  paused     70.0 %      1.0 s  paused after epoch 1" in lines
-    assert "trial   2  goes on after epoch 1" in lines
-    assert (
-        "trial   2  epoch  2/9  accuracy  90.0 %  loss 0.400 (training 0.500)  123 images/s"
-        in lines
-    )
-    told = [line.split(" · ")[:2] for line in lines if line.startswith("study ants")]
-    assert told == [
-        ["study ants: 1 of 3 trials", "0 complete, 0 pruned, 0 failed, 1 paused"],
-        ["study ants: 2 of 3 trials", "0 complete, 0 pruned, 0 failed, 2 paused"],
-        ["study ants: 3 of 3 trials", "0 complete, 0 pruned, 0 failed, 3 paused"],
-        ["study ants: 3 of 3 trials", "1 complete, 0 pruned, 0 failed, 2 paused"],
-        ["study ants: 3 of 3 trials", "1 complete, 1 pruned, 0 failed, 1 paused"],
-        ["study ants: 3 of 3 trials", "1 complete, 2 pruned, 0 failed"],
-    ]
-
-
-def test_a_trial_that_goes_on_is_in_the_table_and_told_to_programs() -> None:
-    progress, _ = recorded()
-    progress.study_started("ants", 3, Counts(paused=1), None)
-    progress.trial_continued(0, "recipe:linear-probe", {}, 9, 3)
-    shown = rendered(progress)
-    progress.close()
-    row = next(line for line in shown.splitlines() if "linear-probe" in line)
-    assert row.split()[:2] == ["0", "3/9"]
-    out = io.StringIO()
-    JsonProgress(out).trial_continued(0, "sampler", {}, 9, 3)
-    assert json.loads(out.getvalue()) == {
-        "event": "trial_continued", "trial": 0, "epochs": 9, "done": 3,
-    }  # fmt: skip
-
-
 def recorded() -> tuple[LiveProgress, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120, color_system=None)
@@ -220,7 +174,7 @@ def test_json_lines_hold_every_event_and_no_number_that_json_lacks() -> None:
         "study": "ants",
         "target": 6,
         "counts": {
-            "complete": 2, "pruned": 0, "failed": 0, "running": 0, "cut_short": 0, "paused": 0,
+            "complete": 2, "pruned": 0, "failed": 0, "running": 0, "cut_short": 0,
         },
         "best": 0.8,
     }  # fmt: skip

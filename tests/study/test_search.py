@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from study.progress import QuietProgress
 from study.read import read_trials
 from study.runner import identity
 from study.search import run_search
-from study.store import Store, StoreError, config_hash
+from study.store import Store, StoreError
 from study.test_split import test_study as look_at_test_split
 from support import make_folder
 
@@ -232,15 +231,11 @@ def test_a_removed_checkpoint_cannot_be_tested(home: Path) -> None:
             look_at_test_split(store, "photos", gone, progress=QuietProgress(), command="x")
 
 
-def test_identity_is_that_of_earlier_versions_where_settings_do_what_they_did(home: Path) -> None:
-    train = _config(home, 1, "train.monitor=val_acc").train
-    settings = dataclasses.asdict(train)
-    for name in ("device", "workers", "monitor", "small_size", "small_epochs"):
-        del settings[name]
-    assert identity(train) == config_hash(settings)
-    small = dataclasses.replace(train, small_size=16, small_epochs=1)
-    assert identity(small) != identity(train)
-    assert identity(dataclasses.replace(train, monitor="val_loss")) != identity(train)
+def test_recipes_are_never_pruned(home: Path) -> None:
+    _run(_config(home, 9, "train.epochs=4", 'search.pruner="halving"'))
+    rows = _numbers(home)
+    assert [row[1] for row in rows if str(row[2]).startswith("recipe:")] == ["complete"] * 3
+    assert "pruned" in [row[1] for row in rows]
 
 
 def test_identity_leaves_out_what_does_not_change_the_numbers(home: Path) -> None:

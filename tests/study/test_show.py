@@ -204,15 +204,6 @@ def test_the_summary_names_the_best_and_how_it_flatters_itself(store: Store) -> 
     assert "Best checkpoint: runs/ants/trial-1" in text
     numbers = [line.split()[0] for line in text.splitlines() if "complete" in line.split()]
     assert numbers[-2:] == ["1", "0"]
-    assert "paused" not in text
-
-
-def test_the_summary_of_a_halted_study_tells_what_is_paused(store: Store) -> None:
-    counts = Counts(complete=1, failed=1, paused=3)
-    ended = Ended(counts=counts, best_number=None, best_value=None, checkpoint=None)
-    text = text_of(summary_view(ended, [], 20, 30))
-    assert "5 of 30 trials, 1 complete, 0 pruned, 1 failed" in text
-    assert "3 are paused; resume goes on with the best of them." in text
 
 
 def test_the_summary_of_failures_says_why(store: Store) -> None:
@@ -283,8 +274,8 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
     assert next_commands("a", "sqlite:////x.db")[2] == "optuna-dashboard sqlite:////x.db"
     secret = next_commands("a", "postgresql://me:hunter2@db/x")
     assert "hunter2" not in " ".join(secret) and "me:***@db/x" in secret[0]
-    paused = next_commands("a", "studies.db", goes_on=True, has_best=False)
-    assert paused == ["python -m study resume a", "optuna-dashboard sqlite:///studies.db"]
+    halted = next_commands("a", "studies.db", goes_on=True, has_best=False)
+    assert halted == ["python -m study resume a", "optuna-dashboard sqlite:///studies.db"]
 
 
 @dataclass(frozen=True)
@@ -321,7 +312,6 @@ class Estimate:
     trial_s: float = 30.0
     total_s: float = 600.0
     checkpoint_bytes: int = 135_000_000
-    small_size: int | None = None
 
 
 def test_an_estimate_shows_time_and_disk() -> None:

@@ -132,34 +132,7 @@ def test_summaries_count_states_and_name_the_best_complete_trial(store: Store) -
     assert (newest.name, newest.best_value, newest.n_complete) == ("empty", None, 0)
     counts = (oldest.n_complete, oldest.n_pruned, oldest.n_failed, oldest.n_running)
     assert counts == (2, 1, 1, 1)
-    assert (oldest.best_value, oldest.best_number, oldest.n_paused) == (0.9, 1, 0)
-    _end(store, _trial(store, study, run, 5), "paused", 0.99)
-    assert (store.studies()[1].n_paused, store.studies()[1].best_number) == (1, 1)
-
-
-def test_a_paused_trial_goes_on_where_it_was_or_is_given_up(store: Store) -> None:
-    study, run = _study(store)
-    trial = _trial(store, study, run, 0)
-    for epoch in range(4):
-        store.add_epoch(trial, _epoch(epoch, 0.5), 1.0)
-    _end(store, trial, "paused", 0.5)
-    assert store.stale_trials(study) == []
-    found = store.find_finished(study, "hash0")
-    assert found is not None
-    assert found.ended_at is not None
-    store.continue_trial(trial, run)
-    row = store.trial(study, 0)
-    assert (row.state, row.reason, row.ended_at) == ("running", None, None)
-    assert row.duration_s == found.duration_s
-    store.cut_epochs(trial, 2)
-    assert [metrics.epoch for metrics in store.epochs(trial)] == [0, 1]
-    store.add_epoch(trial, _epoch(2, 0.6), 1.0)
-    _end(store, trial, "paused", 0.6)
-    left = store.trial(study, 0)
-    store.prune_paused(trial, "pruned after epoch 3")
-    row = store.trial(study, 0)
-    assert (row.state, row.reason, row.value) == ("pruned", "pruned after epoch 3", 0.6)
-    assert row.ended_at == left.ended_at
+    assert (oldest.best_value, oldest.best_number) == (0.9, 1)
 
 
 def test_equal_settings_are_found_only_when_they_were_finished(store: Store) -> None:
