@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from core.build import Built
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, Split, load_data
+from core.data.splits import ImageData, Split, load_data
 from core.device import choose_device
 from core.evaluate import Evaluation, count_confusion, evaluate
 from core.features import Features, feature_config, frozen_part

@@ -29,7 +29,7 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.paused import pause
 from core.prefix_cache import PrefixCache

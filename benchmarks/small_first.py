@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from time_to_quality import test_accuracy
 
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.metrics import TrainingDiverged
 

@@ -61,7 +61,7 @@ def record(args: argparse.Namespace) -> None:
     """Train settings of a scrambled Sobol sequence and write a row per epoch."""
     from scipy.stats import qmc
 
-    from core.data import load_data
+    from core.data.splits import load_data
     from core.fit import fit
     from core.metrics import TrainingDiverged
     from core.prefix_cache import PrefixCache

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from core.cohort import Cohort, stream_key
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.metrics import EpochMetrics
 from study.runner import (
     REASON_DIVERGED,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from core.decode import decode_rgb
+from core.data.decode import decode_rgb
 
 RED = (200, 30, 40)
 
@@ -76,7 +76,7 @@ def test_exif_rotation_is_applied(orientation: int, corner: tuple[int, int]) -> 
     assert decoded.shape == ((8, 6, 3) if orientation == 6 else (6, 8, 3))
 
 
-def test_large_pictures_are_reduced_and_small_ones_kept() -> None:
+def test_large_images_are_reduced_and_small_ones_kept() -> None:
     image = Image.new("RGB", (900, 600), RED)
     for kind in ("PNG", "JPEG"):
         decoded = decode_rgb(_bytes(image, kind), 100)
@@ -98,7 +98,7 @@ def test_a_cut_file_is_refused_whatever_pillow_was_told(monkeypatch: pytest.Monk
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_a_very_large_picture_decodes_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_large_image_decodes_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     large = _bytes(_solid("RGB", RED))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 6 - 1)
     with warnings.catch_warnings():

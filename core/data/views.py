@@ -1,8 +1,8 @@
-"""Seeded views: (seed, epoch, position) decides a picture's crop, flip and augmentation."""
+"""Seeded views: (seed, epoch, position) decides an image's crop, flip and augmentation."""
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from core.config import Augment
-from core.data import Split
-from core.draws import (
+from core.data.draws import (
     FloatArray,
     IntArray,
     batch_positions,
@@ -26,6 +25,7 @@ from core.draws import (
     resized_size,
     view_draws,
 )
+from core.data.splits import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ViewSpec:
         resize_size: Shorter side before the evaluation view's centre crop, pixels.
         interpolation: `bilinear` or `bicubic`, antialiased.
         augment: What the training view does.
-        crop_scale: Smallest share of the picture in a random crop.
+        crop_scale: Smallest share of the image in a random crop.
         flip: Probability of a left-right flip.
         rand_magnitude: RandAugment's magnitude.
     """
@@ -51,7 +51,7 @@ class ViewSpec:
     rand_magnitude: int
 
     def __post_init__(self) -> None:
-        """Check that the centre crop lies inside the resized picture.
+        """Check that the centre crop lies inside the resized image.
 
         Raises:
             ValueError: It does not.
@@ -67,38 +67,62 @@ def eval_views(split: Split, positions: IntArray, spec: ViewSpec) -> Tensor:
     """Make evaluation views: shorter side resized, centre cropped.
 
     Args:
-        split: Pictures.
-        positions: Which of the split's pictures, (B,).
+        split: Images.
+        positions: Which of the split's images, (B,).
         spec: Sizes and interpolation.
 
     Returns:
         Views, uint8, (B, 3, S, S).
     """
-    views = _room(len(positions), spec)
+    views = _empty_views(len(positions), spec)
     for row, position in enumerate(positions):
-        views[row] = _eval_view(_picture(split, int(position)), spec)
+        image = _image(split, int(position))
+        size = resized_size(np.array([image.shape[1:]]), spec.resize_size)[0].tolist()
+        resized = functional.resize(image, size, _mode(spec), antialias=True)
+        views[row] = functional.center_crop(resized, [spec.image_size, spec.image_size])
     return views
 
 
-def _room(n: int, spec: ViewSpec) -> Tensor:
-    """Make room for n views, laid out as they come, which spares a transposing copy."""
+def train_views(split: Split, positions: IntArray, spec: ViewSpec, draws: FloatArray) -> Tensor:
+    """Make training views.
+
+    Args:
+        split: Images.
+        positions: Which of the split's images, (B,).
+        spec: What a view is.
+        draws: The epoch's random numbers for the whole split, from `view_draws`.
+
+    Returns:
+        Views, uint8, (B, 3, S, S).
+    """
+    if spec.augment == "none":
+        return eval_views(split, positions, spec)
+    draws = draws[positions]
+    boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], spec.crop_scale)
+    seeds = policy_seeds(draws)
+    mirrored = flips(draws, spec.flip)
+    size = [spec.image_size, spec.image_size]
+    policy = _policy(spec)
+    views = _empty_views(len(positions), spec)
+    for row, position in enumerate(positions):
+        crop = _image(split, int(position), boxes[row])
+        view = functional.resize(crop, size, _mode(spec), antialias=True)
+        view = view.flip(-1) if mirrored[row] else view
+        views[row] = _apply_seeded(policy, view, int(seeds[row])) if policy else view
+    return views
+
+
+def _empty_views(n: int, spec: ViewSpec) -> Tensor:
+    """Return memory for n views, laid out as they come, which spares a transposing copy."""
     shape = (n, 3, spec.image_size, spec.image_size)
     is_plain = spec.augment in ("trivial", "rand")
     layout = torch.contiguous_format if is_plain else torch.channels_last
     return torch.empty(shape, dtype=torch.uint8, memory_format=layout)
 
 
-def _eval_view(picture: Tensor, spec: ViewSpec) -> Tensor:
-    sizes = np.array([picture.shape[1:]])
-    size = resized_size(sizes, spec.resize_size)[0].tolist()
-    resized = functional.resize(picture, size, _mode(spec), antialias=True)
-    view: Tensor = functional.center_crop(resized, [spec.image_size, spec.image_size])
-    return view
-
-
-def _picture(split: Split, position: int, box: IntArray | None = None) -> Tensor:
-    """Copy a picture, or a box of it, out of the map, (3, H, W)."""
-    pixels = split.store.picture(int(split.indices[position]))
+def _image(split: Split, position: int, box: IntArray | None = None) -> Tensor:
+    """Copy an image, or a box of it, out of the map, (3, H, W)."""
+    pixels = split.store.image(int(split.indices[position]))
     if box is not None:
         top, left, height, width = box
         pixels = pixels[top : top + height, left : left + width]
@@ -110,42 +134,6 @@ def _mode(spec: ViewSpec) -> InterpolationMode:
     return InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
 
 
-def train_views(
-    split: Split, positions: IntArray, spec: ViewSpec, seed: int, epoch: int
-) -> Tensor:
-    """Make training views.
-
-    Args:
-        split: Pictures.
-        positions: Which of the split's pictures, (B,).
-        spec: What a view is.
-        seed: The run's seed.
-        epoch: The epoch.
-
-    Returns:
-        Views, uint8, (B, 3, S, S).
-    """
-    return _train_views(split, positions, spec, view_draws(len(split), seed, epoch))
-
-
-def _train_views(split: Split, positions: IntArray, spec: ViewSpec, draws: FloatArray) -> Tensor:
-    if spec.augment == "none":
-        return eval_views(split, positions, spec)
-    draws = draws[positions]
-    boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], spec.crop_scale)
-    seeds = policy_seeds(draws)
-    mirrored = flips(draws, spec.flip)
-    size = [spec.image_size, spec.image_size]
-    policy = _policy(spec)
-    views = _room(len(positions), spec)
-    for row, position in enumerate(positions):
-        crop = _picture(split, int(position), boxes[row])
-        view = functional.resize(crop, size, _mode(spec), antialias=True)
-        view = view.flip(-1) if mirrored[row] else view
-        views[row] = _seeded(policy, view, int(seeds[row])) if policy else view
-    return views
-
-
 def _policy(spec: ViewSpec) -> Callable[[Tensor], Tensor] | None:
     """Return what is done after crop and flip, if anything."""
     if spec.augment == "trivial":
@@ -155,7 +143,7 @@ def _policy(spec: ViewSpec) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> Tensor:
+def _apply_seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> Tensor:
     """Transform a view under a generator of its own seed."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would seed the accelerator's generator, dropout's, as well.
@@ -163,42 +151,26 @@ def _seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> T
         return transform(view.contiguous())  # channels last is slower here
 
 
-Key = tuple[int, int]
+_Key = tuple[int, IntArray]
+"""A batch: its epoch and its images' positions."""
 Batch = tuple[Tensor, Tensor, IntArray]
 
 
-class _Views(Dataset[Batch]):
-    """Makes a whole batch from keys (epoch, position); keeps the current epoch's draws."""
+class _TrainViews(Dataset[Batch]):
+    """Makes batches by key; keeps the current epoch's draws."""
 
     def __init__(self, split: Split, spec: ViewSpec, seed: int) -> None:
         self.split, self.spec, self.seed = split, spec, seed
         self._epoch = -1
         self._draws: FloatArray = view_draws(0, seed, 0)
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        epoch = keys[0][0]
+    def __getitem__(self, key: _Key) -> Batch:
+        epoch, positions = key
         if epoch != self._epoch:
             self._epoch = epoch
             self._draws = view_draws(len(self.split), self.seed, epoch)
-        positions = np.array([position for _, position in keys], dtype=np.int64)
-        views = _train_views(self.split, positions, self.spec, self._draws)
+        views = train_views(self.split, positions, self.spec, self._draws)
         return views, torch.from_numpy(self.split.labels[positions]), positions
-
-    def __getitem__(self, key: Key) -> Batch:
-        return self.__getitems__([key])
-
-
-class _Batches:
-    """Yields an epoch's batches of keys; the epoch is set between iterations."""
-
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = epoch_order(self.n, self.seed, self.epoch)
-        for positions in batch_positions(order, self.batch_size):
-            yield [(self.epoch, int(position)) for position in positions]
 
 
 class Loader:
@@ -207,43 +179,45 @@ class Loader:
     The numbers do not depend on how many workers there are. Workers live until `close`.
 
     Args:
-        split: Pictures.
+        split: Images.
         spec: What a view is.
         seed: The run's seed.
-        batch_size: Pictures per batch.
+        batch_size: Images per batch.
         workers: Loader processes; 0 makes views in this one.
     """
 
     def __init__(
         self, split: Split, spec: ViewSpec, seed: int, batch_size: int, workers: int
     ) -> None:
-        self._batches = _Batches(len(split), batch_size, seed)
-        self._views = _Views(split, spec, seed)
+        self._views = _TrainViews(split, spec, seed)
+        self._batch_size = batch_size
+        self._keys: list[_Key] = []  # the epoch's; the loader reads them at each iteration
         self._loader: DataLoader[Batch] | None = None
         if workers:
             with _quiet_about_workers():
                 self._loader = DataLoader(
                     self._views,
-                    batch_sampler=self._batches,
+                    batch_size=None,  # a key is a whole batch already
+                    sampler=self._keys,
                     num_workers=workers,
                     persistent_workers=True,
                     pin_memory=torch.cuda.is_available(),
-                    collate_fn=_as_it_is,
-                    worker_init_fn=_one_thread,
+                    collate_fn=_unchanged,
+                    worker_init_fn=_use_one_thread,
                     # Else the loader draws its seeds from the generator that dropout uses.
                     generator=torch.Generator(),
                 )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
-        self._batches.epoch = epoch
-        if self._loader is not None:
-            with _quiet_about_workers():
-                batches = iter(self._loader)
-            yield from batches
+        order = epoch_order(len(self._views.split), self._views.seed, epoch)
+        self._keys[:] = [(epoch, batch) for batch in batch_positions(order, self._batch_size)]
+        if self._loader is None:
+            yield from map(self._views.__getitem__, self._keys)
             return
-        for keys in self._batches:
-            yield self._views.__getitems__(keys)
+        with _quiet_about_workers():
+            batches = iter(self._loader)
+        yield from batches
 
     def close(self) -> None:
         """End the workers."""
@@ -258,9 +232,9 @@ def _quiet_about_workers() -> Iterator[None]:
         yield
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(_: int) -> None:
+def _use_one_thread(_: int) -> None:
     torch.set_num_threads(1)
