@@ -18,26 +18,6 @@ Raw = Path | bytes | Image.Image
 _16_TO_8 = 257
 
 
-def decode_rgb(source: Raw, bound: int) -> UInt8Array:
-    """Decode an image of any mode into upright RGB.
-
-    Palettes are looked up, transparency is laid over white, CMYK is converted, 16 bits are scaled
-    to 8, and the EXIF orientation is applied.
-
-    Args:
-        source: File, encoded bytes, or an opened image.
-        bound: Longest allowed shorter side, pixels; larger images are reduced, smaller kept.
-
-    Returns:
-        Pixels, (H, W, 3).
-
-    Raises:
-        OSError: Not an image, or a damaged one.
-    """
-    with strict_and_quiet():
-        return decode_one(source, bound)
-
-
 @contextlib.contextmanager
 def strict_and_quiet() -> Iterator[None]:
     """Let Pillow refuse files that are cut short, and keep its warnings to itself.
@@ -55,8 +35,22 @@ def strict_and_quiet() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
 
-def decode_one(source: Raw, bound: int) -> UInt8Array:
-    """Decode as `decode_rgb` does, inside `strict_and_quiet`; any thread may."""
+def decode_rgb(source: Raw, bound: int) -> UInt8Array:
+    """Decode an image of any mode into upright RGB, in any thread inside `strict_and_quiet`.
+
+    Palettes are looked up, transparency is laid over white, CMYK is converted, 16 bits are scaled
+    to 8, and the EXIF orientation is applied.
+
+    Args:
+        source: File, encoded bytes, or an opened image.
+        bound: Longest allowed shorter side, pixels; larger images are reduced, smaller kept.
+
+    Returns:
+        Pixels, (H, W, 3).
+
+    Raises:
+        OSError: Not an image, or a damaged one.
+    """
     opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     image = opened if isinstance(opened, Image.Image) else Image.open(opened)
     with image:

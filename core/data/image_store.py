@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from core.data.decode import UInt8Array, decode_one, strict_and_quiet
+from core.data.decode import UInt8Array, decode_rgb, strict_and_quiet
 from core.data.draws import IntArray
 from core.data.sources import DataError, LabelledImage
 from core.device import usable_cores
@@ -130,11 +130,6 @@ def build_store(
         raise _cache_error(err, folder.parent, len(unique), bound) from err
 
 
-def estimate_store_bytes(n: int, bound: int) -> int:
-    """Estimate the disk that n images take: 3 bytes per pixel, a third longer than wide."""
-    return 4 * n * bound * bound
-
-
 def _open_sound(folder: Path) -> ImageStore | None:
     """Open a store that is there, whole and undamaged."""
     try:
@@ -203,7 +198,7 @@ def _decoded(
 
     def decode(image: LabelledImage) -> UInt8Array | str:
         try:
-            return decode_one(image.read(), bound)
+            return decode_rgb(image.read(), bound)
         except MemoryError:
             raise
         except Exception as err:  # a damaged file makes decoders raise nearly anything
@@ -220,7 +215,7 @@ def _decoded(
 
 
 def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
-    need = estimate_store_bytes(n, bound) / 1e6
+    need = 4 * n * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
     why = "the disk is full" if err.errno in _FULL_DISK else str(err)
     return DataError(
         f"decoded images cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; free "

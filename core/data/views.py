@@ -1,6 +1,5 @@
 """Seeded views: (seed, epoch, position) decides an image's crop, flip and augmentation."""
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -190,46 +189,42 @@ class Loader:
         self, split: Split, spec: ViewSpec, seed: int, batch_size: int, workers: int
     ) -> None:
         self._views = _TrainViews(split, spec, seed)
-        self._batch_size = batch_size
+        self._batch_size, self._workers = batch_size, workers
         self._keys: list[_Key] = []  # the epoch's; the loader reads them at each iteration
         self._loader: DataLoader[Batch] | None = None
-        if workers:
-            with _quiet_about_workers():
-                self._loader = DataLoader(
-                    self._views,
-                    batch_size=None,  # a key is a whole batch already
-                    sampler=self._keys,
-                    num_workers=workers,
-                    persistent_workers=True,
-                    pin_memory=torch.cuda.is_available(),
-                    collate_fn=_unchanged,
-                    worker_init_fn=_use_one_thread,
-                    # Else the loader draws its seeds from the generator that dropout uses.
-                    generator=torch.Generator(),
-                )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
         order = epoch_order(len(self._views.split), self._views.seed, epoch)
         self._keys[:] = [(epoch, batch) for batch in batch_positions(order, self._batch_size)]
-        if self._loader is None:
+        if not self._workers:
             yield from map(self._views.__getitem__, self._keys)
             return
-        with _quiet_about_workers():
+        with warnings.catch_warnings():
+            # Workers may outnumber the cores: slower, not wrong, and asked for.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            if self._loader is None:
+                self._loader = self._start_workers()
             batches = iter(self._loader)
         yield from batches
+
+    def _start_workers(self) -> DataLoader[Batch]:
+        return DataLoader(
+            self._views,
+            batch_size=None,  # a key is a whole batch already
+            sampler=self._keys,
+            num_workers=self._workers,
+            persistent_workers=True,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_unchanged,
+            worker_init_fn=_use_one_thread,
+            # Else the loader draws its seeds from the generator that dropout uses.
+            generator=torch.Generator(),
+        )
 
     def close(self) -> None:
         """End the workers."""
         self._loader = None
-
-
-@contextlib.contextmanager
-def _quiet_about_workers() -> Iterator[None]:
-    """Silence the note that workers outnumber cores: slower, not wrong, and asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        yield
 
 
 def _unchanged(batch: Any) -> Any:

@@ -7,31 +7,14 @@ import torch
 from core.config import DataConfig
 from core.data.draws import epoch_order, view_draws
 from core.data.gpu_views import DeviceViews, padded_bytes
-from core.data.splits import Split, load_data
+from core.data.splits import ImageData, Split, load_data
 from core.data.views import ViewSpec, train_views
-from support import make_folder, shared_data
+from support import shared_data
 
 # Largest difference of a pixel from the CPU's view, of 255, and the mean over a batch. Measured
 # over 60 epochs of the noise below: worst batch 2 and 0.025 (24 px, bilinear); photos at 224 px:
 # 2 and 0.004.
 LEVELS, MEAN = 2, 0.03
-SPEC = ViewSpec(
-    image_size=24,
-    resize_size=28,
-    interpolation="bilinear",
-    augment="standard",
-    crop_scale=0.35,
-    flip=0.5,
-    rand_magnitude=9,
-)
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    folder = tmp_path_factory.mktemp("views")
-    make_folder(folder / "photos", {"a": 20, "b": 21}, side=50)
-    config = DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
-    return load_data(config, 60).train
 
 
 def _check_against_the_cpu(split: Split, spec: ViewSpec, batch_size: int) -> None:
@@ -51,31 +34,31 @@ def _check_against_the_cpu(split: Split, spec: ViewSpec, batch_size: int) -> Non
 @pytest.mark.parametrize("augment", ["standard", "none"])
 @pytest.mark.parametrize("size", [24, 64])
 def test_device_views_equal_the_cpus_within_rounding(
-    noise: Split, interpolation: str, augment: str, size: int
+    noise: ImageData, spec: ViewSpec, interpolation: str, augment: str, size: int
 ) -> None:
     # torchvision's CPU kernel keeps its weights in 16-bit integers; a last digit in the first of
     # the two passes can become two levels. The images here are noise, the worst case.
     sizes = {"image_size": size, "resize_size": round(size * 1.15)}
-    spec = replace(SPEC, interpolation=interpolation, augment=augment, **sizes)
-    _check_against_the_cpu(noise, spec, 8)
+    spec = replace(spec, interpolation=interpolation, augment=augment, **sizes)
+    _check_against_the_cpu(noise.train, spec, 8)
 
 
 @pytest.mark.parametrize("augment", ["standard", "none"])
 def test_device_views_of_real_photos_equal_the_cpus_within_rounding(
-    tmp_path: Path, augment: str
+    tmp_path: Path, spec: ViewSpec, augment: str
 ) -> None:
     config = DataConfig(source=str(shared_data("hotdog")), cache_dir=str(tmp_path), limit=16)
-    spec = replace(SPEC, image_size=96, resize_size=110, augment=augment)
+    spec = replace(spec, image_size=96, resize_size=110, augment=augment)
     _check_against_the_cpu(load_data(config, 128).train, spec, 16)
 
 
-def test_padded_size_counts_the_largest_image(noise: Split) -> None:
-    height, width = noise.store.sizes[noise.indices].max(axis=0)
-    assert padded_bytes(noise) == len(noise) * height * width * 3
+def test_padded_size_counts_the_largest_image(noise: ImageData) -> None:
+    height, width = noise.train.store.sizes[noise.train.indices].max(axis=0)
+    assert padded_bytes(noise.train) == len(noise.train) * height * width * 3
 
 
-def test_device_views_do_not_depend_on_the_batch(noise: Split) -> None:
-    views = DeviceViews(noise, SPEC, torch.device("cpu"))
+def test_device_views_do_not_depend_on_the_batch(noise: ImageData, spec: ViewSpec) -> None:
+    views = DeviceViews(noise.train, spec, torch.device("cpu"))
     small = torch.cat([images for images, _ in views.epoch(3, 1, 4)])
     large = torch.cat([images for images, _ in views.epoch(3, 1, 12)])
     n = min(len(small), len(large))

@@ -54,8 +54,10 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:
-    make_folder(tmp_path / "hotdogs", {"a": 1})
+def test_a_missing_folder_names_the_nearest_and_a_file_is_none(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "hotdogs", {"a": 1}) / "a" / "000.png"
+    with pytest.raises(DataError, match="000.png is a file"):
+        _find(path)
     with pytest.raises(DataError, match=r"must exist, but it does not. Did you mean .*hotdogs"):
         _find(tmp_path / "hotdog")
 
@@ -85,12 +87,6 @@ def test_unusable_folders_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         _find(make_folder(tmp_path, classes))
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "photos").write_text("x")
-    with pytest.raises(DataError, match="is a file"):
-        _find(tmp_path / "photos")
 
 
 def test_names_that_are_no_utf8_are_shown_with_a_replacement(tmp_path: Path) -> None:
