@@ -24,7 +24,7 @@ from PIL import Image
 
 from core.backbones import preprocessing
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.device import amp_dtype, choose_device, describe_device, synchronize
 from core.fit import build_for, fit
 from core.optim import make_optimizer, parameter_groups
@@ -116,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_pictures(Path(folder) / "pictures", args.pictures, round(args.size * 1.3))
         source = DataConfig(
-            source=f"folder:{folder}/pictures", cache_dir=f"{folder}/cache", picture_size=None
+            source=f"folder:{folder}/pictures", cache_dir=f"{folder}/cache", store_size=None
         )
         bound = round(1.25 * preprocessing(args.backbone).resize_size)
         data = load_data(source, bound)

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from naive import CROP_SCALE, Settings, Task, read_task, train
 
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.prefix_cache import PrefixCache
 from study.progress import QuietProgress
 from study.runner import Asked, Work, run_trial

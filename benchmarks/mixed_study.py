@@ -26,7 +26,7 @@ from naive import CROP_SCALE, Settings, Task, read_task, train
 
 from core.build import build
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.feed import Feed, eval_batches
 from core.fit import build_for, fit
 from core.optim import make_optimizer, parameter_groups

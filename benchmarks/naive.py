@@ -116,7 +116,7 @@ def prepare(
 
     from core.build import build
     from core.config import DataConfig
-    from core.data import load_data
+    from core.data.splits import load_data
 
     out.mkdir(parents=True, exist_ok=True)
     chosen = DataConfig(

@@ -96,7 +96,7 @@ def study_config(
             "study.output": str(args.work / "runs"),
             "data.source": f"folder:{folder}",
             "data.cache_dir": str(args.work / "cache"),
-            "data.picture_size": round(args.size * 1.3),
+            "data.store_size": round(args.size * 1.3),
         },
     )
 

@@ -53,7 +53,7 @@ def measure(folder: Path, cache_mb: int) -> dict[str, float]:
     from dataclasses import replace
 
     from core.config import DataConfig, TrainConfig
-    from core.data import load_data
+    from core.data.splits import load_data
     from core.disk_entries import DiskEntries
     from core.fit import fit
     from core.prefix_cache import PrefixCache

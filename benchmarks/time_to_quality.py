@@ -40,7 +40,7 @@ from naive import BACKBONES, BATCH_SIZE, CROP_SCALE, DEPTHS, EPOCHS, RATES
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
-    from core.data import ImageData
+    from core.data.splits import ImageData
     from core.prefix_cache import PrefixCache
     from study.store import Store
 

@@ -15,7 +15,7 @@ import torch
 from core.build import Built
 from core.checkpoint import save_checkpoint, write_predictions
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import choose_device, deterministic, peak_memory_bytes
 from core.epoch import Clock, epoch_metrics
 from core.evaluate import Evaluation

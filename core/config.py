@@ -312,7 +312,7 @@ class DataConfig:
     skip_unreadable: bool = setting(
         False, "Leave out pictures that cannot be decoded, instead of stopping."
     )
-    picture_size: int | None = setting(
+    store_size: int | None = setting(
         None,
         "Shorter side at which decoded pictures are kept, in pixels; leave out for 1.25 times "
         "what the largest backbone looks at.",

@@ -22,7 +22,7 @@ from torch import Tensor
 from core.backbones import library_versions
 from core.build import Built
 from core.config import TrainConfig
-from core.data import ImageData, Split
+from core.data.splits import ImageData, Split
 from core.weights import fingerprint
 
 # Variables by which the mathematical libraries are told to compute differently.
@@ -67,7 +67,7 @@ def _text(part: object) -> str:
 def _source_digest() -> str:
     """Digest this package's source: whatever makes views or cuts networks is somewhere in it."""
     source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(path.name.encode() + path.read_bytes())
     return source.hexdigest()[:32]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
-from core.data import ImageData
+from core.data.draws import batch_positions, epoch_order
+from core.data.splits import ImageData
 from core.device import SHARING_DEVICES, amp_dtype, deterministic, kernels_of
-from core.draws import batch_positions, epoch_order
 from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.evaluate import IntArray
 from core.feed import Feed, eval_batches

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from core.config import Preprocessing, TrainConfig
-from core.data import ImageData, Split
+from core.data.gpu_views import DeviceViews, fits_device
+from core.data.splits import ImageData, Split
+from core.data.views import Loader, ViewSpec, eval_views
 from core.device import usable_cores
-from core.device_views import DeviceViews, fits_device
 from core.evaluate import IntArray
-from core.views import Loader, ViewSpec, eval_views
 
 # Larger batches evaluate no faster on two cores, and 256 keep an H200 busy at 224 px (assumption).
 _EVAL_BATCH = {"cpu": 64, "cuda": 256}

@@ -12,7 +12,7 @@ from core.backbones import library_versions
 from core.build import Built, build
 from core.checkpoint import Card, save_checkpoint, write_predictions
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import (
     choose_device,
     deterministic,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
-from core.data import ImageData
-from core.draws import batch_positions
+from core.data.draws import batch_positions
+from core.data.splits import ImageData
 from core.evaluate import Evaluation
 from core.features import Features, frozen_part
 from core.feed import Feed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.draws import batch_positions, epoch_order
+from core.data.draws import batch_positions, epoch_order
 from core.evaluate import Evaluation, IntArray, count_confusion
 from core.optim import lr_factor
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from core.build import Built
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import amp_dtype, synchronize
 from core.evaluate import Evaluation, evaluate
 from core.feed import Feed

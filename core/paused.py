@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.evaluate import Evaluation, count_confusion
 from core.feed import Feed
 from core.metrics import EpochMetrics

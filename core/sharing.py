@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.build import Built
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import amp_dtype
 from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.feed import Feed, eval_batches

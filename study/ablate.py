@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from core.config import TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.metrics import EpochMetrics
 from study.ablation_plan import Plan, as_begun_config, cell_configs, n_runs
 from study.baseline import given_factors
@@ -231,7 +231,7 @@ class _Ablation:
         if val_seed is None:
             return self.work.data
         data = dataclasses.replace(self.config.data, val_seed=val_seed)
-        size = self.config.data.picture_size
+        size = self.config.data.store_size
         assert size is not None, "an ablation's pictures have a settled size"
         # Its warnings are those of the study's own split, which were told.
         return load_data(data, size, self.work.progress.pictures)

@@ -85,10 +85,10 @@ def settled_config(plan: Plan) -> StudyConfig:
     design.
     """
     config, source = plan.baseline.config, plan.baseline.source
-    if config.data.picture_size is not None:
+    if config.data.store_size is not None:
         return config
     trains = corner_configs(source) if source else cell_configs(plan)
-    data = dataclasses.replace(config.data, picture_size=picture_size(trains))
+    data = dataclasses.replace(config.data, store_size=picture_size(trains))
     return config.model_copy(update={"data": data})
 
 
@@ -126,9 +126,9 @@ def as_begun_config(store: Store, plan: Plan) -> StudyConfig:
             f"study {row.name} is a search, so it cannot hold an ablation too. Use another --name."
         )
     config = plan.baseline.config
-    if config.data.picture_size is None:
-        known = row.config["data"]["picture_size"]
-        data = dataclasses.replace(config.data, picture_size=known)
+    if config.data.store_size is None:
+        known = row.config["data"]["store_size"]
+        data = dataclasses.replace(config.data, store_size=known)
         config = config.model_copy(update={"data": data})
     changes = config_diff(StudyConfig.from_record(row.config), config)
     if changes:

@@ -89,9 +89,9 @@ def audit_study(
 def _audit_config(source: StudyConfig) -> StudyConfig:
     """Return the audit's configuration: the search's, on pictures of the same size."""
     data = source.data
-    if data.picture_size is None:
+    if data.store_size is None:
         size = picture_size(corner_configs(source))
-        data = dataclasses.replace(data, picture_size=size)
+        data = dataclasses.replace(data, store_size=size)
     named = dataclasses.replace(source.study, name=source.study.name + SUFFIX, timeout=None)
     return source.model_copy(update={"study": named, "data": data})
 

@@ -343,8 +343,7 @@ def check_source(config: StudyConfig) -> None:
     Raises:
         ConfigError: It is missing, a file, or without folders.
     """
-    from core.folders import check_folder
-    from core.pictures import DataError
+    from core.data.sources import DataError, check_folder
 
     kind, _, path = config.data.source.partition(":")
     if kind != "folder":

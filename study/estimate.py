@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.build import Built, build
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.stages import freeze, train_mode
 from study.config import StudyConfig

@@ -19,7 +19,7 @@ from PIL import Image
 from core.build import count_parameters
 from core.checkpoint import PREDICTIONS_FILE
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
@@ -258,7 +258,7 @@ def record_predictions(work: Work, number: int) -> None:
             label=classes[labels[i]],
             predicted=classes[predicted[i]],
             probability=float(probability[i]),
-            thumbnail=_thumbnail(split.store.picture(int(split.indices[i]))),
+            thumbnail=_thumbnail(split.store.image(int(split.indices[i]))),
         )
         for rank, i in enumerate(worst.tolist())
     ]

@@ -16,7 +16,7 @@ import psutil
 from core.backbones import library_versions
 from core.build import input_of
 from core.config import TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.disk_entries import DiskEntries
 from core.fit import build_for
@@ -104,7 +104,7 @@ def _cache(config: StudyConfig) -> PrefixCache | None:
     budget = config.study.cache
     if budget == 0:
         return None
-    # Beside the decoded pictures, as core.data places them.
+    # Beside the decoded pictures, as core.data.splits places them.
     folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "entries"
     if budget is None:
         memory = int(_SHARE_OF_FREE * psutil.virtual_memory().available)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from core.checkpoint import load_checkpoint
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device
 from core.evaluate import Evaluation, evaluate
 from core.feed import Normalizer, eval_batches, view_spec

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from core.checkpoint import PREDICTIONS_FILE, load_checkpoint, read_card
 from core.cohort import Cohort, stream_key
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.evaluate import evaluate
 from core.feed import Feed
 from core.fit import build_for, fit

@@ -10,7 +10,7 @@ from core import network_run
 from core.backbones import create
 from core.checkpoint import load_checkpoint, read_card
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.feed import Feed, view_spec
 from core.fit import build_for, fit
 from core.metrics import EpochMetrics, TrainingDiverged

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from core.config import TrainConfig
-from core.draws import batch_positions, epoch_order
+from core.data.draws import batch_positions, epoch_order
 from core.heads import Coordinates, Lane
 from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from core.build import count_parameters
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.metrics import MEASURED
 from core.paused import pause, paused_after

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.build import Built
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.device import kernels_of
 from core.features import Features, feature_config, frozen_part
 from core.feed import Feed

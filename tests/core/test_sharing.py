@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from core.build import build
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.splits import ImageData, load_data
 from core.disk_entries import DiskEntries
 from core.disk_rates import Rates
 from core.entry_keys import prefix_key
@@ -174,7 +174,7 @@ PROGRAM = """
 import dataclasses, json, sys
 from pathlib import Path
 from core.config import DataConfig, TrainConfig
-from core.data import load_data
+from core.data.splits import load_data
 from core.disk_entries import DiskEntries
 from core.disk_rates import Rates
 from core.fit import fit

@@ -19,10 +19,10 @@ from optuna.trial import TrialState
 
 from core.checkpoint import PREDICTIONS_FILE
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, load_data
+from core.data.sources import DataError
+from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.metrics import EpochMetrics
-from core.pictures import DataError
 from reports.ablation import read_ablations
 from reports.ablation_tables import effects_csv, failures_grid
 from reports.effects import Rules, open_levels
@@ -177,7 +177,7 @@ def test_a_run_has_the_same_numbers_as_fit_alone(finished: Path, photos: Path) -
     cache = str(photos.parent / "cache")
     with Store.open(str(finished / "s.db")) as store:
         study = store.study("tiny")
-        size = study.config["data"]["picture_size"]
+        size = study.config["data"]["store_size"]
         data = load_data(DataConfig(source=f"folder:{photos}", cache_dir=cache), size)
         for row in store.trials(study.id)[2:7]:
             alone = [(m.train_loss, m.val_loss, m.val_acc) for m in fit(_of(row), data)]
@@ -645,16 +645,16 @@ def test_the_size_of_pictures_does_not_depend_on_later_designs(
 ) -> None:
     trained = _script(monkeypatch, lambda config: 0.5)
     first = _plan(photos, tmp_path, factors={"image_size": [64]}, replicates=1)
-    settled = settled_config(first).data.picture_size
+    settled = settled_config(first).data.store_size
     assert (
-        settled == settled_config(_plan(photos, tmp_path, "train.image_size=64")).data.picture_size
+        settled == settled_config(_plan(photos, tmp_path, "train.image_size=64")).data.store_size
     )
-    assert settled != settled_config(_plan(photos, tmp_path)).data.picture_size
+    assert settled != settled_config(_plan(photos, tmp_path)).data.store_size
     _run(first)
     _run(_plan(photos, tmp_path, replicates=1))
     assert len(trained) == 4  # the baseline once
     with Store.open(str(tmp_path / "s.db")) as store:
-        assert store.study("tiny").config["data"]["picture_size"] == settled
+        assert store.study("tiny").config["data"]["store_size"] == settled
 
 
 def test_a_combination_that_breaks_a_rule_is_named_before_any_run(

@@ -7,7 +7,7 @@ import pytest
 
 from core.build import Built, input_of
 from core.config import TrainConfig
-from core.data import ImageData
+from core.data.splits import ImageData
 from core.fit import build_for
 from core.weights import WeightsError
 from study import session as session_module
@@ -258,7 +258,7 @@ def test_warnings_about_pictures_are_told(home: Path) -> None:
 
     progress = Listens()
     load_pictures(_config(home), progress)
-    assert progress.notes == ["few training pictures: blue (6), red (6)."]
+    assert progress.notes == ["few training images: blue (6), red (6)."]
 
 
 def test_a_killed_trial_is_closed_with_what_is_known_of_it(home: Path, store: Store) -> None:

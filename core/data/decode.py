@@ -1,4 +1,4 @@
-"""Picture files of any mode, decoded into upright RGB of bounded size."""
+"""Image files of any mode, decoded into upright RGB of bounded size."""
 
 import contextlib
 import io
@@ -18,31 +18,11 @@ Raw = Path | bytes | Image.Image
 _16_TO_8 = 257
 
 
-def decode_rgb(source: Raw, bound: int) -> UInt8Array:
-    """Decode a picture of any mode into upright RGB.
-
-    Palettes are looked up, transparency is laid over white, CMYK is converted, 16 bits are scaled
-    to 8, and the EXIF orientation is applied.
-
-    Args:
-        source: File, encoded bytes, or an opened image.
-        bound: Longest allowed shorter side, pixels; larger pictures are reduced, smaller kept.
-
-    Returns:
-        Pixels, (H, W, 3).
-
-    Raises:
-        OSError: Not a picture, or a damaged one.
-    """
-    with strict_and_quiet():
-        return decode_one(source, bound)
-
-
 @contextlib.contextmanager
 def strict_and_quiet() -> Iterator[None]:
     """Let Pillow refuse files that are cut short, and keep its warnings to itself.
 
-    It warns of odd metadata and of very large pictures; both decode all the same. These are
+    It warns of odd metadata and of very large images; both decode all the same. These are
     settings of the whole process: enter this around threads, not in each of them.
     """
     allowed = ImageFile.LOAD_TRUNCATED_IMAGES
@@ -55,8 +35,22 @@ def strict_and_quiet() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
 
-def decode_one(source: Raw, bound: int) -> UInt8Array:
-    """Decode as `decode_rgb` does, inside `strict_and_quiet`; any thread may."""
+def decode_rgb(source: Raw, bound: int) -> UInt8Array:
+    """Decode an image of any mode into upright RGB, in any thread inside `strict_and_quiet`.
+
+    Palettes are looked up, transparency is laid over white, CMYK is converted, 16 bits are scaled
+    to 8, and the EXIF orientation is applied.
+
+    Args:
+        source: File, encoded bytes, or an opened image.
+        bound: Longest allowed shorter side, pixels; larger images are reduced, smaller kept.
+
+    Returns:
+        Pixels, (H, W, 3).
+
+    Raises:
+        OSError: Not an image, or a damaged one.
+    """
     opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     image = opened if isinstance(opened, Image.Image) else Image.open(opened)
     with image:
@@ -77,7 +71,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: NDArray[Any]) -> UInt8Array:
-    """Scale grey values of 16 bits (or a float picture in [0, 1] or [0, 255]) to 8 bits."""
+    """Scale grey values of 16 bits (or a float image in [0, 1] or [0, 255]) to 8 bits."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
         top = float(values.max(initial=0.0))

@@ -1,4 +1,4 @@
-"""What chance decides about an epoch: its order, and each picture's row of random numbers."""
+"""What is random about an epoch: its order, and each image's row of random numbers."""
 
 import numpy as np
 from numpy.random import Generator, Philox, SeedSequence
@@ -9,14 +9,14 @@ IntArray = NDArray[np.int64]
 
 _TAG_ORDER, _TAG_VIEW = 1, 2
 _TRIES = 10
-# Columns of a picture's row of random numbers: tries of (area, ratio), then these.
+# Columns of an image's row of random numbers: tries of (area, ratio), then these.
 _TOP, _LEFT, _FLIP, _POLICY = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2, 2 * _TRIES + 3
 _COLUMNS = 2 * _TRIES + 4
 _RATIOS = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> IntArray:
-    """Return the order in which an epoch visits n pictures: a function of its arguments alone."""
+    """Return the order in which an epoch visits n images: a function of its arguments alone."""
     order: IntArray = _generator(seed, _TAG_ORDER, epoch).permutation(n).astype(np.int64)
     return order
 
@@ -26,7 +26,7 @@ def _generator(seed: int, tag: int, epoch: int) -> Generator:
 
 
 def view_draws(n: int, seed: int, epoch: int) -> FloatArray:
-    """Return one row of uniform random numbers per picture, (n, columns).
+    """Return one row of uniform random numbers per image, (n, columns).
 
     Row i depends on (seed, epoch, i) alone: the generator counts through the rows, so a larger n
     only adds rows.
@@ -39,8 +39,8 @@ def crop_boxes(draws: FloatArray, sizes: IntArray, crop_scale: float) -> IntArra
 
     Args:
         draws: Uniform numbers, (B, columns).
-        sizes: Heights and widths of the pictures, (B, 2).
-        crop_scale: Smallest share of the picture's area.
+        sizes: Heights and widths of the images, (B, 2).
+        crop_scale: Smallest share of the image's area.
 
     Returns:
         Top, left, height, width, (B, 4). Where ten tries do not fit, the largest centred box of
@@ -66,12 +66,12 @@ def crop_boxes(draws: FloatArray, sizes: IntArray, crop_scale: float) -> IntArra
 
 
 def flips(draws: FloatArray, flip: float) -> NDArray[np.bool_]:
-    """Say which pictures are flipped, (B,)."""
+    """Say which images are flipped, (B,)."""
     return np.asarray(draws[:, _FLIP] < flip)
 
 
 def policy_seeds(draws: FloatArray) -> IntArray:
-    """Return the seed of each picture's augmentation policy, (B,)."""
+    """Return the seed of each image's augmentation policy, (B,)."""
     return (draws[:, _POLICY] * 2**53).astype(np.int64)
 
 
@@ -82,15 +82,15 @@ def resized_size(sizes: IntArray, resize_size: int) -> IntArray:
 
 
 def eval_boxes(sizes: IntArray, image_size: int, resize_size: int) -> FloatArray:
-    """Return the region of each picture that its evaluation view shows.
+    """Return the region of each image that its evaluation view shows.
 
     Args:
-        sizes: Heights and widths of the pictures, (B, 2).
+        sizes: Heights and widths of the images, (B, 2).
         image_size: Side of the view.
         resize_size: Shorter side before the centre crop.
 
     Returns:
-        Top, left, height, width in the picture's own pixels, fractional, (B, 4).
+        Top, left, height, width in the image's own pixels, fractional, (B, 4).
     """
     resized = resized_size(sizes, resize_size)
     scale = sizes / resized
@@ -101,8 +101,8 @@ def eval_boxes(sizes: IntArray, image_size: int, resize_size: int) -> FloatArray
 def batch_positions(order: IntArray, batch_size: int) -> list[IntArray]:
     """Cut an epoch's order into batches; a last batch of one is left out.
 
-    Batch norm cannot train on one picture; the order changes with every epoch, and so does the
-    picture left out.
+    Batch norm cannot train on one image; the order changes with every epoch, and so does the image
+    left out.
     """
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches

@@ -1,7 +1,7 @@
-"""The same views made on an accelerator, a batch at a time, from pictures in its memory.
+"""The same views made on a GPU in batches, from images in its memory.
 
 A random resized crop with an antialiased filter is separable: each output row is a weighted sum of
-picture rows, each output column of picture columns. For a batch this is two batched matrix
+image rows, each output column of image columns. For a batch this is two batched matrix
 products with weights built from the crop boxes, the flip folded into the column weights.
 """
 
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data import Split
-from core.draws import (
+from core.data.draws import (
     FloatArray,
     IntArray,
     batch_positions,
@@ -23,15 +22,16 @@ from core.draws import (
     flips,
     view_draws,
 )
-from core.views import ViewSpec
+from core.data.splits import Split
+from core.data.views import ViewSpec
 
-# Share of the device's free memory that pictures may take; the rest is the network's. Assumption.
+# Share of the device's free memory that images may take; the rest is the network's. Assumption.
 _MEMORY_SHARE = 0.3
 _CUBIC_A = -0.5  # Pillow's and torch's antialiased bicubic coefficient
 
 
 def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
-    """Say whether a split's pictures fit the device and its augmentation can be done there."""
+    """Say whether a split's images fit the device and its augmentation can be done there."""
     if spec.augment not in ("none", "standard") or device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
@@ -39,16 +39,16 @@ def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
 
 
 def padded_bytes(split: Split) -> int:
-    """Return the size of a split's pictures in one array, each padded to the largest."""
+    """Return the size of a split's images in one array, each padded to the largest."""
     height, width = split.store.sizes[split.indices].max(axis=0)
     return int(len(split) * height * width * 3)
 
 
 class DeviceViews:
-    """Training views of a split whose pictures lie in the device's memory.
+    """Training views of a split whose images lie in the device's memory.
 
     Args:
-        split: Pictures.
+        split: Images.
         spec: What a view is; `none` and `standard` augmentation only.
         device: Where they lie and views are made.
     """
@@ -60,13 +60,13 @@ class DeviceViews:
         shape = (len(split), 3, height, width)
         self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         for row, index in enumerate(split.indices.tolist()):
-            picture = torch.from_numpy(np.array(split.store.picture(index)))
+            image = torch.from_numpy(np.array(split.store.image(index)))
             h, w = self.sizes[row]
-            self.pixels[row, :, :h, :w] = picture.permute(2, 0, 1).to(device)
+            self.pixels[row, :, :h, :w] = image.permute(2, 0, 1).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
 
     def of(self, spec: ViewSpec) -> "DeviceViews":
-        """Return views of another spec on the same pictures."""
+        """Return views of another spec on the same images."""
         if spec == self.spec:
             return self
         views = copy.copy(self)
@@ -95,7 +95,7 @@ class DeviceViews:
         return crops.astype(np.float64), flips(draws, self.spec.flip).astype(np.float64)
 
     def views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
-        """Cut boxes out of pictures and resize them.
+        """Cut boxes out of images and resize them.
 
         Args:
             which: Rows of the split, (B,).
@@ -110,21 +110,21 @@ class DeviceViews:
         rows = self._weights(boxes[:, 0], boxes[:, 2], height, is_crop)  # (B, S, H)
         columns = self._weights(boxes[:, 1], boxes[:, 3], width, is_crop)  # (B, S, W)
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-        pictures = self.pixels[which].to(rows.dtype)  # (B, 3, H, W)
+        images = self.pixels[which].to(rows.dtype)  # (B, 3, H, W)
         # Rounded between the passes as torchvision's uint8 kernel does: else bicubic, which
         # overshoots at edges, is up to 12 levels away from it.
-        across = pictures.flatten(1, 2) @ columns.transpose(1, 2)  # (B, 3 H, S)
+        across = images.flatten(1, 2) @ columns.transpose(1, 2)  # (B, 3 H, S)
         across = _to_levels(across).view(len(which), 3, height, -1)
         return _to_levels(rows[:, None] @ across)
 
     def _weights(self, start: Tensor, length: Tensor, n: int, is_crop: bool) -> Tensor:
         """Build antialiased resampling weights, (B, S, n), each row summing to 1.
 
-        A crop reads nothing outside its box; the evaluation view resizes the whole picture first,
+        A crop reads nothing outside its box; the evaluation view resizes the whole image first,
         so its filter may reach beyond.
         """
         size = self.spec.image_size
-        scale = (length / size)[:, None, None]  # (B, 1, 1), picture pixels per view pixel
+        scale = (length / size)[:, None, None]  # (B, 1, 1), image pixels per view pixel
         support = scale.clamp(min=1.0)
         out = torch.arange(size, device=self.device, dtype=start.dtype)[None, :, None] + 0.5
         centre = start[:, None, None] + out * scale  # (B, S, 1)

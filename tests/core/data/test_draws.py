@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from core.draws import batch_positions, crop_boxes, epoch_order, view_draws
+from core.data.draws import batch_positions, crop_boxes, epoch_order, view_draws
 
 
-def test_draws_of_a_picture_do_not_depend_on_how_many_there_are() -> None:
+def test_draws_of_an_image_do_not_depend_on_how_many_there_are() -> None:
     assert np.array_equal(view_draws(10, 1, 2), view_draws(50, 1, 2)[:10])
 
 
@@ -18,7 +18,7 @@ def test_draws_of_a_picture_do_not_depend_on_how_many_there_are() -> None:
     width=st.integers(1, 500),
     scale=st.floats(0.01, 1),
 )
-def test_boxes_lie_inside_the_picture(seed: int, height: int, width: int, scale: float) -> None:
+def test_boxes_lie_inside_the_image(seed: int, height: int, width: int, scale: float) -> None:
     sizes = np.tile([[height, width]], (20, 1))
     top, left, box_h, box_w = crop_boxes(view_draws(20, seed, 0), sizes, scale).T
     assert (top >= 0).all()

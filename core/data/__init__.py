@@ -1,0 +1,1 @@
+"""Images: found, decoded once, split, and shown to a network as views."""

@@ -1,0 +1,223 @@
+"""Images decoded once: RGB of bounded size in one memory-mapped file, shared by all."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from core.data.decode import UInt8Array, decode_rgb, strict_and_quiet
+from core.data.draws import IntArray
+from core.data.sources import DataError, LabelledImage
+from core.device import usable_cores
+from core.picture_room import prune
+
+Progress = Callable[[int, int], None]
+
+# Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
+_DECODER = 1
+_PIXELS, _INDEX = "pixels.bin", "index.npz"
+# Checking every image's checksum reads the whole file; above this size a sample stands for it.
+_CHECK_WHOLE_BYTES = 1 << 30
+_CHECK_SAMPLE = 64
+# These are faults of the machine, not of the image, and must not be kept as the image's.
+_MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ImageStore:
+    """Decoded images in one flat file, opened as a memory map.
+
+    Args:
+        folder: Where `build_store` put them.
+
+    Attributes:
+        sizes: Heights and widths, (N, 2).
+        checksums: CRC-32 of each image's pixels, (N,).
+        contents: SHA-256 of each image's undecoded contents, hexadecimal, in their order.
+        broken: Why other contents cannot be decoded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with open(folder / _INDEX, "rb") as file, np.load(file) as index:
+            self.sizes: IntArray = index["sizes"]
+            self.checksums: IntArray = index["checksums"]
+            self.contents: list[str] = index["contents"].astype(np.str_).tolist()
+            reasons = zip(index["broken"].tolist(), index["reasons"].tolist(), strict=True)
+            self.broken: dict[str, str] = dict(reasons)
+        self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
+        path = folder / _PIXELS
+        if path.stat().st_size != self.size_bytes:
+            raise OSError(f"{path} has {path.stat().st_size} bytes instead of {self.size_bytes}")
+        # An empty file cannot be mapped: no image could be decoded.
+        empty = np.empty(0, np.uint8)
+        self._pixels: UInt8Array = np.memmap(path, np.uint8, "r") if self.size_bytes else empty
+        self.mark_used()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all pixels."""
+        return int(self._offsets[-1])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def image(self, i: int) -> UInt8Array:
+        """Return image i, (H, W, 3), as a view of the map."""
+        height, width = self.sizes[i]
+        return self._pixels[self._offsets[i] : self._offsets[i + 1]].reshape(height, width, 3)
+
+    def mark_used(self) -> None:
+        """Keep the store from being pruned for another day."""
+        with contextlib.suppress(OSError):  # its folder may be read-only
+            os.utime(self.folder)
+
+    def is_sound(self) -> bool:
+        """Say whether the pixels agree with their checksums (a sample's, in a large store)."""
+        which: Sequence[int] | IntArray = range(len(self))
+        if self.size_bytes > _CHECK_WHOLE_BYTES:
+            which = np.linspace(0, len(self) - 1, _CHECK_SAMPLE, dtype=np.int64)
+        return all(zlib.crc32(self.image(int(i)).data) == self.checksums[i] for i in which)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]  # a worker opens its own map
+
+
+def build_store(
+    images: Sequence[LabelledImage], bound: int, cache: Path, progress: Progress | None = None
+) -> ImageStore:
+    """Open the store of these images, decoding them first where that was not done yet.
+
+    The store is keyed by contents and bound, so folders may move and files be renamed. One
+    process builds it while others wait; a damaged one is built again. Stores that were not used
+    for a day are pruned where all together take more than half of what they take and what is free.
+
+    Args:
+        images: What to decode; equal contents are kept once.
+        bound: Longest allowed shorter side, pixels.
+        cache: Folder of stores.
+        progress: Called with how many of how many images are decoded.
+
+    Raises:
+        DataError: The disk is full or the cache folder cannot be written.
+    """
+    unique = {image.content: image for image in images}
+    ordered = [unique[content] for content in sorted(unique)]
+    digest = hashlib.sha256(f"{_DECODER} {bound} {' '.join(sorted(unique))}".encode()).hexdigest()
+    folder = cache / "images" / digest[:32]
+    store = _open_sound(folder)  # without the lock first: the cache may be read-only
+    if store is not None:
+        return store
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            store = _open_sound(folder)  # another process may have built it meanwhile
+            return store or _build(ordered, bound, folder, progress)
+    except OSError as err:
+        raise _cache_error(err, folder.parent, len(unique), bound) from err
+
+
+def _open_sound(folder: Path) -> ImageStore | None:
+    """Open a store that is there, whole and undamaged."""
+    try:
+        store = ImageStore(folder)
+        return store if store.is_sound() else None
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        return None
+
+
+def _build(
+    images: list[LabelledImage], bound: int, folder: Path, progress: Progress | None
+) -> ImageStore:
+    """Decode images into a new store; where the disk is full, after pruning all that may go."""
+    try:
+        _decode_all(images, bound, folder, progress)
+    except OSError as err:
+        if err.errno not in _FULL_DISK or not prune(folder.parent, 0):
+            raise
+        _decode_all(images, bound, folder, progress)
+    prune(folder.parent)
+    return ImageStore(folder)
+
+
+def _decode_all(
+    images: list[LabelledImage], bound: int, folder: Path, progress: Progress | None
+) -> None:
+    """Write a store; its index comes last, and without it there is no store."""
+    # Not written over: other processes may have the damaged pixels mapped.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    sizes: list[tuple[int, int]] = []
+    checksums: list[int] = []
+    contents: list[str] = []
+    broken: dict[str, str] = {}
+    try:
+        with open(folder / _PIXELS, "wb") as file:
+            for done, (image, result) in enumerate(_decoded(images, bound), start=1):
+                if isinstance(result, str):
+                    broken[image.content] = result
+                else:
+                    file.write(result.data)
+                    sizes.append((result.shape[0], result.shape[1]))
+                    checksums.append(zlib.crc32(result.data))
+                    contents.append(image.content)
+                if progress is not None:
+                    progress(done, len(images))
+            file.flush()
+            os.fsync(file.fileno())
+        np.savez(
+            folder / _INDEX,
+            sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+            checksums=np.array(checksums, dtype=np.int64),
+            contents=np.array(contents, dtype=np.bytes_),  # a quarter of the size of np.str_
+            broken=np.array(list(broken), dtype=np.str_),
+            reasons=np.array(list(broken.values()), dtype=np.str_),
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _decoded(
+    images: list[LabelledImage], bound: int
+) -> Iterator[tuple[LabelledImage, UInt8Array | str]]:
+    """Decode in parallel (Pillow releases the GIL), in order, a window at a time."""
+
+    def decode(image: LabelledImage) -> UInt8Array | str:
+        try:
+            return decode_rgb(image.read(), bound)
+        except MemoryError:
+            raise
+        except Exception as err:  # a damaged file makes decoders raise nearly anything
+            if isinstance(err, OSError) and err.errno in _MACHINE_ERRORS:
+                raise DataError(f"image {image.path} cannot be read: {err.strerror}.") from err
+            return (str(err).splitlines() or [type(err).__name__])[0]
+
+    cores = usable_cores()
+    window = 16 * cores
+    with strict_and_quiet(), ThreadPoolExecutor(cores) as pool:
+        for at in range(0, len(images), window):
+            part = images[at : at + window]
+            yield from zip(part, pool.map(decode, part), strict=True)
+
+
+def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
+    need = 4 * n * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
+    why = "the disk is full" if err.errno in _FULL_DISK else str(err)
+    return DataError(
+        f"decoded images cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; free "
+        "some disk, set data.cache_dir to another folder, or set data.store_size lower."
+    )

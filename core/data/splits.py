@@ -1,0 +1,236 @@
+"""Images split for training, choosing and testing, by content and seed alone."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+from core.config import DataConfig
+from core.data.draws import IntArray
+from core.data.image_store import ImageStore, build_store
+from core.data.partition import partition
+from core.data.sources import DataError, LabelledImage, find_images
+
+# Below this many training images a class cannot be learned or judged; worth a warning. Assumption.
+_FEW = 10
+_MOST_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One part of the images.
+
+    Attributes:
+        name: `train`, `val` or `test`.
+        store: Decoded images, shared by all parts.
+        indices: Positions in the store, (N,).
+        labels: Class numbers, (N,).
+        paths: What reports call the images, (N,).
+    """
+
+    name: str
+    store: ImageStore
+    indices: IntArray
+    labels: IntArray
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def contents(self) -> list[str]:
+        """Hash of each image's contents, (N,), as `partition` takes them."""
+        return [self.store.contents[i] for i in self.indices]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageData:
+    """Labelled images, split.
+
+    Attributes:
+        source: What `DataConfig.source` said.
+        classes: Class names in the order of class numbers.
+        train: Images to learn from.
+        val: Images to choose by.
+        test: Images for the one final test; None where the source has none.
+        fingerprint: SHA-256 over contents, labels and parts; it does not depend on file names.
+        warnings: What the user should know.
+    """
+
+    source: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split | None
+    fingerprint: str
+    warnings: tuple[str, ...]
+
+
+def load_data(
+    config: DataConfig, store_size: int, progress: Callable[[int, int], None] | None = None
+) -> ImageData:
+    """Find, check, decode and split the images of a source.
+
+    Args:
+        config: Source and splits.
+        store_size: Shorter side at which images are kept where the configuration has none.
+        progress: Called with how many of how many images are decoded.
+
+    Raises:
+        DataError: The source cannot be used; says what to do.
+    """
+    found = find_images(config)
+    notes = list(found.warnings)
+    cache = Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
+    store = build_store(found.images, config.store_size or store_size, cache, progress)
+    images = _readable(found.images, store.broken, config.skip_unreadable, notes)
+    parts = _split(images, config, notes)
+    _check_classes(parts["train"], found.classes)
+    parts["train"] = _limited(parts["train"], config.limit)
+    _warn_of_few(parts["train"], found.classes, notes)
+    number = {name: k for k, name in enumerate(found.classes)}
+    position = {content: i for i, content in enumerate(store.contents)}
+    splits = {
+        name: Split(
+            name,
+            store,
+            np.array([position[image.content] for image in part], dtype=np.int64),
+            np.array([number[image.label] for image in part], dtype=np.int64),
+            tuple(image.path for image in part),
+        )
+        for name, part in parts.items()
+    }
+    return ImageData(
+        config.source,
+        found.classes,
+        splits["train"],
+        splits["val"],
+        splits.get("test"),
+        _fingerprint(parts),
+        tuple(notes),
+    )
+
+
+def _readable(
+    images: list[LabelledImage], broken: dict[str, str], skip: bool, notes: list[str]
+) -> list[LabelledImage]:
+    bad = [image for image in images if image.content in broken]
+    if not bad:
+        return images
+    listed = "; ".join(f"{i.path} ({broken[i.content]})" for i in bad[:_MOST_LISTED])
+    more = f" and {len(bad) - _MOST_LISTED} more" if len(bad) > _MOST_LISTED else ""
+    if not skip:
+        raise DataError(
+            f"{len(bad)} of {len(images)} images cannot be decoded: {listed}{more}. Remove or "
+            "replace them, or leave them out with --set data.skip_unreadable=true."
+        )
+    notes.append(f"{len(bad)} images cannot be decoded and are left out: {listed}{more}.")
+    return [image for image in images if image.content not in broken]
+
+
+def _split(
+    images: list[LabelledImage], config: DataConfig, notes: list[str]
+) -> dict[str, list[LabelledImage]]:
+    """Divide images into parts, each in the order of contents."""
+    images = sorted(images, key=lambda image: (image.content, image.label, image.path))
+    parts: dict[str, list[LabelledImage]] = defaultdict(list)
+    for image in images:
+        parts[image.split or "all"].append(image)
+    _warn_of_copies(parts, notes)
+    fractions = {"test": config.test_fraction, "val": config.val_fraction}
+    val_seed = config.split_seed if config.val_seed is None else config.val_seed
+    seeds = {"test": config.split_seed, "val": val_seed}
+    if "val" in parts:
+        if config.val_seed is not None:
+            raise DataError(
+                "data.val_seed must be left out where the source has a validation split of its "
+                f"own, but got val_seed={config.val_seed!r}. Remove the key, or merge val/ into "
+                "train/."
+            )
+        return dict(parts)
+    if "all" not in parts:
+        del fractions["test"], seeds["test"]
+    elif sum(fractions.values()) >= 1:
+        raise DataError(
+            "data.val_fraction + data.test_fraction must be < 1, but got "
+            f"{config.val_fraction:g} + {config.test_fraction:g}."
+        )
+    whole = _without_copies(parts.pop("all" if "all" in parts else "train"), notes)
+    part_of = partition(
+        [image.label for image in whole],
+        [image.content for image in whole],
+        list(fractions.values()),
+        list(seeds.values()),
+    )
+    for k, name in enumerate((*fractions, "train")):
+        parts[name] = [whole[i] for i in np.flatnonzero(part_of == k)]
+    return dict(parts)
+
+
+def _without_copies(images: list[LabelledImage], notes: list[str]) -> list[LabelledImage]:
+    """Keep one of each content and class."""
+    kept: dict[tuple[str, str], LabelledImage] = {}
+    for image in images:
+        kept.setdefault((image.content, image.label), image)
+    n = len(images) - len(kept)
+    if n:
+        notes.append(f"{n} images are copies of others of their class; one of each is used.")
+    return list(kept.values())
+
+
+def _check_classes(images: list[LabelledImage], classes: Iterable[str]) -> None:
+    absent = sorted(set(classes) - {image.label for image in images})
+    if absent:
+        raise DataError(
+            "every class must have images to train on that can be decoded, but there are none "
+            f"of {', '.join(absent)}. Add some or remove the class."
+        )
+
+
+def _limited(images: list[LabelledImage], limit: int | None) -> list[LabelledImage]:
+    """Keep the same share of every class, `limit` in all or a few less, two of each at least."""
+    if limit is None or len(images) <= limit:
+        return images
+    counts = Counter(image.label for image in images)
+    left = {label: max(2, n * limit // len(images)) for label, n in counts.items()}
+    kept = []
+    for image in images:
+        if left[image.label] > 0:
+            left[image.label] -= 1
+            kept.append(image)
+    return kept
+
+
+def _warn_of_copies(parts: dict[str, list[LabelledImage]], notes: list[str]) -> None:
+    where: dict[str, dict[str, str]] = defaultdict(dict)
+    labels: dict[str, set[str]] = defaultdict(set)
+    for name, part in parts.items():
+        for image in part:
+            where[image.content].setdefault(name, image.path)
+            labels[image.content].add(image.label)
+    shared = [list(places.values()) for places in where.values() if len(places) > 1]
+    if shared:
+        notes.append(
+            f"{len(shared)} images lie in more than one split, so their scores are too good "
+            f"(leakage): {' = '.join(shared[0])}"
+            f"{f' and {len(shared) - 1} more' if len(shared) > 1 else ''}. Remove the copies."
+        )
+    torn = sum(len(found) > 1 for found in labels.values())
+    if torn:
+        notes.append(f"{torn} images lie in more than one class; check their labels.")
+
+
+def _warn_of_few(images: list[LabelledImage], classes: Iterable[str], notes: list[str]) -> None:
+    counts = Counter(image.label for image in images)
+    few = [f"{label} ({counts[label]})" for label in classes if counts[label] < _FEW]
+    if few:
+        notes.append(f"few training images: {', '.join(few[:_MOST_LISTED])}.")
+
+
+def _fingerprint(parts: dict[str, list[LabelledImage]]) -> str:
+    lines = sorted(f"{name} {i.label} {i.content}" for name, part in parts.items() for i in part)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,235 @@
+"""Seeded views: (seed, epoch, position) decides an image's crop, flip and augmentation."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from core.config import Augment
+from core.data.draws import (
+    FloatArray,
+    IntArray,
+    batch_positions,
+    crop_boxes,
+    epoch_order,
+    flips,
+    policy_seeds,
+    resized_size,
+    view_draws,
+)
+from core.data.splits import Split
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSpec:
+    """How views are made.
+
+    Attributes:
+        image_size: Side of a view, pixels.
+        resize_size: Shorter side before the evaluation view's centre crop, pixels.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        augment: What the training view does.
+        crop_scale: Smallest share of the image in a random crop.
+        flip: Probability of a left-right flip.
+        rand_magnitude: RandAugment's magnitude.
+    """
+
+    image_size: int
+    resize_size: int
+    interpolation: Literal["bilinear", "bicubic"]
+    augment: Augment
+    crop_scale: float
+    flip: float
+    rand_magnitude: int
+
+    def __post_init__(self) -> None:
+        """Check that the centre crop lies inside the resized image.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self.resize_size < self.image_size:
+            raise ValueError(
+                "resize_size must be >= image_size, but got "
+                f"resize_size={self.resize_size!r} and image_size={self.image_size!r}."
+            )
+
+
+def eval_views(split: Split, positions: IntArray, spec: ViewSpec) -> Tensor:
+    """Make evaluation views: shorter side resized, centre cropped.
+
+    Args:
+        split: Images.
+        positions: Which of the split's images, (B,).
+        spec: Sizes and interpolation.
+
+    Returns:
+        Views, uint8, (B, 3, S, S).
+    """
+    views = _empty_views(len(positions), spec)
+    for row, position in enumerate(positions):
+        image = _image(split, int(position))
+        size = resized_size(np.array([image.shape[1:]]), spec.resize_size)[0].tolist()
+        resized = functional.resize(image, size, _mode(spec), antialias=True)
+        views[row] = functional.center_crop(resized, [spec.image_size, spec.image_size])
+    return views
+
+
+def train_views(split: Split, positions: IntArray, spec: ViewSpec, draws: FloatArray) -> Tensor:
+    """Make training views.
+
+    Args:
+        split: Images.
+        positions: Which of the split's images, (B,).
+        spec: What a view is.
+        draws: The epoch's random numbers for the whole split, from `view_draws`.
+
+    Returns:
+        Views, uint8, (B, 3, S, S).
+    """
+    if spec.augment == "none":
+        return eval_views(split, positions, spec)
+    draws = draws[positions]
+    boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], spec.crop_scale)
+    seeds = policy_seeds(draws)
+    mirrored = flips(draws, spec.flip)
+    size = [spec.image_size, spec.image_size]
+    policy = _policy(spec)
+    views = _empty_views(len(positions), spec)
+    for row, position in enumerate(positions):
+        crop = _image(split, int(position), boxes[row])
+        view = functional.resize(crop, size, _mode(spec), antialias=True)
+        view = view.flip(-1) if mirrored[row] else view
+        views[row] = _apply_seeded(policy, view, int(seeds[row])) if policy else view
+    return views
+
+
+def _empty_views(n: int, spec: ViewSpec) -> Tensor:
+    """Return memory for n views, laid out as they come, which spares a transposing copy."""
+    shape = (n, 3, spec.image_size, spec.image_size)
+    is_plain = spec.augment in ("trivial", "rand")
+    layout = torch.contiguous_format if is_plain else torch.channels_last
+    return torch.empty(shape, dtype=torch.uint8, memory_format=layout)
+
+
+def _image(split: Split, position: int, box: IntArray | None = None) -> Tensor:
+    """Copy an image, or a box of it, out of the map, (3, H, W)."""
+    pixels = split.store.image(int(split.indices[position]))
+    if box is not None:
+        top, left, height, width = box
+        pixels = pixels[top : top + height, left : left + width]
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def _mode(spec: ViewSpec) -> InterpolationMode:
+    bicubic = spec.interpolation == "bicubic"
+    return InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+
+
+def _policy(spec: ViewSpec) -> Callable[[Tensor], Tensor] | None:
+    """Return what is done after crop and flip, if anything."""
+    if spec.augment == "trivial":
+        return v2.TrivialAugmentWide()  # type: ignore[no-any-return]  # untyped library
+    if spec.augment == "rand":
+        return v2.RandAugment(magnitude=spec.rand_magnitude)  # type: ignore[no-any-return]
+    return None
+
+
+def _apply_seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> Tensor:
+    """Transform a view under a generator of its own seed."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would seed the accelerator's generator, dropout's, as well.
+        torch.default_generator.manual_seed(seed)
+        return transform(view.contiguous())  # channels last is slower here
+
+
+_Key = tuple[int, IntArray]
+"""A batch: its epoch and its images' positions."""
+Batch = tuple[Tensor, Tensor, IntArray]
+
+
+class _TrainViews(Dataset[Batch]):
+    """Makes batches by key; keeps the current epoch's draws."""
+
+    def __init__(self, split: Split, spec: ViewSpec, seed: int) -> None:
+        self.split, self.spec, self.seed = split, spec, seed
+        self._epoch = -1
+        self._draws: FloatArray = view_draws(0, seed, 0)
+
+    def __getitem__(self, key: _Key) -> Batch:
+        epoch, positions = key
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._draws = view_draws(len(self.split), self.seed, epoch)
+        views = train_views(self.split, positions, self.spec, self._draws)
+        return views, torch.from_numpy(self.split.labels[positions]), positions
+
+
+class Loader:
+    """Batches of training views, made in this process or in worker processes.
+
+    The numbers do not depend on how many workers there are. Workers live until `close`.
+
+    Args:
+        split: Images.
+        spec: What a view is.
+        seed: The run's seed.
+        batch_size: Images per batch.
+        workers: Loader processes; 0 makes views in this one.
+    """
+
+    def __init__(
+        self, split: Split, spec: ViewSpec, seed: int, batch_size: int, workers: int
+    ) -> None:
+        self._views = _TrainViews(split, spec, seed)
+        self._batch_size, self._workers = batch_size, workers
+        self._keys: list[_Key] = []  # the epoch's; the loader reads them at each iteration
+        self._loader: DataLoader[Batch] | None = None
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
+        order = epoch_order(len(self._views.split), self._views.seed, epoch)
+        self._keys[:] = [(epoch, batch) for batch in batch_positions(order, self._batch_size)]
+        if not self._workers:
+            yield from map(self._views.__getitem__, self._keys)
+            return
+        with warnings.catch_warnings():
+            # Workers may outnumber the cores: slower, not wrong, and asked for.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            if self._loader is None:
+                self._loader = self._start_workers()
+            batches = iter(self._loader)
+        yield from batches
+
+    def _start_workers(self) -> DataLoader[Batch]:
+        return DataLoader(
+            self._views,
+            batch_size=None,  # a key is a whole batch already
+            sampler=self._keys,
+            num_workers=self._workers,
+            persistent_workers=True,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_unchanged,
+            worker_init_fn=_use_one_thread,
+            # Else the loader draws its seeds from the generator that dropout uses.
+            generator=torch.Generator(),
+        )
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _use_one_thread(_: int) -> None:
+    torch.set_num_threads(1)

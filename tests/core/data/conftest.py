@@ -1,0 +1,28 @@
+import pytest
+
+from core.config import DataConfig
+from core.data.splits import ImageData, load_data
+from core.data.views import ViewSpec
+from support import make_folder
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    """Return 41 noisy images of two classes and several sizes, split."""
+    folder = tmp_path_factory.mktemp("views")
+    make_folder(folder / "photos", {"a": 20, "b": 21}, side=50)
+    config = DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
+    return load_data(config, 60)
+
+
+@pytest.fixture(scope="session")
+def spec() -> ViewSpec:
+    return ViewSpec(
+        image_size=24,
+        resize_size=28,
+        interpolation="bilinear",
+        augment="standard",
+        crop_scale=0.35,
+        flip=0.5,
+        rand_magnitude=9,
+    )

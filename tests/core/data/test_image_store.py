@@ -1,0 +1,186 @@
+import errno
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.data.decode import decode_rgb
+from core.data.image_store import ImageStore, build_store
+from core.data.sources import DataError, LabelledImage
+from core.picture_room import prune
+from support import make_folder
+
+
+def _images(root: Path) -> list[LabelledImage]:
+    paths = sorted(root.rglob("*.*"))
+    return [
+        LabelledImage(f"{k:064d}", path.name, lambda p=path: p, "a")
+        for k, path in enumerate(paths)
+    ]
+
+
+def _stores(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache" / "images").iterdir() if path.is_dir()]
+
+
+def test_store_holds_what_decoding_gives(tmp_path: Path) -> None:
+    images = _images(make_folder(tmp_path / "photos", {"a": 5, "b": 4}))
+    told: list[tuple[int, int]] = []
+    store = build_store(images, 30, tmp_path / "cache", lambda *done: told.append(done))
+    assert (len(store), store.broken, told[-1]) == (9, {}, (9, 9))
+    assert store.contents == [image.content for image in images]
+    again = build_store(images, 30, tmp_path / "cache", lambda *_: pytest.fail("decoded"))
+    copy: ImageStore = pickle.loads(pickle.dumps(store))
+    for i, image in enumerate(images):
+        expected = decode_rgb(image.read(), 30)
+        assert all(np.array_equal(s.image(i), expected) for s in (store, again, copy))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no index", "bad index"])
+def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
+    images = _images(make_folder(tmp_path / "photos", {"a": 3}))
+    store = build_store(images, 30, tmp_path / "cache")
+    expected = [store.image(i).copy() for i in range(3)]
+    pixels, index = store.folder / "pixels.bin", store.folder / "index.npz"
+    content = bytearray(pixels.read_bytes())
+    content[100] ^= 255
+    if harm == "truncated":
+        pixels.write_bytes(pixels.read_bytes()[:-10])
+    elif harm == "flipped":
+        pixels.write_bytes(bytes(content))
+    elif harm == "no index":
+        index.unlink()
+    else:
+        index.write_bytes(b"PK\x03\x04 damaged")
+    del store
+    repaired = build_store(images, 30, tmp_path / "cache")
+    assert all(np.array_equal(repaired.image(i), expected[i]) for i in range(3))
+
+
+def test_unreadable_images_are_kept_with_their_reason(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 3}, suffix="jpg")
+    whole = (root / "a" / "000.jpg").read_bytes()
+    (root / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "a" / "text.png").write_text("no image")
+    images = _images(root)
+    store = build_store(images, 30, tmp_path / "cache")
+    names = {image.content: image.path for image in images}
+    assert {names[content] for content in store.broken} == {"cut.jpg", "text.png"}
+    assert len(store) == len(store.contents) == 3
+    assert build_store(images, 30, tmp_path / "cache").broken == store.broken
+
+
+def test_a_store_without_a_readable_image_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    store = build_store(_images(tmp_path), 30, tmp_path / "cache")
+    assert (len(store), len(store.broken)) == (0, 1)
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"a": 20}, side=100)
+    done = _build_on_a_full_disk(tmp_path)
+    assert "the disk is full" in done
+    assert "About 0.8 MB are needed" in done
+    assert "data.cache_dir" in done
+    assert _stores(tmp_path) == []
+
+
+def test_on_a_full_disk_unused_stores_are_pruned(tmp_path: Path) -> None:
+    """The limit is one of files' sizes: it remains, but a first failure removes the old store."""
+    old = build_store(_images(make_folder(tmp_path / "old", {"a": 2})), 20, tmp_path / "cache")
+    make_folder(tmp_path / "photos", {"a": 20}, side=100)
+    _build_on_a_full_disk(tmp_path)
+    assert old.folder.exists()  # used today
+    os.utime(old.folder, (0, 0))
+    _build_on_a_full_disk(tmp_path)
+    assert not old.folder.exists()
+
+
+def _build_on_a_full_disk(tmp_path: Path) -> str:
+    """Build a store where no file may grow beyond 50 kB; what the error says."""
+    script = textwrap.dedent(
+        f"""
+        import resource, signal
+        from pathlib import Path
+        from core.data.image_store import build_store
+        from core.data.sources import DataError, LabelledImage
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        root = Path({str(tmp_path)!r})
+        paths = sorted((root / "photos").rglob("*.png"))
+        images = [LabelledImage(str(k), p.name, lambda p=p: p, "a") for k, p in enumerate(paths)]
+        try:
+            build_store(images, 100, root / "cache")
+        except DataError as err:
+            print(err)
+        """
+    )
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_warnings_and_bombs_do_not_stop_decoding_in_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "photos", {"a": 40})
+    Image.new("RGB", (200, 200)).save(root / "a" / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 - 1)  # all warn, one is refused
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        store = build_store(_images(root), 30, tmp_path / "cache")
+        assert warnings.filters == before
+    assert len(store) == 40
+    assert "exceeds limit" in next(iter(store.broken.values()))
+
+
+def test_a_fault_of_the_machine_is_not_kept_as_the_images(tmp_path: Path) -> None:
+    def fails() -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    images = _images(make_folder(tmp_path / "photos", {"a": 2}))
+    with pytest.raises(DataError, match=r"image c.png cannot be read: Input/output error"):
+        build_store([*images, LabelledImage("f", "c.png", fails, "a")], 30, tmp_path / "cache")
+    assert _stores(tmp_path) == []
+
+
+def _build(root: Path) -> tuple[int, int]:
+    decoded: list[int] = []
+    images = _images(root / "photos")
+    store = build_store(images, 30, root / "cache", lambda done, _: decoded.append(done))
+    return int(sum(store.image(i).sum() for i in range(len(store)))), len(decoded)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_builds_and_one_waits(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"a": 30})
+    with ProcessPoolExecutor(2, get_context("forkserver")) as pool:
+        for _ in range(2):
+            sums, decoded = zip(*pool.map(_build, [tmp_path] * 2), strict=True)
+            assert len(set(sums)) == 1
+            assert sorted(decoded) == [0, 30]
+            (folder,) = _stores(tmp_path)
+            (folder / "index.npz").unlink()
+
+
+def test_a_store_that_a_trial_uses_is_not_pruned(tmp_path: Path) -> None:
+    images = _images(make_folder(tmp_path / "photos", {"a": 2}))
+    store = build_store(images, 30, tmp_path / "cache")
+    for use in (store.mark_used, lambda: build_store(images, 30, tmp_path / "cache")):
+        os.utime(store.folder, (0, 0))
+        use()
+        assert prune(store.folder.parent, 0) == 0
+    os.utime(store.folder, (0, 0))
+    assert prune(store.folder.parent, 0) > 0
+    assert _stores(tmp_path) == []
+    assert store.image(1).shape[2] == 3  # its map outlives its folder
+    assert build_store(images, 30, tmp_path / "cache").is_sound()

@@ -1,0 +1,147 @@
+import os
+import shutil
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.config import DataConfig
+from core.data.decode import decode_rgb
+from core.data.sources import DataError, Found, find_images
+from support import make_folder
+
+
+def _find(root: Path) -> Found:
+    return find_images(DataConfig(source=f"folder:{root}"))
+
+
+def test_digits_are_all_there() -> None:
+    pytest.importorskip("sklearn", reason="the embedded digits come with scikit-learn")
+    found = find_images(DataConfig())
+    assert (len(found.images), found.classes) == (1797, tuple("0123456789"))
+    assert decode_rgb(found.images[0].read(), 64).shape == (64, 64, 3)
+
+
+def test_images_carry_class_split_and_name(tmp_path: Path) -> None:
+    for k, split in enumerate(("train", "Valid", "test")):
+        make_folder(tmp_path / split, {"b": 1, "a": 1}, seed=k)
+    found = _find(tmp_path)
+    assert found.classes == ("a", "b")
+    assert {(i.path, i.label, i.split) for i in found.images} == {
+        (f"{folder}/{label}/000.png", label, split)
+        for folder, split in (("train", "train"), ("Valid", "val"), ("test", "test"))
+        for label in "ab"
+    }
+    assert len({image.content for image in found.images}) == 6
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "train", {"a": 2, "b": 2}).parent
+    (root / "extra").mkdir()
+    shutil.copy(root / "train" / "a" / "000.png", root / "train" / "loose.png")
+    (root / "train" / "a" / "notes.txt").write_text("x")
+    (root / "train" / "b" / "labels.csv").write_text("x")
+    (root / "train" / "b" / ".DS_Store").write_text("x")
+    (root / "train" / ".git").mkdir()
+    found = _find(root)
+    assert len(found.images) == 4
+    assert found.warnings == [
+        f"{root}: extra lie beside train and are not read.",
+        f"{root / 'train'}: 1 images lie beside the class folders, not read.",
+        "2 files are no images and are not read: 1 .txt, 1 .csv.",
+    ]
+
+
+def test_a_missing_folder_names_the_nearest_and_a_file_is_none(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "hotdogs", {"a": 1}) / "a" / "000.png"
+    with pytest.raises(DataError, match="000.png is a file"):
+        _find(path)
+    with pytest.raises(DataError, match=r"must exist, but it does not. Did you mean .*hotdogs"):
+        _find(tmp_path / "hotdog")
+
+
+def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = make_folder(tmp_path, {"red": 3, "blue": 3}) / "blue"
+    readable = os.access  # root may read everything, so the mode alone would prove nothing
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and readable(path, mode))
+    with pytest.raises(DataError, match=r"blue must be readable, but permission is denied"):
+        _find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, "must hold one folder per class"),
+        ({"a": 5}, r"must have at least two classes, but .* has one \(a\)"),
+        ({"a": 5, "b": 0}, "class folder .*b must hold images, but has none"),
+        ({"val/a": 3, "test/a": 3}, "must have a train folder beside test, val"),
+        ({"train/a": 3, "train/b": 3, "test/a": 1, "test/c": 1}, r"test lacks b; .*train lacks c"),
+    ],
+)
+def test_unusable_folders_are_refused(
+    tmp_path: Path, classes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        _find(make_folder(tmp_path, classes))
+
+
+def test_names_that_are_no_utf8_are_shown_with_a_replacement(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"a": 1, "b": 1})
+    try:
+        os.rename(root / "a" / "000.png", os.fsencode(root / "a") + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert [image.path for image in _find(root).images] == ["a/\ufffd.png", "b/000.png"]
+
+
+def test_an_unknown_dataset_names_the_nearest() -> None:
+    with pytest.raises(DataError, match="torchvision:CIFAR1.*Near: CIFAR1"):
+        find_images(DataConfig(source="torchvision:CIFAR1"))
+
+
+def test_a_dataset_that_is_not_there_is_not_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"CIFAR10 must lie in .*data.download = true"):
+        find_images(DataConfig(source="torchvision:CIFAR10", root=str(tmp_path)))
+
+
+def test_a_torchvision_dataset_without_splits_is_read(tmp_path: Path) -> None:
+    make_folder(tmp_path / "eurosat" / "2750", {"Forest": 6, "River": 6, "Highway": 6})
+    found = find_images(DataConfig(source="torchvision:EuroSAT", root=str(tmp_path)))
+    assert found.classes == ("Forest", "Highway", "River")
+    counts = Counter((image.label, image.split) for image in found.images)
+    assert counts == {(label, None): 6 for label in found.classes}
+
+
+def test_a_torchvision_dataset_with_splits_is_read(tmp_path: Path) -> None:
+    base = tmp_path / "dtd" / "dtd"
+    make_folder(base / "images", {"dotted": 9, "banded": 9}, suffix="jpg")
+    (base / "labels").mkdir()
+    for k, part in enumerate(("train", "val", "test")):
+        names = [f"{c}/{i:03d}.jpg" for c in ("dotted", "banded") for i in range(3 * k, 3 * k + 3)]
+        (base / "labels" / f"{part}1.txt").write_text("\n".join(names))
+    found = find_images(DataConfig(source="torchvision:DTD", root=str(tmp_path)))
+    assert found.classes == ("banded", "dotted")
+    assert Counter(i.split for i in found.images) == {"train": 6, "val": 6, "test": 6}
+    for image in found.images:
+        # make_folder brightens channel 0 of its first class (dotted), 1 of its second (banded).
+        brightest = decode_rgb(image.read(), 40).mean((0, 1))[:2].argmax()
+        assert ("dotted", "banded")[brightest] == image.label
+
+
+def test_a_torchvision_dataset_in_one_file_is_decoded(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 28, 28), dtype=np.uint8)
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for part in ("train", "t10k"):
+        stem = tmp_path / "MNIST" / "raw" / part
+        images = struct.pack(">4I", 2051, 4, 28, 28) + pixels.tobytes()
+        Path(f"{stem}-images-idx3-ubyte").write_bytes(images)
+        Path(f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">2I4B", 2049, 4, 1, 2, 0, 1))
+    found = find_images(DataConfig(source="torchvision:MNIST", root=str(tmp_path)))
+    assert [image.path for image in found.images][3:5] == ["MNIST/train/3", "MNIST/test/0"]
+    assert [image.label[0] for image in found.images[:4]] == ["1", "2", "0", "1"]
+    assert np.array_equal(decode_rgb(found.images[1].read(), 28)[..., 0], pixels[1])
+    assert found.images[1].content == found.images[5].content != found.images[0].content
