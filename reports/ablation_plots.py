@@ -23,13 +23,13 @@ from reports.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     PURPLE,
     RED,
     accuracy_axis,
     drawable,
     entry,
-    ink,
     legend_above,
 )
 
@@ -73,8 +73,8 @@ def plot_forest(effects: Sequence[Effect], rules: Rules, ax: Axes) -> Axes:
         rules: Gives the margin, which is shaded.
         ax: Drawn on.
     """
-    ax.axvspan(-rules.margin, rules.margin, color=ink(), alpha=0.07, lw=0)
-    ax.axvline(0, color=ink(), lw=0.8)
+    ax.axvspan(-rules.margin, rules.margin, color=INK, alpha=0.07, lw=0)
+    ax.axvline(0, color=INK, lw=0.8)
     for y, effect in enumerate(effects):
         marker, colour, _ = _LOOKS[effect.verdict]
         found = effect.difference
@@ -113,7 +113,7 @@ def _name_rows(labels: Sequence[str], ax: Axes) -> None:
 def _separate_factors(factors: Sequence[str], ax: Axes) -> None:
     for y in range(1, len(factors)):
         if factors[y] != factors[y - 1]:
-            ax.axhline(y - 0.5, color=ink(), alpha=0.13, lw=0.6)
+            ax.axhline(y - 0.5, color=INK, alpha=0.13, lw=0.6)
 
 
 def plot_seeds(runs: Sequence[Runs], first_seed: int, ax: Axes) -> Axes:
@@ -156,8 +156,8 @@ def plot_seeds(runs: Sequence[Runs], first_seed: int, ax: Axes) -> Axes:
     for y, each in enumerate(runs):
         mean = each.arm.accuracy.estimate
         if math.isfinite(mean):
-            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=ink(), lw=1.8)
-    entries.append(Line2D([], [], color=ink(), lw=1.8, label="mean"))
+            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
+    entries.append(Line2D([], [], color=INK, lw=1.8, label="mean"))
     _name_rows([each.arm.label for each in runs], ax)
     ax.set_xlabel("Validation accuracy")
     accuracy_axis(ax.xaxis)
@@ -190,7 +190,7 @@ def plot_interactions(contrasts: Sequence[Contrast], names: Sequence[str], ax: A
     image = ax.imshow(values, cmap="PuOr", norm=norm, interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
         if math.isfinite(value):
-            colour = "white" if abs(value) > 0.6 * top else "#22262c"
+            colour = "white" if abs(value) > 0.6 * top else INK
             digits = 1 if top > 0.01 else 2
             contrast = found[names[i] if i == j else f"{names[j]} × {names[i]}"]
             star = "*" if contrast.p_family <= 0.05 else ""
@@ -223,7 +223,7 @@ def plot_cell_means(table: pd.DataFrame, ax: Axes) -> Axes:
     image = ax.imshow(values, cmap="cividis", vmin=low, vmax=low + span, interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
         if math.isfinite(value):
-            colour = "#22262c" if value - low > 0.6 * span else "white"
+            colour = INK if value - low > 0.6 * span else "white"
             ax.text(
                 j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=7.5, color=colour
             )
@@ -328,7 +328,7 @@ def plot_path(steps: Sequence[Step], ax: Axes) -> Axes:
         colour = GREEN if gain.estimate >= 0 else RED
         ax.barh(y, gain.estimate, left=level, color=colour, height=0.62)
         if math.isfinite(gain.low):
-            ax.plot([level + gain.low, level + gain.high], [y, y], color=ink(), lw=1.1)
+            ax.plot([level + gain.low, level + gain.high], [y, y], color=INK, lw=1.1)
         half = 100 * (gain.high - gain.low) / 2
         text = signed(100 * gain.estimate, digits_for(half))
         ax.annotate(
@@ -374,10 +374,9 @@ def short_footer(ablation: Ablation) -> str:
 def _how_judged(ablation: Ablation) -> str:
     rules = ablation.rules
     if ablation.kind in ("ofat", "loco"):
-        test = "paired t-test" if rules.test == "t" else "exact sign-flip test"
         n_levels = len(ablation.others)
         return (
-            f"95 % t intervals; {test}, Holm over {n_levels} levels; margin "
+            f"95 % t intervals; paired t-test, Holm over {n_levels} levels; margin "
             f"±{100 * rules.margin:g} points"
         )
     if ablation.kind == "path":

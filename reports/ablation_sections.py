@@ -129,7 +129,7 @@ def _figure(
         draw(ax)
         set_footer(ax, short_footer(ablation))
 
-    return Plan(name, title, caption, with_footer, with_pdf=True, **more)
+    return Plan(name, title, caption, with_footer, is_for_paper=True, **more)
 
 
 def _cards(ablation: Ablation) -> list[Card]:
@@ -164,8 +164,8 @@ def _levels(ablation: Ablation, name: str) -> Section:
     effects = ablation.effects()
     grids = [tables.effects_grid(ablation, effects)]
     on_test = tables.test_grid(ablation, ablation.test_effects())
-    mcnemar = tables.mcnemar_grid(ablation)
-    grids += [grid for grid in (on_test, mcnemar) if grid is not None]
+    if on_test is not None:
+        grids.append(on_test)
     base = ablation.baseline
     assert base is not None, "such a design has its baseline"
     first = int(ablation.spec["first_seed"])

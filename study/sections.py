@@ -12,7 +12,6 @@ from study.space import RECIPES
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce", "thaw"]
 Pruner = Literal["hyperband", "median", "percentile", "halving", "promote", "wilcoxon", "none"]
 DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
-DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 FORESEEN: tuple[Sampler, ...] = ("random", "qmc", "grid", "bruteforce")
@@ -187,9 +186,6 @@ class AblationSection:
         "where the difference is shown to be smaller.",
         gt=0,
         le=100,
-    )
-    test: DecidingTest = setting(
-        "t", "The test that decides: t (paired t-test) or sign-flip (exact permutation)."
     )
     max_cells: int = setting(
         64, "Most settings of a factorial; a larger one is cut to a fraction.", ge=2
