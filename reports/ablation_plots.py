@@ -1,7 +1,6 @@
 """Plots of an ablation: effects, seeds, interactions, a path."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 
-from reports.ablation import Ablation, Runs
+from reports.ablation import Runs
 from reports.effects import Effect, Rules
 from reports.factorial import Contrast
 from reports.intervals import Interval
@@ -44,17 +43,6 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
 _SEED_MARKS = "osD^vP*Xhd<>"
 _SEED_COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
 _NAME_LETTERS = 34
-_FOOTER_SIZE = 6.2
-_LETTERS_PER_INCH = 23  # of the footer's type, measured
-
-
-def set_footer(ax: Axes, text: str) -> None:
-    """Write what was done below a figure, small, so that it travels with the picture."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None, "axes that are drawn on belong to a figure"
-    width = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH)
-    lines = textwrap.fill(drawable(text, 2000), width)
-    figure.supxlabel(lines, x=0.01, ha="left", fontsize=_FOOTER_SIZE, color=GREY, linespacing=1.25)
 
 
 def points_axis(axis: Any) -> None:
@@ -354,33 +342,3 @@ def plot_path(steps: Sequence[Step], ax: Axes) -> Axes:
 def forest_size(n_rows: int) -> tuple[float, float]:
     """Return the width and height, inches, that a plot with one row a level needs."""
     return 5.6, 1.75 + 0.2 * max(4, n_rows)
-
-
-def short_footer(ablation: Ablation) -> str:
-    """Say in a line what a figure shows, for the figure itself."""
-    data = ablation.study.data
-    source = str(data.get("source", "")).removeprefix("folder:").rstrip("/").rpartition("/")[2]
-    first = int(ablation.spec["first_seed"])
-    seeds = f"{ablation.replicates} paired seeds from {first}"
-    tests = "test split read" if ablation.n_tested else "test split not used"
-    return (
-        f"Baseline: {ablation.spec['origin']}. {seeds}; {_how_judged(ablation)}. {source}, "
-        f"{data.get('n_val', 0)} validation pictures; {tests}. "
-        f"{ablation.design.updated_at:%Y-%m-%d}, "
-        f"Frostline {ablation.study.versions.get('frostline', '')}."
-    )
-
-
-def _how_judged(ablation: Ablation) -> str:
-    rules = ablation.rules
-    if ablation.kind in ("ofat", "loco"):
-        n_levels = len(ablation.others)
-        return (
-            f"95 % t intervals; paired t-test, Holm over {n_levels} levels; margin "
-            f"±{100 * rules.margin:g} points"
-        )
-    if ablation.kind == "path":
-        return "paired t intervals, Bonferroni over a step's candidates"
-    if ablation.replicates < 2:
-        return "one replicate: Lenth's method"
-    return "95 % t intervals over replicates; t-test, Holm over the effects"

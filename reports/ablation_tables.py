@@ -75,19 +75,16 @@ def test_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid | None:
     base = ablation.baseline
     if base is None or not np.isfinite(base.test).any():
         return None
-    header = (
-        "Level", "Test accuracy, %", "Difference, points [95 %]", "p", "p, Holm", "n", "Verdict",
-    )  # fmt: skip
+    header = ("Level", "Test accuracy, %", "Difference, points [95 %]", "p, Holm", "n", "Verdict")
     tested = base.test[np.isfinite(base.test)]
     own = plus_minus(t_interval(spread(tested)))
-    rows = [("baseline", own, "", "", "", str(len(tested)), "baseline")]
+    rows = [("baseline", own, "", "", str(len(tested)), "baseline")]
     for effect in effects:
         rows.append(
             (
                 effect.arm.label,
                 plus_minus(effect.arm.accuracy),
                 difference_words(effect.difference),
-                p_words(effect.p),
                 p_words(effect.p_family),
                 str(effect.n),
                 verdict_words(effect, ablation.rules),

@@ -222,16 +222,6 @@ def test_an_unread_test_split_is_said_to_be_so(
     assert [grid.name for grid in found.grids] == ["ofat-effects"]
 
 
-def test_leave_one_component_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
-    design = design_of("loco", two_levels("augment", "schedule", "warmup"))
-    store = make_ablation(tmp_path / "s.db", design, simulate({"schedule = on": -0.08}))
-    paths, page, found = report(store, tmp_path / "out")
-    assert found.title == "Leave one component out"
-    assert names(page.finding("Worse than the baseline:")) == {"schedule = on"}
-    assert [path.name for path in paths.csv] == ["loco-effects.csv", "loco-runs.csv"]
-
-
 def test_failed_runs_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undrawn(monkeypatch)
     score = simulate(TRUTH)
@@ -327,14 +317,6 @@ def test_an_adaptive_study_shows_the_replicates_of_each_level(
     assert len(rows) == 4 * 8 + 2 * 5
 
 
-def test_splits_drawn_anew_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
-    settings = section(design="ofat", resplit=True)
-    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH), settings=settings)
-    _, page, _ = report(store, tmp_path / "out")
-    assert "a new validation split each" in page.text
-
-
 def test_names_are_escaped_wherever_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,18 +388,6 @@ def test_a_fraction_tells_its_aliases_and_no_interaction(
     assert "fractional factorial of resolution 3" in page.finding("Design:")
     assert "Aliasing: a = b × c" in found.grids[0].note
     assert "interaction)" not in page.text
-
-
-def test_three_levels_are_judged_by_the_analysis_of_variance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
-    design = design_of("factorial", make_factors(depth=["0", "3", "5"], head=["x", "z"]))
-    store = make_ablation(tmp_path / "s.db", design, simulate({"depth = 5": -0.06}))
-    _, page, found = report(store, tmp_path / "out")
-    assert page.finding("Matters:").startswith("depth (p ")
-    assert "; " not in page.finding("Matters:")
-    assert [grid.name for grid in found.grids] == ["factorial-anova", "factorial-cells"]
 
 
 @pytest.mark.parametrize("n", [1, 5])

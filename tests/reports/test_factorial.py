@@ -245,13 +245,6 @@ def test_a_replicate_with_a_failed_cell_is_left_out_of_the_contrasts() -> None:
     assert {c.n for c in found} == {4}
 
 
-def test_nothing_complete_gives_no_contrast() -> None:
-    design = design_of("factorial", two_levels(*NAMES[:2]))
-    scores = np.full((4, 2), 0.8)
-    scores[0, 0] = scores[3, 1] = NAN
-    assert estimate_contrasts(in_memory(design, scores)) == []
-
-
 def test_one_replicate_of_a_small_factorial_has_no_error_to_test_with() -> None:
     design = design_of("factorial", two_levels(*NAMES[:2]))
     assert analyse_variance(in_memory(design, np.array([[0.7], [0.8], [0.75], [0.9]]))) == []
