@@ -1,21 +1,16 @@
 """All that a report says about one ablation, read from the record once."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 from numpy.typing import NDArray
-from scipy import stats
 
 from reports.effects import Arm, Effect, Rules, estimate_effects
-from reports.intervals import Interval
-from study.read import read_predictions
 from study.rows import chosen_by
-from study.store import DesignRow, Store, StoreError, StudyRow, TestRow, TrialRow
+from study.store import DesignRow, Store, StoreError, StudyRow, TrialRow
 
 BASELINE = "baseline"
 _CUT_SHORT = ("interrupted", "killed")
@@ -30,9 +25,6 @@ class Runs:
         test: Test accuracies, (R,), fraction; NaN where a run was not tested.
         numbers: Trial by replicate, (R,); None where it was not run.
         seconds: Mean duration of a finished run; NaN without one.
-        pictures: Mean validation accuracy's interval over pictures (the seeds held): what other
-            photos of the same kind would give; None where single answers are not comparable.
-        shares: Share of the seeds that get each validation picture right, (N,); None likewise.
         levels: Factor -> level, without those at the baseline's.
     """
 
@@ -40,8 +32,6 @@ class Runs:
     test: NDArray[np.float64]
     numbers: tuple[int | None, ...]
     seconds: float
-    pictures: Interval | None
-    shares: NDArray[np.float64] | None
     levels: Mapping[str, str]
 
 
@@ -54,18 +44,12 @@ class Ablation:
         design: Its design.
         runs: By cell, in the design's order.
         rules: How effects are judged.
-        tests: Looks at the study's test split, oldest first.
-        device: What the runs ran on.
-        answers: Trial -> true and chosen classes on the test split, (N,) each.
     """
 
     study: StudyRow
     design: DesignRow
     runs: tuple[Runs, ...]
     rules: Rules
-    tests: tuple[TestRow, ...]
-    device: str
-    answers: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -124,17 +108,12 @@ class Ablation:
         """Count the runs of which the test split was read."""
         return sum(int(np.isfinite(runs.test).sum()) for runs in self.runs)
 
-    def rng(self) -> Generator:
-        """Return random draws that are the same for the same study and design."""
-        text = f"{self.study.name} {self.design.key}"
-        return np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest()[:16], 16))
-
     def effects(self) -> list[Effect]:
         """Estimate every cell's effect against the baseline on the validation split."""
         if self.baseline is None:
             return []
         arms = [runs.arm for runs in self.others]
-        return estimate_effects(self.baseline.arm, arms, self.rules, self.rng())
+        return estimate_effects(self.baseline.arm, arms, self.rules)
 
     def test_effects(self) -> list[Effect]:
         """Estimate the tested cells' effects on the test split; a family of their own."""
@@ -142,16 +121,9 @@ class Ablation:
         if base is None or not np.isfinite(base.test).any():
             return []
         n_test = int(self.study.data.get("n_test") or 0)
-        rules = Rules(
-            self.rules.alpha,
-            self.rules.margin,
-            self.rules.test,
-            self.rules.confidence,
-            1 / n_test if n_test else 0.0,
-        )
-        tested = [runs for runs in self.others if np.isfinite(runs.test).any()]
-        arms = [_tested(runs) for runs in tested]
-        return estimate_effects(_tested(base), arms, rules, self.rng())
+        rules = replace(self.rules, resolution=1 / n_test if n_test else 0.0, looks=())
+        arms = [_tested(runs) for runs in self.others if np.isfinite(runs.test).any()]
+        return estimate_effects(_tested(base), arms, rules)
 
 
 def _tested(runs: Runs) -> Arm:
@@ -172,9 +144,8 @@ def read_ablations(store: Store, name: str) -> list[Ablation]:
             f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
         )
     trials = _by_identity(store.trials(study.id))
-    tests = tuple(store.tests(study.id))
-    val, test = read_predictions(store, name), read_predictions(store, name, "test")
-    return [_read(study, row, trials, tests, val, test) for row in reversed(designs)]
+    tested = {row.trial_number: row.accuracy for row in store.tests(study.id)}
+    return [_read(study, row, trials, tested) for row in reversed(designs)]
 
 
 def _by_identity(rows: Sequence[TrialRow]) -> dict[str, TrialRow]:
@@ -191,9 +162,7 @@ def _read(
     study: StudyRow,
     design: DesignRow,
     trials: Mapping[str, TrialRow],
-    tests: tuple[TestRow, ...],
-    val: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]],
-    answers: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]],
+    tested: Mapping[int, float],
 ) -> Ablation:
     spec = design.spec
     settings = spec["settings"]
@@ -202,41 +171,33 @@ def _read(
     rules = Rules(
         alpha=settings["alpha"],
         margin=settings["margin"] / 100,
-        test=settings["test"],
         resolution=1 / n_val if n_val else 0.0,
         looks=looks if len(looks) > 1 else (),
     )
-    scores = {row.trial_number: row.accuracy for row in tests}
     runs = []
     for cell, hashes in zip(spec["cells"], spec["runs"], strict=True):
         rows = [trials.get(text) for text in hashes]
-        compared = {} if settings["resplit"] else val
-        runs.append(_runs_of(cell["levels"], rows, scores, compared))
-    devices = sorted({row.device for row in trials.values()})
-    return Ablation(study, design, tuple(runs), rules, tests, " and ".join(devices), answers)
+        runs.append(_runs_of(cell["levels"], rows, tested))
+    return Ablation(study, design, tuple(runs), rules)
 
 
 def _runs_of(
     levels: Mapping[str, str],
     rows: Sequence[TrialRow | None],
-    scores: Mapping[int, float],
-    val: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]],
+    test_scores: Mapping[int, float],
 ) -> Runs:
     done = [row for row in rows if row is not None and row.state == "complete"]
     values = [_value(row) for row in rows]
-    tested = [scores.get(row.number, math.nan) if row else math.nan for row in rows]
+    tested = [test_scores.get(row.number, math.nan) if row else math.nan for row in rows]
     took = [row.duration_s for row in done if row.duration_s]
     factor, level = _named(levels)
     label = " + ".join(f"{name} = {setting}" for name, setting in levels.items()) or BASELINE
     reasons = tuple(_failure(row) for row in rows)
-    shares = _shares([np.equal(*val[row.number]) for row in done if row.number in val])
     return Runs(
         Arm(label, factor, level, np.array(values, dtype=np.float64), reasons),
         np.array(tested, dtype=np.float64),
         tuple(row.number if row else None for row in rows),
         float(np.mean(took)) if took else math.nan,
-        None if shares is None else over_pictures(shares),
-        shares,
         dict(levels),
     )
 
@@ -259,22 +220,3 @@ def _failure(row: TrialRow | None) -> str | None:
     if row is None or row.state != "failed" or row.reason in _CUT_SHORT:
         return None
     return row.reason or "failed"
-
-
-def _shares(correct: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64] | None:
-    """Return the share of the runs that get each picture right, (N,)."""
-    if not correct or len({len(each) for each in correct}) > 1 or len(correct[0]) < 2:
-        return None
-    return np.asarray(np.mean(correct, axis=0), dtype=np.float64)
-
-
-def over_pictures(shares: NDArray[np.float64]) -> Interval:
-    """Return a mean's normal 95 % interval over pictures.
-
-    Args:
-        shares: One figure a picture, (N,): the share of the seeds that get it right, or the
-            difference of two such shares.
-    """
-    half = float(stats.norm.ppf(0.975) * shares.std(ddof=1) / math.sqrt(len(shares)))
-    mean = float(shares.mean())
-    return Interval(mean, mean - half, mean + half)

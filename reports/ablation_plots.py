@@ -1,7 +1,6 @@
 """Plots of an ablation: effects, seeds, interactions, a path."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy import stats
 
-from reports.ablation import Ablation, Runs
+from reports.ablation import Runs
 from reports.effects import Effect, Rules
 from reports.factorial import Contrast
 from reports.intervals import Interval
@@ -23,13 +22,13 @@ from reports.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     PURPLE,
     RED,
     accuracy_axis,
     drawable,
     entry,
-    ink,
     legend_above,
 )
 
@@ -44,17 +43,6 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
 _SEED_MARKS = "osD^vP*Xhd<>"
 _SEED_COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)
 _NAME_LETTERS = 34
-_FOOTER_SIZE = 6.2
-_LETTERS_PER_INCH = 23  # of the footer's type, measured
-
-
-def set_footer(ax: Axes, text: str) -> None:
-    """Write what was done below a figure, small, so that it travels with the picture."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None, "axes that are drawn on belong to a figure"
-    width = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH)
-    lines = textwrap.fill(drawable(text, 2000), width)
-    figure.supxlabel(lines, x=0.01, ha="left", fontsize=_FOOTER_SIZE, color=GREY, linespacing=1.25)
 
 
 def points_axis(axis: Any) -> None:
@@ -73,8 +61,8 @@ def plot_forest(effects: Sequence[Effect], rules: Rules, ax: Axes) -> Axes:
         rules: Gives the margin, which is shaded.
         ax: Drawn on.
     """
-    ax.axvspan(-rules.margin, rules.margin, color=ink(), alpha=0.07, lw=0)
-    ax.axvline(0, color=ink(), lw=0.8)
+    ax.axvspan(-rules.margin, rules.margin, color=INK, alpha=0.07, lw=0)
+    ax.axvline(0, color=INK, lw=0.8)
     for y, effect in enumerate(effects):
         marker, colour, _ = _LOOKS[effect.verdict]
         found = effect.difference
@@ -113,7 +101,7 @@ def _name_rows(labels: Sequence[str], ax: Axes) -> None:
 def _separate_factors(factors: Sequence[str], ax: Axes) -> None:
     for y in range(1, len(factors)):
         if factors[y] != factors[y - 1]:
-            ax.axhline(y - 0.5, color=ink(), alpha=0.13, lw=0.6)
+            ax.axhline(y - 0.5, color=INK, alpha=0.13, lw=0.6)
 
 
 def plot_seeds(runs: Sequence[Runs], first_seed: int, ax: Axes) -> Axes:
@@ -156,8 +144,8 @@ def plot_seeds(runs: Sequence[Runs], first_seed: int, ax: Axes) -> Axes:
     for y, each in enumerate(runs):
         mean = each.arm.accuracy.estimate
         if math.isfinite(mean):
-            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=ink(), lw=1.8)
-    entries.append(Line2D([], [], color=ink(), lw=1.8, label="mean"))
+            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
+    entries.append(Line2D([], [], color=INK, lw=1.8, label="mean"))
     _name_rows([each.arm.label for each in runs], ax)
     ax.set_xlabel("Validation accuracy")
     accuracy_axis(ax.xaxis)
@@ -190,7 +178,7 @@ def plot_interactions(contrasts: Sequence[Contrast], names: Sequence[str], ax: A
     image = ax.imshow(values, cmap="PuOr", norm=norm, interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
         if math.isfinite(value):
-            colour = "white" if abs(value) > 0.6 * top else "#22262c"
+            colour = "white" if abs(value) > 0.6 * top else INK
             digits = 1 if top > 0.01 else 2
             contrast = found[names[i] if i == j else f"{names[j]} × {names[i]}"]
             star = "*" if contrast.p_family <= 0.05 else ""
@@ -223,7 +211,7 @@ def plot_cell_means(table: pd.DataFrame, ax: Axes) -> Axes:
     image = ax.imshow(values, cmap="cividis", vmin=low, vmax=low + span, interpolation="nearest")
     for (i, j), value in np.ndenumerate(values):
         if math.isfinite(value):
-            colour = "#22262c" if value - low > 0.6 * span else "white"
+            colour = INK if value - low > 0.6 * span else "white"
             ax.text(
                 j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=7.5, color=colour
             )
@@ -328,7 +316,7 @@ def plot_path(steps: Sequence[Step], ax: Axes) -> Axes:
         colour = GREEN if gain.estimate >= 0 else RED
         ax.barh(y, gain.estimate, left=level, color=colour, height=0.62)
         if math.isfinite(gain.low):
-            ax.plot([level + gain.low, level + gain.high], [y, y], color=ink(), lw=1.1)
+            ax.plot([level + gain.low, level + gain.high], [y, y], color=INK, lw=1.1)
         half = 100 * (gain.high - gain.low) / 2
         text = signed(100 * gain.estimate, digits_for(half))
         ax.annotate(
@@ -354,34 +342,3 @@ def plot_path(steps: Sequence[Step], ax: Axes) -> Axes:
 def forest_size(n_rows: int) -> tuple[float, float]:
     """Return the width and height, inches, that a plot with one row a level needs."""
     return 5.6, 1.75 + 0.2 * max(4, n_rows)
-
-
-def short_footer(ablation: Ablation) -> str:
-    """Say in a line what a figure shows, for the figure itself."""
-    data = ablation.study.data
-    source = str(data.get("source", "")).removeprefix("folder:").rstrip("/").rpartition("/")[2]
-    first = int(ablation.spec["first_seed"])
-    seeds = f"{ablation.replicates} paired seeds from {first}"
-    tests = "test split read" if ablation.n_tested else "test split not used"
-    return (
-        f"Baseline: {ablation.spec['origin']}. {seeds}; {_how_judged(ablation)}. {source}, "
-        f"{data.get('n_val', 0)} validation pictures; {tests}. "
-        f"{ablation.design.updated_at:%Y-%m-%d}, "
-        f"Frostline {ablation.study.versions.get('frostline', '')}."
-    )
-
-
-def _how_judged(ablation: Ablation) -> str:
-    rules = ablation.rules
-    if ablation.kind in ("ofat", "loco"):
-        test = "paired t-test" if rules.test == "t" else "exact sign-flip test"
-        n_levels = len(ablation.others)
-        return (
-            f"95 % t intervals; {test}, Holm over {n_levels} levels; margin "
-            f"±{100 * rules.margin:g} points"
-        )
-    if ablation.kind == "path":
-        return "paired t intervals, Bonferroni over a step's candidates"
-    if ablation.replicates < 2:
-        return "one replicate: Lenth's method"
-    return "95 % t intervals over replicates; t-test, Holm over the effects"

@@ -1,4 +1,4 @@
-"""Write an ablation's report: HTML, Markdown, LaTeX, CSV, and figures as PNG, SVG and PDF."""
+"""Write an ablation's report: a page, tables, CSV, and figures as PNG, SVG and PDF."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,7 @@ from reports.across import Across, compare_across
 from reports.factorial import estimate_contrasts
 from reports.figures import drawn, save_figures
 from reports.methods import data_words
-from reports.publish import latex_document
-from reports.ranks import RankMethod
+from reports.publish import latex_document, to_markdown
 from reports.templating import render_template
 from reports.words import moment
 from study.passwords import hide_password
@@ -28,8 +27,8 @@ class AblationPaths:
 
     Attributes:
         html: The page, complete in itself.
-        markdown: The same as text.
-        latex: Every table, in a document that compiles.
+        markdown: Every table.
+        latex: Every table, and the methods, in a document that compiles.
         csv: Effects and runs, unrounded.
         figures: PNG, SVG and PDF of each.
     """
@@ -47,7 +46,6 @@ def write_ablation(
     out_dir: Path,
     *,
     beside: Sequence[str] = (),
-    method: RankMethod = "nemenyi",
 ) -> AblationPaths:
     """Write an ablation's report into a folder, over an earlier one.
 
@@ -55,8 +53,7 @@ def write_ablation(
         store: The record.
         name: The ablation's study.
         out_dir: Made where it is missing.
-        beside: Further ablations, on other data sets, to be compared in one table.
-        method: How pairs of levels are tested across data sets.
+        beside: Further ablations, on other datasets, to be compared in one table.
 
     Raises:
         StoreError: There is no such study, or it is no ablation.
@@ -64,7 +61,7 @@ def write_ablation(
     ablations = read_ablations(store, name)
     others = [read_ablations(store, other)[0] for other in beside]
     pairs = sections_of(ablations)
-    across = compare_across([ablations[0], *others], method) if others else None
+    across = compare_across([ablations[0], *others]) if others else None
     out_dir.mkdir(parents=True, exist_ok=True)
     sections = [
         replace(section, drawings=tuple(drawn(plan) for plan in section.plans))
@@ -73,18 +70,17 @@ def write_ablation(
     drawings = [drawing for section in sections for drawing in section.drawings]
     grids = [grid for section in sections for grid in section.grids]
     if across:
-        drawings += across.drawings
         grids += across.grids
     told = _contents(ablations, sections, across)
     paths = AblationPaths(
         html=out_dir / "ablation.html",
-        markdown=out_dir / "ablation.md",
-        latex=out_dir / "ablation.tex",
+        markdown=out_dir / "tables.md",
+        latex=out_dir / "tables.tex",
         csv=tuple(_write_csv(pairs, out_dir)),
         figures=save_figures(drawings, out_dir / "figures"),
     )
     paths.html.write_text(render_template("ablation.html", told), encoding="utf-8")
-    paths.markdown.write_text(render_template("ablation.md", told), encoding="utf-8")
+    paths.markdown.write_text("\n\n".join(map(to_markdown, grids)) + "\n", encoding="utf-8")
     methods = "\n\n".join(section.methods for section in sections)
     paths.latex.write_text(latex_document(name, grids, methods), encoding="utf-8")
     return paths

@@ -21,8 +21,6 @@ from reports.ablation_plots import (
     plot_main_effects,
     plot_path,
     plot_seeds,
-    set_footer,
-    short_footer,
 )
 from reports.effects import Effect
 from reports.factorial import (
@@ -122,14 +120,8 @@ def _section(ablation: Ablation, name: str) -> Section:
     return replace(section, title=title, grids=renamed)
 
 
-def _figure(
-    ablation: Ablation, name: str, title: str, caption: str, draw: Draw, **more: Any
-) -> Plan:
-    def with_footer(ax: Any) -> None:
-        draw(ax)
-        set_footer(ax, short_footer(ablation))
-
-    return Plan(name, title, caption, with_footer, with_pdf=True, **more)
+def _figure(name: str, title: str, caption: str, draw: Draw, **more: Any) -> Plan:
+    return Plan(name, title, caption, draw, is_for_paper=True, **more)
 
 
 def _cards(ablation: Ablation) -> list[Card]:
@@ -164,21 +156,21 @@ def _levels(ablation: Ablation, name: str) -> Section:
     effects = ablation.effects()
     grids = [tables.effects_grid(ablation, effects)]
     on_test = tables.test_grid(ablation, ablation.test_effects())
-    mcnemar = tables.mcnemar_grid(ablation)
-    grids += [grid for grid in (on_test, mcnemar) if grid is not None]
+    if on_test is not None:
+        grids.append(on_test)
     base = ablation.baseline
     assert base is not None, "such a design has its baseline"
     first = int(ablation.spec["first_seed"])
     size = forest_size(len(effects))
     plans = [
         _figure(
-            ablation, f"{name}-forest", "Effects",
+            f"{name}-forest", "Effects",
             "Difference of each level to the baseline with its 95 % interval; the shape is the "
             "verdict after correction, the band the margin of what does not matter.",
             lambda ax: plot_forest(effects, ablation.rules, ax), size=size,
         ),
         _figure(
-            ablation, f"{name}-seeds", "Seed by seed",
+            f"{name}-seeds", "Seed by seed",
             "Every run. A line joins the runs of one seed: where lines run parallel, the seeds "
             "agree about the differences.",
             lambda ax: plot_seeds([base, *ablation.others], first, ax), size=size,
@@ -203,7 +195,7 @@ def _factorial(ablation: Ablation, name: str) -> Section:
     means = [(factor, main_effect_means(ablation, factor)) for factor in names]
     plans = [
         _figure(
-            ablation, f"{name}-main-effects", "Main effects",
+            f"{name}-main-effects", "Main effects",
             "Mean accuracy by level with its 95 % interval, all other factors averaged.",
             lambda ax: plot_main_effects(means, ax), size=(5.2, 3.8),
         )
@@ -211,7 +203,7 @@ def _factorial(ablation: Ablation, name: str) -> Section:
     if contrasts and has_interactions(ablation):
         plans.append(
             _figure(
-                ablation, f"{name}-interactions", "Effects and interactions",
+                f"{name}-interactions", "Effects and interactions",
                 "Main effects on the diagonal, interactions below it; a star: p ≤ 0.05 after "
                 "Holm’s correction.",
                 lambda ax: plot_interactions(contrasts, names, ax),
@@ -244,7 +236,7 @@ def _maps(
         return
     for a, b in pairs[:_MOST_MAPS]:
         yield _figure(
-            ablation, f"{name}-cells-{a}-{b}", f"{a} × {b}",
+            f"{name}-cells-{a}-{b}", f"{a} × {b}",
             "Mean accuracy by the levels of two factors, all else averaged.",
             _map_draw(ablation, a, b), size=(4.2, 3.0),
         )  # fmt: skip
@@ -262,7 +254,7 @@ def _screening(ablation: Ablation, name: str) -> Section:
     if contrasts:
         grids.insert(0, tables.contrasts_grid(ablation, contrasts))
         plan = _figure(
-            ablation, f"{name}-half-normal", "Half-normal plot",
+            f"{name}-half-normal", "Half-normal plot",
             "Effects by size: those of noise lie on the line, those that leave it to the right "
             "are more.",
             lambda ax: plot_half_normal(contrasts, ax), size=(4.8, 3.6),
@@ -276,7 +268,7 @@ def _screening(ablation: Ablation, name: str) -> Section:
 def _path(ablation: Ablation, name: str) -> Section:
     steps = path_steps(ablation)
     plan = _figure(
-        ablation, f"{name}-waterfall", "Path",
+        f"{name}-waterfall", "Path",
         "Each bar is what a step gained over the one before; whiskers are its interval over all "
         "candidates of the step.",
         lambda ax: plot_path(steps, ax), size=forest_size(len(steps) + 1),

@@ -1,15 +1,13 @@
 """The tables of an ablation, as grids of texts and as CSV of unrounded numbers."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
-from reports.ablation import Ablation, Runs, over_pictures
+from reports.ablation import Ablation, Runs
 from reports.effects import Effect, verdict_words
 from reports.factorial import Contrast, Source
 from reports.intervals import Interval
@@ -32,8 +30,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid:
     base = ablation.baseline
     assert base is not None, "effects are against a baseline"
     header = (
-        "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p", "p, sign flip",
-        "p, Holm", "d_z", "n", "± pictures", "Cost, s", "Verdict",
+        "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, Holm", "n", "Verdict",
     )  # fmt: skip
     rows = [_row_of("baseline", base, None, ablation)]
     groups = ["baseline"]
@@ -57,36 +54,18 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid:
     )
 
 
-def _pictures_half(ablation: Ablation, runs: Runs, effect: Effect | None) -> float:
-    """Return what the pictures leave open, in points: of the difference, or of the baseline."""
-    base, shares = ablation.baseline, runs.shares
-    if shares is None or base is None or base.shares is None:
-        return math.nan
-    if effect is not None:
-        if len(shares) != len(base.shares):
-            return math.nan
-        shares = shares - base.shares
-    found = over_pictures(shares)
-    return 100 * (found.high - found.low) / 2
-
-
 def _row_of(name: str, runs: Runs, effect: Effect | None, ablation: Ablation) -> tuple[str, ...]:
-    arm, half = runs.arm, _pictures_half(ablation, runs, effect)
+    arm = runs.arm
     failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
     told = (name, arm.level, plus_minus(arm.accuracy))
-    rest = (number_words(half, 1), seconds_words(runs.seconds))
     if effect is None:
         done = int(np.isfinite(arm.values).sum())
-        return (*told, "", "", "", "", "", f"{done}{failed}", *rest, f"baseline{failed}")
+        return (*told, "", "", f"{done}{failed}", f"baseline{failed}")
     return (
         *told,
         difference_words(effect.difference),
-        p_words(effect.p),
-        p_words(effect.p_sign_flip),
         p_words(effect.p_family),
-        number_words(effect.standardised, 1),
         f"{effect.n}{failed}",
-        *rest,
         verdict_words(effect, ablation.rules),
     )
 
@@ -96,19 +75,16 @@ def test_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid | None:
     base = ablation.baseline
     if base is None or not np.isfinite(base.test).any():
         return None
-    header = (
-        "Level", "Test accuracy, %", "Difference, points [95 %]", "p", "p, Holm", "n", "Verdict",
-    )  # fmt: skip
+    header = ("Level", "Test accuracy, %", "Difference, points [95 %]", "p, Holm", "n", "Verdict")
     tested = base.test[np.isfinite(base.test)]
     own = plus_minus(t_interval(spread(tested)))
-    rows = [("baseline", own, "", "", "", str(len(tested)), "baseline")]
+    rows = [("baseline", own, "", "", str(len(tested)), "baseline")]
     for effect in effects:
         rows.append(
             (
                 effect.arm.label,
                 plus_minus(effect.arm.accuracy),
                 difference_words(effect.difference),
-                p_words(effect.p),
                 p_words(effect.p_family),
                 str(effect.n),
                 verdict_words(effect, ablation.rules),
@@ -126,54 +102,6 @@ def test_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid | None:
     )
     title = "The same runs on the test split"
     return Grid("test", title, header, tuple(rows), is_last_text=True, note=note)
-
-
-def mcnemar_grid(ablation: Ablation) -> Grid | None:
-    """Compare tested levels with the baseline picture by picture, a seed at a time.
-
-    McNemar's exact test says whether two networks differ on pictures of this kind; the t-test over
-    seeds says whether two recipes do. Both are told.
-
-    References:
-        McNemar 1947, https://doi.org/10.1007/BF02295996.
-    """
-    base = ablation.baseline
-    if base is None:
-        return None
-    rows = []
-    groups = []
-    for runs in ablation.others:
-        pairs = zip(base.numbers, runs.numbers, strict=False)
-        for replicate, (own, other) in enumerate(pairs):
-            if own is None or other is None or not {own, other} <= set(ablation.answers):
-                continue
-            gained, lost = _discordant(ablation.answers[own], ablation.answers[other])
-            p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-            seed = int(ablation.spec["first_seed"]) + replicate
-            rows.append((runs.arm.label, str(seed), str(gained), str(lost), p_words(float(p))))
-            groups.append(runs.arm.label)
-    if not rows:
-        return None
-    header = ("Level", "Seed", "Right with the level only", "Right with the baseline only", "p")
-    note = footer(
-        ablation,
-        "McNemar's exact test for each pair of networks of one seed, on the test pictures; not "
-        "corrected, and not to be combined: the seeds share their pictures.",
-        split="test",
-    )
-    return Grid(
-        "mcnemar", "Picture by picture on the test split", header, tuple(rows), tuple(groups),
-        note=note,
-    )  # fmt: skip
-
-
-def _discordant(
-    own: tuple[NDArray[np.int64], NDArray[np.int64]],
-    other: tuple[NDArray[np.int64], NDArray[np.int64]],
-) -> tuple[int, int]:
-    """Count pictures that only the other network gets right, and only the own one."""
-    own_right, other_right = np.equal(*own), np.equal(*other)
-    return int((other_right & ~own_right).sum()), int((own_right & ~other_right).sum())
 
 
 def contrasts_grid(ablation: Ablation, contrasts: Sequence[Contrast]) -> Grid:
@@ -214,7 +142,6 @@ def anova_grid(ablation: Ablation, sources: Sequence[Source]) -> Grid:
             number_words(source.f, 2),
             p_words(source.p),
             number_words(source.partial_eta_squared, 3),
-            number_words(source.omega_squared, 3),
         )
         for source in sources
     )
@@ -227,7 +154,7 @@ def anova_grid(ablation: Ablation, sources: Sequence[Source]) -> Grid:
         "the seed; the effects' own t-tests over replicates do not. "
         f"p values are not corrected.{left_out}",
     )
-    header = ("Source", "df", "Sum of squares", "F", "p", "partial η²", "ω²")
+    header = ("Source", "df", "Sum of squares", "F", "p", "partial η²")
     return Grid("anova", "Analysis of variance", header, rows, note=note)
 
 
@@ -339,22 +266,17 @@ def effects_csv(ablation: Ablation, effects: Sequence[Effect]) -> str:
         row |= _interval_cells("accuracy", runs.arm.accuracy)
         if effect is not None:
             row |= _interval_cells("difference", effect.difference)
-            row |= {"bca_low": effect.bootstrap.low, "bca_high": effect.bootstrap.high}
             row |= {
                 "sd": effect.sd,
                 "d_z": effect.standardised,
                 "p": effect.p,
-                "p_sign_flip": effect.p_sign_flip,
                 "p_family": effect.p_family,
                 "p_equivalence": effect.p_equivalence,
                 "n": effect.n,
                 "verdict": effect.verdict,
                 "n_needed": effect.n_needed,
             }
-        row |= {"n_failed": runs.arm.n_failed}
-        if runs.pictures:
-            row |= {"pictures_low": runs.pictures.low, "pictures_high": runs.pictures.high}
-        rows.append(row | {"cost_s": runs.seconds})
+        rows.append(row | {"n_failed": runs.arm.n_failed, "cost_s": runs.seconds})
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
 

@@ -1,39 +1,14 @@
 """What an audit of a search's pruner says: would a pruned trial have won?"""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports.fidelity import EarlyRank, early_rank_correlation
-from reports.frames import best_number
 from reports.intervals import Interval, wilson_interval
 from reports.publish import Grid, number_words, signed
+from reports.record import Audited, Record, read_record
 from reports.words import percent, plural
-from study.read import read_epochs, read_trials
-from study.rows import chosen_by
-from study.store import Store, TrialRow
-
-_SUFFIX = "-audit"
-_FACTOR = "audit"
-
-
-@dataclass(frozen=True, slots=True)
-class Audited:
-    """A pruned trial that was trained to the end.
-
-    Attributes:
-        number: Its number in the search.
-        epochs: Epochs that it had when it was pruned.
-        pruned_value: Validation accuracy of its best epoch then, a fraction.
-        full_value: The same at the full budget; NaN where it failed.
-        full_score: What that epoch is ranked by; NaN where it failed.
-    """
-
-    number: int
-    epochs: int
-    pruned_value: float
-    full_value: float
-    full_score: float
+from study.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,38 +73,22 @@ def read_audit(store: Store, name: str) -> Audit:
     Raises:
         StoreError: There is no such study.
     """
-    trials, epochs = read_trials(store, name), read_epochs(store, name)
-    number = best_number(trials)
-    rows = {row.number: row for row in store.trials(store.study(name).id)}
-    audits = store.find_study(name + _SUFFIX)
-    audited = _audited(store.trials(audits.id), rows) if audits else []
-    states = [row.state for row in rows.values()]
+    return audit_of(read_record(store, name))
+
+
+def audit_of(record: Record) -> Audit:
+    """Say what a search's pruner did, and what its audit found."""
+    states, best = record.trials["state"], record.best
     return Audit(
-        name,
-        early_rank_correlation(epochs, trials),
-        states.count("complete"),
-        states.count("pruned"),
-        None if number is None else rows[number].value,
-        None if number is None else rows[number].ranked_by,
-        chosen_by(store.study(name).config.get("train", {})),
-        tuple(sorted(audited, key=lambda trial: trial.number)),
+        record.study.name,
+        early_rank_correlation(record.epochs, record.trials),
+        int((states == "complete").sum()),
+        int((states == "pruned").sum()),
+        best.value if best else None,
+        best.ranked_by if best else None,
+        best.chosen_by if best else "",
+        record.audited,
     )
-
-
-def _audited(rows: Sequence[TrialRow], source: dict[int, TrialRow]) -> list[Audited]:
-    found: dict[int, Audited] = {}
-    for row in rows:
-        is_done = row.state == "complete" or (row.reason or "").startswith("diverged")
-        if row.factor != _FACTOR or not is_done or row.level is None:
-            continue
-        pruned = source.get(int(row.level))
-        if pruned is not None:
-            full = score = math.nan
-            if row.state == "complete" and row.value is not None:
-                full, score = row.value, row.ranked_by or 0.0
-            value = math.nan if pruned.value is None else pruned.value
-            found[pruned.number] = Audited(pruned.number, pruned.epochs_done, value, full, score)
-    return list(found.values())
 
 
 def rank_grid(audit: Audit) -> Grid:

@@ -6,19 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.random import Generator
 
 from reports.intervals import Interval
 from reports.paired import (
     Array,
     Spread,
-    bca_interval,
     equivalence,
-    least_sign_flip_replicates,
     paired_t,
     power,
     replicates_needed,
-    sign_flip,
     spread,
     t_interval,
 )
@@ -37,7 +33,6 @@ class Rules:
     Attributes:
         alpha: Family-wise error that Holm's correction holds, over the levels of one design.
         margin: Difference that does not matter, as a fraction (0.01 is one accuracy point).
-        test: The deciding test: `t` or `sign-flip`.
         confidence: Of intervals, each for itself.
         resolution: Step in which accuracy moves: one picture's share.
         looks: Replicates at which an adaptive ablation looked; one number for a fixed one.
@@ -45,7 +40,6 @@ class Rules:
 
     alpha: float = 0.05
     margin: float = 0.01
-    test: Literal["t", "sign-flip"] = "t"
     confidence: float = 0.95
     resolution: float = 0.0
     looks: tuple[int, ...] = ()
@@ -115,12 +109,10 @@ class Effect:
         arm: The level's runs.
         n: Pairs: replicates complete on both sides.
         difference: Mean paired difference with Student's interval.
-        bootstrap: The same with the BCa bootstrap's interval.
         sd: Standard deviation of the paired differences.
         standardised: Difference over `sd` (Cohen's d_z).
         p: Paired t-test, of the last look; two-sided.
-        p_sign_flip: Exact sign-flip permutation test, of the last look; two-sided.
-        p_family: The deciding test after all corrections: the looks' and Holm's.
+        p_family: The paired t-test after all corrections: the looks' and Holm's.
         p_equivalence: Two one-sided tests within the margin, corrected alike.
         verdict: In words.
         n_needed: About how many replicates would settle it; None unless undecided, or where more
@@ -130,20 +122,16 @@ class Effect:
     arm: Arm
     n: int
     difference: Interval
-    bootstrap: Interval
     sd: float
     standardised: float
     p: float
-    p_sign_flip: float
     p_family: float
     p_equivalence: float
     verdict: Verdict
     n_needed: int | None
 
 
-def estimate_effects(
-    baseline: Arm, arms: Sequence[Arm], rules: Rules, rng: Generator
-) -> list[Effect]:
+def estimate_effects(baseline: Arm, arms: Sequence[Arm], rules: Rules) -> list[Effect]:
     """Estimate each level's effect against the baseline, and judge the family of them.
 
     Replicates are paired by seed, so the intervals say what other seeds (and splits, where they
@@ -155,7 +143,6 @@ def estimate_effects(
         baseline: What is compared against.
         arms: The other levels.
         rules: How they are judged.
-        rng: Source of bootstrap draws, and of sign flips beyond 14 pairs.
 
     Returns:
         One effect for each of `arms`, in their order.
@@ -163,7 +150,7 @@ def estimate_effects(
     References:
         Holm 1979, https://www.jstor.org/stable/4615733.
     """
-    raw = [_estimate(baseline, arm, rules, rng) for arm in arms]
+    raw = [_estimate(baseline, arm, rules) for arm in arms]
     family = holm([effect.p_family for effect in raw])
     equal = holm([effect.p_equivalence for effect in raw])
     n_tests = sum(math.isfinite(effect.p_family) for effect in raw)
@@ -174,41 +161,37 @@ def estimate_effects(
         needed = None
         if verdict == "undecided":
             level = rules.alpha / n_tests if n_tests else rules.alpha
-            needed = _needed(judged, rules, level, n_tests)
+            needed = _needed(judged, rules, level)
         found.append(replace(judged, verdict=verdict, n_needed=needed))
     return found
 
 
-def _needed(effect: Effect, rules: Rules, level: float, n_tests: int) -> int | None:
+def _needed(effect: Effect, rules: Rules, level: float) -> int | None:
     seen = Spread(effect.n, effect.difference.estimate, effect.sd)
     needed = replicates_needed(seen, level, rules.margin, _POWER)
     if needed is None:
         return None
-    least = least_sign_flip_replicates(n_tests, rules.alpha) if rules.test == "sign-flip" else 0
     # What was tried and left it open was not enough, whatever the observed scatter promises.
-    return max(needed, least, effect.n + 1)
+    return max(needed, effect.n + 1)
 
 
-def _estimate(baseline: Arm, arm: Arm, rules: Rules, rng: Generator) -> Effect:
+def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
     differences = arm.values - baseline.values
     differences = differences[np.isfinite(differences)]
     n = len(differences)
     nothing = Interval(math.nan, math.nan, math.nan)
     if n == 0:
         nan = math.nan
-        return Effect(arm, 0, nothing, nothing, nan, nan, nan, nan, nan, nan, "undecided", None)
+        return Effect(arm, 0, nothing, nan, nan, nan, nan, nan, "undecided", None)
     seen = spread(differences, rules.resolution)
-    p, p_flip = paired_t(seen), sign_flip(differences, rng)
-    decisive, equal, confidence = _after_looks(differences, rules, rng)
+    decisive, equal, confidence = _after_looks(differences, rules)
     return Effect(
         arm=arm,
         n=n,
         difference=t_interval(seen, confidence),
-        bootstrap=bca_interval(differences, rng, confidence),
         sd=seen.sd,
         standardised=seen.mean / seen.sd if seen.sd > 0 else math.nan,
-        p=p,
-        p_sign_flip=p_flip,
+        p=paired_t(seen),
         p_family=decisive,
         p_equivalence=equal,
         verdict="undecided",
@@ -216,8 +199,8 @@ def _estimate(baseline: Arm, arm: Arm, rules: Rules, rng: Generator) -> Effect:
     )
 
 
-def _after_looks(differences: Array, rules: Rules, rng: Generator) -> tuple[float, float, float]:
-    """Return p of the deciding test and of equivalence after the looks, and the confidence.
+def _after_looks(differences: Array, rules: Rules) -> tuple[float, float, float]:
+    """Return p of the t-test and of equivalence after the looks, and the confidence.
 
     A look's p over its share of the error is a p value that holds over all looks (by Bonferroni,
     also when the smallest is taken and the stopping depends on the data).
@@ -225,8 +208,7 @@ def _after_looks(differences: Array, rules: Rules, rng: Generator) -> tuple[floa
 
     def tested(part: Array) -> tuple[float, float]:
         seen = spread(part, rules.resolution)
-        p = paired_t(seen) if rules.test == "t" else sign_flip(part, rng)
-        return p, equivalence(seen, rules.margin)
+        return paired_t(seen), equivalence(seen, rules.margin)
 
     if not rules.is_adaptive:
         return *tested(differences), rules.confidence
@@ -241,13 +223,11 @@ def _after_looks(differences: Array, rules: Rules, rng: Generator) -> tuple[floa
 
 def holm(values: Sequence[float]) -> list[float]:
     """Correct p values by Holm's method; NaN (no test) stays and is not counted."""
-    found = [math.nan] * len(values)
-    known = sorted((k for k, p in enumerate(values) if math.isfinite(p)), key=values.__getitem__)
-    largest = 0.0
-    for rank, k in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * values[k]))
-        found[k] = largest
-    return found
+    p = np.array(values, dtype=np.float64)
+    known = np.argsort(p)[: np.isfinite(p).sum()]  # NaN sorts last
+    steps = p[known] * np.arange(len(known), 0, -1)
+    p[known] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return [float(value) for value in p]
 
 
 def _verdict(effect: Effect, rules: Rules) -> Verdict:
@@ -292,9 +272,7 @@ def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[i
     """
     most = max(len(values) for values in scores)
     arms = [_bare_arm(k, values, most) for k, values in enumerate(scores)]
-    # The draws do not decide: they serve the bootstrap, which no verdict uses, and sign flips
-    # beyond 14 pairs, which are many.
-    effects = estimate_effects(arms[0], arms[1:], rules, np.random.default_rng(0))
+    effects = estimate_effects(arms[0], arms[1:], rules)
     return {k for k, effect in enumerate(effects, start=1) if effect.verdict == "undecided"}
 
 
@@ -323,17 +301,7 @@ def foresee(n: int, n_tests: int, rules: Rules) -> list[str]:
             "warning: with one replicate nothing can be tested: a difference is told without "
             "interval or p value. Give --replicates 5 or more."
         ]
-    told = []
     levels = plural(n_tests, "level")
-    least = least_sign_flip_replicates(n_tests, rules.alpha)
-    if n < least:
-        text = (
-            f"the sign-flip test cannot go below p = {2.0 ** (1 - n):.2g} at {n} replicates; to "
-            f"reach {rules.alpha:g} after Holm's correction over {levels} it needs {least}"
-        )
-        if rules.test == "sign-flip":
-            return [f"warning: this run could not decide anything: {text}."]
-        told.append(f"{text}; here the paired t-test decides.")
     size = detectable(n, rules.alpha / n_tests)
     text = (
         f"at {n} replicates the t-test finds a difference with {100 * _POWER:.0f} % power (at "
@@ -342,7 +310,7 @@ def foresee(n: int, n_tests: int, rules: Rules) -> list[str]:
     )
     if size > _LARGE:
         text = f"warning: {text} More replicates or fewer levels would find smaller ones."
-    return [*told, text]
+    return [text]
 
 
 def detectable(n: int, alpha: float, wanted: float = _POWER) -> float:

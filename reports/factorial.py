@@ -35,7 +35,6 @@ class Source:
         f: F statistic; NaN for the residual.
         p: Its p value; NaN for the residual.
         partial_eta_squared: Share of what the other sources leave over; NaN for the residual.
-        omega_squared: The same less its bias, of all variation; NaN for the residual.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Source:
     f: float
     p: float
     partial_eta_squared: float
-    omega_squared: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +139,15 @@ def _sources(table: pd.DataFrame, told: dict[str, str]) -> list[Source]:
     records = table.rename_axis("term").reset_index().to_dict("records")
     rows = {str(row["term"]): row for row in records}
     left, left_df = float(rows["Residual"]["sum_sq"]), float(rows["Residual"]["df"])
-    noise, total = left / left_df, float(table["sum_sq"].sum())
     found = []
     for term, name in told.items():
         if term not in rows:
             continue
         ss, df = float(rows[term]["sum_sq"]), float(rows[term]["df"])
         f, p = float(rows[term]["F"]), float(rows[term]["PR(>F)"])
-        omega = (ss - df * noise) / (total + noise)
-        found.append(Source(name, int(df), ss, f, p, ss / (ss + left), omega))
+        found.append(Source(name, int(df), ss, f, p, ss / (ss + left)))
     nan = math.nan
-    return [*found, Source("residual", int(left_df), left, nan, nan, nan, nan)]
+    return [*found, Source("residual", int(left_df), left, nan, nan, nan)]
 
 
 def estimate_contrasts(ablation: Ablation) -> list[Contrast]:
@@ -212,11 +208,10 @@ def _judged(
         ]
     else:
         found = _lenth(names, estimates[:, 0])
-    tested = [c.p for c in found if math.isfinite(c.p)]
-    if len(tested) < len(found):
+    if not all(math.isfinite(c.p) for c in found):
         return found
-    corrected = holm(tested)
-    return [replace(c, p_family=float(p)) for c, p in zip(found, corrected, strict=True)]
+    corrected = holm([c.p for c in found])
+    return [replace(c, p_family=p) for c, p in zip(found, corrected, strict=True)]
 
 
 def _lenth(names: Sequence[tuple[str, str, str]], effects: Array) -> list[Contrast]:

@@ -1,4 +1,4 @@
-"""Every figure of a report: drawn for page, light and dark screen, or why it is not."""
+"""Every figure of a report: drawn for the page and, if wanted, for a paper, or why it is not."""
 
 import io
 import re
@@ -13,8 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from reports import frames
+from reports.fidelity import EarlyRank
 from reports.importance import Importance
-from reports.plots import MAX_NAMED_CLASSES, plot_confusion, plot_cost, plot_curves, plot_history
+from reports.plots import (
+    MAX_NAMED_CLASSES,
+    plot_confusion,
+    plot_cost,
+    plot_curves,
+    plot_early_rank,
+    plot_history,
+)
 from reports.record import Record
 from reports.setting_plots import plot_depth_lr, plot_importance, plot_slice
 from reports.style import style
@@ -38,19 +46,17 @@ class Drawing:
         name: Of its files, without suffix.
         title: What it shows.
         caption: How to read it.
-        png: For a page or a slide; empty where `why_empty` says why.
-        svg: The same, to scale.
-        svg_dark: The same for a dark screen.
-        pdf: The same for a paper; empty where none is wanted.
+        svg: For the page; empty where `why_empty` says why.
+        png: For a slide; empty where none is wanted.
+        pdf: For a paper; empty where none is wanted.
         why_empty: One sentence, or None.
     """
 
     name: str
     title: str
     caption: str
-    png: bytes = b""
     svg: bytes = b""
-    svg_dark: bytes = b""
+    png: bytes = b""
     pdf: bytes = b""
     why_empty: str | None = None
 
@@ -65,19 +71,18 @@ class Plan:
     draw: Draw
     why_empty: str | None = None
     size: tuple[float, float] = (_WIDTH, _HEIGHT)
-    with_pdf: bool = False
+    is_for_paper: bool = False
 
 
-def render(draw: Draw, size: tuple[float, float], kind: str, *, is_dark: bool = False) -> bytes:
-    """Draw on fresh axes and return the picture; the same data give the same bytes.
+def render(draw: Draw, size: tuple[float, float], kind: str) -> bytes:
+    """Draw on fresh axes and return the file's bytes; the same data give the same bytes.
 
     Args:
         draw: Draws on the axes.
         size: Width and height, inches.
         kind: `png`, `svg` or `pdf`.
-        is_dark: For a dark screen.
     """
-    with style(is_dark=is_dark):
+    with style():
         figure = Figure(figsize=size, dpi=_DPI)
         FigureCanvasAgg(figure)
         draw(figure.add_subplot())
@@ -87,17 +92,17 @@ def render(draw: Draw, size: tuple[float, float], kind: str, *, is_dark: bool = 
     return buffer.getvalue()
 
 
-def draw_figures(record: Record, importance: Importance) -> list[Drawing]:
+def draw_figures(record: Record, importance: Importance, early: EarlyRank) -> list[Drawing]:
     """Draw all figures of a report, in reading order."""
-    return [drawn(plan) for plan in _plans(record, importance)]
+    return [drawn(plan) for plan in _plans(record, importance, early)]
 
 
 def save_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
-    """Write each figure as PNG, SVG and, where there is one, PDF; return the paths."""
+    """Write each figure's files; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for drawing in drawings:
-        forms = ((".png", drawing.png), (".svg", drawing.svg), (".pdf", drawing.pdf))
+        forms = ((".svg", drawing.svg), (".png", drawing.png), (".pdf", drawing.pdf))
         for suffix, content in forms:
             path = folder / f"{drawing.name}{suffix}"
             if drawing.why_empty is not None or not content:
@@ -116,20 +121,20 @@ def drawn(plan: Plan) -> Drawing:
         plan.name,
         plan.title,
         plan.caption,
-        png=render(plan.draw, plan.size, "png"),
         svg=render(plan.draw, plan.size, "svg"),
-        svg_dark=render(plan.draw, plan.size, "svg", is_dark=True),
-        pdf=render(plan.draw, plan.size, "pdf") if plan.with_pdf else b"",
+        png=render(plan.draw, plan.size, "png") if plan.is_for_paper else b"",
+        pdf=render(plan.draw, plan.size, "pdf") if plan.is_for_paper else b"",
     )
 
 
-def _plans(record: Record, importance: Importance) -> Iterator[Plan]:
+def _plans(record: Record, importance: Importance, early: EarlyRank) -> Iterator[Plan]:
     yield _importance_plan(importance)
     yield from _confusion_plans(record)
     yield from _history_plans(record)
     yield from _slice_plans(record)
     yield _depth_lr_plan(record)
     yield _cost_plan(record)
+    yield _early_plan(early)
 
 
 def _no_accuracy(record: Record) -> str | None:
@@ -266,4 +271,14 @@ def _cost_plan(record: Record) -> Plan:
         + (f" ({worth})." if worth else "."),
         lambda ax: plot_cost(frame, ax),
         _no_accuracy(record) or (None if len(frame) else "No trial has a duration."),
+    )
+
+
+def _early_plan(early: EarlyRank) -> Plan:
+    return Plan(
+        "early-rank",
+        "How early the final order shows",
+        f"Rank correlation of each epoch with the final accuracy. {early.caveat or ''}",
+        lambda ax: plot_early_rank(early, ax),
+        early.why_empty,
     )

@@ -1,4 +1,4 @@
-"""Write the report of a study: one HTML page, Markdown, CSV, and every figure as PNG and SVG."""
+"""Write the report of a study: one HTML page, the trials as CSV, and every figure as SVG."""
 
 import hashlib
 import json
@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from reports import tables
-from reports.analysis import analyse
-from reports.audit import read_audit
+from reports.audit import Audit, audit_of, audited_grid, rank_grid
 from reports.figures import Drawing, draw_figures, save_figures
 from reports.importance import Importance, estimate_importance
 from reports.record import Record, read_record
-from reports.summary import describe, summarise
+from reports.summary import summarise
 from reports.templating import render_template
 from reports.words import moment
 from study.passwords import hide_password
@@ -28,13 +27,11 @@ class ReportPaths:
 
     Attributes:
         html: The page, complete in itself.
-        markdown: The same as text; it shows the figures' files.
         csv: All trials.
-        figures: PNG and SVG of each figure.
+        figures: SVG of each figure.
     """
 
     html: Path
-    markdown: Path
     csv: Path
     figures: tuple[Path, ...]
 
@@ -55,18 +52,16 @@ def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
     record = read_record(store, study_name)
     rng = np.random.default_rng(_seed(study_name))
     importance = estimate_importance(record.trials, record.epochs, record.dims, rng)
-    analysis = analyse(record, read_audit(store, study_name), rng)
-    drawings = [*draw_figures(record, importance), *analysis.drawings]
+    audit = audit_of(record)
+    drawings = draw_figures(record, importance, audit.early)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(
         html=out_dir / "report.html",
-        markdown=out_dir / "report.md",
         csv=out_dir / "trials.csv",
         figures=save_figures(drawings, out_dir / "figures"),
     )
-    told = _contents(record, importance, drawings) | {"analysis": analysis}
+    told = _contents(record, importance, audit, drawings)
     paths.html.write_text(render_template("report.html", told), encoding="utf-8")
-    paths.markdown.write_text(render_template("report.md", told), encoding="utf-8")
     paths.csv.write_text(tables.trials_csv(record.trials), encoding="utf-8", newline="")
     return paths
 
@@ -76,21 +71,25 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def _contents(record: Record, importance: Importance, drawings: list[Drawing]) -> dict[str, Any]:
-    """Collect what both templates show."""
+def _contents(
+    record: Record, importance: Importance, audit: Audit, drawings: list[Drawing]
+) -> dict[str, Any]:
+    """Collect what the template shows."""
+    summary = summarise(record, importance)
     slices = [drawing for drawing in drawings if drawing.name.startswith("slice-")]
     return {
         "study": record.study,
         "record": record,
-        "summary": summarise(record, importance),
-        "best_settings": describe(record.best) if record.best else "",
+        "summary": summary,
         "importance": importance,
+        "audit": audit,
+        "audit_grids": [grid for grid in (rank_grid(audit), audited_grid(audit)) if grid.rows],
         "basis": tables.importance_basis(importance),
         "figure": {drawing.name: drawing for drawing in drawings},
         "slices": slices,
         "best": tables.best_table(record),
         "epochs": tables.epochs_table(record),
-        "tests": tables.tests_table(summarise(record, importance)),
+        "tests": tables.tests_table(summary),
         "importances": tables.importance_table(importance),
         "confused": tables.confused_table(record),
         "trials": tables.trials_table(record),

@@ -6,11 +6,6 @@ from reports.ablation import Ablation
 from reports.effects import Effect
 from reports.words import plural
 
-_TESTS = {
-    "t": "two-sided paired t-test",
-    "sign-flip": "exact two-sided sign-flip permutation test",
-}
-
 
 def data_words(ablation: Ablation) -> str:
     """Tell which pictures, how many, and how to recognise them."""
@@ -48,7 +43,7 @@ def test_split_words(ablation: Ablation) -> str:
 def correction_words(ablation: Ablation, n_tests: int) -> str:
     """Tell the test, the correction and, of an adaptive ablation, how looking was paid for."""
     rules = ablation.rules
-    text = f"{_TESTS[rules.test]}, Holm's correction over {plural(n_tests, 'level')}"
+    text = f"two-sided paired t-test, Holm's correction over {plural(n_tests, 'level')}"
     if not ablation.is_adaptive:
         return text
     looks = ", ".join(str(n) for n in rules.looks)
@@ -142,25 +137,17 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
 
 
 def effects_note(ablation: Ablation, n_tests: int) -> str:
-    """Say how every column of the table of effects is to be read."""
-    n, rules = ablation.replicates, ablation.rules
+    """Say how the columns of the table of effects are to be read."""
+    rules = ablation.rules
     finer = rules.resolution > rules.margin
     step = f"; one validation picture is {100 * rules.resolution:.2g} points" if finer else ""
     return footer(
         ablation,
         "Accuracy: mean ± half-width of the 95 % t interval over seeds. Difference: level minus "
-        "baseline, paired by seed, with its 95 % t interval. In brackets: the baseline's own "
-        f"level. p, Holm: {correction_words(ablation, n_tests)}; p: paired t-test alone; sign "
-        "flip: exact permutation test alone, which cannot go below 2^(1−n) = "
-        f"{2.0 ** (1 - n):.2g}. Intervals are for each level by itself, verdicts after the "
-        "correction over all, so an interval may leave out 0 where the verdict is still open. No "
-        f"difference: two one-sided t-tests place it within ±{100 * rules.margin:g} points, "
-        f"corrected alike{step}. Would settle it: with 80 % power, as a difference or as "
-        "equality, were the observed scatter the true one. d_z: difference over the standard "
-        "deviation of the paired differences; where all are equal, that is taken to be the "
-        "rounding of one picture. ± pictures: 95 % half-width, in points, that the choice of the "
-        "validation pictures leaves to the difference (in the baseline's row: to its accuracy), "
-        f"the seeds held. Cost: mean duration of a run ({ablation.device}).{_compounds(ablation)}",
+        "baseline, paired by seed, with its own 95 % t interval. In brackets: the baseline's own "
+        f"level. p, Holm: {correction_words(ablation, n_tests)}. No difference: two one-sided "
+        f"t-tests place it within ±{100 * rules.margin:g} points, corrected alike{step}. "
+        f"Replicates that would settle it: for 80 % power.{_compounds(ablation)}",
     )
 
 

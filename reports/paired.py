@@ -1,12 +1,9 @@
 """Statistics of paired differences: one number a replicate, level minus baseline."""
 
 import math
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -14,9 +11,6 @@ from reports.intervals import Interval
 
 Array = NDArray[np.float64]
 
-_BOOTSTRAPS = 9999
-# All 2^n signs are tried up to this n; beyond, as many random ones.
-_MOST_EXACT = 14
 _MOST_NEEDED = 1000
 _SMALL = 1e-12
 
@@ -66,38 +60,6 @@ def t_interval(found: Spread, confidence: float = 0.95) -> Interval:
     return Interval(found.mean, found.mean - half, found.mean + half)
 
 
-def bca_interval(differences: Array, rng: Generator, confidence: float = 0.95) -> Interval:
-    """Give the mean difference with its BCa bootstrap interval.
-
-    With fewer than about ten pairs it is too narrow: resamples of five numbers cannot show what a
-    sixth would be. It stands beside Student's interval to show asymmetry.
-
-    Args:
-        differences: Level minus baseline, (n,).
-        rng: Source of the resamples.
-        confidence: Share of such intervals that hold the true value, for large n.
-
-    References:
-        Efron 1987, https://doi.org/10.1080/01621459.1987.10478410.
-    """
-    mean = float(np.mean(differences))
-    if len(differences) < 2:
-        return Interval(mean, math.nan, math.nan)
-    if np.ptp(differences) < _SMALL:
-        return Interval(mean, mean, mean)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a degenerate jackknife: told by NaN bounds
-        found = stats.bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=_BOOTSTRAPS,
-            confidence_level=confidence,
-            method="BCa",
-            rng=rng,
-        ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
-
-
 def paired_t(found: Spread) -> float:
     """Return the two-sided p value of the paired t-test; NaN for one pair, 1 for all zeros."""
     if found.n < 2:
@@ -105,30 +67,6 @@ def paired_t(found: Spread) -> float:
     if found.sd == 0:
         return 1.0 if abs(found.mean) < _SMALL else 0.0
     return float(2 * stats.t.sf(abs(found.mean) / found.standard_error, found.n - 1))
-
-
-def sign_flip(differences: Array, rng: Generator) -> float:
-    """Return the two-sided p value of the sign-flip permutation test.
-
-    Exact for up to 14 pairs: under the null a difference is as likely as its negative, so all 2^n
-    signs are equally likely, and p cannot go below 2^(1-n).
-
-    References:
-        Fisher 1935, The Design of Experiments, section 21.
-    """
-    n = len(differences)
-    if n < 2:
-        return math.nan
-    resamples: Any = math.inf if n <= _MOST_EXACT else 2**_MOST_EXACT
-    found: Any = stats.permutation_test(
-        (differences,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=resamples,
-        vectorized=True,
-        rng=rng,
-    )
-    return float(found.pvalue)
 
 
 def equivalence(found: Spread, margin: float) -> float:
@@ -211,8 +149,3 @@ def replicates_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high if high <= _MOST_NEEDED else None
-
-
-def least_sign_flip_replicates(n_tests: int, alpha: float) -> int:
-    """Return the least n at which the sign-flip test can reach alpha at Holm's first step."""
-    return math.ceil(1 + math.log2(n_tests / alpha) - 1e-12)

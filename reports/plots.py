@@ -9,10 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from reports.fidelity import EarlyRank, EpochRank
+from reports.intervals import Interval
 from reports.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     PURPLE,
     RED,
@@ -20,11 +23,11 @@ from reports.style import (
     accuracy_axis,
     drawable,
     entry,
-    ink,
     legend_above,
     plain_log_axis,
     scatter_states,
 )
+from reports.words import plural
 
 _BACKBONE_COLOURS = (BLUE, RED, GREEN, PURPLE, SKY, GREY)
 _BACKBONE_MARKERS = "osD^vP"
@@ -152,8 +155,8 @@ def plot_cost(frame: pd.DataFrame, ax: Axes) -> Axes:
         entries.append(entry(marker, colour, drawable(name or "others")))
     front = frame[frame["is_front"]].sort_values("duration_s")
     if len(front):
-        ax.step(front["duration_s"] / scale, front["value"], where="post", color=ink(), lw=1)
-        ring: dict[str, Any] = {"facecolor": "none", "edgecolor": ink(), "linewidths": 1.1}
+        ax.step(front["duration_s"] / scale, front["value"], where="post", color=INK, lw=1)
+        ring: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidths": 1.1}
         ax.scatter(front["duration_s"] / scale, front["value"], s=70, **ring)
         for _, row in front.iterrows():
             ax.annotate(
@@ -164,7 +167,7 @@ def plot_cost(frame: pd.DataFrame, ax: Axes) -> Axes:
             Line2D(
                 [],
                 [],
-                color=ink(),
+                color=INK,
                 lw=1,
                 marker="o",
                 mfc="none",
@@ -204,7 +207,7 @@ def plot_confusion(matrix: np.ndarray[Any, Any], classes: Sequence[str], ax: Axe
     if n_classes <= _MAX_COUNTED_CLASSES:
         for (i, j), n in np.ndenumerate(matrix):
             if n:
-                colour = "white" if shares[i, j] > 0.55 else "#22262c"
+                colour = "white" if shares[i, j] > 0.55 else INK
                 ax.text(j, i, str(n), ha="center", va="center", fontsize=7.5, color=colour)
     if n_classes <= MAX_NAMED_CLASSES:
         names = [drawable(name, 18) for name in classes]
@@ -221,3 +224,47 @@ def plot_confusion(matrix: np.ndarray[Any, Any], classes: Sequence[str], ax: Axe
     bar.set_label("Share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return ax
+
+
+def plot_early_rank(result: EarlyRank, ax: Axes) -> Axes:
+    """Draw the rank correlation with the final accuracy, epoch by epoch, with 95 % bands.
+
+    Crosses at the foot mark epochs after which trials were pruned; those are in no correlation.
+
+    Args:
+        result: From `early_rank_correlation`, not empty.
+        ax: Drawn on.
+    """
+    names = {"at_epoch": "accuracy at the epoch", "best_so_far": "best so far"}
+    looks = {"at_epoch": (ORANGE, "o", "--"), "best_so_far": (BLUE, "s", "-")}
+    entries, lows = [], [1.0]
+    for name, (color, marker, line) in looks.items():
+        told = _known(result.epochs, name)
+        if not told:
+            continue
+        x = [epoch.epoch + 1 for epoch, _ in told]
+        low, mid, high = np.array([(i.low, i.estimate, i.high) for _, i in told]).T
+        ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+        ax.plot(x, mid, color=color, marker=marker, ms=3.5, ls=line)
+        entries.append(entry(marker, color, names[name], linestyle=line))
+        lows.append(float(low.min()))
+    # From 0, or from below where an interval goes there; from 0.5 where nothing lies under it.
+    foot = 0.5 if min(lows) > 0.55 else min(0.0, *lows)
+    ax.set_ylim(foot - 0.05, 1.03)
+    stops = [epoch.epoch + 1 for epoch in result.epochs if epoch.n_stopped]
+    if stops:
+        ax.plot(
+            stops, np.full(len(stops), 0.025), "x", color=INK, ms=5, clip_on=False,
+            transform=ax.get_xaxis_transform(),
+        )  # fmt: skip
+        entries.append(entry("x", INK, f"{plural(result.n_pruned, 'pruned trial')}, not counted"))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.set_xlabel(f"Epoch ({plural(result.n_complete, 'finished trial')})")
+    ax.set_ylabel("Rank correlation with the end")
+    legend_above(ax, entries)
+    return ax
+
+
+def _known(epochs: Sequence[EpochRank], name: str) -> list[tuple[EpochRank, Interval]]:
+    told = [(epoch, getattr(epoch, name)) for epoch in epochs]
+    return [(epoch, interval) for epoch, interval in told if interval is not None]

@@ -1,5 +1,6 @@
 """All that a report says about one study, read from the record once."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,29 @@ from study.store import (
 )
 
 
+_AUDIT_SUFFIX = "-audit"
+_AUDIT_FACTOR = "audit"
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """A pruned trial that was trained to the end.
+
+    Attributes:
+        number: Its number in the search.
+        epochs: Epochs that it had when it was pruned.
+        pruned_value: Validation accuracy of its best epoch then, a fraction.
+        full_value: The same at the full budget; NaN where it failed.
+        full_score: What that epoch is ranked by; NaN where it failed.
+    """
+
+    number: int
+    epochs: int
+    pruned_value: float
+    full_value: float
+    full_score: float
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One study as the database knows it.
@@ -32,6 +56,7 @@ class Record:
         best: The best trial; None where no trial has an accuracy.
         confusion: The best trial's matrix on the validation split, (K, K), rows = truth.
         pictures: What the best trial got wrong on the validation split, the worst first.
+        audited: Pruned trials that an audit trained to the end, by number.
     """
 
     study: StudyRow
@@ -43,6 +68,7 @@ class Record:
     best: TrialRow | None
     confusion: np.ndarray[Any, np.dtype[np.int64]] | None
     pictures: list[PictureRow]
+    audited: tuple[Audited, ...]
 
     @property
     def classes(self) -> list[str]:
@@ -84,7 +110,26 @@ def read_record(store: Store, name: str) -> Record:
         best=None if number is None else store.trial(study.id, number),
         confusion=confusion,
         pictures=pictures,
+        audited=_audited(store, study),
     )
+
+
+def _audited(store: Store, study: StudyRow) -> tuple[Audited, ...]:
+    audit = store.find_study(study.name + _AUDIT_SUFFIX)
+    source = {row.number: row for row in store.trials(study.id)} if audit else {}
+    found: dict[int, Audited] = {}
+    for row in store.trials(audit.id) if audit else []:
+        is_done = row.state == "complete" or (row.reason or "").startswith("diverged")
+        if row.factor != _AUDIT_FACTOR or not is_done or row.level is None:
+            continue
+        pruned = source.get(int(row.level))
+        if pruned is not None:
+            full = score = math.nan
+            if row.state == "complete" and row.value is not None:
+                full, score = row.value, row.ranked_by or 0.0
+            value = math.nan if pruned.value is None else pruned.value
+            found[pruned.number] = Audited(pruned.number, pruned.epochs_done, value, full, score)
+    return tuple(found[number] for number in sorted(found))
 
 
 def _as_floats(frame: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:

@@ -15,12 +15,12 @@ from reports.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     RED,
     accuracy_axis,
     drawable,
     entry,
-    ink,
     legend_above,
     plain_log_axis,
     scatter_states,
@@ -41,7 +41,7 @@ def plot_importance(factors: Sequence[FactorImportance], ax: Axes) -> Axes:
     high = np.array([factor.high for factor in factors])
     ax.barh(y, share, height=0.55, color=BLUE)
     whiskers = np.vstack([share - low, high - share])
-    ax.errorbar(share, y, xerr=whiskers, fmt="none", ecolor=ink(), elinewidth=1.1, capsize=2.5)
+    ax.errorbar(share, y, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
     own = [
         (factor.completed_only, i)
         for i, factor in enumerate(factors)
@@ -58,7 +58,7 @@ def plot_importance(factors: Sequence[FactorImportance], ax: Axes) -> Axes:
             marker="D",
             s=26,
             facecolor=ORANGE,
-            edgecolor=ink(),
+            edgecolor=INK,
             lw=0.7,
             zorder=4,
         )
@@ -134,7 +134,7 @@ def plot_depth_lr(frame: pd.DataFrame, ax: Axes, *, is_log: bool = True) -> Axes
         part = frame[frame["state"] == state]
         points = ax.scatter(
             part["base_lr"], y[part.index], c=part["value"], cmap="viridis", norm=norm,
-            marker=marker, s=size, linewidths=0.5, edgecolors=ink(),
+            marker=marker, s=size, linewidths=0.5, edgecolors=INK,
         )  # fmt: skip
     finished = frame[frame["state"] == "complete"]
     entries = [entry("o", GREY, "finished")] if len(finished) else []

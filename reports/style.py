@@ -23,6 +23,8 @@ from reports.words import shorten
 # Okabe and Ito's colours, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#858C97"
+INK = "#22262c"
+"""Colour of text and axes."""
 
 # Every state has a shape of its own too, so that a print without colours can be read.
 STATE_MARKS: dict[str, dict[str, Any]] = {
@@ -40,12 +42,11 @@ _MORE_FONTS = (
 
 
 @contextlib.contextmanager
-def style(*, is_dark: bool = False) -> Iterator[None]:
+def style() -> Iterator[None]:
     """Set how plots look while the context lasts: drawing and saving both belong inside.
 
     Names are drawn letter by letter (no mathtext), and an SVG of the same data is the same file.
     """
-    ink, paper = ("#d8dbe0", "#16191f") if is_dark else ("#22262c", "white")
     known = {font.name for font in font_manager.fontManager.ttflist}
     settings: dict[Any, Any] = {
         "font.family": ["DejaVu Sans", *(name for name in _MORE_FONTS if name in known)],
@@ -56,20 +57,17 @@ def style(*, is_dark: bool = False) -> Iterator[None]:
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
         "text.parse_math": False,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-        "savefig.facecolor": paper,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.linewidth": 0.7,
         "axes.grid": True,
-        "grid.color": ink,
+        "grid.color": INK,
         "grid.alpha": 0.13,
         "grid.linewidth": 0.6,
         "axes.axisbelow": True,
@@ -81,11 +79,6 @@ def style(*, is_dark: bool = False) -> Iterator[None]:
     }
     with mpl.rc_context(settings):
         yield
-
-
-def ink() -> str:
-    """Return the colour of text in the present style."""
-    return str(mpl.rcParams["text.color"])
 
 
 def drawable(name: Any, limit: int = 22) -> str:

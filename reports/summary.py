@@ -16,10 +16,9 @@ from reports.words import (
     percent_range,
     plural,
     points,
-    setting,
 )
 from study.passwords import hide_password
-from study.store import TestRow, TrialRow
+from study.store import TestRow
 
 _STORAGE = "studies.db"  # where the command line looks if it is told nothing
 _STATES = (("complete", "finished"), ("pruned", "pruned"), ("failed", "failed"))
@@ -85,12 +84,6 @@ def summarise(record: Record, importance: Importance) -> Summary:
         test_line=_test_line(record),
         next_commands=_next_commands(record),
     )
-
-
-def describe(trial: TrialRow) -> str:
-    """Write a trial's settings in one line, its backbone and freeze depth first."""
-    first = {"backbone": trial.backbone, "freeze_depth": trial.freeze_depth}
-    return ", ".join(f"{key} = {setting(value)}" for key, value in (first | trial.params).items())
 
 
 def _states(trials: pd.DataFrame) -> str:

@@ -344,7 +344,7 @@ def _report(args: argparse.Namespace) -> int:
             return report_ablation(args, store)
         output = Path(study.config["study"]["output"])
         paths = write_report(store, args.study, args.out or output / args.study / "report")
-    for path in (paths.html, paths.markdown, paths.csv):
+    for path in (paths.html, paths.csv):
         print(path)
     return 0
 

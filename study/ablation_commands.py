@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from reports.publish import Grid
 
 _INTERRUPTED = 130
-# The columns of the big table that a terminal has room for.
-_SHORT = ("Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, Holm", "n", "Verdict")
 
 
 def ablate(args: argparse.Namespace, progress: Progress) -> int:
@@ -81,7 +79,7 @@ def _rules(plan: Plan) -> "Rules":
 
     settings = plan.baseline.settings
     looks = plan.looks if len(plan.looks) > 1 else ()
-    return Rules(settings.alpha, settings.margin / 100, settings.test, looks=looks)
+    return Rules(settings.alpha, settings.margin / 100, looks=looks)
 
 
 def _still_open(plan: Plan) -> Decide:
@@ -244,20 +242,12 @@ def _print_results(outcome: AblationOutcome, section: "Section") -> None:
 
 
 def _as_table(grid: "Grid") -> Any:
-    is_wide = grid.name.endswith("-effects")
-    columns = [k for k, name in enumerate(grid.header) if name in _SHORT or not is_wide]
-    names = [grid.header[k] for k in columns]
-    last = len(grid.header) - 1
-    right = [
-        grid.header[k]
-        for k in columns
-        if k >= grid.n_text and not (grid.is_last_text and k == last)
-    ]
-    table = make_table(*names, right=right)
+    end = len(grid.header) - grid.is_last_text
+    table = make_table(*grid.header, right=grid.header[grid.n_text : end])
     for number, row in enumerate(grid.rows):
         if grid.begins_group(number):
             table.add_section()
-        table.add_row(*(row[k] for k in columns))
+        table.add_row(*row)
     return table
 
 
@@ -290,7 +280,6 @@ def report_ablation(args: argparse.Namespace, store: Store) -> int:
         args.study,
         args.out or output / args.study / "ablation",
         beside=args.beside,
-        method=args.ranks,
     )
     for path in (paths.html, paths.markdown, paths.latex, *paths.csv):
         print(path)

@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="LEVEL",
         help="of an ablation: these levels ('weights = none' ...) and the baseline; or all",
     )
-    report = command("report", "Write the report: HTML, Markdown, CSV, plots.")
+    report = command("report", "Write the report: a page, CSV, plots.")
     report.add_argument("study")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where to write it")
     report.add_argument("--ablation", action="store_true", help="the report of an ablation")
@@ -93,13 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="STUDY",
-        help="ablations on other data sets, compared with this one in one table",
-    )
-    report.add_argument(
-        "--ranks",
-        choices=("nemenyi", "wilcoxon-holm"),
-        default="nemenyi",
-        help="with --beside: how pairs of levels are tested",
+        help="ablations on other datasets, compared with this one in one table",
     )
     report.add_argument(
         "--methods", action="store_true", help="print the paragraph for a paper, and nothing else"

@@ -12,7 +12,6 @@ from study.space import RECIPES
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
 Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
 DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
-DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -161,9 +160,6 @@ class AblationSection:
         "where the difference is shown to be smaller.",
         gt=0,
         le=100,
-    )
-    test: DecidingTest = setting(
-        "t", "The test that decides: t (paired t-test) or sign-flip (exact permutation)."
     )
     max_cells: int = setting(
         64, "Most settings of a factorial; a larger one is cut to a fraction.", ge=2

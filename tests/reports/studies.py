@@ -1,9 +1,15 @@
-"""Studies for the reports' tests: made with the real store, without training anything."""
+"""Studies for the reports' tests: made with the real store and the real designs, nothing trained.
 
+The only module of these tests that writes into a store: `make_study` enters a search,
+`make_ablation` an ablation, `in_memory` makes an ablation without a store.
+"""
+
+import dataclasses
 import io
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,11 +18,20 @@ import numpy as np
 from PIL import Image
 from sqlalchemy import update
 
+from core.config import TrainConfig
 from core.metrics import EpochMetrics
+from reports.ablation import Ablation, Runs
+from reports.effects import Arm, Rules
+from study.designs import Cell, Design, candidates, extend_path, make_design
+from study.factors import Factor, Level
+from study.rows import DesignRow, StudyRow
+from study.sections import AblationSection
+from study.space import apply_params
 from study.store import PictureRow, Store, config_hash
 from study.tables import RunTable, TrialTable
 
 BEGAN = datetime(2026, 3, 1, 20, 0)
+VERSIONS = {"python": "3.11.2", "torch": "2.15.0", "frostline": "0.1.0"}
 SPACE: dict[str, Any] = {
     "backbone": {"choices": ["resnet18", "mobilenet_v3_large", "timm:tf_efficientnet_lite0"]},
     "freeze_depth": {"low": 0, "high": 5},
@@ -37,7 +52,7 @@ class Plan:
     reason: str | None = None
     origin: str = "sampler"
     epoch_s: float = 4.0
-    duration_s: float | None = field(default=None)
+    duration_s: float | None = None
     score: float | None = None
 
 
@@ -90,13 +105,12 @@ def make_study(
         "fingerprint": "9f2c" * 16,
         "warnings": list(warnings),
     }
-    versions = {"python": "3.11.2", "torch": "2.15.0", "frostline": "0.1.0"}
-    study_id = store.create_study(name, config, data, versions)
+    study_id = store.create_study(name, config, data, VERSIONS)
     run_id = store.begin_run(
         study_id,
         command=f"python -m study run --data pets --name {name}",
         device="cpu",
-        versions=versions,
+        versions=VERSIONS,
     )
     now = BEGAN
     for number, plan in enumerate(plans):
@@ -239,3 +253,315 @@ def add_results(
         )
         rows.append(row)
     store.add_pictures(trial.id, rows)
+
+
+def add_test(
+    store: Store, name: str, number: int, accuracy: float, val_acc: float, n: int = 400
+) -> None:
+    """Enter a reading of the test split."""
+    store.add_test(
+        store.study(name).id,
+        number,
+        n=n,
+        n_correct=round(accuracy * n),
+        balanced_acc=accuracy,
+        macro_f1=accuracy,
+        val_acc=val_acc,
+        confusion=[[1]],
+        command=f"python -m study test {name}",
+    )
+
+
+# Ablations
+
+
+Score = float | str | None
+"""A run's validation accuracy, why it failed, or None where it was not run."""
+Simulator = Callable[[Cell, int], Score]
+"""Says how a cell's replicate went."""
+
+CLASSES = ("cat", "dog", "bird", "fish")
+FIRST_SEED = 7
+TRAIN = TrainConfig(
+    backbone="resnet18", weights="imagenet:IMAGENET1K_V1", image_size=64, epochs=8, seed=FIRST_SEED
+)
+# What a factor of a made-up name sets, so that factors of one design never share a key.
+_KEYS = (
+    "weight_decay", "base_lr", "head_lr_mult", "momentum", "label_smoothing", "cutmix",
+    "warmup_epochs", "clip_norm", "ema_decay", "image_size", "epochs",
+)  # fmt: skip
+
+
+def make_factors(**named: Sequence[str]) -> list[Factor]:
+    """Make factors by name: the baseline's label, then those of the other levels."""
+    return factors_of(list(named.items()))
+
+
+def factors_of(named: Sequence[tuple[str, Sequence[str]]]) -> list[Factor]:
+    found = []
+    for k, (name, (baseline, *labels)) in enumerate(named):
+        key = _KEYS[k % len(_KEYS)]
+        unit = 16 if key in ("image_size", "epochs") else 1e-3
+        levels = [Level(label, {key: unit * (n + 1)}) for n, label in enumerate(labels)]
+        found.append(Factor(name, baseline, tuple(levels)))
+    return found
+
+
+def bracketed(*keys: str) -> list[Factor]:
+    """Make factors with a level on each side of the baseline's, as definitive screening needs."""
+    return [
+        Factor(key, "0.01", (Level("0.001", {key: 0.001}), Level("0.1", {key: 0.1})))
+        for key in keys
+    ]
+
+
+def two_levels(*names: str) -> list[Factor]:
+    """Make factors with one level beside the baseline's."""
+    return factors_of([(name, ("off", "on")) for name in names])
+
+
+def design_of(kind: str, factors: Sequence[Factor], **settings: Any) -> Design:
+    return make_design(factors, section(design=kind, **settings))
+
+
+def section(**settings: Any) -> AblationSection:
+    return AblationSection(**{"replicates": 5, **settings})
+
+
+def follow(design: Design, score: Simulator, n: int) -> tuple[Design, list[str]]:
+    """Walk a path as `study.ablate` does: every candidate is run, the best mean is kept."""
+    chosen: list[str] = []
+    while steps := candidates(design, chosen):
+        means = {}
+        for name, cell in steps.items():
+            values = [score(design.cells[cell], r) for r in range(n)]
+            done = [v for v in values if isinstance(v, float)]
+            means[name] = sum(done) / n if len(done) == n else -1.0
+        chosen.append(max(means, key=lambda name: means[name]))
+        design = extend_path(design, chosen)
+    return design, chosen
+
+
+def spec_of(
+    design: Design,
+    looks: Sequence[int],
+    settings: AblationSection,
+    steps: Sequence[str] = (),
+    origin: str = "trial 4 of study pets, its best",
+) -> dict[str, Any]:
+    """Write a design as `study.ablate` does."""
+    return design.to_record() | {
+        "origin": origin,
+        "settings": dataclasses.asdict(settings) | {"factors": None},
+        "given": {},
+        "looks": list(looks),
+        "steps": list(steps),
+        "first_seed": FIRST_SEED,
+        "runs": [
+            [_identity(cell, replicate, settings.resplit) for replicate in range(looks[-1])]
+            for cell in design.cells
+        ],
+    }
+
+
+def _identity(cell: Cell, replicate: int, resplit: bool) -> str:
+    told = {"overrides": cell.overrides, "levels": cell.levels, "seed": FIRST_SEED + replicate}
+    return config_hash(told | {"val_seed": replicate if resplit else None})
+
+
+def make_ablation(
+    path: Path,
+    design: Design,
+    score: Simulator,
+    *,
+    name: str = "pets-ablation",
+    looks: Sequence[int] = (5,),
+    settings: AblationSection | None = None,
+    steps: Sequence[str] = (),
+    test: Simulator | None = None,
+    n_val: int = 400,
+    n_test: int = 400,
+    source: str = "folder:pets",
+    command: str = "python -m study ablate pets",
+    warnings: Sequence[str] = (),
+    origin: str = "trial 4 of study pets, its best",
+) -> Store:
+    """Enter a simulated ablation, replicate by replicate, as a run would have; add to a database.
+
+    Args:
+        path: Database; made where it is missing.
+        design: What is run.
+        score: How each run goes.
+        name: Of the study.
+        looks: Numbers of replicates at which an adaptive one looks; one for a fixed one.
+        settings: What the ablation was told; by default what suits the design.
+        steps: Of a path: the changes taken.
+        test: Test accuracy of a run; None for a run that was not tested.
+        n_val: Validation pictures.
+        n_test: Test pictures.
+        source: Where pictures come from.
+        command: Command line.
+        warnings: About the pictures.
+        origin: Where the baseline comes from.
+    """
+    if settings is None:
+        settings = section(design=design.kind, replicates=looks[0], adaptive=len(looks) > 1)
+    store = Store.open(str(path), create=True)
+    study_id = _enter_study(store, name, settings, source, n_val, n_test, warnings)
+    run_id = store.begin_run(study_id, command=command, device="cpu", versions=VERSIONS)
+    number = 0
+    for replicate in range(looks[-1]):
+        for cell in design.cells:
+            found = score(cell, replicate)
+            if found is None:
+                continue
+            _enter_run(store, study_id, run_id, number, cell, replicate, settings, found)
+            on_test = test(cell, replicate) if test and isinstance(found, float) else None
+            if isinstance(on_test, float):
+                add_test(store, name, number, on_test, found, n_test)
+            number += 1
+    store.end_run(run_id, "complete")
+    spec = spec_of(design, looks, settings, steps, origin)
+    store.put_design(study_id, config_hash({"coded": spec["coded"]}), design.kind, spec, command)
+    return store
+
+
+def _enter_study(
+    store: Store,
+    name: str,
+    settings: AblationSection,
+    source: str,
+    n_val: int,
+    n_test: int,
+    warnings: Sequence[str],
+) -> int:
+    config = {
+        "study": {"name": name, "storage": "studies.db", "output": "frostline-runs"},
+        "data": {"source": source},
+        "train": dataclasses.asdict(TRAIN),
+        "space": {},
+        "ablation": dataclasses.asdict(settings),
+    }
+    data = {
+        "source": source,
+        "classes": list(CLASSES),
+        "n_train": 1360,
+        "n_val": n_val,
+        "n_test": n_test,
+        "fingerprint": "9f2c" * 16,
+        "warnings": list(warnings),
+    }
+    return store.create_study(name, config, data, VERSIONS)
+
+
+def _enter_run(
+    store: Store,
+    study_id: int,
+    run_id: int,
+    number: int,
+    cell: Cell,
+    replicate: int,
+    settings: AblationSection,
+    score: float | str,
+) -> None:
+    train = apply_params(TRAIN, cell.overrides)
+    config = dataclasses.asdict(dataclasses.replace(train, seed=FIRST_SEED + replicate))
+    key = store.begin_trial(
+        study_id,
+        number,
+        run_id,
+        origin=f"{cell.label}, replicate {replicate + 1}",
+        params=cell.levels,
+        config=config,
+        config_hash=_identity(cell, replicate, settings.resplit),
+        seed=FIRST_SEED + replicate,
+        backbone=train.backbone,
+        freeze_depth=train.freeze_depth,
+        device="cpu",
+        factor=", ".join(cell.levels) or "baseline",
+        level=", ".join(cell.levels.values()) or None,
+        replicate=replicate,
+    )
+    is_done = isinstance(score, float)
+    store.end_trial(
+        key,
+        "complete" if is_done else "failed",
+        reason=None if is_done else str(score),
+        value=score if isinstance(score, float) else None,
+        best_epoch=7 if is_done else None,
+        epochs_done=8 if is_done else 1,
+        duration_s=12.5 + 0.1 * number,
+        checkpoint=None,
+    )
+
+
+# Without a store: thousands of them in seconds.
+
+
+def in_memory(
+    design: Design,
+    scores: Any,
+    *,
+    steps: Sequence[str] = (),
+    settings: AblationSection | None = None,
+    resolution: float = 0.0,
+) -> Ablation:
+    """Make an ablation as it would be read.
+
+    Args:
+        design: Its cells.
+        scores: Accuracy by cell and replicate, (cells, R); NaN for a failed run.
+        steps: Of a path: the changes taken.
+        settings: What it was told.
+        resolution: Step in which accuracy moves.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    looks = [values.shape[1]]
+    settings = settings or section(design=design.kind, replicates=looks[0])
+    spec = {
+        **design.to_record(),
+        "settings": dataclasses.asdict(settings),
+        "looks": looks,
+        "steps": list(steps),
+        "first_seed": FIRST_SEED,
+        "origin": "a trial",
+    }
+    now = datetime(2026, 3, 1)
+    study = StudyRow(1, "pets", now, {}, {"n_val": 400}, {})
+    row = DesignRow(1, 1, "key", design.kind, spec, "", now)
+    runs = tuple(_runs(cell, own) for cell, own in zip(design.cells, values, strict=True))
+    rules = Rules(settings.alpha, settings.margin / 100, resolution=resolution)
+    return Ablation(study, row, runs, rules)
+
+
+def _runs(cell: Cell, values: Any) -> Runs:
+    arm = make_arm(cell.label, values, ", ".join(cell.levels), ", ".join(cell.levels.values()))
+    nothing = np.full(len(values), math.nan)
+    numbers = tuple(range(len(values)))
+    return Runs(arm, nothing, numbers, math.nan, dict(cell.levels))
+
+
+def make_arm(label: str, values: Any, factor: str = "factor", level: str = "level") -> Arm:
+    """Make a cell's runs; NaN is a run that failed."""
+    scores = np.asarray(values, dtype=np.float64)
+    failures = tuple(None if math.isfinite(v) else "diverged: the loss is nan" for v in scores)
+    return Arm(label, factor, level, scores, failures)
+
+
+SEED_SD = 0.02
+"""Scatter that all settings of a seed share, and pairing removes."""
+RUN_SD = 0.01
+"""Scatter of a run; a paired difference has sqrt(2) times that."""
+
+
+def draw_study(
+    rng: np.random.Generator, effects: Sequence[float], n: int, run_sd: float = RUN_SD
+) -> tuple[Arm, list[Arm]]:
+    """Draw a baseline and levels with these true effects, n replicates with paired seeds."""
+    shared = 0.8 + rng.normal(0, SEED_SD, n)
+    true = [0.0, *effects]
+    arms = [
+        make_arm(f"factor = {k}", shared + effect + rng.normal(0, run_sd, n), "factor", str(k))
+        for k, effect in enumerate(true)
+    ]
+    return arms[0], arms[1:]

@@ -1,3 +1,5 @@
+"""The frames behind the plots and tables of a search."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,6 @@ from reports.frames import (
     busy_seconds,
     confused_pairs,
     cost_frame,
-    curves_frame,
-    depth_lr_frame,
     dimensions,
     history_frame,
     is_copy,
@@ -52,15 +52,6 @@ def test_dimensions_come_from_the_space_in_its_order() -> None:
         Dimension("a", low=0.01, high=1.0, is_log=True),
         Dimension("n", low=0, high=5, is_int=True),
         Dimension("b", choices=("y", "x", "z")),
-    )
-
-
-def test_values_outside_the_space_widen_it() -> None:
-    trials = trials_of(params_a=[0.1, 2.0], params_b=["x", "old"])
-    space = {"a": {"low": 0.2, "high": 1.0}, "b": {"choices": ["x"]}}
-    assert dimensions(space, trials) == (
-        Dimension("a", low=0.1, high=2.0),
-        Dimension("b", choices=("x", "old")),
     )
 
 
@@ -120,13 +111,6 @@ def test_history_keeps_the_best_finished_value_by_number_and_by_time() -> None:
     assert told["best_by_time"].dropna().tolist() == [0.7, 0.7, 0.7]
 
 
-def test_curves_mark_the_best_trial() -> None:
-    epochs = pd.DataFrame({"number": [1, 0, 0], "epoch": [0, 1, 0], "val_acc": [0.3, 0.6, 0.5]})
-    told = curves_frame(trials_of(value=[0.6, 0.3]), epochs)
-    assert told["is_best"].tolist() == [True, True, False]
-    assert told["epoch"].tolist() == [0, 1, 0]
-
-
 def test_slices_hold_scored_trials_only() -> None:
     trials = trials_of(
         value=[0.5, None, 0.6, 0.7],
@@ -152,12 +136,6 @@ def test_copies_are_not_on_the_cost_front_for_free() -> None:
     told = cost_frame(trials)
     assert told["number"].tolist() == [0, 2]
     assert told["is_front"].tolist() == [True, False]
-
-
-def test_the_depth_map_is_empty_without_a_searched_rate() -> None:
-    assert depth_lr_frame(trials_of(value=[0.5])).empty
-    told = depth_lr_frame(trials_of(params_base_lr=[0.1, 0.2], state=["complete", "failed"]))
-    assert told["number"].tolist() == [0]
 
 
 def test_confused_pairs_are_the_commonest_first() -> None:

@@ -1,9 +1,10 @@
+"""Tables and numbers for publication: digits, escapes, and LaTeX that compiles."""
+
 import html
 import math
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from reports.publish import (
     to_latex,
     to_markdown,
 )
-from reports.words import markdown_text
+from reports.words import duration, markdown_text, setting, shorten
 from study.designs import Cell
-from tests.reports.ablations import design_of, factors_of, make_ablation
+from tests.reports.pages import Page
+from tests.reports.studies import design_of, factors_of, make_ablation
 
 NAN = math.nan
 NASTY = [
@@ -39,42 +41,12 @@ NASTY = [
 Table = tuple[tuple[str, ...], ...]
 
 
-class Tables(HTMLParser):
-    """Collects the published tables of a page, header first."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[list[list[str]]] = []
-        self.is_within = False
-        self.cell: list[str] | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "table":
-            self.is_within = dict(attrs).get("class") == "published"
-            if self.is_within:
-                self.found.append([])
-        elif tag == "tr" and self.is_within:
-            self.found[-1].append([])
-        elif tag in ("td", "th") and self.is_within:
-            self.cell = []
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th") and self.cell is not None:
-            self.found[-1][-1].append("".join(self.cell))
-            self.cell = None
-
-    def handle_data(self, data: str) -> None:
-        if self.cell is not None:
-            self.cell.append(data)
-
-
 def frozen(tables: list[list[list[str]]]) -> list[Table]:
     return [tuple(tuple(row) for row in table) for table in tables]
 
 
-def from_html(text: str) -> list[Table]:
-    return frozen(Tables(text).found)
+def from_html(path: Path) -> list[Table]:
+    return frozen(Page(path).tables)
 
 
 def from_markdown(text: str) -> list[Table]:
@@ -114,7 +86,7 @@ def from_latex(text: str) -> list[Table]:
     return frozen(tables)
 
 
-def compiled(folder: Path, name: str = "ablation.tex") -> str:
+def compiled(folder: Path, name: str = "tables.tex") -> str:
     """Compile a document; return what LaTeX says, or skip where there is none."""
     if not shutil.which("pdflatex"):
         pytest.skip("pdflatex is not installed: whether the tables compile is not tested")
@@ -155,9 +127,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationPaths, li
         return 0.8 + 0.01 * replicate if is_tested else None
 
     folder = tmp_path_factory.mktemp("nasty")
-    store = make_ablation(
-        folder / "s.db", design, score, with_answers=True, test=test, origin="trial 4 of <pets_&>"
-    )
+    store = make_ablation(folder / "s.db", design, score, test=test, origin="trial 4 of <pets_&>")
     with store:
         sections = describe_ablation(store, "pets-ablation")
         return write_ablation(store, "pets-ablation", folder / "report"), sections
@@ -222,6 +192,21 @@ def test_p_values_have_two_figures(p: float, words: str, equals: str) -> None:
     assert (p_words(p), p_equals(p)) == (words, equals)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (61, "1 min 01 s"), (7322, "2 h 02 min"), (None, "–")],
+)
+def test_durations_have_two_units_at_most(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_settings_read_as_in_the_configuration_and_long_names_keep_both_ends() -> None:
+    assert [setting(v) for v in (0.001234, 3, True, None, "cosine", NAN)] == [
+        "0.00123", "3", "true", "none", "cosine", "–",
+    ]  # fmt: skip
+    assert [shorten("abcdefghijklmnop", n) for n in (3, 10)] == ["a…p", "abcde…mnop"]
+
+
 def test_missing_numbers_are_dashes() -> None:
     assert (number_words(NAN), number_words(-1.25, 1)) == ("–", "−1.2")
 
@@ -234,11 +219,11 @@ def test_markdown_latex_and_html_have_the_same_cells(
 ) -> None:
     paths, sections = written
     expected = grids_of(sections)
-    assert len(expected) == 4  # effects, on the test split, McNemar's, failures
+    assert len(expected) == 3  # effects, on the test split, failures
     flat = [
         tuple(tuple(" ".join(cell.split()) for cell in row) for row in table) for table in expected
     ]
-    assert from_html(paths.html.read_text(encoding="utf-8")) == expected
+    assert from_html(paths.html) == expected
     assert from_markdown(paths.markdown.read_text(encoding="utf-8")) == flat
     lost = [
         tuple(tuple(cell.replace("学習率", "???") for cell in row) for row in table)
@@ -252,7 +237,7 @@ def test_the_largest_table_has_the_baseline_and_twenty_levels_with_their_figures
     written: tuple[AblationPaths, list[Section]],
 ) -> None:
     paths, sections = written
-    rows = from_html(paths.html.read_text(encoding="utf-8"))[0]
+    rows = from_html(paths.html)[0]
     assert len(rows) == 1 + 1 + 20
     effects = sections[0].effects
     place = rows[0].index("Difference, points [95 %]")
@@ -296,14 +281,6 @@ def test_markdown_cells_do_not_break_the_table() -> None:
     assert markdown_text("<b>") == "&lt;b&gt;"
 
 
-def test_groups_are_set_apart_in_latex() -> None:
-    grid = Grid("g", "t", ("a", "b"), (("1", "x"), ("2", "x"), ("3", "y")), ("k", "k", "l"))
-    lines = to_latex(grid).splitlines()
-    assert lines[lines.index(r"3 & y \\") - 1] == r"\addlinespace"
-    assert lines.count(r"\addlinespace") == 1
-    assert [grid.begins_group(k) for k in range(3)] == [False, False, True]
-
-
 def test_the_document_of_twenty_nasty_levels_compiles(
     written: tuple[AblationPaths, list[Section]],
 ) -> None:
@@ -313,7 +290,7 @@ def test_the_document_of_twenty_nasty_levels_compiles(
     assert "Missing character" not in told
     if shutil.which("pdftotext"):
         done = subprocess.run(
-            ["pdftotext", "-layout", "ablation.pdf", "-"], cwd=paths.latex.parent,
+            ["pdftotext", "-layout", "tables.pdf", "-"], cwd=paths.latex.parent,
             capture_output=True, check=True,
         )  # fmt: skip
         text = done.stdout.decode()
@@ -330,7 +307,7 @@ def test_each_table_can_be_cut_out(
     grids = [grid for section in sections for grid in section.grids]
     assert [c.rstrip("\n") for c in cut] == [to_latex(grid).rstrip("\n") for grid in grids]
     labels = re.findall(r"\\label\{(.*?)\}", text)
-    assert len(set(labels)) == len(labels) == 4
+    assert len(set(labels)) == len(labels) == 3
     pasted = [
         r"\documentclass{article}", r"\usepackage{booktabs}", r"\usepackage{graphicx}",
         r"\begin{document}", *cut, r"\end{document}",
@@ -344,22 +321,18 @@ def test_a_first_cell_that_latex_could_take_for_an_option_is_set(
     name: str, tmp_path: Path
 ) -> None:
     document = latex_document("title", [small((name, "1"), (name, "2"), note=name)], "methods")
-    (tmp_path / "ablation.tex").write_text(document, encoding="utf-8")
+    (tmp_path / "tables.tex").write_text(document, encoding="utf-8")
     compiled(tmp_path)
     if shutil.which("pdftotext"):
         done = subprocess.run(
-            ["pdftotext", "-layout", "ablation.pdf", "-"], cwd=tmp_path, capture_output=True,
+            ["pdftotext", "-layout", "tables.pdf", "-"], cwd=tmp_path, capture_output=True,
             check=True,
         )  # fmt: skip
         text = done.stdout.decode()
         assert text.count(name) == 3
 
 
-def test_two_hyphens_do_not_become_a_dash() -> None:
-    assert "--" not in latex_text("--set train.epochs=5")
-
-
 def test_a_table_of_a_hundred_rows_stays_on_its_page(tmp_path: Path) -> None:
     grid = small(*[(f"level {k}", "1.0", "2.0") for k in range(100)], note="A note.")
-    (tmp_path / "ablation.tex").write_text(latex_document("t", [grid], "m"), encoding="utf-8")
+    (tmp_path / "tables.tex").write_text(latex_document("t", [grid], "m"), encoding="utf-8")
     assert "Float too large" not in compiled(tmp_path)

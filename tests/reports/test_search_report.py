@@ -1,12 +1,11 @@
-import io
+"""The report of a search: what it says, that it is complete in itself, and rare studies."""
+
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from reports.frames import best_number
 from reports.html import ReportPaths, write_report
@@ -14,47 +13,26 @@ from reports.record import read_record
 from reports.tables import trials_table
 from study.read import read_trials
 from study.store import Store, StoreError
-from tests.reports.studies import SPACE, Plan, add_results, curve, make_study, searched_plans
+from tests.reports.pages import Page
+from tests.reports.studies import (
+    SPACE,
+    Plan,
+    add_results,
+    add_test,
+    curve,
+    make_study,
+    searched_plans,
+)
 
 TRAPS = ("<script>alert(1)</script>|*x*", "a$b$", "ordinary", "_under_", "日本 🐱", "x" * 90)
 PARAMS = {"freeze_depth": 2, "base_lr": 0.01}
 SMALL = {name: SPACE[name] for name in PARAMS}
-VOID = {"meta", "br", "img", "source", "link", "hr"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and keeps what a reader would see."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.sources: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            assert not name.startswith("on"), f"{tag} has a handler {name}"
-            if name in ("src", "srcset", "href"):
-                self.sources.append(str(value))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text += data
 
 
 def report(store: Store, tmp_path: Path, name: str = "pets") -> tuple[ReportPaths, Page]:
     with store:
         paths = write_report(store, name, tmp_path / "report")
-    return paths, Page(paths.html.read_text(encoding="utf-8"))
+    return paths, Page(paths.html)
 
 
 def best_of(store: Store, name: str = "pets") -> int:
@@ -79,15 +57,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportPaths, Pag
     store = make_study(folder / "s.db", searched_plans(40, 2), classes=classes)
     number = best_of(store)
     add_results(store, "pets", number, classes, 23)
-    study = store.study("pets")
-    store.add_test(
-        study.id, number, n=400, n_correct=352, balanced_acc=0.87, macro_f1=0.86, val_acc=0.935,
-        confusion=[[1]], command="python -m study test pets",
-    )  # fmt: skip
+    add_test(store, "pets", number, 0.88, 0.935)
     return report(store, folder)
 
 
-def test_the_report_tells_what_was_found(searched: tuple[ReportPaths, Page]) -> None:
+def test_the_report_says_what_was_found(searched: tuple[ReportPaths, Page]) -> None:
     _, page = searched
     for told in (
         "is the best of 28 finished trials",
@@ -98,6 +72,8 @@ def test_the_report_tells_what_was_found(searched: tuple[ReportPaths, Page]) -> 
         "lies 5.5 points above that",
         "From 39 trials: 28 finished, 9 pruned (final accuracy estimated), 2 diverged",
         "2 × diverged, 1 × out of memory",
+        "Rank correlation of early epochs with the last",
+        "9 trials of 37 pruned.",
         "python -m study run --data pets --name pets",
         "9f2c9f2c",
         "torch 2.15.0",
@@ -105,64 +81,27 @@ def test_the_report_tells_what_was_found(searched: tuple[ReportPaths, Page]) -> 
         "recipe:linear-probe-mobilenet_v3_large",
     ):
         assert told in page.text, told
+    assert sum(row[1] in ("finished", "pruned", "failed") for row in page.tables[-2]) == 40
 
 
 def test_the_page_is_complete_in_itself(searched: tuple[ReportPaths, Page]) -> None:
     paths, page = searched
-    assert "script" not in page.tags and "link" not in page.tags
-    assert all(source.startswith(("data:image/", "#")) for source in page.sources)
-    assert "Content-Security-Policy" in paths.html.read_text(encoding="utf-8")
-
-
-def test_every_anchor_leads_somewhere(searched: tuple[ReportPaths, Page]) -> None:
-    paths, page = searched
-    text = paths.html.read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page.source
     for source in page.sources:
-        if source.startswith("#"):
-            assert f'id="{source[1:]}"' in text
-
-
-def test_every_figure_is_a_png_and_an_svg(searched: tuple[ReportPaths, Page]) -> None:
-    paths, _ = searched
-    names = {path.stem for path in paths.figures}
-    assert names == {
-        "importance", "confusion", "history", "history-time", "curves", "depth-lr", "cost",
-        "local-importance", "early-rank",
-        *(f"slice-{name}" for name in SPACE),
-        *(f"dependence-{k + 1}" for k in range(len(SPACE))),
-    }  # fmt: skip
-    for path in paths.figures:
-        assert path.stat().st_size > 2000
-        if path.suffix == ".png":
-            pixels = np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("L"))
-            assert pixels.std() > 5
-        else:
-            assert path.read_text(encoding="utf-8").rstrip().endswith("</svg>")
-    assert len(paths.figures) == 2 * len(names)
-
-
-def test_the_markdown_shows_the_figures_and_every_trial(
-    searched: tuple[ReportPaths, Page],
-) -> None:
-    paths, _ = searched
-    text = paths.markdown.read_text(encoding="utf-8")
-    for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
-        assert (paths.markdown.parent / link).is_file()
-    assert text.count("![") == len(paths.figures) // 2
-    assert len(re.findall(r"^\| \d+ \| (?:finished|pruned|failed) ", text, re.MULTILINE)) == 40
+        assert source.startswith("data:") or f'id="{source[1:]}"' in page.source
+    assert sum(source.startswith("data:image/jpeg") for source in page.sources) == 12
+    plots = sum(source.startswith("data:image/svg") for source in page.sources)
+    assert plots == len(paths.figures) > 10
 
 
 def test_the_csv_holds_every_trial_as_it_is(searched: tuple[ReportPaths, Page]) -> None:
-    paths, _ = searched
-    frame = pd.read_csv(paths.csv)
+    frame = pd.read_csv(searched[0].csv)
     assert frame["number"].tolist() == list(range(40))
     assert frame["value"].max() < 1
     assert {f"params_{name}" for name in SPACE} <= set(frame.columns)
 
 
-def test_every_trial_has_its_score_where_that_ranks_and_is_not_the_accuracy(
-    tmp_path: Path,
-) -> None:
+def test_trials_show_their_score_where_that_is_not_the_accuracy(tmp_path: Path) -> None:
     for scores, n_columns in (((0.41, 0.47, 0.52), 1), ((None, None, None), 0)):
         plans = [Plan(PARAMS, [0.8], score=score) for score in scores]
         with make_study(tmp_path / f"{n_columns}.db", plans, space=SMALL) as store:
@@ -177,19 +116,13 @@ def test_every_trial_has_its_score_where_that_ranks_and_is_not_the_accuracy(
 def test_the_same_record_gives_the_same_report(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     plans = [finished(rng, 0.8 + 0.01 * i, base_lr=10 ** (-2 - i / 9)) for i in range(9)]
-    store = make_study(tmp_path / "s.db", plans, space=SMALL)
-    first = write_report(store, "pets", tmp_path / "a")
-    second = write_report(store, "pets", tmp_path / "b")
-    store.close()
-    for one, other in zip(first.figures, second.figures, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
-    written = re.compile(r"[Ww]ritten [0-9\\: UTC-]+")
-    for one, other in ((first.html, second.html), (first.markdown, second.markdown)):
-        texts = [written.sub("", path.read_text(encoding="utf-8")) for path in (one, other)]
-        assert texts[0] == texts[1]
+    with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
+        pages = [write_report(store, "pets", tmp_path / folder).html for folder in "ab"]
+    first, second = (re.sub(r"written [0-9: UTC-]+", "", p.read_text("utf-8")) for p in pages)
+    assert first == second
 
 
-def test_names_are_shown_letter_by_letter_and_never_run(tmp_path: Path) -> None:
+def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     trap = TRAPS[0]
     space = {"backbone": {"choices": list(TRAPS)}, "<b>lr$x$": {"low": 0.0, "high": 1.0}}
@@ -206,23 +139,9 @@ def test_names_are_shown_letter_by_letter_and_never_run(tmp_path: Path) -> None:
         tmp_path / "s.db", plans, name=trap, space=space, classes=TRAPS, warnings=[trap]
     )
     add_results(store, trap, best_of(store, trap), TRAPS, 20)
-    paths, page = report(store, tmp_path, trap)
-    assert "script" not in page.tags and "b" not in set(page.tags) - {"b"}
+    paths, page = report(store, tmp_path, trap)  # which refuses a page with a script
     assert page.text.count(trap) > 6
-    assert "<script>" not in paths.html.read_text(encoding="utf-8")
-    text = paths.markdown.read_text(encoding="utf-8")
-    shown = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
-    assert "<script" not in shown and "*x*" not in shown.replace(r"\*x\*", "")
-    tables = [line for line in shown.splitlines() if line.startswith("|")]
-    trial_rows = [line for line in tables if re.match(r"\| \d+ \| (finished|failed) ", line)]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in trial_rows} == {10}
     assert any(path.name.startswith("slice--b-lr-x-") for path in paths.figures)
-
-
-def test_pictures_come_from_the_record(searched: tuple[ReportPaths, Page]) -> None:
-    _, page = searched
-    jpegs = [source for source in page.sources if source.startswith("data:image/jpeg")]
-    assert len(jpegs) == 12
 
 
 def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...]]]:
@@ -233,6 +152,7 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
         Plan(PARAMS | rates[i], curve(0.5 + 0.02 * i, 2, rng), "pruned", "pruned after epoch 2")
         for i in range(12)
     ]
+    only_pruned = ("the best pruned trial; none has finished", "From 12 trials: 0 finished")
     return {
         "no trials": ([], ("The study has no trials yet.",)),
         "one finished": (
@@ -242,7 +162,6 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
                 "Importance needs at least 8 trials with an accuracy; this study has 1.",
             ),
         ),
-        "two finished": ([finished(rng), finished(rng, 0.8)], ("the best of 2 finished trials",)),
         "one running": (
             [Plan(PARAMS, [], "running")],
             ("1 trial was running when this was written.", "No trial has an accuracy (1 running)"),
@@ -251,29 +170,16 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
             [diverged(rng) for _ in range(3)],
             ("No trial has an accuracy (3 failed).", "3 trials failed (3 × diverged)"),
         ),
-        "all pruned": (
-            some_pruned,
-            (
-                "the best pruned trial; none has finished",
-                "From 12 trials: 0 finished, 12 pruned",
-                "No confusion matrix is kept",
-            ),
-        ),
+        "all pruned": (some_pruned, (*only_pruned, "No confusion matrix is kept")),
         "equal accuracies": (
             [Plan(PARAMS | rates[i], [0.5, 0.9]) for i in range(10)],
             ("Every trial reached the same accuracy",),
         ),
         "perfect": ([Plan(PARAMS, [1.0])], ("100.0 %",)),
-        "hopeless": ([Plan(PARAMS, [0.0])], ("0.0 %",)),
         "one choice": (
             [Plan({"backbone": "resnet18"}, curve(0.8, 3, rng)) for _ in range(10)],
-            (
-                "No setting was searched over more than one value.",
-                "It had one value only.",
-                "freeze_depth and base_lr had one value only",
-            ),
+            ("No setting was searched over more than one value.", "It had one value only."),
         ),
-        "long reason": ([*many, Plan(PARAMS, [], "failed", "error: " + "x" * 3000)], ("xxxx",)),
         "copies": (
             [*many, Plan(PARAMS, [], "complete", "same settings", "same as 3", 0.0, 0.0)],
             ("same as 3", "Left out: 1 trial with no accuracy of its own"),
@@ -294,7 +200,7 @@ def test_rare_studies_have_a_report_that_says_what_is_missing(case: str, tmp_pat
     assert len(pd.read_csv(paths.csv)) == len(plans)
 
 
-def test_a_report_takes_away_figures_that_no_longer_hold(tmp_path: Path) -> None:
+def test_a_report_deletes_figures_of_an_earlier_one(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with make_study(tmp_path / "a.db", [finished(rng)], space=SMALL) as store:
         first = write_report(store, "pets", tmp_path / "report")
@@ -304,24 +210,11 @@ def test_a_report_takes_away_figures_that_no_longer_hold(tmp_path: Path) -> None
     assert not list((tmp_path / "report" / "figures").iterdir())
 
 
-@pytest.mark.slow
-def test_many_trials_and_classes_have_a_report(tmp_path: Path) -> None:
-    classes = [f"a rather long name of class number {i:02d}" for i in range(50)]
-    store = make_study(tmp_path / "s.db", searched_plans(100, 4), classes=classes)
-    add_results(store, "pets", best_of(store), classes, 200)
-    paths, page = report(store, tmp_path)
-    assert page.tags.count("tr") > 100
-    assert paths.html.stat().st_size < 6_000_000
-
-
-def test_repeated_readings_of_the_test_split_are_told(tmp_path: Path) -> None:
+def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     store = make_study(tmp_path / "s.db", [finished(rng), finished(rng, 0.8)])
-    for number, n_correct in ((0, 380), (1, 300)):
-        store.add_test(
-            store.study("pets").id, number, n=400, n_correct=n_correct, balanced_acc=0.9,
-            macro_f1=0.9, val_acc=0.9, confusion=[[1]], command="python -m study test pets",
-        )  # fmt: skip
+    add_test(store, "pets", 0, 0.95, 0.9)
+    add_test(store, "pets", 1, 0.75, 0.9)
     _, page = report(store, tmp_path)
     assert "has been read 2 times (trials 0, 1)" in page.text
     assert "the test pictures are easier than the validation pictures" in page.text
