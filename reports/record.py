@@ -18,7 +18,6 @@ from study.store import (
     TrialRow,
 )
 
-
 _AUDIT_SUFFIX = "-audit"
 _AUDIT_FACTOR = "audit"
 
