@@ -189,14 +189,6 @@ def _history_plans(record: Record) -> Iterator[Plan]:
     chosen_by = record.best.chosen_by if record.best else "validation accuracy"
     caption = f"Each mark is a trial; the line is the best finished trial so far, by {chosen_by}."
     yield Plan("history", "Trial by trial", caption, lambda ax: plot_history(history, ax), why)
-    no_times = None if history["elapsed_s"].notna().any() else "No trial has an end time."
-    yield Plan(
-        "history-time",
-        "Over time",
-        "The same over the time in which trials ran; pauses between runs are left out.",
-        lambda ax: plot_history(history, ax, by_time=True),
-        why or no_times,
-    )
     curves = frames.curves_frame(record.trials, record.epochs)
     yield Plan(
         "curves",

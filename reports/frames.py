@@ -193,22 +193,16 @@ def _seconds(times: "pd.Series[Any]") -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def history_frame(trials: pd.DataFrame) -> pd.DataFrame:
-    """Give each ended trial its value and the best finished value so far, by number and by time.
+    """Give each ended trial its value and the best finished value so far.
 
     Returns:
-        number, state, value, best (over numbers), elapsed_s, best_by_time; sorted by number.
+        number, state, value, best; sorted by number.
     """
     ended = trials[trials["state"] != "running"].sort_values("number")
-    frame = ended[["number", "state"]].reset_index(drop=True)
-    frame["value"] = ended["value"].astype(float).to_numpy()
-    frame["elapsed_s"] = busy_seconds(ended).to_numpy()
+    frame = ended[["number", "state", "value"]].astype({"value": float}).reset_index(drop=True)
     finished = frame["value"].where(frame["state"] == "complete")
     ranks = pd.Series(rank_of(ended, "value").to_numpy(), index=frame.index)
-    finished_ranks = ranks.where(finished.notna())
-    frame["best"] = _best_so_far(finished, finished_ranks)
-    by_time = frame["elapsed_s"].sort_values(kind="stable").index
-    best = _best_so_far(finished.loc[by_time], finished_ranks.loc[by_time])
-    frame["best_by_time"] = best.reindex(frame.index)
+    frame["best"] = _best_so_far(finished, ranks.where(finished.notna()))
     return frame
 
 

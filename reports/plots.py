@@ -36,31 +36,26 @@ MAX_NAMED_CLASSES = 40
 """With more classes than this, a confusion matrix numbers them."""
 
 
-def plot_history(frame: pd.DataFrame, ax: Axes, *, by_time: bool = False) -> Axes:
+def plot_history(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Draw every trial's accuracy and the best finished one so far.
 
     Args:
         frame: From `history_frame`.
         ax: Drawn on.
-        by_time: Over the time that the study has run, instead of over trial numbers.
     """
-    x, best = ("elapsed_s", "best_by_time") if by_time else ("number", "best")
-    scale, unit = _time_unit(frame["elapsed_s"]) if by_time else (1.0, "")
-    data = frame.dropna(subset=[x]).sort_values(x, kind="stable")
-    data = data.assign(**{x: data[x] / scale})
-    entries = scatter_states(data, x, ax)
-    steps = data.dropna(subset=[best])
-    ax.step(steps[x], steps[best], where="post", color=GREEN)
+    entries = scatter_states(frame, "number", ax)
+    steps = frame.dropna(subset=["best"])
+    ax.step(steps["number"], steps["best"], where="post", color=GREEN)
     entries.append(Line2D([], [], color=GREEN, label="best so far"))
-    failed = data[data["state"] == "failed"]
+    failed = frame[frame["state"] == "failed"]
     if len(failed):
         bottom = ax.get_xaxis_transform()
-        ax.plot(failed[x], np.full(len(failed), 0.02), "v", color=RED, ms=4, transform=bottom)
+        y = np.full(len(failed), 0.02)
+        ax.plot(failed["number"], y, "v", color=RED, ms=4, transform=bottom)
         entries.append(entry("v", RED, "failed"))
-    ax.set_xlabel(f"Time the study has run ({unit})" if by_time else "Trial")
+    ax.set_xlabel("Trial")
     ax.set_ylabel("Validation accuracy")
-    if not by_time:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis(ax.yaxis)
     legend_above(ax, entries)
     return ax

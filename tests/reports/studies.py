@@ -426,6 +426,12 @@ def make_ablation(
     return store
 
 
+def repeat_design(store: Store, name: str) -> None:
+    """Enter an ablation's design once more, as a further one."""
+    row = store.designs(store.study(name).id)[0]
+    store.put_design(row.study_id, "another", row.kind, row.spec, "python -m study again")
+
+
 def _enter_study(
     store: Store,
     name: str,

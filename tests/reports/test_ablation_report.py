@@ -28,6 +28,8 @@ from tests.reports.studies import (
     make_ablation,
     make_arm,
     make_factors,
+    make_study,
+    repeat_design,
     section,
     two_levels,
 )
@@ -211,17 +213,6 @@ def test_the_runs_csv_has_every_run(levels: tuple[Path, AblationPaths, Page, Sec
 # Other states of such a study
 
 
-def test_an_unread_test_split_is_said_to_be_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
-    store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
-    paths, page, found = report(store, tmp_path / "out")
-    assert page.finding("Test split:") == "The test split was not used."
-    assert "was read for" not in page.text
-    assert [grid.name for grid in found.grids] == ["ofat-effects"]
-
-
 def test_failed_runs_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undrawn(monkeypatch)
     score = simulate(TRUTH)
@@ -345,8 +336,7 @@ def test_a_database_url_loses_its_password(
 
 
 def test_a_search_is_no_ablation(tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "s.db"), create=True) as store:
-        store.create_study("pets", {}, {}, {})
+    with make_study(tmp_path / "s.db", []) as store:
         with pytest.raises(StoreError, match="no ablation.*python -m study ablate pets"):
             write_ablation(store, "pets", tmp_path / "out")
         with pytest.raises(StoreError, match="nothing"):
@@ -466,8 +456,7 @@ def test_two_designs_of_one_study_have_a_section_each(
     undrawn(monkeypatch)
     store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
     with store:
-        row = store.designs(store.study(NAME).id)[0]
-        store.put_design(row.study_id, "another", "ofat", row.spec, "python -m study again")
+        repeat_design(store, NAME)
         sections = describe_ablation(store, NAME)
         paths = write_ablation(store, NAME, tmp_path / "out")
     # The last one used comes first; names count from the first, so that they stay.

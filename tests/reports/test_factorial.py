@@ -187,14 +187,6 @@ def test_a_fraction_of_resolution_five_tells_interactions_apart() -> None:
     assert clear == {"augment", "freeze", "mixup", "freeze × mixup"}
 
 
-def test_a_fraction_of_lower_resolution_claims_no_interaction() -> None:
-    design = design_of("factorial", two_levels(*NAMES[:4]), resolution=4)
-    ablation = in_memory(design, scores_of(design, np.random.default_rng(0), {"augment": 0.05}, 4))
-    assert not has_interactions(ablation)
-    assert [c.name for c in estimate_contrasts(ablation)] == list(NAMES[:4])
-    assert not any("×" in source.name for source in analyse_variance(ablation))
-
-
 @pytest.mark.parametrize("n", [1, 4])
 def test_plackett_burman_finds_the_planted_factors(n: int) -> None:
     names = [f"factor {k}" for k in range(11)]
@@ -248,14 +240,6 @@ def test_a_replicate_with_a_failed_cell_is_left_out_of_the_contrasts() -> None:
 def test_one_replicate_of_a_small_factorial_has_no_error_to_test_with() -> None:
     design = design_of("factorial", two_levels(*NAMES[:2]))
     assert analyse_variance(in_memory(design, np.array([[0.7], [0.8], [0.75], [0.9]]))) == []
-
-
-def test_a_saturated_fraction_that_lost_a_cell_keeps_its_main_effects() -> None:
-    design = design_of("factorial", two_levels(*NAMES), max_cells=16)
-    scores = scores_of(design, np.random.default_rng(0), {"augment": 0.05}, 3)
-    scores[4] = NAN
-    names = [source.name for source in analyse_variance(in_memory(design, scores))]
-    assert names == [*NAMES, "replicate", "residual"]
 
 
 @pytest.mark.parametrize("step", [0.0, 1 / 80])

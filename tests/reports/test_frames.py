@@ -98,17 +98,10 @@ def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
     assert np.isnan(told.iloc[4])
 
 
-def test_history_keeps_the_best_finished_value_by_number_and_by_time() -> None:
-    start = pd.Timestamp("2026-03-01")
-    trials = trials_of(
-        value=[0.5, 0.9, 0.7, None],
-        state=["complete", "pruned", "complete", "failed"],
-        ended_at=[start + pd.Timedelta(seconds=s) for s in (300, 70, 130, 310)],
-    )
-    told = history_frame(trials)
+def test_history_keeps_the_best_finished_value() -> None:
+    states = ["complete", "pruned", "complete", "failed"]
+    told = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
     assert told["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
-    assert told["best_by_time"].isna().tolist() == [False, True, False, False]
-    assert told["best_by_time"].dropna().tolist() == [0.7, 0.7, 0.7]
 
 
 def test_slices_hold_scored_trials_only() -> None:

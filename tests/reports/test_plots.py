@@ -25,9 +25,7 @@ HISTORY = pd.DataFrame(
         "number": range(4),
         "state": STATES,
         "value": [0.7, 0.5, np.nan, 0.9],
-        "elapsed_s": [10.0, 20.0, 21.0, 40.0],
         "best": [0.7, 0.7, 0.7, 0.9],
-        "best_by_time": [0.7, 0.7, 0.7, 0.9],
     }
 )
 CURVES = pd.DataFrame(
@@ -52,7 +50,6 @@ MANY = MAX_NAMED_CLASSES + 1
 
 PLOTS: dict[str, Callable[[Axes], Axes]] = {
     "history": lambda ax: plot_history(HISTORY, ax),
-    "history over time": lambda ax: plot_history(HISTORY, ax, by_time=True),
     "curves": lambda ax: plot_curves(CURVES, ax),
     "importance": lambda ax: plot_importance(FACTORS, ax),
     "choices": lambda ax: plot_slice(SLICE, Dimension("o", choices=("a$b$", None)), ax),

@@ -233,23 +233,6 @@ def test_markdown_latex_and_html_have_the_same_cells(
     assert read == lost
 
 
-def test_the_largest_table_has_the_baseline_and_twenty_levels_with_their_figures(
-    written: tuple[AblationPaths, list[Section]],
-) -> None:
-    paths, sections = written
-    rows = from_html(paths.html)[0]
-    assert len(rows) == 1 + 1 + 20
-    effects = sections[0].effects
-    place = rows[0].index("Difference, points [95 %]")
-    for row, effect in zip(rows[2:], effects, strict=True):
-        told = [float(v.replace("−", "-")) for v in re.findall(r"[+−]?\d[\d.]*", row[place])]
-        found = effect.difference
-        exact = [100 * v for v in (found.estimate, found.low, found.high)]
-        digits = digits_for((exact[2] - exact[1]) / 2)
-        assert told == pytest.approx(exact, abs=0.5001 * 10**-digits)
-        assert row[1] == effect.arm.level
-
-
 def test_a_failed_level_is_in_the_table_and_its_run_among_the_failures(
     written: tuple[AblationPaths, list[Section]],
 ) -> None:
