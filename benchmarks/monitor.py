@@ -28,7 +28,6 @@ import torch
 from naive import BACKBONES, RATES
 from numpy.typing import NDArray
 
-from core.build import Built
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, Split, load_data
 from core.device import choose_device
@@ -38,6 +37,7 @@ from core.feed import Feed, Normalizer, eval_batches, view_spec
 from core.fit import build_for, fit
 from core.head_runs import HeadRuns
 from core.metrics import TrainingDiverged
+from core.models.builder import Built
 from core.prefix_cache import PrefixCache
 
 _STARTS = ("default", "probe")

@@ -240,7 +240,7 @@ def _told(values: list[float]) -> str:
 
 def replay(args: argparse.Namespace) -> None:
     """Print each arm's seconds to near the best, and how far it stays below."""
-    from core.build import stage_flops
+    from core.models.builder import stage_flops
 
     for file in args.tables:
         landscape = Landscape(file)

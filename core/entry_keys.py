@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.backbones import library_versions
-from core.build import Built
 from core.config import TrainConfig
 from core.data import ImageData, Split
-from core.weights import fingerprint
+from core.models.builder import Built
+from core.models.sources import library_versions
+from core.models.weights import fingerprint
 
 # Variables by which the mathematical libraries are told to compute differently.
 _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
@@ -67,8 +67,9 @@ def _text(part: object) -> str:
 def _source_digest() -> str:
     """Digest this package's source: whatever makes views or cuts networks is somewhere in it."""
     source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source.update(path.name.encode() + path.read_bytes())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        source.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return source.hexdigest()[:32]
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data import ImageData
 from core.device import SHARING_DEVICES, amp_dtype, deterministic, kernels_of
@@ -17,9 +16,10 @@ from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.evaluate import IntArray
 from core.feed import Feed, eval_batches
 from core.metrics import Shared
+from core.models.builder import Built
+from core.models.freeze_stages import freeze
 from core.prefix_cache import PrefixCache
 from core.split import crossing_bytes, split_network
-from core.stages import freeze
 from core.tally import Tally
 
 # What goes through the network at once. It is not the run's own batch size, so that runs of any

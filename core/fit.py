@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.backbones import library_versions
-from core.build import Built, build
 from core.checkpoint import Card, save_checkpoint, write_predictions
 from core.config import TrainConfig
 from core.data import ImageData
@@ -24,6 +22,8 @@ from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
 from core.head_runs import HeadRun, start_from_probe, trains_head_alone
 from core.metrics import EpochMetrics
+from core.models.builder import Built, build
+from core.models.sources import library_versions
 from core.network_run import NetworkRun
 from core.paused import Best, Epochs, PausedError, restore_paused, write_paused
 from core.prefix_cache import PrefixCache

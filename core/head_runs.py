@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data import ImageData
 from core.draws import batch_positions
@@ -15,6 +14,7 @@ from core.features import Features, frozen_part
 from core.feed import Feed
 from core.heads import Coordinates, Lane
 from core.metrics import Shared, TrainingDiverged
+from core.models.builder import Built
 from core.prefix_cache import PrefixCache
 from core.probe import probe_head
 

@@ -12,19 +12,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from core.build import Built
 from core.config import TrainConfig
 from core.data import ImageData
 from core.device import amp_dtype, synchronize
 from core.evaluate import Evaluation, evaluate
 from core.feed import Feed
 from core.metrics import Shared, TrainingDiverged
+from core.models.builder import Built
+from core.models.freeze_stages import freeze, train_mode
 from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 from core.prefix_cache import PrefixCache
 from core.run_state import read_state, write_state
 from core.sharing import Batch, Sharing
 from core.split import Halves, split_network
-from core.stages import freeze, train_mode
 
 # Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
 # and still stops a diverged run within a fraction of a second.

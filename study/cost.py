@@ -41,7 +41,7 @@ class CostModel:
         base: What every trial of the study has in common.
         n_train: Training pictures.
         n_val: Validation pictures.
-        stage_flops: Counts a backbone's arithmetic: `core.build.stage_flops`.
+        stage_flops: Counts a backbone's arithmetic: `core.models.builder.stage_flops`.
         device: Its kind: cpu, cuda or mps.
         is_shared: Whether trials share views and frozen layers' outputs.
         shares_heads: Whether those that train the head alone share its features; None for as the
@@ -163,8 +163,8 @@ def cost_model(base: TrainConfig, n_train: int, n_val: int, *, is_cached: bool) 
     Raises:
         ValueError: The device cannot be used.
     """
-    from core.build import stage_flops
     from core.device import SHARING_DEVICES, choose_device
+    from core.models.builder import stage_flops
     from core.sharing import can_share
 
     device = choose_device(base.device)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from core.build import Built
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.device import kernels_of
@@ -20,6 +19,7 @@ from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
 from core.fit import build_for
 from core.heads import Coordinates, Lane
+from core.models.builder import Built
 from core.prefix_cache import PrefixCache
 from support import make_folder
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from core.build import stage_flops
 from core.config import TrainConfig
+from core.models.builder import stage_flops
 from study.cost import CostModel
 
 FLOPS = (10e9, 20e9, 30e9, 40e9, 50e9, 1e9)

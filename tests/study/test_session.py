@@ -5,11 +5,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.build import Built, input_of
 from core.config import TrainConfig
 from core.data import ImageData
 from core.fit import build_for
-from core.weights import WeightsError
+from core.models.builder import Built, input_of
+from core.models.weights import WeightsError
 from study import session as session_module
 from study.config import ConfigError, StudyConfig, load_config
 from study.progress import QuietProgress
