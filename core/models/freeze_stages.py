@@ -158,7 +158,11 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
     trunk = {name: at for name, at in uses.items() if not name.startswith(heads)}
     end = min(at for name, at in uses.items() if name not in trunk)
     cost = [0, *itertools.accumulate(graph.flops)]
-    edges = [cut.position for cut in _choose_cuts(graph, _Weights(model, trunk), cost, end)]
+    sizes_at = [0] * len(graph.nodes)
+    for name, at in trunk.items():
+        sizes_at[at] += model.get_parameter(name).numel()
+    weights = list(itertools.accumulate(sizes_at))
+    edges = [cut.position for cut in _choose_cuts(graph, weights, cost, end)]
     limits = [-1, *edges, end - 1]
     stage_of = {
         name: sum(at > edge for edge in edges) if name in trunk else MAX_FREEZE_DEPTH
@@ -193,25 +197,14 @@ def _modules_before(ends: dict[str, int], model: nn.Module, limit: int) -> tuple
     )
 
 
-class _Weights:
-    """How many scalars of the trunk have been used up to a node."""
-
-    def __init__(self, model: nn.Module, uses: dict[str, int]) -> None:
-        self._uses = [(at, model.get_parameter(name).numel()) for name, at in uses.items()]
-        self.total = sum(size for _, size in self._uses)
-
-    def before(self, position: int) -> int:
-        return sum(size for at, size in self._uses if at <= position)
-
-
 def _choose_cuts(
-    graph: TracedGraph, weights: _Weights, cost: list[int], end: int
+    graph: TracedGraph, weights: list[int], cost: list[int], end: int
 ) -> list[CutPoint]:
     """Choose the cuts between the stages of the trunk.
 
     Args:
         graph: The network's graph.
-        weights: Of the trunk.
+        weights: Scalars of the trunk that are used up to each node.
         cost: FLOPs before each node, the total last.
         end: First node of the head.
 
@@ -261,24 +254,24 @@ def _resolution_cuts(graph: TracedGraph, cuts: list[CutPoint]) -> list[CutPoint]
     return picked
 
 
-def _distinct(cuts: Iterable[CutPoint], weights: _Weights) -> list[CutPoint]:
+def _distinct(cuts: Iterable[CutPoint], weights: list[int]) -> list[CutPoint]:
     """Keep cuts that freeze strictly more than the one before, and leave something to train."""
     kept, frozen = [], 0
     for cut in cuts:
-        size = weights.before(cut.position)
-        if frozen < size <= (1 - _LEAST_REST) * weights.total:
+        size = weights[cut.position]
+        if frozen < size <= (1 - _LEAST_REST) * weights[-1]:
             kept.append(cut)
             frozen = size
     return kept
 
 
-def _outermost(cuts: list[CutPoint], taken: list[CutPoint], weights: _Weights) -> list[CutPoint]:
+def _outermost(cuts: list[CutPoint], taken: list[CutPoint], weights: list[int]) -> list[CutPoint]:
     """Keep, of the cuts that freeze the same parameters, the one at the outermost border."""
-    frozen_by_taken = {weights.before(cut.position) for cut in taken}
+    frozen_by_taken = {weights[cut.position] for cut in taken}
     best: dict[int, CutPoint] = {}
     for cut in cuts:
-        size = weights.before(cut.position)
-        is_new = size not in frozen_by_taken and 0 < size < weights.total
+        size = weights[cut.position]
+        is_new = size not in frozen_by_taken and 0 < size < weights[-1]
         if is_new and (size not in best or cut.nesting <= best[size].nesting):
             best[size] = cut
     return list(best.values())

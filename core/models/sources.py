@@ -94,8 +94,7 @@ class _Torchvision:
     _WITHOUT_SIDE_HEADS = ("googlenet", "inception_v3")
 
     def names(self) -> Sequence[str]:
-        found: list[str] = zoo.list_models(module=zoo)
-        return found
+        return list(zoo.list_models(module=zoo))
 
     def has(self, name: str) -> bool:
         return name in self.names()
@@ -156,8 +155,7 @@ class _Timm:
     """Models of timm (PyTorch Image Models)."""
 
     def names(self) -> Sequence[str]:
-        found: list[str] = timm.list_models()
-        return found
+        return list(timm.list_models())
 
     def has(self, name: str) -> bool:
         return bool(timm.is_model(name))
