@@ -37,7 +37,7 @@ from core.feed import Feed, Normalizer, eval_batches, view_spec
 from core.fit import build_for, fit
 from core.head_runs import HeadRuns
 from core.metrics import TrainingDiverged
-from core.models.builder import Built
+from core.models.builder import Network
 from core.prefix_cache import PrefixCache
 
 _STARTS = ("default", "probe")
@@ -195,7 +195,7 @@ def thawed(base: TrainConfig, data: ImageData, n: int, backbones: list[str]) -> 
                 yield Epoch(base.seed, k, True, is_last, val, test.acc)
 
 
-def evaluated(built: Built, config: TrainConfig, split: Split | None) -> Evaluation:
+def evaluated(built: Network, config: TrainConfig, split: Split | None) -> Evaluation:
     """Evaluate a network as `fit` does."""
     assert split is not None, "the data have a test split"
     device = choose_device("cpu")

@@ -23,7 +23,7 @@ from core.feed import Feed
 from core.fit import build_for, check_batch, check_small_size, make_card
 from core.head_runs import HeadRuns, check_finite, n_trained, trains_head_alone, with_head
 from core.metrics import EpochMetrics, TrainingDiverged
-from core.models.builder import Built
+from core.models.builder import Network
 from core.prefix_cache import PrefixCache
 
 # What may differ between runs that look at the same features.
@@ -107,7 +107,7 @@ class Cohort:
         self._data = data
         self._cache = cache
         self._device = choose_device(configs[0].device)
-        self._built: dict[str, Built] = {}
+        self._built: dict[str, Network] = {}
         self._gone: set[int] = set()
 
     def epochs(self) -> Iterator[None]:

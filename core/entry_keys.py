@@ -21,7 +21,7 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.data import ImageData, Split
-from core.models.builder import Built
+from core.models.builder import Network
 from core.models.sources import library_versions
 from core.models.weights import fingerprint
 
@@ -118,7 +118,7 @@ def pictures_key(data: ImageData, split: Split) -> Hashable:
     return (data.fingerprint, found.hexdigest())
 
 
-def prefix_key(config: TrainConfig, built: Built, depth: int | None = None) -> Hashable:
+def prefix_key(config: TrainConfig, built: Network, depth: int | None = None) -> Hashable:
     """Name what a network's frozen layers make of views.
 
     Args:
@@ -148,7 +148,7 @@ Hashing takes 12 ms for 14 MB (measured), which would be a third of a warm head-
 """
 
 
-def _origin(config: TrainConfig, built: Built) -> Hashable:
+def _origin(config: TrainConfig, built: Network) -> Hashable:
     """Name where a network's values come from; None where only they themselves tell."""
     if built.weights == "none":
         head = built.model.get_parameter(f"{built.head[0]}.weight")
@@ -156,7 +156,7 @@ def _origin(config: TrainConfig, built: Built) -> Hashable:
     return fingerprint(config.backbone, built.weights)
 
 
-def _frozen_digest(built: Built, depth: int, known: dict[str, str]) -> str:
+def _frozen_digest(built: Network, depth: int, known: dict[str, str]) -> str:
     """Return the SHA-256 of all tensors that a freeze level keeps as they are."""
     found = hashlib.sha256()
     for name, tensor in sorted(_frozen_tensors(built, depth), key=lambda pair: pair[0]):
@@ -173,7 +173,7 @@ def _tensor_digest(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def _frozen_tensors(built: Built, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _frozen_tensors(built: Network, depth: int) -> Iterator[tuple[str, Tensor]]:
     stages = built.stages
     modules = tuple(f"{name}." for name in stages.eval_modules[depth])
     for name, parameter in built.model.named_parameters():

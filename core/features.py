@@ -16,7 +16,7 @@ from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.evaluate import IntArray
 from core.feed import Feed, eval_batches
 from core.metrics import Shared
-from core.models.builder import Built
+from core.models.builder import Network
 from core.models.freeze_stages import freeze
 from core.prefix_cache import PrefixCache
 from core.split import crossing_bytes, split_network
@@ -57,7 +57,7 @@ class Features:
     def __init__(
         self,
         config: TrainConfig,
-        built: Built,
+        built: Network,
         data: ImageData,
         feed: Feed,
         prefix: nn.Module,
@@ -165,7 +165,7 @@ class Features:
         return spent
 
 
-def frozen_part(built: Built, config: TrainConfig, device: torch.device) -> nn.Module | None:
+def frozen_part(built: Network, config: TrainConfig, device: torch.device) -> nn.Module | None:
     """Return all of a network but its head, if the head is one linear layer behind a flat tensor.
 
     Args:

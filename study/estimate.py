@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data import ImageData
 from core.device import amp_dtype, choose_device, synchronize
-from core.models.builder import Built, build
+from core.models.builder import Network, build
 from core.models.freeze_stages import freeze, train_mode
 from study.config import StudyConfig
 from study.session import corner_configs
@@ -161,7 +161,7 @@ def _size(train: TrainConfig) -> int:
 def _seconds(
     train: TrainConfig,
     model: nn.Module,
-    built: Built,
+    built: Network,
     images: Tensor,
     depth: int,
     device: torch.device,

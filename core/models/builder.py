@@ -18,7 +18,7 @@ _SOURCE_CLASSES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class Network:
     """A network ready for training.
 
     Attributes:
@@ -77,7 +77,7 @@ def build(
     normalize: str = "weights",
     head_init: HeadInit = "default",
     channels_last: bool = False,
-) -> Built:
+) -> Network:
     """Build a network, load its weights, and give it a new head.
 
     Args:
@@ -110,7 +110,7 @@ def build(
     )
     init_head(network, head_init, seed, classes=classes, source=source_head)
     stages = _stages(backbone, size, is_pretrained)
-    return Built(network.model, network.head, preprocessing, stages, weights)
+    return Network(network.model, network.head, preprocessing, stages, weights)
 
 
 @functools.lru_cache(maxsize=2)  # a ViT-L takes 1.2 GB

@@ -8,7 +8,7 @@ import pytest
 from core.config import TrainConfig
 from core.data import ImageData
 from core.fit import build_for
-from core.models.builder import Built, input_of
+from core.models.builder import Network, input_of
 from core.models.weights import WeightsError
 from study import session as session_module
 from study.config import ConfigError, StudyConfig, load_config
@@ -204,7 +204,7 @@ def test_every_different_network_is_tried_once(
 ) -> None:
     built = []
 
-    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Built:
+    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Network:
         built.append((config.backbone, config.weights, config.image_size, config.normalize))
         return build_for(config, classes)
 

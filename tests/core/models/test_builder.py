@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from core.models.builder import Built, build, count_parameters, init_head, matching_rows
+from core.models.builder import Network, build, count_parameters, init_head, matching_rows
 from core.models.sources import BackboneError, Classifier, State, create, imagenet_classes
 
 
@@ -12,7 +12,7 @@ def _classifier() -> Classifier:
     return create("resnet18", 64, 2, is_pretrained=False)
 
 
-def _build(weights: object = "none", **more: object) -> Built:
+def _build(weights: object = "none", **more: object) -> Network:
     settings = {"classes": ("a", "b"), "seed": 0, "image_size": 64, **more}
     return build("mobilenet_v3_small", str(weights), **settings)  # type: ignore[arg-type]
 
