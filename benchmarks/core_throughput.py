@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core.backbones import preprocessing
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.device import amp_dtype, choose_device, describe_device, synchronize
 from core.fit import build_for, fit
+from core.models.builder import input_of
+from core.models.freeze_stages import freeze, train_mode
 from core.optim import make_optimizer, parameter_groups
-from core.stages import freeze, train_mode
 
 
 def make_pictures(folder: Path, n: int, side: int) -> None:
@@ -118,7 +118,7 @@ def main() -> None:
         source = DataConfig(
             source=f"folder:{folder}/pictures", cache_dir=f"{folder}/cache", store_size=None
         )
-        bound = round(1.25 * preprocessing(args.backbone).resize_size)
+        bound = round(1.25 * input_of(args.backbone, "auto", None).resize_size)
         data = load_data(source, bound)
         pairs = measure(args, data)
     device = describe_device(choose_device(args.device))

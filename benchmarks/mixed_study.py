@@ -24,15 +24,15 @@ import torch
 from heads import told
 from naive import CROP_SCALE, Settings, Task, read_task, train
 
-from core.build import build
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.feed import Feed, eval_batches
 from core.fit import build_for, fit
+from core.models.builder import build
+from core.models.freeze_stages import freeze, train_mode
 from core.optim import make_optimizer, parameter_groups
 from core.prefix_cache import PrefixCache
 from core.split import split_network
-from core.stages import freeze, train_mode
 
 CPU = torch.device("cpu")
 DEPTHS = range(6)

@@ -114,9 +114,9 @@ def prepare(
     """Write down Frostline's splits, freeze levels and weights, for sides that do without it."""
     import torch
 
-    from core.build import build
     from core.config import DataConfig
     from core.data.splits import load_data
+    from core.models.builder import build
 
     out.mkdir(parents=True, exist_ok=True)
     chosen = DataConfig(

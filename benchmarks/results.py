@@ -27,8 +27,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.transforms import InterpolationMode, v2
 
-from core.build import build
 from core.device import choose_device
+from core.models.builder import build
 from study.config import StudyConfig, load_config
 from study.progress import QuietProgress
 from study.search import run_search

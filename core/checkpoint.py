@@ -11,11 +11,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from core.backbones import create, library_versions
 from core.config import Preprocessing, TrainConfig
 from core.evaluate import Evaluation
 from core.metrics import EpochMetrics
-from core.weights import WeightsError, load
+from core.models.sources import create, library_versions
+from core.models.weights import WeightsError, load
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "card.json"

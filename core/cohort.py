@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from core.build import Built
 from core.checkpoint import save_checkpoint, write_predictions
 from core.config import TrainConfig
 from core.data.splits import ImageData
@@ -24,6 +23,7 @@ from core.feed import Feed
 from core.fit import build_for, check_batch, check_small_size, make_card
 from core.head_runs import HeadRuns, check_finite, n_trained, trains_head_alone, with_head
 from core.metrics import EpochMetrics, TrainingDiverged
+from core.models.builder import Network
 from core.prefix_cache import PrefixCache
 
 # What may differ between runs that look at the same features.
@@ -107,7 +107,7 @@ class Cohort:
         self._data = data
         self._cache = cache
         self._device = choose_device(configs[0].device)
-        self._built: dict[str, Built] = {}
+        self._built: dict[str, Network] = {}
         self._gone: set[int] = set()
 
     def epochs(self) -> Iterator[None]:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.backbones import library_versions
-from core.build import Built
 from core.config import TrainConfig
 from core.data.splits import ImageData, Split
-from core.weights import fingerprint
+from core.models.builder import Network
+from core.models.sources import library_versions
+from core.models.weights import fingerprint
 
 # Variables by which the mathematical libraries are told to compute differently.
 _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
@@ -67,8 +67,9 @@ def _text(part: object) -> str:
 def _source_digest() -> str:
     """Digest this package's source: whatever makes views or cuts networks is somewhere in it."""
     source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        source.update(path.name.encode() + path.read_bytes())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        source.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return source.hexdigest()[:32]
 
 
@@ -117,7 +118,7 @@ def pictures_key(data: ImageData, split: Split) -> Hashable:
     return (data.fingerprint, found.hexdigest())
 
 
-def prefix_key(config: TrainConfig, built: Built, depth: int | None = None) -> Hashable:
+def prefix_key(config: TrainConfig, built: Network, depth: int | None = None) -> Hashable:
     """Name what a network's frozen layers make of views.
 
     Args:
@@ -147,7 +148,7 @@ Hashing takes 12 ms for 14 MB (measured), which would be a third of a warm head-
 """
 
 
-def _origin(config: TrainConfig, built: Built) -> Hashable:
+def _origin(config: TrainConfig, built: Network) -> Hashable:
     """Name where a network's values come from; None where only they themselves tell."""
     if built.weights == "none":
         head = built.model.get_parameter(f"{built.head[0]}.weight")
@@ -155,7 +156,7 @@ def _origin(config: TrainConfig, built: Built) -> Hashable:
     return fingerprint(config.backbone, built.weights)
 
 
-def _frozen_digest(built: Built, depth: int, known: dict[str, str]) -> str:
+def _frozen_digest(built: Network, depth: int, known: dict[str, str]) -> str:
     """Return the SHA-256 of all tensors that a freeze level keeps as they are."""
     found = hashlib.sha256()
     for name, tensor in sorted(_frozen_tensors(built, depth), key=lambda pair: pair[0]):
@@ -172,7 +173,7 @@ def _tensor_digest(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def _frozen_tensors(built: Built, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _frozen_tensors(built: Network, depth: int) -> Iterator[tuple[str, Tensor]]:
     stages = built.stages
     modules = tuple(f"{name}." for name in stages.eval_modules[depth])
     for name, parameter in built.model.named_parameters():

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.draws import batch_positions, epoch_order
 from core.data.splits import ImageData
@@ -17,9 +16,10 @@ from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.evaluate import IntArray
 from core.feed import Feed, eval_batches
 from core.metrics import Shared
+from core.models.builder import Network
+from core.models.freeze_stages import freeze
 from core.prefix_cache import PrefixCache
 from core.split import crossing_bytes, split_network
-from core.stages import freeze
 from core.tally import Tally
 
 # What goes through the network at once. It is not the run's own batch size, so that runs of any
@@ -57,7 +57,7 @@ class Features:
     def __init__(
         self,
         config: TrainConfig,
-        built: Built,
+        built: Network,
         data: ImageData,
         feed: Feed,
         prefix: nn.Module,
@@ -165,7 +165,7 @@ class Features:
         return spent
 
 
-def frozen_part(built: Built, config: TrainConfig, device: torch.device) -> nn.Module | None:
+def frozen_part(built: Network, config: TrainConfig, device: torch.device) -> nn.Module | None:
     """Return all of a network but its head, if the head is one linear layer behind a flat tensor.
 
     Args:

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.backbones import library_versions
-from core.build import Built, build
 from core.checkpoint import Card, save_checkpoint, write_predictions
 from core.config import TrainConfig
 from core.data.splits import ImageData
@@ -24,6 +22,8 @@ from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
 from core.head_runs import HeadRun, start_from_probe, trains_head_alone
 from core.metrics import EpochMetrics
+from core.models.builder import Network, build
+from core.models.sources import library_versions
 from core.network_run import NetworkRun
 from core.paused import Best, Epochs, PausedError, restore_paused, write_paused
 from core.prefix_cache import PrefixCache
@@ -113,7 +113,7 @@ def fit(
 @contextlib.contextmanager
 def _started(
     config: TrainConfig,
-    built: Built,
+    built: Network,
     data: ImageData,
     device: torch.device,
     cache: PrefixCache | None,
@@ -137,7 +137,7 @@ def _started(
         yield run, feed
 
 
-def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
+def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Network:
     """Build the network that a configuration names, for these classes."""
     return build(
         config.backbone,
@@ -151,7 +151,7 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Built:
     )
 
 
-def check_small_size(config: TrainConfig, built: Built) -> None:
+def check_small_size(config: TrainConfig, built: Network) -> None:
     """Refuse a size of the first epochs' views that the network cannot take.
 
     Raises:
@@ -200,7 +200,7 @@ def _mixed(seed: int, *rest: int) -> int:
     return int(np.random.SeedSequence((seed, _TAG_DROPOUT, *rest)).generate_state(1, np.uint64)[0])
 
 
-def make_card(config: TrainConfig, built: Built, data: ImageData, metrics: EpochMetrics) -> Card:
+def make_card(config: TrainConfig, built: Network, data: ImageData, metrics: EpochMetrics) -> Card:
     """Return what a checkpoint of this run's epoch says of itself."""
     return Card(
         backbone=config.backbone,

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.build import Built
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.draws import batch_positions
 from core.data.splits import ImageData
@@ -15,6 +14,7 @@ from core.features import Features, frozen_part
 from core.feed import Feed
 from core.heads import Coordinates, Lane
 from core.metrics import Shared, TrainingDiverged
+from core.models.builder import Network
 from core.prefix_cache import PrefixCache
 from core.probe import probe_head
 
@@ -40,7 +40,7 @@ class HeadRuns:
     def __init__(
         self,
         configs: Sequence[TrainConfig],
-        built: Sequence[Built],
+        built: Sequence[Network],
         data: ImageData,
         features: Features,
     ) -> None:
@@ -158,7 +158,7 @@ def trains_head_alone(config: TrainConfig) -> bool:
 
 
 def check_probe(
-    config: TrainConfig, built: Built, device: torch.device | str = "cpu"
+    config: TrainConfig, built: Network, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """Return all of a network but its head, where a probe can be its head.
 
@@ -176,7 +176,7 @@ def check_probe(
 
 
 def start_from_probe(
-    config: TrainConfig, built: Built, data: ImageData, feed: Feed, cache: PrefixCache | None
+    config: TrainConfig, built: Network, data: ImageData, feed: Feed, cache: PrefixCache | None
 ) -> None:
     """Set a network's head to the linear probe of its frozen features.
 
@@ -192,7 +192,7 @@ def start_from_probe(
         layer.bias.copy_(bias)
 
 
-def head_tensors(built: Built, device: torch.device) -> tuple[Tensor, Tensor]:
+def head_tensors(built: Network, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return a network's linear head: weight, (K, F), and bias, (K,)."""
     layer = built.model.get_submodule(built.head[0])
     assert isinstance(layer, nn.Linear)
@@ -223,7 +223,7 @@ class HeadRun:
     """
 
     def __init__(
-        self, config: TrainConfig, built: Built, data: ImageData, features: Features
+        self, config: TrainConfig, built: Network, data: ImageData, features: Features
     ) -> None:
         self.micro_batch_size = config.batch_size
         self.lr_factor = 0.0
@@ -266,7 +266,7 @@ class HeadRun:
         self._runs.restore(state)
 
 
-def with_head(built: Built, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+def with_head(built: Network, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     """Return a network's weights, on the CPU, with another head."""
     state = {name: tensor.detach().cpu() for name, tensor in built.model.state_dict().items()}
     name = built.head[0]

@@ -12,19 +12,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from core.build import Built
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import amp_dtype, synchronize
 from core.evaluate import Evaluation, evaluate
 from core.feed import Feed
 from core.metrics import Shared, TrainingDiverged
+from core.models.builder import Network
+from core.models.freeze_stages import freeze, train_mode
 from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 from core.prefix_cache import PrefixCache
 from core.run_state import read_state, write_state
 from core.sharing import Batch, Sharing
 from core.split import Halves, split_network
-from core.stages import freeze, train_mode
 
 # Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
 # and still stops a diverged run within a fraction of a second.
@@ -47,7 +47,7 @@ class NetworkRun:
         micro_batch_size: Pictures per pass; less than asked for once memory ran out.
     """
 
-    def __init__(self, config: TrainConfig, built: Built, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, built: Network, device: torch.device) -> None:
         self.config = config
         self.device = device
         self.stages = built.stages
@@ -73,7 +73,7 @@ class NetworkRun:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def share(self, cache: PrefixCache, built: Built, data: ImageData, feed: Feed) -> None:
+    def share(self, cache: PrefixCache, built: Network, data: ImageData, feed: Feed) -> None:
         """Take part in shared work: cut the network where its frozen part ends."""
         if self.config.freeze_depth:
             self.halves = split_network(

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from core.models.freeze_stages import Stages
 from core.split import Half, _compile, _Cut, _is_of_any
-from core.stages import Stages
 
 
 def middle(network: nn.Module, prefix: Half, stages: Stages, low: int, high: int) -> Half | None:

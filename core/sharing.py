@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.build import Built
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import amp_dtype
 from core.entry_keys import ContentKey, pictures_key, prefix_key
 from core.feed import Feed, eval_batches
 from core.metrics import Shared
+from core.models.builder import Network
 from core.prefix_cache import PrefixCache
 from core.segments import middle
 from core.split import Crossing, Half, Halves
@@ -84,7 +84,7 @@ class Sharing:
         self,
         cache: PrefixCache,
         config: TrainConfig,
-        built: Built,
+        built: Network,
         data: ImageData,
         feed: Feed,
         halves: Halves | None,

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from core.config import MAX_FREEZE_DEPTH
-from core.stages import Stages, train_mode
-from core.traced import trace_nodes
+from core.models.freeze_stages import Stages, train_mode
+from core.models.fx_graph import trace_nodes
 
 Crossing = tuple[Any, ...]
 """What crosses the cut: the one tensor alive there, (N, ...), and numbers taken from shapes."""

@@ -207,14 +207,14 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _backbones(args: argparse.Namespace) -> int:
-    from core.backbones import backbone_names, check_backbone
+    from core.models.sources import backbone_names, find_source
 
     names = backbone_names()
     if args.name in names:
         return _levels(args)
     found = [name for name in names if args.name is None or args.name in name]
     if not found:
-        check_backbone(args.name)
+        find_source(args.name)
     if args.json:
         _print_json(found)
     else:
@@ -223,8 +223,8 @@ def _backbones(args: argparse.Namespace) -> int:
 
 
 def _levels(args: argparse.Namespace) -> int:
-    from core.build import stages_of
-    from core.levels import describe_levels
+    from core.models.builder import stages_of
+    from core.models.freeze_stages import describe_levels
     from study.show import levels_table
 
     levels = describe_levels(*stages_of(args.name))

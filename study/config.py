@@ -362,13 +362,13 @@ def check_backbones(config: StudyConfig) -> None:
     Raises:
         ConfigError: Unknown names; every one is told with its nearest.
     """
-    from core.backbones import BackboneError, check_backbone
+    from core.models.sources import BackboneError, find_source
 
     section = "space" if "backbone" in config.space else "train"
     faults = []
     for name in config.backbones:
         try:
-            check_backbone(name)
+            find_source(name)
         except BackboneError as err:
             faults.append(f"{section}.backbone: {err}")
     if faults:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.build import Built, build
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
-from core.stages import freeze, train_mode
+from core.models.builder import Network, build
+from core.models.freeze_stages import freeze, train_mode
 from study.config import StudyConfig
 from study.session import corner_configs
 from study.space import Choices, Dimension
@@ -149,7 +149,7 @@ def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> Backbo
 
 
 def _size(train: TrainConfig) -> int:
-    from core.build import input_of
+    from core.models.builder import input_of
 
     return input_of(train.backbone, train.weights, train.image_size).image_size
 
@@ -157,7 +157,7 @@ def _size(train: TrainConfig) -> int:
 def _seconds(
     train: TrainConfig,
     model: nn.Module,
-    built: Built,
+    built: Network,
     images: Tensor,
     depth: int,
     device: torch.device,

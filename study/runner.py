@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core.build import count_parameters
 from core.checkpoint import PREDICTIONS_FILE
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
+from core.models.builder import count_parameters
 from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
 from study.store import PictureRow, Store, config_hash

@@ -13,14 +13,14 @@ from typing import Any
 import platformdirs
 import psutil
 
-from core.backbones import library_versions
-from core.build import input_of
 from core.config import TrainConfig
 from core.data.splits import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.disk_entries import DiskEntries
 from core.fit import build_for
 from core.head_runs import check_probe
+from core.models.builder import input_of
+from core.models.sources import library_versions
 from core.prefix_cache import PrefixCache
 from study.config import ConfigError, StudyConfig, config_diff
 from study.ledger import Ledger

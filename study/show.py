@@ -26,7 +26,7 @@ from study.words import (
 )
 
 if TYPE_CHECKING:
-    from core.levels import Level
+    from core.models.freeze_stages import Level
     from study.estimate import Estimate
     from study.rows import StudyRow, StudySummary, TestRow, TrialRow
 

@@ -55,8 +55,9 @@ def imports(path: Path, *, at_top_only: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
-            # `from core import weights` names a file too.
-            yield from [f"{module}.{a.name}" for a in node.names] if module in OURS else [module]
+            # `from core.models import weights` names a file too.
+            is_folder = (ROOT / module.replace(".", "/")).is_dir() and room(module) in OURS
+            yield from [f"{module}.{a.name}" for a in node.names] if is_folder else [module]
         elif not (at_top_only and isinstance(node, ast.FunctionDef)):
             nodes.extend(ast.iter_child_nodes(node))  # type: ignore[arg-type]
 

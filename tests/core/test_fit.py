@@ -7,14 +7,14 @@ import safetensors.torch
 import torch
 
 from core import network_run
-from core.backbones import create
 from core.checkpoint import load_checkpoint, read_card
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.feed import Feed, view_spec
 from core.fit import build_for, fit
 from core.metrics import EpochMetrics, TrainingDiverged
-from core.weights import WeightsError
+from core.models.sources import create
+from core.models.weights import WeightsError
 from support import make_folder
 
 TINY = TrainConfig(

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.build import build
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
+from core.models.builder import build
+from core.models.freeze_stages import freeze
 from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
-from core.stages import freeze
 
 
 def _groups(depth: int, **settings: object) -> tuple[list[dict[str, object]], torch.nn.Module]:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.build import count_parameters
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.metrics import MEASURED
+from core.models.builder import count_parameters
 from core.paused import pause, paused_after
 from core.prefix_cache import PrefixCache
 from support import make_folder

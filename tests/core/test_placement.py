@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from core.build import Built
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.device import kernels_of
@@ -20,6 +19,7 @@ from core.features import Features, feature_config, frozen_part
 from core.feed import Feed
 from core.fit import build_for
 from core.heads import Coordinates, Lane
+from core.models.builder import Network
 from core.prefix_cache import PrefixCache
 from support import make_folder
 
@@ -64,7 +64,7 @@ def data(tmp_path: Path) -> ImageData:
 
 
 @pytest.fixture
-def network(data: ImageData) -> tuple[Built, nn.Module]:
+def network(data: ImageData) -> tuple[Network, nn.Module]:
     """A network, and all of it but its head."""
     built = build_for(FROZEN, data.classes)
     prefix = frozen_part(built, FROZEN, CPU)
@@ -73,7 +73,7 @@ def network(data: ImageData) -> tuple[Built, nn.Module]:
 
 
 def test_features_are_kept_by_the_host_and_used_on_the_device(
-    data: ImageData, network: tuple[Built, nn.Module]
+    data: ImageData, network: tuple[Network, nn.Module]
 ) -> None:
     built, prefix = network
     cache = PrefixCache(1 << 30)
@@ -95,7 +95,7 @@ def test_features_are_kept_by_the_host_and_used_on_the_device(
 
 
 def test_features_are_known_by_what_computes_them(
-    data: ImageData, network: tuple[Built, nn.Module], monkeypatch: pytest.MonkeyPatch
+    data: ImageData, network: tuple[Network, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built, prefix = network
     keys = set()

@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.build import build
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.disk_entries import DiskEntries
@@ -21,11 +20,12 @@ from core.disk_rates import Rates
 from core.entry_keys import prefix_key
 from core.fit import fit
 from core.metrics import MEASURED, EpochMetrics
+from core.models.builder import build
+from core.models.freeze_stages import freeze, train_mode
 from core.prefix_cache import PrefixCache
 from core.segments import middle
 from core.sharing import can_share
 from core.split import Halves, split_network
-from core.stages import freeze, train_mode
 from support import make_folder, step_losses
 
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.build import Built, input_of
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import build_for
-from core.weights import WeightsError
+from core.models.builder import Network, input_of
+from core.models.weights import WeightsError
 from study import session as session_module
 from study.config import ConfigError, StudyConfig, load_config
 from study.progress import QuietProgress
@@ -192,7 +192,7 @@ def test_every_different_network_is_tried_once(
 ) -> None:
     built = []
 
-    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Built:
+    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Network:
         built.append((config.backbone, config.weights, config.image_size, config.normalize))
         return build_for(config, classes)
 

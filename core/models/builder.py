@@ -1,0 +1,242 @@
+"""From a backbone's name to a network with a new head, ready to be fine-tuned."""
+
+import copy
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from core.allocator import keep_freed_memory
+from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing
+from core.models import weights as weights_
+from core.models.freeze_stages import Stages, find_stages
+from core.models.sources import Classifier, State, create, find_source, imagenet_classes
+
+_SOURCE_CLASSES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network ready for training.
+
+    Attributes:
+        model: The network, on the CPU, its original parameter names kept.
+        head: Names of the head's layers.
+        preprocessing: How images become its input.
+        stages: Its freeze levels.
+        weights: Where its weights came from, resolved (`packaged`, `imagenet`, a path, `none`).
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+    preprocessing: Preprocessing
+    stages: Stages
+    weights: str
+
+
+def input_of(
+    backbone: str, weights: str, image_size: int | None, normalize: str = "weights"
+) -> Preprocessing:
+    """Return a run's preprocessing without building the network.
+
+    Args:
+        backbone: torchvision name or `timm:NAME`.
+        weights: Source of the weights, as in `TrainConfig.weights`.
+        image_size: Side of the input, pixels; the resize follows in proportion. None for the
+            weights' own.
+        normalize: `weights` or `none`.
+
+    Raises:
+        BackboneError: Unknown backbone or weights tag.
+    """
+    source, name = find_source(backbone)
+    weights = weights_.resolve(backbone, weights)
+    found = source.preprocessing(name, weights_.imagenet_tag(weights) or "DEFAULT")
+    package = weights_.PACKAGES.get(backbone)
+    if package is not None and weights == "packaged":
+        found = replace(
+            found, mean=package.mean, std=package.std, interpolation=package.interpolation
+        )
+    if normalize == "none":
+        found = replace(found, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    if image_size is None or image_size == found.image_size:
+        return found
+    resize = round(image_size * found.resize_size / found.image_size)
+    return replace(found, image_size=image_size, resize_size=resize)
+
+
+def build(
+    backbone: str,
+    weights: str,
+    classes: tuple[str, ...],
+    *,
+    seed: int,
+    image_size: int | None = None,
+    normalize: str = "weights",
+    head_init: HeadInit = "default",
+    channels_last: bool = False,
+) -> Network:
+    """Build a network, load its weights, and give it a new head.
+
+    Args:
+        backbone: torchvision name or `timm:NAME`.
+        weights: Source of the weights, as in `TrainConfig.weights`.
+        classes: Target classes.
+        seed: Seed of the head, and of the whole network when it starts from scratch.
+        image_size: Side of the input, pixels; None for the weights' own.
+        normalize: `weights` or `none`.
+        head_init: How the head starts.
+        channels_last: Lay its weights out channels last; the values are the same.
+
+    Raises:
+        BackboneError: Unknown backbone, or it cannot take that input size.
+        WeightsError: Weights are missing or do not fit.
+        StagesError: It cannot be divided into freeze levels.
+    """
+    keep_freed_memory()  # a process that builds a network is about to compute with it
+    preprocessing = input_of(backbone, weights, image_size, normalize)
+    size = preprocessing.image_size
+    weights = weights_.resolve(backbone, weights)
+    is_pretrained = weights != "none"
+    file = weights_.fingerprint(backbone, weights) if is_pretrained else None
+    prototype, source_head = _prototype(
+        backbone, weights, size, len(classes), None if is_pretrained else seed, file
+    )
+    network = copy.deepcopy(prototype)
+    network.model.to(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    init_head(network, head_init, seed, classes=classes, source=source_head)
+    stages = _stages(backbone, size, is_pretrained)
+    return Network(network.model, network.head, preprocessing, stages, weights)
+
+
+@functools.lru_cache(maxsize=2)  # a ViT-L takes 1.2 GB
+def _prototype(
+    backbone: str,
+    weights: str,
+    image_size: int,
+    n_classes: int,
+    seed: int | None,
+    file: Hashable,
+) -> tuple[Classifier, State]:
+    """Build a network to take copies from, its weights loaded; not to be written into.
+
+    Args:
+        backbone: torchvision name or `timm:NAME`.
+        weights: Source of the weights, resolved.
+        image_size: Side of the input, pixels.
+        n_classes: Outputs.
+        seed: Of a network from scratch; None where weights are read, which leave nothing to it.
+        file: Fingerprint of the weights' file: one that was replaced is read again.
+
+    Returns:
+        The network, and its source's head by the tensors' names (empty where it has none).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        network = create(backbone, image_size, n_classes, is_pretrained=weights != "none")
+    if weights == "none":
+        return network, {}
+    state = weights_.read_state(backbone, weights, image_size)
+    state = weights_.match_names(network, state, weights)
+    heads = tuple(f"{name}." for name in network.head)
+    own_head = {k: v for k, v in network.model.state_dict().items() if k.startswith(heads)}
+    weights_.load(network.model, {**state, **own_head})
+    return network, {k: v for k, v in state.items() if k.startswith(heads)}
+
+
+def init_head(
+    network: Classifier,
+    how: HeadInit,
+    seed: int,
+    *,
+    classes: tuple[str, ...] = (),
+    source: State | None = None,
+) -> None:
+    """Initialise the head's layers in place, from the seed alone.
+
+    Args:
+        network: Network whose head has one row per target class.
+        how: Initialisation; `source-classes` starts as `default` and then copies the rows of
+            source classes of the same names.
+        seed: Seed of the random rows; the global generator is left as it was.
+        classes: Target classes, in order.
+        source: The source classifier's tensors by their full names, if there is one.
+    """
+    layers = {name: network.model.get_submodule(name) for name in network.head}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in layers.values():
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))
+            layer.reset_parameters()
+            if how == "xavier":
+                nn.init.xavier_uniform_(layer.weight)
+            elif how == "zero":
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
+    if how != "source-classes" or not source:
+        return
+    rows = matching_rows(classes, imagenet_classes())
+    for name, layer in layers.items():
+        for key, parameter in layer.named_parameters():
+            origin = source.get(f"{name}.{key}")
+            if origin is not None and len(origin) == len(imagenet_classes()):
+                with torch.no_grad():
+                    parameter[list(rows)] = origin[list(rows.values())].to(parameter.dtype)
+
+
+def matching_rows(classes: tuple[str, ...], source: tuple[str, ...]) -> dict[int, int]:
+    """Map target classes to the first source classes of the same name.
+
+    Case, spaces, hyphens and underscores do not count: `Hot_Dog` is `hotdog`.
+    """
+    known = {_plain(name): i for i, name in reversed(list(enumerate(source)))}
+    found = {i: known.get(_plain(name)) for i, name in enumerate(classes)}
+    return {target: origin for target, origin in found.items() if origin is not None}
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
+
+
+@functools.lru_cache(maxsize=64)
+def _stages(backbone: str, image_size: int, is_pretrained: bool) -> Stages:
+    """Trace a backbone once; stages hold names only, so any weights share them."""
+    with torch.random.fork_rng(devices=[]):
+        network = create(backbone, image_size, _SOURCE_CLASSES, is_pretrained=is_pretrained)
+    return find_stages(network.model, network.head, image_size)
+
+
+def _stages_of_run(backbone: str, weights: str, image_size: int | None) -> Stages:
+    side = input_of(backbone, weights, image_size).image_size
+    return _stages(backbone, side, weights_.resolve(backbone, weights) != "none")
+
+
+def count_parameters(
+    backbone: str, weights: str, image_size: int | None, depth: int, n_classes: int
+) -> tuple[int, int]:
+    """Return how many scalars a freeze level trains, and how many the network has."""
+    sizes = list(_stages_of_run(backbone, weights, image_size).sizes)
+    # The stages were measured with the source's classes; a head's size goes with its classes.
+    sizes[MAX_FREEZE_DEPTH] = sizes[MAX_FREEZE_DEPTH] * n_classes // _SOURCE_CLASSES
+    return sum(sizes[depth : MAX_FREEZE_DEPTH + 1]), sum(sizes)
+
+
+def stage_flops(backbone: str, weights: str, image_size: int | None) -> tuple[int, ...]:
+    """Return the forward FLOPs per image in each stage, the head's (1,000 classes) last."""
+    return _stages_of_run(backbone, weights, image_size).flops
+
+
+def stages_of(backbone: str, image_size: int | None = None) -> tuple[nn.Module, Stages]:
+    """Return a randomly initialised backbone with its stages, for showing them.
+
+    Raises:
+        BackboneError: Unknown backbone.
+        StagesError: It cannot be divided into freeze levels.
+    """
+    side = input_of(backbone, "auto", image_size).image_size
+    network = create(backbone, side, _SOURCE_CLASSES, is_pretrained=False)
+    return network.model, _stages(backbone, side, False)

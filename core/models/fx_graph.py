@@ -1,0 +1,170 @@
+"""A network's graph as torch.fx follows it: what each node costs, and where it can be cut."""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import NodePathTracer
+
+# Three, since hardly any network has a dimension of three behind its first layer: a tensor whose
+# first dimension is not three (windows of a Swin block, say) no longer holds one row per image.
+_PROBE_BATCH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CutPoint:
+    """A place between two nodes where one tensor is alive.
+
+    Attributes:
+        position: Index of the last node before the cut.
+        spatial: Positions per image of the tensor: height times width, or tokens.
+        numel: Elements of the tensor.
+        nesting: Modules that hold both neighbours; small at the border of a large block.
+    """
+
+    position: int
+    spatial: int
+    numel: int
+    nesting: int
+
+
+class _Measure(fx.Interpreter):
+    """Runs the graph once and notes each node's FLOPs, and its tensor's shape and bytes."""
+
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(module)
+        self.counter = counter
+        self.flops: list[int] = []
+        self.shapes: list[Any] = []
+        self.bytes: list[int] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        value = super().run_node(n)
+        self.flops.append((self.counter.get_total_flops() - before) // _PROBE_BATCH)
+        values = value if isinstance(value, (tuple, list)) else [value]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        shape: Any = ... if tensors else None
+        if isinstance(value, Tensor) and value.is_floating_point():
+            shape = tuple(value.shape)
+        self.shapes.append(shape)
+        self.bytes.append(sum(tensor.nbytes for tensor in tensors) // _PROBE_BATCH)
+        return value
+
+
+class TracedGraph:
+    """A network's graph with what each node is called, uses, and costs.
+
+    Attributes:
+        nodes: Of the graph, in its order.
+        paths: For each node the modules that it lies in, from the outermost.
+        flops: Forward FLOPs per image, by node.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int) -> None:
+        """Trace a network in eval mode and run it once.
+
+        Args:
+            model: Network, on the CPU; its mode is left as it was.
+            image_size: Side of the input, pixels.
+        """
+        tracer = _tracer()
+        was_training = model.training
+        model.eval()
+        try:
+            graph = tracer.trace(model)
+            images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                measure = _Measure(fx.GraphModule(model, graph), counter)
+                measure.run(images)
+        finally:
+            model.train(was_training)
+        self.nodes = list(graph.nodes)
+        self.paths = [tracer.node_to_qualname.get(node, "").split(".") for node in self.nodes]
+        self.flops = measure.flops
+        # `...` where a node gives more than one tensor, None where it gives none.
+        self._shapes = measure.shapes
+        self._bytes = measure.bytes
+        index = {node: i for i, node in enumerate(self.nodes)}
+        self._last_use = [
+            max((index[user] for user in node.users), default=i)
+            for i, node in enumerate(self.nodes)
+        ]
+
+    def parameter_uses(self, model: nn.Module) -> dict[str, int]:
+        """Map each used parameter to the last node that uses it."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        uses: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            found: list[Any] = []
+            at = i
+            if node.op == "call_module":
+                found = list(model.get_submodule(str(node.target)).parameters())
+            elif node.op == "get_attr":
+                found = [functools.reduce(getattr, str(node.target).split("."), model)]
+                at = self._last_use[i]
+            for name in (names[id(value)] for value in found if id(value) in names):
+                uses[name] = max(uses.get(name, 0), at)
+        return uses
+
+    def module_ends(self) -> dict[str, int]:
+        """Map each module to the last node in it, in the order of their first nodes."""
+        ends: dict[str, int] = {}
+        for i, (node, path) in enumerate(zip(self.nodes, self.paths, strict=True)):
+            if node.op not in ("placeholder", "output"):
+                # A node that calls no module is named after itself within its module.
+                modules = path if node.op == "call_module" else path[:-1]
+                ends.update(dict.fromkeys(itertools.accumulate(modules, "{}.{}".format), i))
+        return ends
+
+    def cut_points(self, end: int) -> list[CutPoint]:
+        """List the cut points before node `end`, in the graph's order."""
+        cuts = []
+        alive: set[int] = set()
+        for i in range(end):
+            alive = {j for j in (*alive, i) if self._is_alive(j, i)}
+            if len(alive) != 1:
+                continue
+            shape = self._shapes[next(iter(alive))]
+            if shape is not ... and len(shape) >= 2 and shape[0] == _PROBE_BATCH:
+                pairs = zip(self.paths[i], self.paths[i + 1], strict=False)
+                shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+                cuts.append(CutPoint(i, _spatial(shape), math.prod(shape), len(list(shared))))
+        return cuts
+
+    def row_bytes(self, position: int) -> int:
+        """Return the bytes per image of the tensors alive behind a node, in float32."""
+        alive = (i for i in range(position + 1) if self._is_alive(i, position))
+        return sum(self._bytes[i] for i in alive)
+
+    def _is_alive(self, i: int, position: int) -> bool:
+        """Say whether node `i` gives tensors that a node behind `position` uses."""
+        # Parameters can be read at any time.
+        is_computed = self._shapes[i] is not None and self.nodes[i].op != "get_attr"
+        return is_computed and self._last_use[i] > position
+
+
+def trace_nodes(model: nn.Module) -> list[fx.Node]:
+    """Trace a network in the mode it is in; `Stages.limits` are positions in this list."""
+    return list(_tracer().trace(model).nodes)
+
+
+def _tracer() -> NodePathTracer:
+    # timm's own lists of what to keep whole while tracing.
+    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+
+    return NodePathTracer(
+        leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions())
+    )
+
+
+def _spatial(shape: tuple[int, ...]) -> int:
+    """Count positions per image, whether channels come first (N, C, H, W) or last."""
+    if len(shape) == 4:
+        return shape[2] * shape[3] if shape[2] == shape[3] else shape[1] * shape[2]
+    return shape[1] if len(shape) == 3 else 1

@@ -1,0 +1,295 @@
+"""The libraries that backbones come from, behind one protocol."""
+
+import difflib
+import functools
+import math
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import timm
+import torch
+import torchvision
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from torchvision import models as zoo
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from core.config import Preprocessing
+
+State = dict[str, Tensor]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class BackboneError(ValueError):
+    """There is no such backbone, or it cannot be built as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A network and where its classifier is.
+
+    Attributes:
+        model: The network, on the CPU.
+        head: Names of its last linear layers (one, but for distilled networks).
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsEntry:
+    """Pretrained weights that a library offers.
+
+    Attributes:
+        place: Where the library, or a user without a network, puts the file.
+        origin: Where the file can be downloaded.
+        cached: The file on this machine; None where it is still to be downloaded.
+    """
+
+    place: Path
+    origin: str
+    cached: Path | None
+
+
+class Source(Protocol):
+    """A library of backbones. Names are the library's own, tags name one of several weights."""
+
+    def names(self) -> Sequence[str]:
+        """List all backbones."""
+
+    def has(self, name: str) -> bool:
+        """Say whether there is a backbone of this name."""
+
+    def preprocessing(self, name: str, tag: str) -> Preprocessing:
+        """Return the input size, normalisation and interpolation that belong to the weights."""
+
+    def create(
+        self, name: str, image_size: int, n_classes: int, is_pretrained: bool
+    ) -> Classifier:
+        """Build a network with random weights, as `create` does."""
+
+    def weights(self, name: str, tag: str) -> WeightsEntry | None:
+        """Describe pretrained weights; None if the backbone has none of this tag."""
+
+    def read_weights(self, name: str, tag: str, image_size: int) -> State:
+        """Read pretrained weights, downloaded if need be, with positions for `image_size`.
+
+        Raises:
+            Exception: Whatever the library raises.
+        """
+
+
+class _Torchvision:
+    """Classification models of torchvision."""
+
+    # Side networks for training from scratch; their outputs would be a second loss.
+    _WITHOUT_SIDE_HEADS = ("googlenet", "inception_v3")
+
+    def names(self) -> Sequence[str]:
+        return list(zoo.list_models(module=zoo))
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def preprocessing(self, name: str, tag: str) -> Preprocessing:
+        if len(zoo.get_model_weights(name)) == 0:
+            return Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+        transforms = self._entry(name, tag).transforms()
+        return Preprocessing(
+            image_size=transforms.crop_size[0],
+            resize_size=transforms.resize_size[0],
+            mean=tuple(transforms.mean),
+            std=tuple(transforms.std),
+            interpolation="bicubic" if transforms.interpolation.value == "bicubic" else "bilinear",
+        )
+
+    def create(
+        self, name: str, image_size: int, n_classes: int, is_pretrained: bool
+    ) -> Classifier:
+        extra: dict[str, Any] = {}
+        if name in self._WITHOUT_SIDE_HEADS:
+            extra = {"aux_logits": False, "init_weights": not is_pretrained}
+            if is_pretrained:  # these weights want their input rescaled
+                extra["transform_input"] = True
+        if name.startswith("vit_"):
+            extra["image_size"] = image_size
+        model = zoo.get_model(name, weights=None, num_classes=n_classes, **extra)
+        layers = {
+            kind: [name for name, module in model.named_modules() if isinstance(module, kind)]
+            for kind in (nn.Linear, nn.Conv2d)
+        }
+        # SqueezeNet classifies by a 1x1 convolution.
+        return Classifier(model, ((layers[nn.Linear] or layers[nn.Conv2d])[-1],))
+
+    def weights(self, name: str, tag: str) -> WeightsEntry | None:
+        url = self._entry(name, tag).url
+        place = _hub_file(Path(url).name)
+        return WeightsEntry(place, url, place if place.is_file() else None)
+
+    def read_weights(self, name: str, tag: str, image_size: int) -> State:
+        state = self._entry(name, tag).get_state_dict(progress=False, check_hash=True)
+        if name.startswith("vit_"):
+            patch = state["conv_proj.weight"].shape[-1]
+            state = interpolate_embeddings(image_size, patch, OrderedDict(state))
+        return dict(state)
+
+    def _entry(self, name: str, tag: str) -> Any:
+        entries = zoo.get_model_weights(name)
+        if tag not in entries.__members__:
+            raise BackboneError(
+                f"weights of {name} must be one of imagenet:TAG with TAG in "
+                f"{', '.join(entries.__members__)}, but got {tag!r}."
+            )
+        return entries[tag]
+
+
+class _Timm:
+    """Models of timm (PyTorch Image Models)."""
+
+    def names(self) -> Sequence[str]:
+        return list(timm.list_models())
+
+    def has(self, name: str) -> bool:
+        return bool(timm.is_model(name))
+
+    def preprocessing(self, name: str, tag: str) -> Preprocessing:
+        config = timm.data.resolve_data_config(pretrained_cfg=self._settings(name))
+        size = config["input_size"][1]
+        return Preprocessing(
+            image_size=size,
+            resize_size=math.floor(size / config["crop_pct"]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+        )
+
+    def create(
+        self, name: str, image_size: int, n_classes: int, is_pretrained: bool
+    ) -> Classifier:
+        settings = self._settings(name)
+        extra = {}
+        if settings.get("fixed_input_size") and settings["input_size"][1] != image_size:
+            extra["img_size"] = image_size
+        model = timm.create_model(name, pretrained=False, num_classes=n_classes, **extra)
+        found = model.get_classifier()
+        layers = found if isinstance(found, tuple) else (found,)
+        head = tuple(n for n, m in model.named_modules() if any(m is layer for layer in layers))
+        return Classifier(model, head)
+
+    def weights(self, name: str, tag: str) -> WeightsEntry | None:
+        tagged = self._tagged(name, tag)
+        if not timm.models.is_model_pretrained(tagged):
+            return None
+        settings = timm.models.get_pretrained_cfg(tagged)
+        place = _hub_file(f"{tagged}.safetensors")
+        repository = settings.hf_hub_id
+        files = ("model.safetensors", "pytorch_model.bin")
+        found = [try_to_load_from_cache(repository, file) for file in files]
+        copies = [place, *(Path(file) for file in found if isinstance(file, str))]
+        cached = next((copy for copy in copies if copy.is_file()), None)
+        return WeightsEntry(place, f"model.safetensors of Hugging Face {repository}", cached)
+
+    def read_weights(self, name: str, tag: str, image_size: int) -> State:
+        entry = self.weights(name, tag)
+        assert entry is not None, "the caller has asked"
+        if entry.cached == entry.place:
+            return dict(timm.models.load_state_dict(str(entry.place), weights_only=True))
+        if entry.cached is None:
+            _resolve_host()
+        tagged = self._tagged(name, tag)
+        extra = {"img_size": image_size} if self._settings(tagged).get("fixed_input_size") else {}
+        # A model is built, since timm offers no other way to turn the layouts of older files into
+        # its own, and to interpolate positions.
+        return dict(timm.create_model(tagged, pretrained=True, **extra).state_dict())
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        settings = timm.models.get_pretrained_cfg(name)
+        return settings.to_dict() if settings else {}
+
+    def _tagged(self, name: str, tag: str) -> str:
+        return name if tag == "DEFAULT" else f"{name}.{tag}"
+
+
+# By the prefix of their backbones' names. A further library is a class and a line here.
+SOURCES: Mapping[str, Source] = {"": _Torchvision(), "timm:": _Timm()}
+
+
+def find_source(backbone: str) -> tuple[Source, str]:
+    """Return a backbone's source and its name there.
+
+    Raises:
+        BackboneError: Unknown; names the nearest.
+    """
+    prefix = max((p for p in SOURCES if backbone.startswith(p)), key=len)
+    source, name = SOURCES[prefix], backbone.removeprefix(prefix)
+    if not source.has(name):
+        near = difflib.get_close_matches(backbone, backbone_names(), n=3, cutoff=0.5)
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise BackboneError(
+            "backbone must be a torchvision classification model or timm:NAME, but got "
+            f"backbone={backbone!r}.{hint} `python -m study backbones` lists all."
+        )
+    return source, name
+
+
+@functools.cache
+def backbone_names() -> tuple[str, ...]:
+    """List every backbone: torchvision's by name, then timm's as `timm:NAME`."""
+    return tuple(f"{prefix}{name}" for prefix in SOURCES for name in SOURCES[prefix].names())
+
+
+def create(backbone: str, image_size: int, n_classes: int, *, is_pretrained: bool) -> Classifier:
+    """Build a network with random weights.
+
+    Args:
+        backbone: torchvision name or `timm:NAME`.
+        image_size: Side of the input, pixels; position embeddings get this size.
+        n_classes: Outputs.
+        is_pretrained: Build it as the pretrained weights want it (GoogLeNet and Inception then
+            rescale their input).
+
+    Raises:
+        BackboneError: Unknown name, or the network cannot take that input size.
+    """
+    source, name = find_source(backbone)
+    try:
+        return source.create(name, image_size, n_classes, is_pretrained)
+    except (AssertionError, ValueError, TypeError, RuntimeError) as err:
+        raise BackboneError(
+            f"backbone {backbone} cannot be built for image_size={image_size}: {err}. "
+            "Leave image_size out, or take a multiple of its patch size."
+        ) from err
+
+
+@functools.cache
+def imagenet_classes() -> tuple[str, ...]:
+    """Return the 1,000 ImageNet class names in order, as torchvision writes them."""
+    return tuple(zoo.get_model_weights("resnet18")["DEFAULT"].meta["categories"])
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide a run's numbers."""
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _hub_file(name: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _resolve_host() -> None:
+    """Fail at once where there is no network: the hub's client would retry for 45 s (measured)."""
+    if not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)

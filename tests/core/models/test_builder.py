@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from core.models.builder import Network, build, count_parameters, init_head, matching_rows
+from core.models.sources import BackboneError, Classifier, State, create, imagenet_classes
+
+
+def _classifier() -> Classifier:
+    return create("resnet18", 64, 2, is_pretrained=False)
+
+
+def _build(weights: object = "none", **more: object) -> Network:
+    settings = {"classes": ("a", "b"), "seed": 0, "image_size": 64, **more}
+    return build("mobilenet_v3_small", str(weights), **settings)  # type: ignore[arg-type]
+
+
+def _equal(one: State, two: State) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    network = create("mobilenet_v3_small", 64, 1000, is_pretrained=False)
+    safetensors.torch.save_file(network.model.state_dict(), path)
+    return path
+
+
+def test_head_depends_on_the_seed_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    heads = []
+    for seed in (1, 1, 2):
+        network = _classifier()
+        torch.random.set_rng_state(before)
+        init_head(network, "default", seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        heads.append(network.model.get_parameter("fc.weight"))
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_xavier_keeps_its_bounds_and_zero_is_zero() -> None:
+    network = _classifier()
+    init_head(network, "xavier", 0)
+    bound = (6 / (512 + 2)) ** 0.5
+    assert 0.9 * bound < network.model.get_parameter("fc.weight").abs().max() <= bound
+    init_head(network, "zero", 0)
+    assert not any(p.any() for p in network.model.get_submodule("fc").parameters())
+
+
+def test_source_classes_copies_the_rows_of_equal_names() -> None:
+    source = {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}
+    network, plain = _classifier(), _classifier()
+    init_head(network, "source-classes", 0, classes=("not_hotdog", "Hot_Dog"), source=source)
+    init_head(plain, "default", 0)
+    row = imagenet_classes().index("hotdog")
+    for name, tensor in source.items():
+        copied, default = (n.model.get_parameter(name) for n in (network, plain))
+        assert torch.equal(copied[1], tensor[row])
+        assert torch.equal(copied[0], default[0])
+
+
+def test_source_classes_without_a_source_classifier_starts_as_default() -> None:
+    network, plain = _classifier(), _classifier()
+    init_head(network, "source-classes", 0, classes=("hotdog", "b"), source=None)
+    init_head(plain, "default", 0)
+    heads = [n.model.get_submodule("fc").state_dict() for n in (network, plain)]
+    assert _equal(heads[0], heads[1])
+
+
+def test_names_match_whatever_their_case_and_separators() -> None:
+    assert matching_rows(("Hot Dog", "cat"), ("tench", "hotdog", "hotdog")) == {0: 1}
+
+
+@pytest.mark.parametrize("head_init", ["default", "source-classes"])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_networks_built_alike_are_equal_and_share_no_tensor(
+    weights_file: Path, is_file: bool, head_init: str
+) -> None:
+    weights = weights_file if is_file else "none"
+    first = _build(weights, classes=("hot dog", "b"), head_init=head_init).model.state_dict()
+    before = {name: tensor.clone() for name, tensor in first.items()}
+    for tensor in first.values():
+        tensor.add_(1)
+    again = _build(weights, classes=("hot dog", "b"), head_init=head_init).model.state_dict()
+    assert _equal(again, before)
+
+
+def test_seed_decides_a_network_from_scratch_but_only_the_head_of_a_pretrained_one(
+    weights_file: Path,
+) -> None:
+    changed = {}
+    for weights in ("none", weights_file):
+        one, two = (_build(weights, seed=seed).model.state_dict() for seed in (3, 4))
+        changed[weights] = {name for name in one if not torch.equal(one[name], two[name])}
+    assert "features.0.0.weight" in changed["none"]
+    assert changed[weights_file] == {"classifier.3.weight", "classifier.3.bias"}
+
+
+def test_weights_that_were_replaced_are_read_again(tmp_path: Path, weights_file: Path) -> None:
+    path, name = tmp_path / "w.safetensors", "features.0.0.weight"
+    state = safetensors.torch.load_file(weights_file)
+    for value in (1.0, 2.0):
+        state[name] = torch.full_like(state[name], value)
+        path.unlink(missing_ok=True)
+        safetensors.torch.save_file(state, path)
+        assert (_build(path).model.get_parameter(name) == value).all()
+
+
+def test_channels_last_changes_the_layout_alone() -> None:
+    plain, last = (_build(channels_last=is_last).model for is_last in (False, True))
+    assert _equal(plain.state_dict(), last.state_dict())
+    kernels = [p for p in last.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+def test_parameters_are_counted_with_the_runs_own_classes() -> None:
+    built = _build(classes=("a", "b", "c"))
+    total = sum(p.numel() for p in built.model.parameters())
+    head = sum(p.numel() for p in built.model.get_submodule(built.head[0]).parameters())
+    assert count_parameters("mobilenet_v3_small", "none", 64, 0, 3) == (total, total)
+    assert count_parameters("mobilenet_v3_small", "none", 64, 5, 3) == (head, total)
+
+
+def test_input_size_that_a_backbone_cannot_take_is_refused() -> None:
+    with pytest.raises(BackboneError, match="image_size=100"):
+        build("vit_b_16", "none", ("a", "b"), seed=0, image_size=100)

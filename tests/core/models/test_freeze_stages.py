@@ -1,0 +1,142 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from core.config import MAX_FREEZE_DEPTH
+from core.models.builder import build, stages_of
+from core.models.freeze_stages import (
+    StagesError,
+    describe_levels,
+    find_stages,
+    freeze,
+    train_mode,
+)
+
+FAMILIES = [
+    "resnet18",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "densenet121",
+    "vit_b_16",
+    "swin_t",
+    "vgg11",
+    "squeezenet1_1",
+    "googlenet",
+    "regnet_y_400mf",
+    "shufflenet_v2_x0_5",
+    "timm:tf_efficientnet_lite0",
+    "timm:vit_tiny_patch16_224",
+    "timm:convnext_pico",
+    "timm:deit_tiny_distilled_patch16_224",
+    "timm:mixer_s32_224",
+]
+
+
+def _small(name: str) -> int | None:
+    return None if any(kind in name for kind in ("vit", "deit", "mixer")) else 96
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_level_of_every_family_freezes_strictly_more(name: str) -> None:
+    model, stages = stages_of(name, _small(name))
+    levels = describe_levels(model, stages)
+    trained = [level.trained_parameters for level in levels]
+    shares = [level.frozen_flops_share for level in levels]
+    assert [level.depth for level in levels] == list(range(MAX_FREEZE_DEPTH + 1))
+    assert all(a > b for a, b in itertools.pairwise(trained))
+    assert all(a < b for a, b in itertools.pairwise(shares))
+    assert shares[0] == 0
+    assert trained[0] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", [(), ("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]),
+        (
+            "timm:tf_efficientnet_lite0",
+            [
+                (),
+                ("conv_stem", "bn1", "blocks.0"),
+                ("blocks.1",),
+                ("blocks.2",),
+                ("blocks.3", "blocks.4"),
+                ("rest of blocks", "conv_head", "bn2"),
+            ],
+        ),
+    ],
+)
+def test_levels_end_at_block_borders(name: str, expected: list[tuple[str, ...]]) -> None:
+    assert [level.newly_frozen for level in describe_levels(*stages_of(name, 64))] == expected
+
+
+def test_vit_blocks_fall_into_groups_of_nearly_equal_length() -> None:
+    _, stages = stages_of("timm:vit_tiny_patch16_224")
+    trunk = stages.flops[:-1]
+    assert max(trunk) < 2 * min(trunk)
+
+
+def test_row_bytes_are_those_of_the_tensor_at_the_cut() -> None:
+    _, resnet = stages_of("resnet18", 64)
+    sides = [(3, 64), (64, 32), (64, 16), (128, 8), (256, 4), (512, 1)]
+    assert resnet.row_bytes == tuple(4 * channels * side**2 for channels, side in sides)
+    _, vit = stages_of("timm:vit_tiny_patch16_224")
+    assert vit.row_bytes == (4 * 3 * 224**2, *[4 * 197 * 192] * 4, 4 * 192)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:vit_tiny_patch16_224"])
+def test_top_level_trains_the_head_alone_and_level_zero_everything(name: str) -> None:
+    built = build(name, "none", ("a", "b"), seed=0, image_size=_small(name))
+    trainable = freeze(built.model, built.stages, MAX_FREEZE_DEPTH)
+    assert {n.rpartition(".")[0] for n in trainable} == set(built.head)
+    assert freeze(built.model, built.stages, 0) == [n for n, _ in built.model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "convnext_tiny", "swin_t", "vit_b_32", "timm:tf_efficientnet_lite0"]
+)
+@pytest.mark.parametrize("depth", [2, MAX_FREEZE_DEPTH])
+def test_frozen_prefix_is_bit_identical_after_training_steps(name: str, depth: int) -> None:
+    torch.manual_seed(0)
+    built = build(name, "none", ("a", "b", "c"), seed=0, image_size=None if "vit" in name else 64)
+    model, size = built.model, built.preprocessing.image_size
+    trainable = freeze(model, built.stages, depth)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        train_mode(model, built.stages, depth)
+        logits = model(torch.randn(2, 3, size, size))
+        nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+        optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
+    parameters = dict(model.named_parameters())
+    statistics = changed - parameters.keys()
+    assert changed & parameters.keys()
+    assert changed & parameters.keys() <= set(trainable)
+    frozen = tuple(f"{m}." for m in built.stages.eval_modules[depth])
+    assert not [name for name in statistics if name.startswith(frozen)]
+    assert depth < MAX_FREEZE_DEPTH or not statistics
+    assert all(parameters[k].grad is None for k in parameters.keys() - set(trainable))
+
+
+def test_frozen_dropout_and_stochastic_depth_are_off() -> None:
+    built = build("swin_t", "none", ("a", "b"), seed=0, image_size=64)
+    train_mode(built.model, built.stages, MAX_FREEZE_DEPTH)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(built.model(images), built.model(images))
+
+
+def test_freeze_statistics_reaches_batch_norms_of_trained_stages() -> None:
+    built = build("resnet18", "none", ("a", "b"), seed=0, image_size=64)
+    train_mode(built.model, built.stages, 0, freeze_statistics=True)
+    modes = {type(m): m.training for m in built.model.modules()}
+    assert (modes[nn.BatchNorm2d], modes[nn.Conv2d]) == (False, True)
+
+
+def test_network_without_cut_points_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
+    with pytest.raises(StagesError, match="only 0 usable cut points"):
+        find_stages(model, ("1",), 16)

@@ -1,0 +1,75 @@
+from collections.abc import Sequence
+
+import pytest
+from torch import nn
+
+from core.config import Preprocessing
+from core.models import sources
+from core.models.builder import build, input_of
+from core.models.sources import BackboneError, Classifier, backbone_names, create, find_source
+
+
+class _Tiny:
+    """A library of one backbone, without pretrained weights."""
+
+    def names(self) -> Sequence[str]:
+        return ["net"]
+
+    def has(self, name: str) -> bool:
+        return name == "net"
+
+    def preprocessing(self, name: str, tag: str) -> Preprocessing:
+        return Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3, "bilinear")
+
+    def create(
+        self, name: str, image_size: int, n_classes: int, is_pretrained: bool
+    ) -> Classifier:
+        layers = [nn.Conv2d(3, 3, 2, stride=2) for _ in range(4)]
+        return Classifier(
+            nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, n_classes)), ("6",)
+        )
+
+
+def test_names_of_both_libraries_are_listed() -> None:
+    names = backbone_names()
+    assert {"resnet18", "timm:tf_efficientnet_lite0"} <= set(names)
+    assert "fcn_resnet50" not in names  # it segments
+
+
+def test_a_further_source_needs_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources.SOURCES, "tiny:", _Tiny())  # type: ignore[arg-type]
+    built = build("tiny:net", "none", ("a", "b"), seed=0)
+    assert (built.head, built.preprocessing.image_size) == (("6",), 16)
+    assert len(built.model.get_parameter("6.weight")) == 2
+
+
+def test_unknown_backbone_names_the_nearest() -> None:
+    with pytest.raises(BackboneError, match="resnet_18.*Near: resnet18"):
+        find_source("resnet_18")
+
+
+def test_unknown_tag_lists_the_known_ones() -> None:
+    with pytest.raises(BackboneError, match="IMAGENET1K_V1, IMAGENET1K_V2"):
+        input_of("resnet50", "imagenet:V9", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "head"),
+    [
+        ("squeezenet1_1", 64, ("classifier.1",)),
+        ("googlenet", 64, ("fc",)),
+        ("timm:deit_tiny_distilled_patch16_224", 224, ("head", "head_dist")),
+    ],
+)
+def test_classifiers_of_every_kind_are_found(name: str, size: int, head: tuple[str, ...]) -> None:
+    network = create(name, size, 7, is_pretrained=False)
+    assert network.head == head
+    assert all(len(network.model.get_parameter(f"{layer}.weight")) == 7 for layer in head)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnet18"])
+def test_resize_follows_the_image_size_in_proportion(name: str) -> None:
+    own, half = input_of(name, "none", None), input_of(name, "none", 112)
+    assert (own.image_size, half.image_size) == (224, 112)
+    assert half.resize_size == round(112 * own.resize_size / 224)
+    assert input_of(name, "none", None, "none").std == (1.0, 1.0, 1.0)
