@@ -25,7 +25,7 @@ from naive import CROP_SCALE, Settings, Task, read_task, train
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.prefix_cache import PrefixCache
-from study.config import load_config
+from study.config.load import load_config
 from study.progress import QuietProgress
 from study.runner import Asked, Work, run_trial
 from study.search import run_search

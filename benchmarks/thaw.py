@@ -37,9 +37,9 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 
 from core.config import DataConfig, TrainConfig
+from study.config.search_space import RECIPES
 from study.cost import CostModel
 from study.samplers import SeenTrials, make_pruner, make_sampler, quiet_experiments
-from study.space import RECIPES
 from study.thaw import Outlook
 
 SPACE: dict[str, BaseDistribution] = {

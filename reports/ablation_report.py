@@ -18,7 +18,7 @@ from reports.publish import latex_document
 from reports.ranks import RankMethod
 from reports.templating import render_template
 from reports.words import moment
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 from study.store import Store
 
 

@@ -18,7 +18,7 @@ from reports.record import Record, read_record
 from reports.summary import describe, summarise
 from reports.templating import render_template
 from reports.words import moment
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 from study.store import Store
 
 

@@ -18,7 +18,7 @@ from reports.words import (
     points,
     setting,
 )
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 from study.store import TestRow, TrialRow
 
 _STORAGE = "studies.db"  # where the command line looks if it is told nothing

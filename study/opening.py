@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from study.axes import Axes, FloatArray
-from study.space import RECIPES
+from study.config.search_space import RECIPES
 
 Costs = Callable[[FloatArray], FloatArray]
 """From settings as rows, (n, dimensions), to the cost of each, (n,)."""

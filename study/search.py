@@ -16,7 +16,9 @@ from optuna.trial import Trial, TrialState
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.ahead import Trained, record_trained, save_trained, train_ahead
-from study.config import StudyConfig, check_backbones
+from study.config.load import check_backbones
+from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
+from study.config.study_config import FORESEEN, StudyConfig
 from study.cost import cost_model
 from study.ledger import RERUNS, Ledger
 from study.paused_trials import PausedTrials, find_paused
@@ -35,9 +37,7 @@ from study.runner import (
     run_trial,
 )
 from study.samplers import make_pruner, make_sampler
-from study.sections import FORESEEN
 from study.session import corner_configs, end_killed, open_session
-from study.space import ParamValue, apply_params, distributions, n_points, recipes
 from study.store import Store, TrialRow
 from study.thaw import Outlook
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from core.checkpoint import load_checkpoint
-from study.config import StudyConfig, load_config
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
 from study.search import run_search
 from support import make_folder

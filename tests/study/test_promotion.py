@@ -18,7 +18,8 @@ from core.config import TrainConfig
 from core.fit import fit
 from core.metrics import MEASURED, EpochMetrics
 from study import search as search_module
-from study.config import StudyConfig, load_config
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
 from study.promotion import Promotion, rungs, worth_keeping
 from study.runner import pause_file
