@@ -12,8 +12,6 @@ from core.config import TrainConfig, fields_of
 from study.config.errors import ConfigError, Fault, explain, near
 from study.config.search_space import (
     DEFAULT_SPACE,
-    Choices,
-    Dimension,
     Space,
     default_params,
     n_points,
@@ -27,9 +25,6 @@ from study.factors import parse_factors
 _KEYS = {name: list(fields_of(section)) for name, section in SECTIONS.items()} | {
     "space": list(fields_of(TrainConfig))
 }
-
-THAW_STARTS: Dimension = Choices(("probe", "default"))
-"""What heads start from under the thaw sampler, unless that is given or searched otherwise."""
 
 
 class _Origin(NamedTuple):
@@ -170,9 +165,6 @@ class _Merged:
         self._tell("space", wrong)
         fixed = {key: dim.ends[0] for key, dim in space.items() if len(dim.ends) == 1}
         space = {key: dim for key, dim in space.items() if key not in fixed}
-        is_given = "head_init" in fixed or "head_init" in self.values["train"]
-        if self.values["search"].get("sampler") == "thaw" and not is_given:
-            space = {"head_init": THAW_STARTS} | space
         self.values["train"] = default_params(space) | self.values["train"] | fixed
         made: dict[str, Any] = {}
         for name, section in SECTIONS.items():

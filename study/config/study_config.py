@@ -20,14 +20,12 @@ from study.config.search_space import (
     to_table,
 )
 
-Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce", "thaw"]
-Pruner = Literal["hyperband", "median", "percentile", "halving", "promote", "wilcoxon", "none"]
+Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
+Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
 DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
 DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
-FORESEEN: tuple[Sampler, ...] = ("random", "qmc", "grid", "bruteforce")
-"""Samplers whose next settings do not depend on what earlier trials gave."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -85,9 +83,6 @@ class StudySection:
     """Most bytes for work that trials share (augmented pixels, frozen layers), in memory and on
     disk together, as "8GB"; 0 shares nothing; leave out for a quarter of the memory that is free,
     and as much again (at most a tenth of what is free) on disk. It changes no number."""
-    cache_disk: OrNone[ByteSize] = Field(default=None, ge=0)
-    """The part of cache that lies on disk (in data.cache_dir), where later runs and other
-    processes find it; 0 keeps shared work in memory alone; leave out for half."""
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)
@@ -95,37 +90,22 @@ class SearchSection:
     """How settings are proposed, and how hopeless trials are stopped."""
 
     sampler: Sampler = "tpe"
-    """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce; or thaw, which tries
-    every backbone with its head alone, freeze levels from the top as long as that gains, other
-    rates at the best of them, and then what promises most for its cost (for a trial, where
-    study.timeout is not set); it searches train.head_init, probe or default, where none is
-    given."""
+    """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."""
     pruner: Pruner = "hyperband"
-    """Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none;
-    promote pauses trials after 1, 3, 9, ... epochs and goes on with the best third of them."""
+    """Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none."""
     recipes: Annotated[
         bool | tuple[str, ...],
         BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
     ] = True
-    """Known settings to try first: true (all; none under thaw, grid and bruteforce), false, or a
-    list of linear-probe, fine-tune-half, fine-tune-all."""
-
-    cohort: int = Field(default=64, ge=1)
-    """Most trials of a head alone that are trained in one pass, where the sampler does not look at
-    earlier trials (random, qmc, grid, bruteforce), and in ablations; 1 trains one after the other.
-    It changes no figure."""
+    """Known settings to try first: true (all; none under grid and bruteforce), false, or a list of
+    linear-probe, fine-tune-half, fine-tune-all."""
 
     @property
     def recipe_names(self) -> tuple[str, ...]:
-        """List the recipes to try first: none where the sampler visits every setting anyway.
-
-        `thaw` begins with a linear probe of every backbone by itself, the cheapest first.
-        """
+        """List the recipes to try first: none where the sampler visits every setting anyway."""
         if self.recipes is False or self.sampler in EXHAUSTIVE:
             return ()
-        if self.recipes is True:
-            return () if self.sampler == "thaw" else tuple(RECIPES)
-        return self.recipes
+        return tuple(RECIPES) if self.recipes is True else self.recipes
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)
@@ -227,9 +207,9 @@ SECTIONS: dict[str, type] = {
 FREE_KEYS = frozenset(
     {
         *(f"study.{key}" for key in ("name", "storage", "output", "trials", "timeout")),
-        *(f"study.{key}" for key in ("patience", "keep_checkpoints", "cache", "cache_disk")),
+        *(f"study.{key}" for key in ("patience", "keep_checkpoints", "cache")),
         *(f"data.{key}" for key in ("root", "download", "cache_dir")),
-        *("search.cohort", "train.device", "train.workers"),
+        *("train.device", "train.workers"),
         *(f"ablation.{key}" for key in fields_of(AblationSection)),
     }
 )

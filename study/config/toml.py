@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
-
 from core.config import TrainConfig, fields_of
 from study.config.errors import ConfigError
 from study.config.search_space import DEFAULT_SPACE
@@ -101,21 +99,10 @@ def _section(config: StudyConfig, name: str, values: Any, with_help: bool) -> It
             yield f"# {key} is searched: see [space]."
         elif value is None:
             yield f"# {key} ="
-        elif with_help and value == _unsaid(config, key, field):
-            yield f"# {key} = {toml_value(value)}"
+        elif with_help and key == "name" and value == default_name(config.data.source):
+            yield f"# {key} = {toml_value(value)}"  # left out, it follows the data
         else:
             yield f"{key} = {toml_value(value)}"
-
-
-def _unsaid(config: StudyConfig, key: str, field: FieldInfo) -> Any:
-    """Return the value at which a key is better left out, None for keys that are always written.
-
-    The study's name follows the data, and thaw searches where heads start unless that is given.
-    """
-    if key == "name":
-        return default_name(config.data.source)
-    is_open = key == "head_init" and config.search.sampler != "thaw"
-    return field.default if is_open else None
 
 
 def _space(config: StudyConfig, with_help: bool) -> Iterator[str]:

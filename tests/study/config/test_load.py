@@ -252,13 +252,6 @@ def test_check_source_refuses_a_missing_folder(tmp_path: Path) -> None:
         check_source(config)
 
 
-def test_thaw_searches_where_heads_start_unless_that_is_given() -> None:
-    thaw = ["search.sampler=thaw"]
-    assert load_config(None, thaw).space["head_init"] == Choices(("probe", "default"))
-    given = load_config(None, [*thaw, "train.head_init=zero"])
-    assert (given.train.head_init, "head_init" in given.space) == ("zero", False)
-
-
 def test_importing_the_configuration_loads_nothing_heavy() -> None:
     code = "import sys, study.config.load; print(*{m.partition('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout

@@ -50,12 +50,6 @@ def test_template_for_other_data_is_not_named_after_the_old(tmp_path: Path) -> N
     assert load_config(path).study.name == "photos"
 
 
-def test_template_leaves_it_to_thaw_where_heads_start(tmp_path: Path) -> None:
-    path = tmp_path / "study.toml"
-    path.write_text(template(load_config()), encoding="utf-8")
-    assert "head_init" in load_config(path, flags={"search.sampler": "thaw"}).space
-
-
 def test_write_new_replaces_a_file_only_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     write_new(path, "a", may_replace=False)
