@@ -25,11 +25,11 @@ import optuna
 from optuna.trial import TrialState, create_trial
 
 from core.metrics import EpochMetrics
-from study.config import load_config
+from study.config.load import load_config
+from study.config.search_space import distributions
 from study.ledger import Ledger
 from study.optuna_storage import open_optuna_storage, write_trial
 from study.samplers import make_pruner, make_sampler
-from study.space import distributions
 from study.store import Store
 
 REPORTS = 20

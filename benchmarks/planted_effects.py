@@ -28,10 +28,10 @@ from reports.paired import (
     spread,
     t_interval,
 )
+from study.config.study_config import AblationSection
 from study.designs import make_design
 from study.factors import Factor, Level
 from study.rows import DesignRow, StudyRow
-from study.sections import AblationSection
 
 SEED_SD = 0.02  # what all settings of a seed share
 RUN_SD = 0.01  # of a run

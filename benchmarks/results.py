@@ -29,7 +29,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from core.device import choose_device
 from core.models.builder import build
-from study.config import StudyConfig, load_config
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
 from study.search import run_search
 from study.session import load_pictures

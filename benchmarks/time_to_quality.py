@@ -243,7 +243,7 @@ def frostline_record(storage: Path, began: float) -> list[dict[str, Any]]:
     """
     from core.config import TrainConfig
     from core.prefix_cache import PrefixCache
-    from study.config import StudyConfig
+    from study.config.study_config import StudyConfig
     from study.progress import QuietProgress
     from study.session import load_pictures
     from study.store import Store

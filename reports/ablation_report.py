@@ -17,7 +17,7 @@ from reports.methods import data_words
 from reports.publish import latex_document, to_markdown
 from reports.templating import render_template
 from reports.words import moment
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 from study.store import Store
 
 

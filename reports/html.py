@@ -17,7 +17,7 @@ from reports.record import Record, read_record
 from reports.summary import summarise
 from reports.templating import render_template
 from reports.words import moment
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 from study.store import Store
 
 

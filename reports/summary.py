@@ -17,7 +17,7 @@ from reports.words import (
     plural,
     points,
 )
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 from study.store import TestRow
 
 _STORAGE = "studies.db"  # where the command line looks if it is told nothing

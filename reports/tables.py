@@ -21,7 +21,7 @@ from reports.words import (
     points,
     setting,
 )
-from study.passwords import hide_password
+from study.config.formatting import hide_password
 
 _STATE_WORDS = {"complete": "finished"}
 # Keys of the database, of no meaning outside it.

@@ -20,7 +20,7 @@ from study.parser import make_parser
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from study.config import StudyConfig
+    from study.config.study_config import StudyConfig
     from study.progress import Progress
     from study.search import SearchOutcome
     from study.store import Store
@@ -30,7 +30,7 @@ _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 
 
 
 def _run(args: argparse.Namespace) -> int:
-    from study.config import check_source
+    from study.config.load import check_source
 
     config = _configured(args)
     check_source(config)
@@ -38,17 +38,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _configured(args: argparse.Namespace) -> "StudyConfig":
-    from study.config import load_config, parse_config
+    from study.config.load import load_config, parse_config
 
     flags = _flags(args) | _given({"data.source": args.data, "study.name": args.name})
     if args.config is None and args.data is None:
         import tomllib
 
-        from study.init import DEMO
+        from study.config.toml import demo_text
 
         if Path("study.toml").exists():
             print("This is the demo; yours: --config study.toml", file=sys.stderr)
-        return parse_config(tomllib.loads(DEMO), "the demo", args.set, flags)
+        return parse_config(tomllib.loads(demo_text()), "the demo", args.set, flags)
     return load_config(args.config, args.set, flags)
 
 
@@ -68,7 +68,7 @@ def _given(flags: dict[str, object]) -> dict[str, object]:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from study.config import check_source, parse_config
+    from study.config.load import check_source, parse_config
 
     with _opened(args) as store:
         row = store.study(args.study)
@@ -86,7 +86,7 @@ def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
 
 
 def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
-    from study.passwords import hide_password
+    from study.config.formatting import hide_password
     from study.search import run_search
 
     with _progress(args) as progress:
@@ -148,9 +148,9 @@ def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | 
 
 
 def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
-    from study.config import check_backbones
+    from study.config.load import check_backbones
+    from study.config.toml import config_text
     from study.estimate import estimate
-    from study.init import config_text
     from study.session import corner_configs, load_pictures, preflight, without_weights
     from study.show import estimate_view
 
@@ -184,11 +184,11 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _init(args: argparse.Namespace) -> int:
-    from study.config import load_config
-    from study.init import DEMO, template, write_new
+    from study.config.load import load_config
+    from study.config.toml import demo_text, template, write_new
 
     config = load_config(flags=_given({"data.source": args.data}))
-    write_new(args.file, DEMO if args.demo else template(config), may_replace=args.force)
+    write_new(args.file, demo_text() if args.demo else template(config), may_replace=args.force)
     if args.data is None and not args.demo:
         print(f"Wrote {args.file}. Set data.source in it to your pictures (now the digits), then:")
     else:
@@ -200,7 +200,7 @@ def _init(args: argparse.Namespace) -> int:
 def _schema(args: argparse.Namespace) -> int:
     import json
 
-    from study.schema import config_schema
+    from study.config.toml import config_schema
 
     print(json.dumps(config_schema(), indent=2))
     return 0
@@ -295,7 +295,7 @@ def _delete(args: argparse.Namespace) -> int:
 
 
 def _agreed(question: str) -> bool:
-    from study.config import ConfigError
+    from study.config.errors import ConfigError
 
     if not sys.stdin.isatty():
         raise ConfigError("delete must be confirmed, but there is no terminal; add --yes.")
@@ -370,7 +370,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _refuse_ablation(store: "Store", name: str, command: str, rest: str) -> None:
     """Send the user of an ablation to the command that is meant for it."""
-    from study.config import ConfigError
+    from study.config.errors import ConfigError
 
     if store.designs(store.study(name).id):
         raise ConfigError(
@@ -380,7 +380,7 @@ def _refuse_ablation(store: "Store", name: str, command: str, rest: str) -> None
 
 
 def _require_ablation(store: "Store", name: str, flag: str) -> None:
-    from study.config import ConfigError
+    from study.config.errors import ConfigError
 
     if not store.designs(store.study(name).id):
         raise ConfigError(
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as err:
         if not _is_users(err):
             raise
-        from study.passwords import hide_password
+        from study.config.formatting import hide_password
 
         print("error:", hide_password(str(err)).replace("\n", "\n  "), file=sys.stderr)
         return 2

@@ -17,7 +17,9 @@ from core.data.splits import ImageData, load_data
 from core.metrics import EpochMetrics
 from study.ablation_plan import Plan, as_begun_config, cell_configs, n_runs
 from study.baseline import given_factors
-from study.config import StudyConfig, check_backbones
+from study.config.load import check_backbones
+from study.config.search_space import apply_params
+from study.config.study_config import StudyConfig
 from study.designs import BASELINE, Cell, candidates, extend_path
 from study.ledger import Ledger
 from study.progress import BestTrial, Counts, Progress
@@ -35,7 +37,6 @@ from study.runner import (
 )
 from study.samplers import make_pruner
 from study.session import close_killed, open_session
-from study.space import apply_params
 from study.store import Store, TrialRow, config_hash
 
 Scores = list[list[float | None]]

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from study.ablate import AblationOutcome, Decide, Scores, run_ablation
 from study.ablation_plan import Plan, cell_configs, check_begun, make_plan, n_runs
 from study.baseline import factors_of, find_baseline
-from study.config import ConfigError, check_backbones
+from study.config.errors import ConfigError
+from study.config.formatting import format_duration, hide_password
+from study.config.load import check_backbones
 from study.designs import BASELINE, make_design
 from study.factors import named, read_flags
-from study.passwords import hide_password
 from study.progress import Progress
 from study.show import make_table, print_json, print_view
 from study.store import Store
-from study.words import format_duration
 
 if TYPE_CHECKING:
     from reports.ablation_sections import Section

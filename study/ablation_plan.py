@@ -7,10 +7,11 @@ from pathlib import Path
 
 from core.config import TrainConfig
 from study.baseline import Baseline
-from study.config import ConfigError, StudyConfig, config_diff
+from study.config.errors import ConfigError
+from study.config.search_space import apply_params
+from study.config.study_config import StudyConfig, config_diff
 from study.designs import Design
 from study.session import corner_configs, picture_size
-from study.space import apply_params
 from study.store import Store
 
 # A later look has half as many replicates again: few looks, so that little error is spent on each.

@@ -10,7 +10,9 @@ from optuna.trial import Trial, TrialState
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.ablate import is_done
-from study.config import ConfigError, StudyConfig
+from study.config.errors import ConfigError
+from study.config.search_space import distributions
+from study.config.study_config import StudyConfig
 from study.ledger import Ledger
 from study.progress import Progress
 from study.roster import Roster
@@ -23,7 +25,6 @@ from study.session import (
     open_session,
     picture_size,
 )
-from study.space import distributions
 from study.store import Store, TrialRow
 
 SUFFIX = "-audit"

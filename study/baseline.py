@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from core.config import TrainConfig
-from study.config import ConfigError, StudyConfig, load_config, parse_config
+from study.config.errors import ConfigError
+from study.config.formatting import format_value
+from study.config.load import load_config, parse_config
+from study.config.search_space import Space
+from study.config.study_config import AblationSection, StudyConfig
 from study.factors import (
     Factor,
     Level,
@@ -17,10 +21,7 @@ from study.factors import (
     propose,
     recipe_default,
 )
-from study.sections import AblationSection
-from study.space import Space
 from study.store import Store, StudyRow, TrialRow
-from study.words import format_value
 
 _SUFFIX = "-ablation"
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from study.config import ConfigError
+from study.config.errors import ConfigError
+from study.config.search_space import ParamValue
+from study.config.study_config import AblationSection
 from study.factors import Factor, as_record, from_record, named
-from study.sections import AblationSection
-from study.space import ParamValue
 
 BASELINE = "baseline"
 """What the baseline's own cell is called."""

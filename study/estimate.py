@@ -13,9 +13,9 @@ from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.models.builder import Network, build
 from core.models.freeze_stages import freeze, train_mode
-from study.config import StudyConfig
+from study.config.search_space import Choices, Dimension
+from study.config.study_config import StudyConfig
 from study.session import corner_configs
-from study.space import Choices, Dimension
 
 _MEASURED_STEPS = 3
 

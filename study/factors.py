@@ -1,34 +1,19 @@
 """What an ablation varies: factors, their levels, and the ones proposed for a baseline."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from core.config import MAX_FREEZE_DEPTH, TrainConfig
-from study.fields import Fault, check_value, keys_of, near
-from study.space import RECIPES, ParamValue, Space, apply_params
-from study.words import format_value
+from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
+from study.config.errors import Fault, check_value, near
+from study.config.formatting import format_value
+from study.config.search_space import RECIPES, ParamValue, Space, apply_params
+from study.config.toml import read_value
 
-# A component's level at which it does nothing, or does what the plainest recipe does. The keys
-# that must go with it stand beside it: Nesterov's form needs momentum.
-NEUTRAL: dict[str, dict[str, ParamValue]] = {
-    "weights": {"weights": "none"},
-    "freeze_depth": {"freeze_depth": 0},
-    "head_init": {"head_init": "default"},
-    "head_lr_mult": {"head_lr_mult": 1.0},
-    "weight_decay": {"weight_decay": 0.0},
-    "momentum": {"momentum": 0.0, "nesterov": False},
-    "schedule": {"schedule": "constant"},
-    "warmup_epochs": {"warmup_epochs": 0.0},
-    "augment": {"augment": "none"},
-    "normalize": {"normalize": "none"},
-    "label_smoothing": {"label_smoothing": 0.0},
-    "mixup": {"mixup": 0.0},
-    "cutmix": {"cutmix": 0.0},
-    "clip_norm": {"clip_norm": None},
-    "ema_decay": {"ema_decay": None},
-    "batch_norm": {"batch_norm": "train"},
+NEUTRAL: dict[str, dict[str, Any]] = {
+    key: {key: marked["neutral"], **marked.get("neutral_with", {})}
+    for key, field in fields_of(TrainConfig).items()
+    if (marked := cast(dict[str, Any], field.json_schema_extra or {}))
 }
 """Components that `loco` removes: key -> the settings without it."""
 
@@ -103,14 +88,14 @@ def parse_factors(raw: Mapping[str, object]) -> tuple[dict[str, list[Level]], li
 
 
 def _plain(name: str, value: object) -> tuple[list[Level], list[Fault]]:
-    if name not in keys_of(TrainConfig):
-        hint = near(name, keys_of(TrainConfig))
+    if name not in fields_of(TrainConfig):
+        hint = near(name, fields_of(TrainConfig))
         text = f"is no training key, so its levels must be tables of training keys.{hint}"
         return [], [Fault(name, text)]
     values = list(value) if isinstance(value, list | tuple) else [value]
     levels, faults = [], []
     for item in values:
-        checked, wrong = check_value(TrainConfig, name, item)
+        checked, wrong = check_value(name, item)
         faults += wrong
         if not wrong:
             levels.append(Level(format_value(checked), {name: checked}))
@@ -131,12 +116,12 @@ def _compound(name: str, table: Mapping[str, object]) -> tuple[list[Level], list
             continue
         overrides: dict[str, ParamValue] = {}
         for key, value in settings.items():
-            if key not in keys_of(TrainConfig):
-                hint = near(key, keys_of(TrainConfig))
+            if key not in fields_of(TrainConfig):
+                hint = near(key, fields_of(TrainConfig))
                 text = f"level {label}: {key} is no training key.{hint}"
                 faults.append(Fault(name, text))
                 continue
-            overrides[key], wrong = check_value(TrainConfig, key, value)
+            overrides[key], wrong = check_value(key, value)
             faults += [Fault(name, f"level {label}: {fault.text}") for fault in wrong]
         levels.append(Level(label, overrides))
     if not table:
@@ -166,16 +151,9 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
                 "--factor head_lr_mult=1,100."
             )
             continue
-        values = [_value(part.strip()) for part in written.strip("[]").split(",")]
+        values = [read_value(part.strip()) for part in written.strip("[]").split(",")]
         found.setdefault(key.strip().removeprefix("train."), []).extend(values)
     return dict(found), faults
-
-
-def _value(text: str) -> object:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def against(baseline: TrainConfig, levels: Levels) -> tuple[list[Factor], list[Fault]]:
@@ -208,7 +186,7 @@ def _is_in(baseline: TrainConfig, level: Level) -> bool:
 
 def _own_label(baseline: TrainConfig, name: str, others: Sequence[str]) -> str:
     """Name the baseline's own level, unlike any other: 0.01234 beside 0.0123 is told apart."""
-    is_key = name in keys_of(TrainConfig)
+    is_key = name in fields_of(TrainConfig)
     label = format_value(getattr(baseline, name)) if is_key else "baseline"
     return f"{label} (baseline)" if label in others else label
 
@@ -226,7 +204,7 @@ def propose(baseline: TrainConfig, space: Space) -> dict[str, list[Level]]:
             wanted.setdefault(key, []).append(recipe_default(key, space))
     found = {}
     for key, values in wanted.items():
-        checked = [check_value(TrainConfig, key, value)[0] for value in values]
+        checked = [check_value(key, value)[0] for value in values]
         distinct = [value for value in dict.fromkeys(checked) if value != getattr(baseline, key)]
         if distinct and not _is_idle(baseline, key):
             found[key] = [Level(format_value(value), {key: value}) for value in distinct]

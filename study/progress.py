@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from core.metrics import EpochMetrics
-from study.space import ParamValue
-from study.words import json_text
+from study.config.formatting import json_text
+from study.config.search_space import ParamValue
 
 if TYPE_CHECKING:
     from study.rows import TrialRow

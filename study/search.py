@@ -13,7 +13,9 @@ from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
-from study.config import StudyConfig, check_backbones
+from study.config.load import check_backbones
+from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
+from study.config.study_config import StudyConfig
 from study.ledger import RERUNS, Ledger
 from study.progress import Counts, Progress
 from study.roster import Roster
@@ -29,7 +31,6 @@ from study.runner import (
 )
 from study.samplers import make_pruner, make_sampler
 from study.session import corner_configs, end_killed, open_session
-from study.space import ParamValue, apply_params, distributions, n_points, recipes
 from study.store import Store, TrialRow
 
 # A setting that took the process down with it this often is not tried again.

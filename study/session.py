@@ -22,11 +22,12 @@ from core.head_runs import check_probe
 from core.models.builder import input_of
 from core.models.sources import library_versions
 from core.prefix_cache import PrefixCache
-from study.config import ConfigError, StudyConfig, config_diff
+from study.config.errors import ConfigError
+from study.config.search_space import ParamValue, apply_params
+from study.config.study_config import StudyConfig, config_diff
 from study.ledger import Ledger
 from study.progress import Progress
 from study.runner import REASON_KILLED, Work
-from study.space import ParamValue, apply_params
 from study.store import Store, TrialRow
 
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
@@ -101,7 +102,7 @@ def open_session(
 
 def _cache(config: StudyConfig) -> PrefixCache | None:
     """Make room for shared work; None where nothing is to be shared."""
-    budget = config.study.cache
+    budget: int | None = config.study.cache
     if budget == 0:
         return None
     # Beside the decoded pictures, as core.data.splits places them.

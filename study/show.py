@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from core.metrics import EpochMetrics
-from study.passwords import hide_password
-from study.progress import Outcome
-from study.words import (
+from study.config.formatting import (
     format_accuracy,
     format_duration,
     format_params,
     format_value,
+    hide_password,
     json_text,
 )
+from study.progress import Outcome
 
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from core.metrics import EpochMetrics
+from study.config.formatting import format_accuracy, format_duration, format_params
+from study.config.search_space import ParamValue
 from study.progress import CUT_SHORT, BestTrial, Counts, Outcome, Progress
-from study.space import ParamValue
-from study.words import format_accuracy, format_duration, format_params
 
 # Seconds between two lines about decoding where lines cannot be overwritten.
 _PICTURES_EVERY_S = 10.0

@@ -10,7 +10,8 @@ from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device
 from core.evaluate import Evaluation, evaluate
 from core.feed import Normalizer, eval_batches, view_spec
-from study.config import ConfigError, StudyConfig
+from study.config.errors import ConfigError
+from study.config.study_config import StudyConfig
 from study.progress import Progress
 from study.session import load_pictures
 from study.store import Store, StudyRow, TestRow, TrialRow

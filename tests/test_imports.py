@@ -12,8 +12,8 @@ MODULES = sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
 # What a report may read of the study: the record. Parts of it may be files of their own.
 RECORD = (
     "study.answers",
+    "study.config.formatting",
     "study.database",
-    "study.passwords",
     "study.read",
     "study.records",
     "study.rows",
@@ -27,18 +27,13 @@ HEAVY = ("torch", "torchvision", "timm")
 WITHOUT_TORCH = (
     "core/config.py",
     "core/metrics.py",
-    "study/config.py",
-    "study/fields.py",
-    "study/init.py",
-    "study/layers.py",
+    "study/config/formatting.py",
+    "study/config/load.py",
+    "study/config/toml.py",
     "study/parser.py",
     "study/progress.py",
-    "study/schema.py",
-    "study/sections.py",
     "study/show.py",
-    "study/space.py",
     "study/terminal.py",
-    "study/words.py",
 )
 
 

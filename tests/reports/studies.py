@@ -22,11 +22,11 @@ from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from reports.ablation import Ablation, Runs
 from reports.effects import Arm, Rules
+from study.config.search_space import apply_params
+from study.config.study_config import AblationSection
 from study.designs import Cell, Design, candidates, extend_path, make_design
 from study.factors import Factor, Level
 from study.rows import DesignRow, StudyRow
-from study.sections import AblationSection
-from study.space import apply_params
 from study.store import PictureRow, Store, config_hash
 from study.tables import RunTable, TrialTable
 

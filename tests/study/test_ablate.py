@@ -36,7 +36,8 @@ from study.ablation_plan import (
     settled_config,
 )
 from study.baseline import factors_of, find_baseline
-from study.config import ConfigError, StudyConfig
+from study.config.errors import ConfigError
+from study.config.study_config import StudyConfig
 from study.designs import make_design
 from study.progress import QuietProgress
 from study.read import read_predictions

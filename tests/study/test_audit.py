@@ -9,7 +9,8 @@ from core.fit import fit
 from reports.audit import read_audit
 from study.__main__ import main
 from study.audit import audit_study
-from study.config import ConfigError, load_config
+from study.config.errors import ConfigError
+from study.config.load import load_config
 from study.progress import QuietProgress
 from study.search import run_search
 from study.session import load_pictures

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import TrainConfig
-from study.config import ConfigError
+from study.config.errors import ConfigError
+from study.config.search_space import apply_params
+from study.config.study_config import AblationSection
 from study.designs import Design, candidates, extend_path, make_design
 from study.factors import Factor, against, parse_factors
-from study.sections import AblationSection
-from study.space import apply_params
 
 # Two levels each, the baseline's and another, of settings that break no rule together.
 TWO = {

@@ -9,7 +9,8 @@ import pytest
 
 from core.metrics import EpochMetrics
 from study.__main__ import _print_next, main
-from study.config import StudyConfig, load_config
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
 from study.parser import DEFAULT_STORAGE, make_parser
 from study.progress import Counts
 from study.search import SearchOutcome
@@ -160,13 +161,13 @@ def test_a_wrong_command_line_is_refused(
     [
         (["run", "--config", "no.toml"], "no.toml: there is no such file"),
         (["run", "--set", "epoch=3"], "--set: epoch: is no section or key. Did you mean epochs?"),
-        (["run", "--trials", "0"], "--trials: study.trials: must be >= 1, but got trials=0."),
+        (["run", "--trials", "0"], "--trials: study.trials: must be greater than"),
         (["run", "--timeout", "soon"], "--timeout: study.timeout: must be seconds or a text"),
         (["run", "--name", "a/b"], "--name: study.name: must begin and end with"),
         (["run", "--data", "nowhere"], "data.source: data folder nowhere must exist"),
         (
             ["run", "--data", ""],
-            "--data: data.source: must name a folder of pictures, but is empty",
+            "--data: data.source: must name a folder of images, but got",
         ),
         (["run", "--data", "nowhere", "--dry-run"], "data.source: data folder nowhere must"),
         (["list"], "there is no database studies.db"),
@@ -201,7 +202,7 @@ def test_an_error_of_ours_keeps_its_traceback(here: Path, monkeypatch: pytest.Mo
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("study.config.load_config", broken)
+    monkeypatch.setattr("study.config.load.load_config", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["init"])
 
@@ -212,7 +213,7 @@ def test_ctrl_c_ends_with_the_shells_status(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("study.config.load_config", stopped)
+    monkeypatch.setattr("study.config.load.load_config", stopped)
     assert main(["init"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

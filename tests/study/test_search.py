@@ -9,7 +9,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from study.config import ConfigError, StudyConfig, load_config
+from study.config.errors import ConfigError
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
 from study.read import read_trials
 from study.runner import identity

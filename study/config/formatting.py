@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from study.space import ParamValue
+from study.config.search_space import ParamValue
 
 
 def format_accuracy(value: float | None) -> str:
@@ -56,3 +57,8 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def hide_password(text: str) -> str:
+    """Blank out the password of every database URL in a text: texts are passed on."""
+    return re.sub(r"(://[^/\s:@]*:)\S*@", r"\1***@", text)

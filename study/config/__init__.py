@@ -1,0 +1,1 @@
+"""What a study is told: its configuration, read, merged, checked and written."""

@@ -1,0 +1,249 @@
+"""StudyConfig: everything that a study is told, in sections."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from core.config import SECTION, DataConfig, OrNone, TrainConfig, fields_of
+from study.config.search_space import (
+    DEFAULT_SPACE,
+    RECIPES,
+    Choices,
+    Dimension,
+    default_params,
+    parse_space,
+    to_table,
+)
+
+Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
+Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
+DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
+DecidingTest = Literal["t", "sign-flip"]
+EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
+"""Samplers that visit every setting of the space."""
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    if not re.fullmatch(r"(?:\d+(?:\.\d+)?[hms])+", value):
+        raise ValueError('must be seconds or a text like "2h", "90m" or "1h30m"')
+    parts = re.findall(r"([\d.]+)([hms])", value)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _study_name(value: object) -> object:
+    if not (isinstance(value, str) and re.fullmatch(r"\w([\w .-]*\w)?", value)):
+        raise ValueError(
+            "must begin and end with a letter or digit, with . _ - or a space between"
+        )
+    return value
+
+
+def _recipe_names(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list | tuple) or not all(name in list(RECIPES) for name in value):
+        raise ValueError(f"must be true, false or a list of {', '.join(RECIPES)}")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True, config=SECTION)
+class StudySection:
+    """What the study is called, where it is kept, and when it is done."""
+
+    name: Annotated[str, BeforeValidator(_study_name)] = ""
+    """Name of the study; leave out for the name of the data folder."""
+    storage: str = "studies.db"
+    """Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."""
+    output: str = "frostline-runs"
+    """Folder of checkpoints and reports."""
+    trials: int = Field(default=20, ge=1)
+    """Finished trials that the study shall have in total."""
+    timeout: OrNone[
+        Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
+    ] = Field(default=None, gt=0)
+    """No trial begins after this time of one run, in seconds or as "2h" or "90m"; leave out for
+    none."""
+    patience: OrNone[int] = Field(default=None, ge=1)
+    """Stop when this many finished trials in a row were no better; leave out for never."""
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Checkpoints that stay on disk: those of the best trials."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampler. (That of training is train.seed.)"""
+    cache: OrNone[ByteSize] = Field(default=None, ge=0)
+    """Most bytes for work that trials share (augmented pixels, frozen layers), in memory and on
+    disk together, as "8GB"; 0 shares nothing; leave out for a quarter of the memory that is free,
+    and as much again (at most a tenth of what is free) on disk. It changes no number."""
+
+
+@dataclass(frozen=True, slots=True, config=SECTION)
+class SearchSection:
+    """How settings are proposed, and how hopeless trials are stopped."""
+
+    sampler: Sampler = "tpe"
+    """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."""
+    pruner: Pruner = "hyperband"
+    """Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none."""
+    recipes: Annotated[
+        bool | tuple[str, ...],
+        BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
+    ] = True
+    """Known settings to try first: true (all; none under grid and bruteforce), false, or a list of
+    linear-probe, fine-tune-half, fine-tune-all."""
+
+    @property
+    def recipe_names(self) -> tuple[str, ...]:
+        """List the recipes to try first: none where the sampler visits every setting anyway."""
+        if self.recipes is False or self.sampler in EXHAUSTIVE:
+            return ()
+        return tuple(RECIPES) if self.recipes is True else self.recipes
+
+
+@dataclass(frozen=True, slots=True, config=SECTION)
+class AblationSection:
+    """What `study ablate` varies about a baseline, how often, and how it judges."""
+
+    design: DesignKind = "ofat"
+    """Which settings are run: ofat (one factor at a time), loco (each component of the baseline
+    removed), factorial (all combinations, or a stated fraction), path (from one setting to
+    another, the best change first), screen (many factors in few runs)."""
+    replicates: int = Field(default=5, ge=1)
+    """Runs of every setting, with seeds paired over the settings; with adaptive, those of the
+    first look."""
+    resplit: bool = False
+    """Draw a new training and validation split for every replicate too."""
+    adaptive: bool = False
+    """Add replicates where the question is still open, up to max_replicates; the error that
+    looking often would add is paid for."""
+    max_replicates: int = Field(default=20, ge=2)
+    """With adaptive: most replicates of a setting."""
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Family-wise error that Holm's correction holds."""
+    margin: float = Field(default=1.0, gt=0, le=100)
+    """Accuracy points below which a difference does not matter: two settings count as equal where
+    the difference is shown to be smaller."""
+    test: DecidingTest = "t"
+    """The test that decides: t (paired t-test) or sign-flip (exact permutation)."""
+    max_cells: int = Field(default=64, ge=2)
+    """Most settings of a factorial; a larger one is cut to a fraction."""
+    resolution: OrNone[int] = Field(default=None, ge=3)
+    """Resolution of a fractional factorial (3, 4 or 5); leave out for the highest that fits."""
+    keep_checkpoints: bool = True
+    """Keep every run's weights, so that chosen settings can be tested later."""
+    factors: OrNone[dict[str, Any]] = None
+    """What is varied: a training key with a list of values, or a name with a table of levels, each
+    a table of training keys. Leave out for a set proposed for the baseline."""
+
+
+class StudyConfig(BaseModel):
+    """The whole configuration of a study; `study.config.load` makes checked ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    study: StudySection = StudySection()
+    """Name, storage, and when the study is done."""
+    data: DataConfig = DataConfig()
+    """Which images."""
+    train: TrainConfig = TrainConfig()
+    """Settings of every trial; a searched key's value here is only a recipe's default."""
+    search: SearchSection = SearchSection()
+    """Sampler, pruner, recipes."""
+    ablation: AblationSection = AblationSection()
+    """What `study ablate` varies."""
+    space: dict[str, Dimension] = Field(default_factory=lambda: parse_space(DEFAULT_SPACE)[0])
+    """Searched training keys; given as a whole, it replaces the default space."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_data(cls, raw: Any) -> Any:
+        study = raw.get("study", StudySection())
+        if study.name:
+            return raw
+        name = default_name(raw.get("data", DataConfig()).source)
+        return {**raw, "study": dataclasses.replace(study, name=name)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "StudyConfig":
+        """Read back what `to_record` wrote."""
+        space = parse_space(record["space"])[0]
+        train = TrainConfig(**default_params(space) | record["train"])
+        made = {name: section(**record[name]) for name, section in SECTIONS.items()}
+        return cls(**made | {"train": train, "space": space})
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain JSON values; a searched key stands under `space` only."""
+        record = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        record["train"] = {k: v for k, v in record["train"].items() if k not in self.space}
+        if not isinstance(self.search.recipes, bool):
+            record["search"]["recipes"] = list(self.search.recipes)
+        return record | {"space": {key: to_table(dim) for key, dim in self.space.items()}}
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """List the backbones that trials may take."""
+        dimension = self.space.get("backbone")
+        if isinstance(dimension, Choices):
+            return tuple(str(choice) for choice in dimension.choices)
+        return (self.train.backbone,)
+
+
+SECTIONS: dict[str, type] = {
+    "study": StudySection,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "search": SearchSection,
+    "ablation": AblationSection,
+}
+"""The sections of keys; [space], which holds dimensions, is not among them."""
+FREE_KEYS = frozenset(
+    {
+        *(f"study.{key}" for key in ("name", "storage", "output", "trials", "timeout")),
+        *(f"study.{key}" for key in ("patience", "keep_checkpoints", "cache")),
+        *(f"data.{key}" for key in ("root", "download", "cache_dir")),
+        *("train.device", "train.workers"),
+        *(f"ablation.{key}" for key in fields_of(AblationSection)),
+    }
+)
+"""Keys that may change when a study is resumed: they do not change what a trial's result means."""
+
+
+def default_name(source: str) -> str:
+    """Name a study after its data: the folder's or the dataset's name."""
+    kind, _, rest = source.rpartition(":") if source.startswith("torchvision:") else ("", "", "")
+    name = rest if kind else Path(source.removeprefix("folder:")).resolve().name
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
+
+
+def config_diff(old: StudyConfig, new: StudyConfig, *, with_free: bool = False) -> list[str]:
+    """List what differs between two configurations, one `section.key: old -> new` per line.
+
+    Args:
+        old: Before.
+        new: After.
+        with_free: Include the `FREE_KEYS` too.
+    """
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and (with_free or key not in FREE_KEYS)
+    ]
+
+
+def _flat(config: StudyConfig) -> dict[str, str]:
+    """Map every key with its section to its value, or to the dimension that searches it."""
+    flat = {}
+    for name in SECTIONS:
+        for key, value in dataclasses.asdict(getattr(config, name)).items():
+            searched = config.space.get(key) if name == "train" else None
+            flat[f"{name}.{key}"] = f"searched in {searched}" if searched else repr(value)
+    return flat

@@ -1,0 +1,260 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.config import TrainConfig
+from study.config.errors import ConfigError
+from study.config.load import check_backbones, check_source, load_config, parse_config
+from study.config.search_space import Choices, Range
+from study.config.study_config import StudyConfig
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults_of(text: str, folder: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text), overrides)
+    return tuple(
+        fault.replace(f"{folder / 'study.toml'}", "FILE") for fault in caught.value.faults
+    )
+
+
+def test_load_of_nothing_gives_the_defaults() -> None:
+    config = load_config()
+    assert config == StudyConfig()
+    assert config.train == TrainConfig()
+    assert config.study.name == "digits"
+
+
+def test_load_reads_keys_of_every_section(tmp_path: Path) -> None:
+    text = """
+        [study]
+        name = "ants"
+        timeout = "1h30m"
+        cache = "1.5GB"
+        [data]
+        source = "images/ants"
+        [train]
+        epochs = 3
+        clip_norm = "none"
+        weight_decay = 0
+        [search]
+        sampler = "random"
+        recipes = ["fine-tune-all"]
+        [space]
+        base_lr = {low = 1e-4, high = 1, log = true}
+        batch_size = [16, 32]
+        ema_decay = ["none", 0.99]
+        momentum = 0.8
+    """
+    config = load_config(write(tmp_path, text))
+    assert (config.study.timeout, config.study.cache) == (5400, 1_500_000_000)
+    assert config.data.source == "folder:images/ants"
+    assert (config.train.epochs, config.train.momentum, config.train.clip_norm) == (3, 0.8, None)
+    assert config.search.recipe_names == ("fine-tune-all",)
+    assert config.space == {
+        "base_lr": Range(1e-4, 1.0, log=True),
+        "batch_size": Choices((16, 32)),
+        "ema_decay": Choices((None, 0.99)),
+    }
+
+
+def test_load_reports_all_faults_at_once_with_file_and_key(tmp_path: Path) -> None:
+    text = """
+        [study]
+        trials = 0
+        cache = "8 elephants"
+        [data]
+        val_fraction = "much"
+        source = " "
+        [train]
+        epoch = 3
+        optimizer = "sdg"
+        weight_decay = nan
+        [search]
+        sampler = "tpo"
+        recipes = ["all"]
+        [space]
+        base_lr = {low = 0.1, high = 0.01}
+        freeze_dept = [1, 2]
+    """
+    faults = faults_of(text, tmp_path)
+    assert {fault.partition(": ")[2].partition(": ")[0] for fault in faults} == {
+        "study.trials",
+        "study.cache",
+        "data.val_fraction",
+        "data.source",
+        "train.optimizer",
+        "train.weight_decay",
+        "search.sampler",
+        "search.recipes",
+        "space.base_lr",
+        "train.epoch",
+        "space.freeze_dept",
+    }
+    assert "FILE: train.epoch: is no known key. Did you mean epochs?" in faults
+    sampler = next(fault for fault in faults if "sampler" in fault)
+    assert sampler.endswith("but got sampler='tpo'. Did you mean tpe?")
+    assert any(
+        "freeze_dept" in fault and "Did you mean freeze_depth?" in fault for fault in faults
+    )
+    assert len(faults) == 11
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("base_lr = {low = 0.1, high = 0.1}", "low must be < high"),
+        ("base_lr = {low = 0.0, high = 0.1}", "must be greater than 0, but got low=0.0"),
+        ("weight_decay = {low = 0.0, high = 0.1, log = true}", "low must be > 0 where log = true"),
+        ("base_lr = {low = 0.1}", "high must be given"),
+        (
+            "base_lr = {low = 0.1, high = 1.0, setp = 1.0}",
+            "setp is no known key. Did you mean step?",
+        ),
+        ("base_lr = {low = 0.1, high = 1.0, log = 1}", "must be a valid boolean, but got log=1"),
+        ("base_lr = {low = 0.1, high = 1.0, step = 2.0}", "step must be <= high - low"),
+        ("base_lr = {low = 0.1, high = 1.0, step = 0}", "must be greater than 0, but got step=0"),
+        ("epochs = {low = 1, high = 9, step = 0.5}", "step must be a whole number"),
+        ("epochs = {low = 1, high = 9, step = 2, log = true}", "log = true and step"),
+        ("epochs = {low = 1.5, high = 9}", "must be a valid integer, but got low=1.5"),
+        ("freeze_depth = {low = 0, high = 6}", "must be less than or equal to 5, but got high=6"),
+        ("backbone = {low = 0, high = 1}", "is no number, so it takes choices"),
+        ("backbone = {choices = []}", "at least 1 item"),
+        ('backbone = ["resnet18", "resnet18"]', "choices must differ"),
+        ('backbone = {choices = ["resnet18", "vgg11"], low = 1}', "low is no known key"),
+        ("augment = ['none', 'strong']", "must be 'none', 'standard', 'trivial' or 'rand'"),
+        ("epochs = [3, 'x']", "must be a valid integer, but got epochs='x'"),
+        ("monitor = ['val_loss', 'val_acc']", "set train.monitor"),
+    ],
+)
+def test_load_refuses_a_wrong_dimension(line: str, message: str, tmp_path: Path) -> None:
+    (fault,) = faults_of(f"[space]\n{line}", tmp_path)
+    assert fault.startswith(f"FILE: space.{line.split(' ')[0]}: ")
+    assert message in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nmixup = 0.2\ncutmix = 1.0", "train: mixup and cutmix must not both be on"),
+        ("[study]\nname = '../x'", "study.name: must begin and end with a letter or digit"),
+        ("[study]\ntimeout = '2 hours'", 'study.timeout: must be seconds or a text like "2h"'),
+        ("[search]\nsampler = 'grid'", "search.sampler: grid visits every setting"),
+        ("[space]\nmixup = [0.0, 0.2]\ncutmix = [0.0, 1.0]", "mixup=0.2 with cutmix=1.0"),
+        ("[space]\nepochs = {low = 1, high = 9}\n[train]\nwarmup_epochs = 2", "space.epochs: may"),
+        (
+            "[train]\nbase_lr = 0.1\n[space]\nbase_lr = [0.2, 0.3]",
+            "space.base_lr: is given a value",
+        ),
+        ("epochs = 3", "epochs: is in no section; it belongs in [train]."),
+        ("[data]\nepochs = 3", "data.epochs: is no key of this section; it belongs in [train]."),
+        ("[sarch]\nsampler = 'tpe'", "sarch: is no section or key. Did you mean search?"),
+        ("train = 3", "train: must be a table, [train], but got 3."),
+        ("[train\nepochs = 3", "must be TOML, but expected ']'"),
+        ("[ablation.factors]\nepoch = [1]", "ablation.factors.epoch: is no training key"),
+    ],
+)
+def test_load_refuses_broken_rules_and_misplaced_keys(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (fault,) = faults_of(text, tmp_path)
+    assert fault.startswith(("FILE: ", "study.toml"))
+    assert message in fault
+
+
+def test_load_of_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml: there is no such file; `python -m study"):
+        load_config(tmp_path / "no.toml")
+
+
+def test_overrides_win_over_the_file_and_flags_over_both(tmp_path: Path) -> None:
+    path = write(tmp_path, "[study]\ntrials = 5\n[train]\nepochs = 4\nbatch_size = 8")
+    config = load_config(
+        path, ["train.epochs=6", "study.trials=7", "label_smoothing=0.1"], {"study.trials": 9}
+    )
+    assert (config.study.trials, config.train.epochs, config.train.batch_size) == (9, 6, 8)
+    assert config.train.label_smoothing == 0.1
+
+
+def test_an_override_changes_fixes_or_empties_dimensions() -> None:
+    config = load_config(
+        overrides=["space.base_lr.high=0.1", "freeze_depth=3", "space.seed=[1,2]"]
+    )
+    assert config.space["base_lr"] == Range(1e-4, 0.1, log=True)
+    assert config.space["seed"] == Choices((1, 2))
+    assert "freeze_depth" not in config.space
+    assert config.train.freeze_depth == 3
+    assert load_config(overrides=["space={}"]).space == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", "--set: must be section.key=value, but got 'epochs'"),
+        ("seed=1", "--set: seed: is a key of several sections; say study.seed or train.seed."),
+        ("epoch=1", "--set: epoch: is no section or key. Did you mean epochs?"),
+        ("tran.epochs=1", "--set: tran: is no section or key. Did you mean train?"),
+        ("train.epochs=x", "--set: train.epochs: must be a valid integer, but got epochs='x'"),
+        ("data.seed=4", "--set: data.seed: is no key of this section; it belongs in [study] or"),
+    ],
+)
+def test_a_wrong_override_is_reported_as_such(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=[override])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_flag_is_named_in_its_fault() -> None:
+    with pytest.raises(ConfigError, match=r"^--trials: study\.trials: must be greater than"):
+        load_config(flags={"study.trials": 0})
+    with pytest.raises(ConfigError, match=r"^--data: data\.source: must name a folder"):
+        load_config(flags={"data.source": ""})
+
+
+def test_a_rule_between_keys_is_reported_where_the_last_of_them_was_given(tmp_path: Path) -> None:
+    text = "[train]\nwarmup_epochs = 4\nmixup = 0.2\ncutmix = 1.0"
+    mixed, warm = faults_of(text, tmp_path, "epochs=3")
+    assert warm.startswith("--set: train: warmup_epochs must be <= epochs")
+    assert mixed.startswith("FILE: train: mixup and cutmix")
+    (fault,) = faults_of("[space]\nmixup = [0.0, 0.2]", tmp_path, "cutmix=1.0")
+    assert fault.startswith("--set: space.mixup: may draw mixup=0.2, but")
+
+
+def test_a_default_given_as_value_contradicts_no_dimension(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "[train]\nseed = 0\n[space]\nseed = [0, 1]"))
+    assert config.space == {"seed": Choices((0, 1))}
+
+
+def test_a_searched_keys_base_value_lies_in_its_dimension() -> None:
+    config = load_config(overrides=["space={epochs={low=20,high=30}}", "train.warmup_epochs=15"])
+    assert config.train.epochs == 20
+
+
+def test_check_backbones_reports_all_unknown_ones() -> None:
+    config = parse_config({"space": {"backbone": ["resnet18", "resnet19", "timm:resnte50"]}}, "x")
+    with pytest.raises(ConfigError) as caught:
+        check_backbones(config)
+    assert len(caught.value.faults) == 2
+    assert caught.value.faults[0].startswith("space.backbone: ")
+    assert "resnet18" in caught.value.faults[0]
+
+
+def test_check_source_refuses_a_missing_folder(tmp_path: Path) -> None:
+    config = load_config(flags={"data.source": str(tmp_path / "no")})
+    with pytest.raises(ConfigError, match=r"^data\.source: "):
+        check_source(config)
+
+
+def test_importing_the_configuration_loads_nothing_heavy() -> None:
+    code = "import sys, study.config.load; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    heavy = {"torch", "torchvision", "timm", "optuna", "sqlalchemy", "pandas", "scipy"}
+    assert "pydantic" in loaded.decode().split()
+    assert not heavy & set(loaded.decode().split())

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from core.config import DataConfig, fields_of
+from study.config.load import load_config
+from study.config.study_config import (
+    FREE_KEYS,
+    SECTIONS,
+    StudyConfig,
+    StudySection,
+    config_diff,
+    default_name,
+)
+
+
+def test_a_record_reads_back_to_the_same_configuration() -> None:
+    config = load_config(
+        overrides=[
+            "space.ema_decay=['none',0.99]",
+            "space.epochs={low=20, high=30}",
+            "recipes=['linear-probe']",
+            "timeout=2h",
+            "cache=1GB",
+            "ablation.factors={epochs=[1, 2]}",
+        ]
+    )
+    record = json.loads(json.dumps(config.to_record()))
+    assert StudyConfig.from_record(record) == config
+    assert "base_lr" not in record["train"]
+
+
+def test_the_difference_names_keys_and_leaves_free_ones_out() -> None:
+    old = load_config()
+    new = load_config(overrides=["epochs=3", "base_lr=0.1", "trials=50", "workers=2"])
+    assert config_diff(old, new) == [
+        "train.epochs: 10 -> 3",
+        "train.base_lr: searched in 0.0001 to 0.01, log -> 0.1",
+    ]
+    assert config_diff(old, old) == []
+    assert {line.split(":")[0] for line in config_diff(old, new, with_free=True)} >= {
+        "study.trials",
+        "train.workers",
+    }
+
+
+def test_every_free_key_is_a_key() -> None:
+    keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in fields_of(section)}
+    assert keys >= FREE_KEYS
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "digits"),
+        ("folder:/data/Hot Dogs/", "Hot-Dogs"),
+        ("torchvision:CIFAR10", "CIFAR10"),
+        ("folder:/", "study"),
+    ],
+)
+def test_a_study_is_named_after_its_data(source: str, name: str) -> None:
+    assert default_name(source) == name
+    assert StudyConfig(data=DataConfig(source=source)).study.name == name
+
+
+def test_a_given_name_stays() -> None:
+    assert StudyConfig(study=StudySection(name="mine")).study.name == "mine"
+
+
+def test_an_exhaustive_sampler_takes_no_recipes() -> None:
+    config = load_config(overrides=["space={seed=[0,1]}", "sampler=grid"])
+    assert config.search.recipe_names == ()

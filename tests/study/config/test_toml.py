@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from core.config import TrainConfig, fields_of
+from study.config.errors import ConfigError
+from study.config.load import load_config
+from study.config.study_config import SECTIONS
+from study.config.toml import (
+    config_schema,
+    config_text,
+    read_value,
+    template,
+    toml_value,
+    write_new,
+)
+
+OVERRIDES = [
+    "space.ema_decay=['none', 0.99]",
+    "train.clip_norm=1.0",
+    "recipes=['linear-probe']",
+    "timeout=90m",
+    "name='other \u00fc'",
+]
+
+
+@pytest.mark.parametrize("with_help", [True, False])
+def test_config_text_reads_back_to_the_same(with_help: bool, tmp_path: Path) -> None:
+    config = load_config(overrides=OVERRIDES)
+    path = tmp_path / "study.toml"
+    path.write_text(config_text(config, with_help=with_help), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_template_gives_each_key_its_meaning() -> None:
+    text = template(load_config(flags={"data.source": "my/photos"}))
+    assert 'source = "folder:my/photos"' in text
+    assert "# base_lr is searched: see [space]." in text
+    for section in SECTIONS.values():
+        for key, field in fields_of(section).items():
+            first_words = " ".join((field.description or "").split()[:4])
+            assert first_words and f"# {first_words}" in text, key
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_template_for_other_data_is_not_named_after_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(template(load_config()).replace('"digits"', '"photos"'), encoding="utf-8")
+    assert load_config(path).study.name == "photos"
+
+
+def test_write_new_replaces_a_file_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    write_new(path, "a", may_replace=False)
+    with pytest.raises(ConfigError, match=r"study\.toml: there is such a file already; --force"):
+        write_new(path, "b", may_replace=False)
+    write_new(path, "b", may_replace=True)
+    assert path.read_text() == "b"
+    with pytest.raises(ConfigError, match=r"cannot be written: No such file or directory"):
+        write_new(tmp_path / "no" / "study.toml", "a", may_replace=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1e-6, "1e-06"),
+        (True, "true"),
+        ('a "b" \\ \n', '"a \\"b\\" \\\\ \\n"'),
+        ([1, "x"], '[1, "x"]'),
+        ({"low": 0, "log": True}, "{low = 0, log = true}"),
+    ],
+)
+def test_toml_value_reads_back_to_the_same(value: object, text: str) -> None:
+    assert toml_value(value) == text
+    assert read_value(text) == value
+
+
+def test_none_is_written_as_a_text() -> None:
+    assert toml_value(None) == '"none"'
+
+
+def test_schema_describes_every_key_with_its_range() -> None:
+    schema = json.loads(json.dumps(config_schema()))
+    assert set(schema["properties"]) == {*SECTIONS, "space"}
+    for section in SECTIONS.values():
+        described = schema["$defs"][section.__name__]
+        assert described["additionalProperties"] is False
+        assert all(value["description"] for value in described["properties"].values())
+    train = schema["$defs"]["TrainConfig"]["properties"]
+    assert train["epochs"]["minimum"] == 1
+    assert train["optimizer"]["enum"] == ["sgd", "adamw"]
+    space = schema["properties"]["space"]
+    assert space["propertyNames"]["enum"] == list(fields_of(TrainConfig))
