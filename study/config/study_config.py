@@ -23,7 +23,6 @@ from study.config.search_space import (
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
 Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
 DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
-DecidingTest = Literal["t", "sign-flip"]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -131,8 +130,6 @@ class AblationSection:
     margin: float = Field(default=1.0, gt=0, le=100)
     """Accuracy points below which a difference does not matter: two settings count as equal where
     the difference is shown to be smaller."""
-    test: DecidingTest = "t"
-    """The test that decides: t (paired t-test) or sign-flip (exact permutation)."""
     max_cells: int = Field(default=64, ge=2)
     """Most settings of a factorial; a larger one is cut to a fraction."""
     resolution: OrNone[int] = Field(default=None, ge=3)
