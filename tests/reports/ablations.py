@@ -18,7 +18,7 @@ from study.factors import Factor, Level
 from study.rows import DesignRow, StudyRow
 from study.sections import AblationSection
 from study.space import apply_params
-from study.store import Store, config_hash
+from study.store import LEVELS, Store, config_hash
 
 Score = float | str | None
 """A run's validation accuracy, why it failed, or None where it was not run."""
@@ -216,12 +216,12 @@ def _enter_run(
 ) -> int:
     train = apply_params(TRAIN, cell.overrides)
     config = dataclasses.asdict(dataclasses.replace(train, seed=FIRST_SEED + replicate))
+    store.start_trial(study_id, {}, {}, {LEVELS: cell.levels})
     key = store.begin_trial(
         study_id,
         number,
         run_id,
         origin=f"{cell.label}, replicate {replicate + 1}",
-        params=cell.levels,
         config=config,
         config_hash=_identity(cell, replicate, settings.resplit),
         seed=FIRST_SEED + replicate,

@@ -2,19 +2,21 @@
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.distributions import BaseDistribution
 from PIL import Image
 from sqlalchemy import update
 
 from core.metrics import EpochMetrics
 from study.store import PictureRow, Store, config_hash
 from study.tables import RunTable, TrialTable
+from support import distributions_of
 
 BEGAN = datetime(2026, 3, 1, 20, 0)
 SPACE: dict[str, Any] = {
@@ -98,9 +100,9 @@ def make_study(
         device="cpu",
         versions=versions,
     )
-    now = BEGAN
+    now, dimensions = BEGAN, distributions_of(*(plan.params for plan in plans))
     for number, plan in enumerate(plans):
-        now = _enter(store, study_id, run_id, number, plan, now)
+        now = _enter(store, study_id, run_id, number, plan, now, dimensions)
     store.end_run(run_id, "trials")
     with store._engine.begin() as connection:
         connection.execute(
@@ -110,15 +112,21 @@ def make_study(
 
 
 def _enter(
-    store: Store, study_id: int, run_id: int, number: int, plan: Plan, now: datetime
+    store: Store,
+    study_id: int,
+    run_id: int,
+    number: int,
+    plan: Plan,
+    now: datetime,
+    space: Mapping[str, BaseDistribution],
 ) -> datetime:
     config = {"epochs": 10, "optimizer": "sgd", **plan.params}
+    trial = store.start_trial(study_id, plan.params, space)
     trial_id = store.begin_trial(
         study_id,
         number,
         run_id,
         origin=plan.origin,
-        params=plan.params,
         config=config,
         config_hash=config_hash(config),
         seed=7,
@@ -135,6 +143,7 @@ def _enter(
             best, best_epoch = val_acc, epoch
         seconds = plan.epoch_s * (epoch + 1)
         store.add_epoch(trial_id, metrics(epoch, val_acc, is_best=is_best), seconds)
+        trial.report(val_acc, epoch + 1)
     duration = plan.duration_s
     if duration is None:
         duration = 1.0 + plan.epoch_s * len(plan.curve)
