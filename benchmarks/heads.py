@@ -60,7 +60,8 @@ class Alone:
         config = dataclasses.replace(self.config, base_lr=1e-3 * (1 + 1e-3 * self.n_trials))
         work = dataclasses.replace(self.work, cache=cache)
         begin = time.perf_counter()
-        result = run_trial(work, Asked(self.n_trials, {}, "benchmark"), config, lambda _: False)
+        trial = work.store.start_trial(work.study_id, {}, {})
+        result = run_trial(work, Asked(trial, "benchmark"), config)
         assert result.state == "complete", result.reason
         return time.perf_counter() - begin
 

@@ -3,10 +3,7 @@
 A trial here trains nothing: it samples the five default settings, makes 20 reports (each asked
 for pruning, each kept in our record too), and ends. All sides go on from a database that holds so
 many trials already; they take turns, and the first trial of each side at each size is not counted.
-Ours writes reports to Optuna's tables at most twice a second, so a trial as short as this one is
-written when it ends; the side `slow` writes each report at once, as a trial of minutes does.
-
-    python benchmarks/overhead.py --sizes 100 1000 5000 --trials 12
+    python benchmarks/overhead.py --sizes 100 1000 --trials 12
 """
 
 import argparse
@@ -27,8 +24,6 @@ from optuna.trial import TrialState, create_trial
 from core.metrics import EpochMetrics
 from study.config.load import load_config
 from study.config.search_space import distributions
-from study.ledger import Ledger
-from study.optuna_storage import open_optuna_storage, write_trial
 from study.samplers import make_pruner, make_sampler
 from study.store import Store
 
@@ -86,28 +81,16 @@ class Clock:
         return {name: 1e3 * sum(values) / n for name, values in self.seconds.items()}
 
 
-def fill(path: Path, past: list[optuna.trial.FrozenTrial], journal: str) -> None:
-    """Make a study with a past; the rows are those that Optuna writes, at a tenth of the time."""
-    storage = open_optuna_storage(str(path))
-    study = optuna.create_study(storage=storage, study_name="x", direction="maximize")
-    for trial in past:
-        write_trial(storage, study._study_id, trial)
-    storage.remove_session()
-    with storage.engine.connect() as connection:
-        mode = connection.exec_driver_sql(f"PRAGMA journal_mode = {journal}").scalar()
-    assert mode == journal
-    storage.engine.dispose()
-
-
 def plain_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[], None]:
     """Return one trial of plain Optuna: default storage, TPE, Hyperband."""
-    fill(path, past, "delete")  # SQLite's default journal
-    study = optuna.load_study(
+    study = optuna.create_study(
         storage=f"sqlite:///{path}",
         study_name="x",
+        direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=0),
         pruner=optuna.pruners.HyperbandPruner(1, REPORTS, 3),
     )
+    study.add_trials(past)
 
     def trial() -> None:
         asked = study.ask(SPACE)
@@ -119,33 +102,32 @@ def plain_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[],
     return trial
 
 
-def our_side(
-    path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock, **how: float
-) -> Callable[[], None]:
-    """Return one trial of ours: ledger and record, same sampler and pruner."""
+def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> Callable[[], None]:
+    """Return one trial of ours: the record over Optuna's tables, same sampler and pruner."""
     store = Store.open(str(path), create=True)
-    study = store.create_study("x", {}, {"fingerprint": "x"}, {})
-    run = store.begin_run(study, command="benchmark", device="none", versions={})
-    fill(path, past, "wal")
-    ledger = Ledger(str(path), "x", make_pruner("hyperband", REPORTS), **how)
+    study_id = store.create_study("x", {}, {"fingerprint": "x"}, {})
+    run = store.begin_run(study_id, command="benchmark", device="none", versions={})
+    study = store.optuna_study(study_id)
+    study.pruner = make_pruner("hyperband", REPORTS)
+    study.add_trials(past)
 
     def trial() -> None:
-        number = ledger.next_number()
         with clock.phase("sampling"):
-            asked = ledger.ask(make_sampler("tpe", 0, number, SPACE, ledger.seen), SPACE)
+            number = len(study.get_trials(deepcopy=False))
+            study.sampler = make_sampler("tpe", 0, number, SPACE)
+            asked = study.ask(SPACE)
         with clock.phase("record"):
             key = store.begin_trial(
-                study, number, run, origin="sampler", params=asked.params, config={"seed": 0},
+                study_id, number, run, origin="sampler", config={"seed": 0},
                 config_hash=str(number), seed=0, backbone="x", freeze_depth=0, device="none",
             )  # fmt: skip
         for step in range(1, REPORTS + 1):
             with clock.phase("record"):
                 store.add_epoch(key, metrics(step - 1, 0.9 + step / 1000), 0.1)
             with clock.phase("report and prune"):
-                ledger.report(asked, 0.9 + step / 1000, step)
-        with clock.phase("Optuna's tables"):
-            ledger.tell(asked, TrialState.COMPLETE, 0.9)
-        with clock.phase("record"):
+                asked.report(0.9 + step / 1000, step)
+                asked.should_prune()
+        with clock.phase("end"):
             store.end_trial(
                 key, "complete", reason=None, value=0.9, best_epoch=0, epochs_done=REPORTS,
                 duration_s=0.1, checkpoint=None,
@@ -157,11 +139,10 @@ def our_side(
 def measure(size: int, n: int, folder: Path) -> None:
     """Alternate the sides n times at one size, and print."""
     past = history(size)
-    clock, slow = Clock(), Clock()
+    clock = Clock()
     sides = {
         "plain": plain_side(folder / f"plain{size}.db", past),
         "ours": our_side(folder / f"ours{size}.db", past, clock),
-        "slow": our_side(folder / f"slow{size}.db", past, slow, write_after_s=0.0),
     }
     for trial in sides.values():
         trial()
@@ -174,9 +155,8 @@ def measure(size: int, n: int, folder: Path) -> None:
             spent[name].append(1e3 * (time.perf_counter() - begin))
     for name, values in spent.items():
         print(f"  {size:5} trials, {name:5}: {spread(values, ' ms a trial')}")
-    for name in ("ours", "slow"):
-        ratios = [a / b for a, b in zip(spent["plain"], spent[name], strict=True)]
-        print(f"  {size:5} trials, plain / {name}: {spread(ratios, '')}")
+    ratios = [a / b for a, b in zip(spent["plain"], spent["ours"], strict=True)]
+    print(f"  {size:5} trials, plain / ours: {spread(ratios, '')}")
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in clock.per_trial(n).items())
     print(f"  {size:5} trials, where ours goes, ms: {parts}", flush=True)
 
@@ -190,7 +170,7 @@ def spread(values: list[float], unit: str) -> str:
 def main() -> None:
     """Measure every size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000, 5000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--trials", type=int, default=12)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
 
 from core.config import TrainConfig
 from core.data.splits import ImageData, load_data
-from core.metrics import EpochMetrics
 from study.ablation_plan import Plan, as_begun_config, cell_configs, n_runs
 from study.baseline import given_factors
 from study.config.load import check_backbones
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig
 from study.designs import BASELINE, Cell, candidates, extend_path
-from study.ledger import Ledger
 from study.progress import BestTrial, Counts, Progress
 from study.roster import Roster
 from study.runner import (
@@ -35,16 +31,13 @@ from study.runner import (
     record_answers,
     run_trial,
 )
-from study.samplers import make_pruner
 from study.session import close_killed, open_session
-from study.store import Store, TrialRow, config_hash
+from study.store import LEVELS, Store, TrialRow, config_hash
 
 Scores = list[list[float | None]]
 """Validation accuracy by cell and replicate; None where a run failed."""
 Decide = Callable[[Scores, Sequence[int]], set[int]]
 """Given the scores and the looks so far, the cells whose question is still open."""
-
-_STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +130,6 @@ class _Ablation:
         self.command = command
         self.begin = begin
         self.chosen: list[str] = []
-        self.ledger = Ledger(
-            config.study.storage, config.study.name, make_pruner("none", config.train.epochs)
-        )
         self.rows: dict[str, TrialRow] = {}
         self.pictures_of = functools.lru_cache(maxsize=1)(self._load_pictures_of)
 
@@ -241,13 +231,15 @@ class _Ablation:
         config, shown = self._config(cell, replicate), self.design.cells[cell]
         val_seed = self._val_seed(replicate)
         work = dataclasses.replace(self.work, data=self.pictures_of(val_seed))
-        params, space = self._params(shown)
-        attrs = {"cell": shown.label, "replicate": replicate}
-        trial = self.ledger.start(params, space, attrs)
+        levels = {
+            factor.name: shown.levels.get(factor.name, factor.baseline)
+            for factor in self.design.factors
+        }
+        attrs = {"cell": shown.label, "replicate": replicate, LEVELS: levels}
+        trial = self.work.store.start_trial(self.work.study_id, {}, {}, attrs)
         factor, level = _place(shown)
         asked = Asked(
-            trial.number,
-            params,
+            trial,
             f"{shown.label}, replicate {replicate + 1}",
             factor,
             level,
@@ -255,12 +247,7 @@ class _Ablation:
             run_identity(config, val_seed),
         )
 
-        def tell(metrics: EpochMetrics) -> bool:
-            self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
-            return False
-
-        result = run_trial(work, asked, config, tell)
-        self.ledger.tell(trial, _STATES[result.state], result.value)
+        result = run_trial(work, asked, config)
         if result.state == "complete":
             record_answers(self.work, trial.number)
             if not self.settings.keep_checkpoints:
@@ -270,19 +257,9 @@ class _Ablation:
         if row.reason not in RERUN_REASONS:
             self.rows[row.config_hash] = row
 
-    def _params(self, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a run's place in the design as Optuna keeps it."""
-        params: dict[str, Any] = {}
-        space: dict[str, Any] = {}
-        for factor in self.design.factors:
-            params[factor.name] = cell.levels.get(factor.name, factor.baseline)
-            labels = [factor.baseline, *(level.label for level in factor.levels)]
-            space[factor.name] = CategoricalDistribution(labels)
-        return params, space
-
     def _recover(self) -> None:
         """Close what a killed process left open, and see what is done."""
-        close_killed(self.work, self.ledger)
+        close_killed(self.work)
         for row in self.work.store.trials(self.work.study_id):
             if is_done(row):
                 self.rows.setdefault(row.config_hash, row)

@@ -116,5 +116,5 @@ class Answers(Records):
         query = select(PredictionTable.trial_id).where(
             PredictionTable.trial_id == trial_id, PredictionTable.split == split
         )
-        with self._reading() as connection:
+        with self._engine.connect() as connection:
             return connection.execute(query).scalar() is not None

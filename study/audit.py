@@ -5,19 +5,15 @@ import time
 
 import numpy as np
 import optuna
-from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
-from core.metrics import EpochMetrics
 from study.ablate import is_done
 from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
-from study.ledger import Ledger
 from study.progress import Progress
 from study.roster import Roster
-from study.runner import Asked, TrialResult, Work, drop_checkpoint, identity, run_trial
-from study.samplers import make_pruner
+from study.runner import Asked, Work, drop_checkpoint, identity, run_trial
 from study.search import SearchOutcome
 from study.session import (
     close_killed,
@@ -31,7 +27,6 @@ SUFFIX = "-audit"
 """What the audit's study is called after the search's name."""
 FACTOR = "audit"
 """What its trials have in the column `factor`; their `level` is the pruned trial's number."""
-_STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
 def audit_study(
@@ -101,11 +96,8 @@ def _run(
     work: Work, config: StudyConfig, chosen: list[TrialRow], trains: list[TrainConfig]
 ) -> str:
     store, study_id = work.store, work.study_id
-    ledger = Ledger(
-        config.study.storage, config.study.name, make_pruner("none", config.train.epochs)
-    )
     space = distributions(config.space)
-    close_killed(work, ledger)
+    close_killed(work)
     done = {row.level for row in store.trials(study_id) if is_done(row)}
     work.progress.study_started(config.study.name, len(chosen), Roster(work).counts(), None)
     for row, train in zip(chosen, trains, strict=True):
@@ -114,11 +106,9 @@ def _run(
         if str(row.number) in done:
             continue
         known = {key: value for key, value in row.params.items() if key in space}
-        attrs = {"audits": row.number}
-        trial = ledger.start(known, {key: space[key] for key in known}, attrs)
+        trial = store.start_trial(study_id, known, space, {"audits": row.number})
         asked = Asked(
-            trial.number,
-            row.params,
+            trial,
             f"audit of trial {row.number}",
             FACTOR,
             str(row.number),
@@ -126,12 +116,7 @@ def _run(
             identity(train),
         )
 
-        def tell(metrics: EpochMetrics, trial: Trial = trial) -> bool:
-            ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
-            return False
-
-        result: TrialResult = run_trial(work, asked, train, tell)
-        ledger.tell(trial, _STATES[result.state], result.value)
+        run_trial(work, asked, train)
         drop_checkpoint(work, trial.number)
     return "trials"
 

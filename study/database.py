@@ -1,22 +1,18 @@
 """Open the database: whose it is, which version, and how SQLite is told to behave."""
 
+import functools
+import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import (
-    Connection,
-    Engine,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-    text,
-    update,
-)
+import psutil
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, Engine, create_engine, insert, inspect, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -26,17 +22,9 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 
-from study.tables import (
-    PREFIX,
-    SCHEMA_VERSION,
-    Base,
-    DesignTable,
-    InfoTable,
-    PredictionTable,
-    StudyTable,
-    TestTable,
-    TrialTable,
-)
+from study.tables import PREFIX, SCHEMA_VERSION, Base, InfoTable
+
+Result = TypeVar("Result")
 
 # Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
 BUSY_TIMEOUT_S = 60
@@ -44,10 +32,31 @@ _OPTUNA_TABLES = {"studies", "trials", "trial_params", "alembic_version"}
 _MAGIC = b"SQLite format 3\x00"
 _RETRY_S = 0.05
 _VERSION = select(InfoTable.value).where(InfoTable.key == "schema_version")
+# File systems of other machines: the write-ahead log needs memory that all processes share.
+# https://www.sqlite.org/wal.html, and the names that /proc/mounts, macOS and Windows give them.
+_NETWORK = {
+    "nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afpfs", "afs", "9p", "ceph", "lustre",
+    "gpfs", "beegfs", "glusterfs", "davfs", "webdav", "virtiofs", "vboxsf", "drvfs",
+}  # fmt: skip
 
 
 class StoreError(ValueError):
     """The database cannot be used, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """An open database.
+
+    Attributes:
+        engine: For our tables.
+        optuna: For Optuna's tables in the same database.
+        is_writable: Whether it may be changed.
+    """
+
+    engine: Engine
+    optuna: RDBStorage
+    is_writable: bool
 
 
 def database_url(storage: str) -> URL:
@@ -67,25 +76,6 @@ def database_url(storage: str) -> URL:
         ) from err
 
 
-def sqlite_pragmas(engine: Engine) -> None:
-    """Make SQLite fast and patient: write-ahead log, no wait for the disk, wait for locks.
-
-    With WAL, `synchronous = NORMAL` loses at most the last transactions when the power fails, and
-    nothing when a process is killed.
-    """
-    if engine.dialect.name != "sqlite":
-        return
-
-    @event.listens_for(engine, "connect")
-    def _set(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
-        cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = NORMAL")
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.close()
-
-
 @contextmanager
 def sole_writer(engine: Engine) -> Iterator[Connection]:
     """Begin a transaction in which nobody else writes between our reading and our writing.
@@ -99,26 +89,34 @@ def sole_writer(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-def open_database(storage: str, *, create: bool) -> Engine:
-    """Open a database of ours, bringing an older one up to date.
+def open_database(storage: str, *, create: bool) -> Database:
+    """Open a database of ours; an SQLite file that cannot be written is opened for reading.
 
     Args:
         storage: SQLAlchemy URL or path of an SQLite file.
         create: Make it where there is none.
 
     Raises:
-        StoreError: Missing, not a database, another program's, or of a newer Frostline.
+        StoreError: Missing, not a database, another program's, or of another version.
     """
     url = database_url(storage)
+    options: dict[str, Any] = {}
+    is_writable = True
     if url.get_backend_name() == "sqlite":
-        _check_file(url.database, create)
+        path = _check_file(url.database, create)
+        is_writable = not path.exists() or (_may_write(path) and _may_write(path.parent))
+        options = {"creator": functools.partial(_connect, path, is_writable=is_writable)}
     try:
-        engine = create_engine(url)
-        _check_owner(engine, str(storage), create)
-        # Only now, since switching to the write-ahead log changes the file.
-        engine.dispose()
-        sqlite_pragmas(engine)
-        _with_patience(lambda: _prepare(engine))
+        # Not with our settings: switching to the write-ahead log changes the file.
+        _check_owner(create_engine(url, **({} if is_writable else options)), storage, create)
+        engine = create_engine(url, **options)
+        if is_writable:
+            _with_patience(lambda: _create_tables(engine))
+        # Several processes may create Optuna's tables at once; all but one then try again.
+        text = url.render_as_string(hide_password=False)
+        optuna = _with_patience(
+            lambda: RDBStorage(text, options, skip_table_creation=not is_writable)
+        )
     except ModuleNotFoundError as err:
         raise StoreError(
             f"database {storage} needs the package {err.name}, which is not installed. Install it "
@@ -130,10 +128,49 @@ def open_database(storage: str, *, create: bool) -> Engine:
             f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
             "name another with --storage."
         ) from err
-    return engine
+    return Database(engine, optuna, is_writable)
 
 
-def _check_file(database: str | None, create: bool) -> None:
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _connect(path: Path, *, is_writable: bool) -> sqlite3.Connection:
+    """Connect to an SQLite file.
+
+    On a local disk with a write-ahead log, which does not wait for the disk: the last
+    transactions may be lost when the power fails, and nothing when a process is killed.
+    """
+    if not is_writable:
+        # Without a log beside it the file is all there is; SQLite then needs no lock, which it
+        # could not write.
+        is_whole = not path.with_name(path.name + "-wal").exists()
+        uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_whole else ''}"
+        return sqlite3.connect(uri, BUSY_TIMEOUT_S, uri=True, check_same_thread=False)
+    connection = sqlite3.connect(path, BUSY_TIMEOUT_S, check_same_thread=False)
+    connection.execute("PRAGMA foreign_keys = ON")
+    if is_on_network(path):
+        connection.execute("PRAGMA journal_mode = DELETE")
+    else:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+@functools.cache
+def is_on_network(path: Path) -> bool:
+    """Say whether a file lies on another machine, as far as the system tells."""
+    where = path.resolve()
+    mounts = [
+        part for part in psutil.disk_partitions(all=True) if where.is_relative_to(part.mountpoint)
+    ]
+    if not mounts:
+        return False
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype.lower()
+    return kind in _NETWORK or kind.startswith("fuse.")
+
+
+def _check_file(database: str | None, create: bool) -> Path:
     if not database or database == ":memory:":
         raise StoreError("storage must be a file, but got an SQLite database in memory.")
     path = Path(database)
@@ -144,20 +181,20 @@ def _check_file(database: str | None, create: bool) -> None:
             f"storage {path} must lie in a folder that exists, but {path.parent} "
             "does not. Make it, or name another with --storage."
         )
-    if not path.exists():
-        if create:
-            return
+    if path.exists():
+        with open(path, "rb") as file:
+            head = file.read(len(_MAGIC))
+        if head and head != _MAGIC:
+            raise StoreError(f"{path} is not an SQLite database. Name another with --storage.")
+    elif not create:
         raise StoreError(
             f"there is no database {path}. `python -m study run` makes one; --storage names "
             "another."
         )
-    with open(path, "rb") as file:
-        head = file.read(len(_MAGIC))
-    if head and head != _MAGIC:
-        raise StoreError(f"{path} is not an SQLite database. Name another file with --storage.")
+    return path
 
 
-def _with_patience(action: Callable[[], None]) -> None:
+def _with_patience(action: Callable[[], Result]) -> Result:
     """Try again while another process creates the same tables.
 
     SQLite does not wait by itself for the lock that a change to the write-ahead log takes.
@@ -165,55 +202,46 @@ def _with_patience(action: Callable[[], None]) -> None:
     last = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
-            action()
-            return
+            return action()
         except (OperationalError, IntegrityError) as err:
-            told = str(err.orig)
-            is_race = "already exists" in told or "locked" in told or "UNIQUE" in told
+            said = str(err.orig)
+            is_race = "already exists" in said or "locked" in said or "UNIQUE" in said
             if not is_race or time.monotonic() > last:
                 raise
             time.sleep(_RETRY_S)
 
 
 def _check_owner(engine: Engine, storage: str, create: bool) -> None:
-    """Refuse another program's database and a newer one of ours; nothing is written."""
-    tables = set(inspect(engine).get_table_names())
-    if not any(name.startswith(PREFIX) for name in tables):
-        _refuse_foreign(tables, storage)
-        if not create:
-            raise StoreError(
-                f"database {storage} is empty. `python -m study run` fills it; --storage names "
-                "another."
-            )
-        return
-    with engine.connect() as connection:
-        found = connection.execute(_VERSION).scalar()
-    version = int(found) if found and found.isdigit() else 0
-    if version > SCHEMA_VERSION:
+    """Refuse another program's database and another version of ours; nothing is written."""
+    try:
+        tables = set(inspect(engine).get_table_names())
+        if not any(name.startswith(PREFIX) for name in tables):
+            _refuse_foreign(tables, storage)
+            if not create:
+                raise StoreError(
+                    f"database {storage} is empty. `python -m study run` fills it; --storage "
+                    "names another."
+                )
+            return
+        with engine.connect() as connection:
+            found = connection.execute(_VERSION).scalar()
+    finally:
+        engine.dispose()
+    if found != str(SCHEMA_VERSION):
         raise StoreError(
-            f"database {storage} was written by a newer Frostline (schema {version}; this one "
-            f"knows {SCHEMA_VERSION}). Update with pip install --upgrade frostline."
-        )
-    if version not in (SCHEMA_VERSION, *MIGRATIONS):
-        raise StoreError(
-            f"database {storage} has schema version {found!r}, which no Frostline wrote."
+            f"database {storage} was written by another version of Frostline (schema {found}; "
+            f"this one knows {SCHEMA_VERSION}). Use that version, or name another file with "
+            "--storage."
         )
 
 
-def _prepare(engine: Engine) -> None:
-    """Create our tables where there are none, or bring them up to date; wholly or not at all."""
+def _create_tables(engine: Engine) -> None:
+    """Create our tables where there are none; wholly or not at all."""
     with sole_writer(engine) as connection:
         if not inspect(connection).has_table(InfoTable.__tablename__):
             Base.metadata.create_all(connection)
             version = {"key": "schema_version", "value": str(SCHEMA_VERSION)}
             connection.execute(insert(InfoTable), version)
-            return
-        found = int(connection.execute(_VERSION).scalar_one())
-        for step in range(found, SCHEMA_VERSION):
-            MIGRATIONS[step](connection)
-        if found < SCHEMA_VERSION:
-            key = InfoTable.key == "schema_version"
-            connection.execute(update(InfoTable).where(key).values(value=str(SCHEMA_VERSION)))
 
 
 def _refuse_foreign(tables: set[str], storage: str) -> None:
@@ -227,56 +255,3 @@ def _refuse_foreign(tables: set[str], storage: str) -> None:
         )
     shown = ", ".join(sorted(tables)[:3])
     raise StoreError(f"database {storage} belongs to another program (tables {shown}). {remedy}")
-
-
-def _add_tests_and_ablation(connection: Connection) -> None:
-    """Version 1 had no looks at the test split and no columns for ablation runs."""
-    for column in ("factor VARCHAR", "level VARCHAR", "replicate INTEGER"):
-        connection.execute(text(f"ALTER TABLE {PREFIX}trials ADD COLUMN {column}"))
-    TestTable.__table__.create(connection)  # type: ignore[attr-defined]  # typed as FromClause
-
-
-def _add_designs(connection: Connection) -> None:
-    """Version 2 had no designs and no predictions of single pictures."""
-    for table in (DesignTable, PredictionTable):
-        table.__table__.create(connection)  # type: ignore[attr-defined]  # typed as FromClause
-
-
-def _add_saved_seconds(connection: Connection) -> None:
-    """Version 3 did not share work between trials."""
-    column = "saved_s FLOAT NOT NULL DEFAULT 0"
-    connection.execute(text(f"ALTER TABLE {PREFIX}epochs ADD COLUMN {column}"))
-
-
-def _add_cache_counts(connection: Connection) -> None:
-    """Version 4 did not count what was read of shared work and left there."""
-    counts = [f"cache_{name} INTEGER" for name in ("hits", "misses")]
-    counts += [f"cache_{name}_bytes BIGINT" for name in ("read", "disk", "kept")]
-    for count in counts:
-        column = f"{count} NOT NULL DEFAULT 0"
-        connection.execute(text(f"ALTER TABLE {PREFIX}epochs ADD COLUMN {column}"))
-
-
-def _add_scores(connection: Connection) -> None:
-    """Version 5 ranked epochs and trials by validation accuracy, and knew nothing else."""
-    for table, accuracy in (("epochs", "val_acc"), ("trials", "value")):
-        connection.execute(text(f"ALTER TABLE {PREFIX}{table} ADD COLUMN score FLOAT"))
-        connection.execute(text(f"UPDATE {PREFIX}{table} SET score = {accuracy}"))
-    for study_id, config in connection.execute(select(StudyTable.id, StudyTable.config)).all():
-        found = {**config, "train": {**config.get("train", {}), "monitor": "val_acc"}}
-        key = StudyTable.id == study_id
-        connection.execute(update(StudyTable).where(key).values(config=found))
-    for trial_id, config in connection.execute(select(TrialTable.id, TrialTable.config)).all():
-        key = TrialTable.id == trial_id
-        found = {**config, "monitor": "val_acc"}
-        connection.execute(update(TrialTable).where(key).values(config=found))
-
-
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {
-    1: _add_tests_and_ablation,
-    2: _add_designs,
-    3: _add_saved_seconds,
-    4: _add_cache_counts,
-    5: _add_scores,
-}
-"""Steps from a schema version to the next."""

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-from study.optuna_storage import delete_optuna_study
 from study.store import Store
 
 
@@ -25,7 +24,6 @@ def delete_study(store: Store, name: str, *, command: str) -> list[Path]:
     # Entering as the process that works on it keeps others out until it is gone.
     store.begin_run(study.id, command=command, device="none", versions={})
     folders = [Path(row.checkpoint) for row in store.trials(study.id) if row.checkpoint]
-    delete_optuna_study(store.storage, name)
     store.delete_study(name)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,15 +1,14 @@
 """The record's database as its parts use it: one engine, transactions, rows in and out."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, insert, update
 
-from study.database import open_database
+from study.database import Database, StoreError, open_database
 from study.rows import Json
 from study.tables import Base
 
@@ -30,13 +29,14 @@ class Records:
     """One database, open for reading and writing.
 
     Args:
-        engine: From `open_database`.
+        database: From `open_database`.
         storage: What the user called it.
     """
 
-    def __init__(self, engine: Engine, storage: str) -> None:
-        self._engine = engine
-        self._held: Connection | None = None
+    def __init__(self, database: Database, storage: str) -> None:
+        self._engine = database.engine
+        self._optuna = database.optuna
+        self._is_writable = database.is_writable
         self.storage = storage
 
     @classmethod
@@ -48,13 +48,15 @@ class Records:
             create: Make it where there is none.
 
         Raises:
-            StoreError: Missing, not a database, another program's, or of a newer Frostline.
+            StoreError: Missing, not a database, another program's, or of another version.
         """
         return cls(open_database(storage, create=create), storage)
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+        self._optuna.remove_session()
+        self._optuna.engine.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -72,25 +74,16 @@ class Records:
         """Return the database's engine, for readers."""
         return self._engine
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Write all that is written inside the block in one transaction, or nothing of it."""
-        with self._engine.begin() as connection:
-            self._held = connection
-            try:
-                yield
-            finally:
-                self._held = None
+    def _require_writable(self) -> None:
+        if not self._is_writable:
+            raise StoreError(
+                f"database {self.storage} cannot be written. Change its permissions, or name "
+                "another with --storage."
+            )
 
-    def _writing(self) -> contextlib.AbstractContextManager[Connection]:
-        """Begin a transaction, or take part in the one that is open."""
-        held = self._held
-        return self._engine.begin() if held is None else contextlib.nullcontext(held)
-
-    def _reading(self) -> contextlib.AbstractContextManager[Connection]:
-        """Connect, or read what the open transaction sees."""
-        held = self._held
-        return self._engine.connect() if held is None else contextlib.nullcontext(held)
+    def _writing(self) -> AbstractContextManager[Connection]:
+        self._require_writable()
+        return self._engine.begin()
 
     def _insert(self, table: type[Base], values: Json) -> int:
         with self._writing() as connection:
@@ -103,5 +96,5 @@ class Records:
             connection.execute(update(table).where(table.id == key), values)
 
     def _rows(self, kind: type[Row], query: Any) -> list[Row]:
-        with self._reading() as connection:
+        with self._engine.connect() as connection:
             return [kind(*values) for values in connection.execute(query).all()]

@@ -1,6 +1,6 @@
 """What the record gives back: frozen rows, one kind a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -59,6 +59,26 @@ class StudySummary:
     n_running: int
     best_value: float | None
     best_number: int | None
+
+    @classmethod
+    def of(cls, study: StudyRow, trials: "Sequence[TrialRow]") -> "StudySummary":
+        """Sum up a study."""
+        states = [row.state for row in trials]
+        complete = [row for row in trials if row.state == "complete"]
+        best = min(complete, key=lambda row: row.rank, default=None)
+        return cls(
+            name=study.name,
+            created_at=study.created_at,
+            updated_at=max(
+                (row.ended_at or row.started_at for row in trials), default=study.created_at
+            ),
+            n_complete=len(complete),
+            n_pruned=states.count("pruned"),
+            n_failed=states.count("failed"),
+            n_running=states.count("running"),
+            best_value=best.value if best else None,
+            best_number=best.number if best else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +164,13 @@ class TrialRow:
     def chosen_by(self) -> str:
         """What its best epoch was chosen by, and it is ranked by, in words."""
         return chosen_by(self.config)
+
+    @property
+    def ended_as(self) -> str:
+        """The state that belongs to the reason it ended for, whether Optuna was told or not."""
+        if self.reason is None:
+            return "complete"
+        return "pruned" if self.reason.startswith("pruned") else "failed"
 
     @property
     def ranked_by(self) -> float | None:

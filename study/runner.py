@@ -7,13 +7,14 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from optuna.trial import Trial
 from PIL import Image
 
 from core.checkpoint import PREDICTIONS_FILE
@@ -21,11 +22,11 @@ from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
-from core.metrics import EpochMetrics, TrainingDiverged
+from core.metrics import TrainingDiverged
 from core.models.builder import count_parameters
 from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
-from study.store import PictureRow, Store, config_hash
+from study.store import PictureRow, Store, config_hash, params_of
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
@@ -88,8 +89,7 @@ class Asked:
     """A trial that was asked for.
 
     Attributes:
-        number: Its number in its study.
-        params: The values that the search or the ablation chose, for the record.
+        trial: Optuna's side of it.
         origin: Where the setting came from: a recipe, the sampler, an ablation's cell.
         factor: What an ablation varies in it; None for a search.
         level: Its setting of the factor.
@@ -97,8 +97,7 @@ class Asked:
         identity: Tells its setting and seed apart; None for that of the configuration alone.
     """
 
-    number: int
-    params: Mapping[str, Any]
+    trial: Trial
     origin: str
     factor: str | None = None
     level: str | None = None
@@ -116,13 +115,13 @@ def run_trial(
     work: Work,
     asked: Asked,
     config: TrainConfig,
-    should_stop: Callable[[EpochMetrics], bool],
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrialResult:
     """Train one configuration and keep its record, whatever becomes of it.
 
     Args:
         work: What the trials share.
-        asked: Its number and where it comes from.
+        asked: Which trial, and where it comes from.
         config: What to train.
         should_stop: Asked after every epoch; True prunes the trial.
 
@@ -131,7 +130,7 @@ def run_trial(
     """
     begin = time.perf_counter()
     trial_id = _begin_record(work, asked, config)
-    folder = checkpoint_folder(work.output, asked.number)
+    folder = checkpoint_folder(work.output, asked.trial.number)
     value, score, best_epoch, epochs_done = None, None, None, 0
     state, reason, fatal = "complete", None, None
     try:
@@ -141,10 +140,11 @@ def run_trial(
                 if metrics.is_best:
                     value, score, best_epoch = metrics.val_acc, metrics.score, metrics.epoch
                 work.store.add_epoch(trial_id, metrics, time.perf_counter() - begin)
-                work.progress.epoch(asked.number, metrics)
+                # A pruner counts epochs done (its resource).
+                asked.trial.report(metrics.val_acc, epochs_done)
+                work.progress.epoch(asked.trial.number, metrics)
                 is_last = epochs_done == config.epochs
-                # Asked at the last epoch too, since it also tells the search the figure.
-                is_stopped = should_stop(metrics)
+                is_stopped = should_stop()
                 if is_last or not (is_stopped or work.stop.is_set()):
                     continue
                 if is_stopped:
@@ -172,7 +172,7 @@ def run_trial(
         duration_s=duration,
         checkpoint=str(folder) if state == "complete" else None,
     )
-    work.progress.trial_ended(asked.number, state, value, reason, duration, score)
+    work.progress.trial_ended(asked.trial.number, state, value, reason, duration, score)
     if fatal is not None:
         raise fatal
     return TrialResult(state, value, reason, duration)
@@ -189,10 +189,9 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
     )
     trial_id = work.store.begin_trial(
         work.study_id,
-        asked.number,
+        asked.trial.number,
         work.run_id,
         origin=asked.origin,
-        params=dict(asked.params),
         config=dataclasses.asdict(config),
         config_hash=asked.identity or identity(config),
         seed=config.seed,
@@ -205,7 +204,9 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
         level=asked.level,
         replicate=asked.replicate,
     )
-    work.progress.trial_started(asked.number, asked.origin, asked.params, config.epochs)
+    work.progress.trial_started(
+        asked.trial.number, asked.origin, params_of(asked.trial), config.epochs
+    )
     return trial_id
 
 

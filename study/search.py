@@ -3,49 +3,40 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
-from core.metrics import EpochMetrics
 from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import StudyConfig
-from study.ledger import RERUNS, Ledger
 from study.progress import Counts, Progress
 from study.roster import Roster
 from study.runner import (
     RERUN_REASONS,
     Asked,
-    TrialResult,
     Work,
     checkpoint_folder,
     identity,
     record_predictions,
     run_trial,
 )
-from study.samplers import make_pruner, make_sampler
-from study.session import corner_configs, end_killed, open_session
+from study.samplers import make_pruner, make_sampler, quiet_experiments
+from study.session import close_killed, corner_configs, open_session
 from study.store import Store, TrialRow
 
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
 _ORIGIN = "origin"
+_RERUNS, _QUEUED = "reruns", "queued"
 _COPY = "same as "
 _RECIPE = "recipe:"
 HALTED = ("interrupted", "timeout")
 """A study that stopped for these goes on where it was; for any other reason it is at its end."""
-
-_STATES = {
-    "complete": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +118,16 @@ class _Search:
         self.config = config
         self.begin = begin
         self.distributions = distributions(config.space)
-        pruner = make_pruner(config.search.pruner, config.train.epochs)
-        self.ledger = Ledger(config.study.storage, config.study.name, pruner)
+        self.study = work.store.optuna_study(work.study_id)
+        self.study.pruner = make_pruner(config.search.pruner, config.train.epochs)
         self.roster = Roster(work)
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
-        self._recover()
-        if self.ledger.n_trials == 0:
-            self._enqueue_recipes()
+        close_killed(self.work)
+        self.roster.reload()
+        self._queue_again()
+        self._enqueue_recipes()
         self.work.progress.study_started(
             self.config.study.name,
             self.config.study.trials,
@@ -150,31 +142,40 @@ class _Search:
         self._tidy_checkpoints()
         return because
 
-    def _recover(self) -> None:
-        """Close the trials that a killed process left open, and put their settings in line."""
-        store, ledger = self.work.store, self.ledger
-        cut = {trial.number: trial for trial in ledger.fail_open()}
-        for row in store.trials(self.work.study_id):
-            if row.number >= ledger.n_trials:  # it died before Optuna's tables had it
-                ledger.add_failed(row.params, self.distributions)
-        for row in store.stale_trials(self.work.study_id):
-            end_killed(self.work, row)
-            known = cut.pop(row.number, None)
-            self._again(row.number, row.params, dict(known.user_attrs) if known else {})
-        for number, trial in cut.items():  # asked for, but never entered in the record
-            self._again(number, dict(trial.params), dict(trial.user_attrs))
-        self.roster.reload()
+    def _queue_again(self) -> None:
+        """Queue the settings of trials that were cut short, unless that was done before.
 
-    def _again(self, number: int, params: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
-        """Put a cut trial's settings in line, unless they keep taking the process down."""
-        reruns = int(attrs.get(RERUNS, 0)) + 1
-        if set(params) == set(self.distributions) and reruns <= _MOST_RERUNS:
-            self.ledger.enqueue_first(params, {_ORIGIN: f"retry of {number}", RERUNS: reruns})
+        Settings that keep taking the process down are given up.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
+        for trial in trials:
+            row = self.roster.rows.get(trial.number)  # None: it was asked for, but never begun
+            is_cut = row is None or row.reason in RERUN_REASONS
+            if trial.state is not TrialState.FAIL or not is_cut:
+                continue
+            # The queued ones, since its process may have died before Optuna had taken them over.
+            params = trial.user_attrs.get(_QUEUED, trial.params)
+            origin = f"retry of {trial.number}"
+            reruns = int(trial.user_attrs.get(_RERUNS, 0)) + 1
+            is_whole = set(params) == set(self.distributions)
+            if is_whole and reruns <= _MOST_RERUNS and origin not in queued:
+                self._enqueue(params, origin, reruns)
+
+    def _enqueue(self, params: Mapping[str, ParamValue], origin: str, reruns: int = 0) -> None:
+        attrs = {_ORIGIN: origin, _RERUNS: reruns, _QUEUED: dict(params)}
+        self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
     def _enqueue_recipes(self) -> None:
+        """Queue the recipes in a study that has not begun."""
+        trials = self.study.get_trials(deepcopy=False)
+        if any(trial.state is not TrialState.WAITING for trial in trials):
+            return
+        queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            self.ledger.enqueue(params, {_ORIGIN: f"{_RECIPE}{name}", RERUNS: 0})
+            if f"{_RECIPE}{name}" not in queued:
+                self._enqueue(params, f"{_RECIPE}{name}")
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop."""
@@ -205,60 +206,43 @@ class _Search:
         if known is not None:
             self._repeat(trial, config, known)
             return
-        asked = Asked(trial.number, trial.params, origin)
-        result = run_trial(self.work, asked, config, self._should_stop(trial, origin))
-        self._tell(trial, result)
+        result = run_trial(
+            self.work, Asked(trial, origin), config, lambda: self._should_stop(trial, origin)
+        )
         self.roster.reload(trial.number)
         if result.state == "complete":
             self._keep_best(trial.number)
+        elif result.reason in RERUN_REASONS:
+            self._queue_again()
 
     def _ask(self) -> Trial:
-        settings, ledger = self.config, self.ledger
-        sampler = make_sampler(
-            settings.search.sampler,
-            settings.study.seed,
-            ledger.next_number(),
-            self.distributions,
-            ledger.seen,
-        )
-        return ledger.ask(sampler, self.distributions)
+        settings = self.config
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = (trial.number for trial in trials if trial.state is TrialState.WAITING)
+        number = next(waiting, len(trials))
+        with quiet_experiments():
+            self.study.sampler = make_sampler(
+                settings.search.sampler, settings.study.seed, number, self.distributions
+            )
+            return self.study.ask(self.distributions)
 
-    def _should_stop(self, trial: Trial, origin: str) -> Callable[[EpochMetrics], bool]:
-        """Return what reports a trial's epochs to Optuna, and says whether it is to stop.
-
-        A recipe is what the others are compared with, so it always runs to its end.
-        """
-
-        def report(metrics: EpochMetrics) -> bool:
-            stops = self._report(trial, metrics)
-            return stops and not origin.startswith(_RECIPE)
-
-        return report
-
-    def _report(self, trial: Trial, metrics: EpochMetrics) -> bool:
-        # A pruner counts epochs done (its resource).
-        return self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
-
-    def _tell(self, trial: Trial, result: TrialResult) -> None:
-        self.ledger.tell(trial, _STATES[result.state], result.value)
-        if result.reason in RERUN_REASONS:
-            self._again(trial.number, trial.params, trial.user_attrs)
+    def _should_stop(self, trial: Trial, origin: str) -> bool:
+        """Ask the pruner; a recipe is what the others are compared with, so it runs to its end."""
+        with quiet_experiments():
+            return trial.should_prune() and not origin.startswith(_RECIPE)
 
     def _refused(self, trial: Trial, origin: str, err: ValueError) -> None:
         """Record a combination of settings that the rules forbid; it is not trained."""
         self._record_untrained(
             trial, self.config.train, origin, "failed", f"not allowed: {err}", None
         )
-        self.ledger.tell(trial, TrialState.FAIL)
 
     def _repeat(self, trial: Trial, config: TrainConfig, known: TrialRow) -> None:
         """Take over the result of an equal trial instead of training it again."""
-        reason = f"same settings and seed as trial {known.number}"
-        origin = f"{_COPY}{known.number}"
-        self._record_untrained(trial, config, origin, known.state, reason, known)
         for metrics in self.work.store.epochs(known.id):
-            self._report(trial, metrics)
-        self.ledger.tell(trial, _STATES[known.state], known.value)
+            trial.report(metrics.val_acc, metrics.epoch + 1)
+        origin = f"{_COPY}{known.number}"
+        self._record_untrained(trial, config, origin, known.state, known.reason, known)
 
     def _record_untrained(
         self,
@@ -266,7 +250,7 @@ class _Search:
         config: TrainConfig,
         origin: str,
         state: str,
-        reason: str,
+        reason: str | None,
         known: TrialRow | None,
     ) -> None:
         store, progress = self.work.store, self.work.progress
@@ -275,7 +259,6 @@ class _Search:
             trial.number,
             self.work.run_id,
             origin=origin,
-            params=trial.params,
             config=dataclasses.asdict(config),
             config_hash=identity(config),
             seed=config.seed,

@@ -12,6 +12,7 @@ from typing import Any
 
 import platformdirs
 import psutil
+from optuna.trial import TrialState
 
 from core.config import TrainConfig
 from core.data.splits import ImageData, load_data
@@ -25,10 +26,9 @@ from core.prefix_cache import PrefixCache
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
 from study.config.study_config import StudyConfig, config_diff
-from study.ledger import Ledger
 from study.progress import Progress
 from study.runner import REASON_KILLED, Work
-from study.store import Store, TrialRow
+from study.store import Store
 
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
 # still have detail. Assumption.
@@ -122,31 +122,36 @@ def _free_disk(folder: Path) -> int:
     return int(_SHARE_OF_FREE_DISK * psutil.disk_usage(str(there)).free)
 
 
-def close_killed(work: Work, ledger: Ledger) -> None:
-    """Close what a killed process left open, where nothing of it is to be put in line again."""
-    ledger.fail_open()
-    for row in work.store.stale_trials(work.study_id):
-        end_killed(work, row)
-    for row in work.store.trials(work.study_id):
-        if row.number >= ledger.n_trials:  # Optuna was not told before the process died
-            ledger.add_failed({}, {})
+def close_killed(work: Work) -> None:
+    """Close what a process that died left open, in both tables.
 
-
-def end_killed(work: Work, row: TrialRow) -> None:
-    """Close a trial in the record whose process died."""
-    work.store.end_trial(
-        row.id,
-        "failed",
-        reason=REASON_KILLED,
-        value=row.value,
-        best_epoch=row.best_epoch,
-        epochs_done=row.epochs_done,
-        duration_s=sum(m.data_s + m.train_s + m.eval_s for m in work.store.epochs(row.id)),
-        checkpoint=None,
-    )
-    work.progress.note(
-        f"Trial {row.number} was cut short when its process died; its settings are run again."
-    )
+    A trial that had ended for us is reported to Optuna as it ended; any other is failed.
+    """
+    store, study_id = work.store, work.study_id
+    rows = {row.number: row for row in store.trials(study_id)}
+    running = store.optuna_study(study_id).get_trials(states=(TrialState.RUNNING,))
+    for trial in running:
+        row = rows.get(trial.number)
+        if row is None:  # asked for, but never begun
+            store.tell(study_id, trial.number, "failed")
+        elif row.ended_at is not None:
+            store.tell(study_id, trial.number, row.ended_as, row.value)
+        else:
+            spent = sum(m.data_s + m.train_s + m.eval_s for m in store.epochs(row.id))
+            store.end_trial(
+                row.id,
+                "failed",
+                reason=REASON_KILLED,
+                value=None,
+                best_epoch=row.best_epoch,
+                epochs_done=row.epochs_done,
+                duration_s=spent,
+                checkpoint=None,
+            )
+            work.progress.note(
+                f"Trial {row.number} was cut short when its process died; its settings are run "
+                "again."
+            )
 
 
 def picture_size(trains: Iterable[TrainConfig]) -> int:

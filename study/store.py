@@ -9,12 +9,15 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Select, case, delete, func, insert, select, update
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from core.metrics import EpochMetrics
 from study.answers import Answers
-from study.database import StoreError, sole_writer
+from study.database import Database, StoreError, sole_writer
 from study.liveness import is_alive, process_start, told_alive
 from study.records import columns_of, now
 from study.rows import (
@@ -63,12 +66,36 @@ def config_hash(settings: Mapping[str, Any]) -> str:
 
 _STUDY = columns_of(StudyTable, StudyRow)
 _RUN = columns_of(RunTable, RunRow)
-_TRIAL = columns_of(TrialTable, TrialRow)
+LEVELS = "levels"
+"""The user attribute that holds an ablation run's levels: they may change from one design to the
+next, which Optuna allows no categorical parameter."""
+_OPTUNAS = ("state", "params", "value")
+_TRIAL = {
+    field.name: getattr(TrialTable, field.name)
+    for field in dataclasses.fields(TrialRow)
+    if field.name not in _OPTUNAS
+}
+_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+}
+_STATE_NAMES = {state: name for name, state in _STATES.items()}
 _DESIGN = columns_of(DesignTable, DesignRow)
 
 
 class Store(Answers):
-    """The record in one database: studies, runs, trials, epochs, designs, and answers."""
+    """The record in one database: studies, runs, trials, epochs, designs, and answers.
+
+    A trial's number, parameters, state and reported values stand in Optuna's tables and nowhere
+    else; ours hang off its study and number. At a trial's end ours are written first, so that a
+    trial which is running for Optuna and ended for us is one whose process died in between.
+    """
+
+    def __init__(self, database: Database, storage: str) -> None:
+        super().__init__(database, storage)
+        self._studies: dict[int, optuna.Study] = {}  # by our key
 
     # Studies
 
@@ -88,12 +115,33 @@ class Store(Answers):
             "versions": dict(versions),
         }
         try:
-            return self._insert(StudyTable, values)
+            study_id = self._insert(StudyTable, values)
         except IntegrityError as err:
             raise StoreError(
                 f"a study's name must be new, but {self.storage} has a study {name}. Use another "
                 "--name, or go on with that one."
             ) from err
+        self.optuna_study(study_id)
+        return study_id
+
+    def optuna_study(self, study_id: int) -> optuna.Study:
+        """Return Optuna's side of a study, the same object each time; made where it is missing."""
+        if study_id not in self._studies:
+            query = select(StudyTable.name).where(StudyTable.id == study_id)
+            with self._engine.connect() as connection:
+                name = connection.execute(query).scalar_one()
+            found: dict[str, Any] = {
+                "study_name": name,
+                "storage": self._optuna,
+                "sampler": optuna.samplers.RandomSampler(),
+                "pruner": optuna.pruners.NopPruner(),
+            }
+            try:
+                study = optuna.load_study(**found)
+            except KeyError:
+                study = optuna.create_study(**found, direction="maximize", load_if_exists=True)
+            self._studies[study_id] = study
+        return self._studies[study_id]
 
     def find_study(self, name: str) -> StudyRow | None:
         """Return a study, or None."""
@@ -109,7 +157,7 @@ class Store(Answers):
         row = self.find_study(name)
         if row is not None:
             return row
-        with self._reading() as connection:
+        with self._engine.connect() as connection:
             names = list(connection.execute(select(StudyTable.name)).scalars())
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
         known = f" There is: {', '.join(near)}." if near else " It holds no study yet."
@@ -117,63 +165,22 @@ class Store(Answers):
 
     def studies(self) -> list[StudySummary]:
         """List all studies, the newest first."""
-
-        def count(state: str) -> Any:
-            return func.count(case((TrialTable.state == state, 1)))
-
-        rank = func.coalesce(TrialTable.score, TrialTable.value)
-        complete_rank = case((TrialTable.state == "complete", rank))
-        touched = func.max(func.coalesce(TrialTable.ended_at, TrialTable.started_at))
-        query = (
-            select(
-                StudyTable.id,
-                StudyTable.name,
-                StudyTable.created_at,
-                func.coalesce(touched, StudyTable.created_at),
-                count("complete"),
-                count("pruned"),
-                count("failed"),
-                count("running"),
-                func.max(complete_rank),
-            )
-            .outerjoin(TrialTable, TrialTable.study_id == StudyTable.id)
-            .group_by(StudyTable.id)
-            .order_by(StudyTable.id.desc())
-        )
-        summaries = []
-        with self._reading() as connection:
-            for study_id, name, created, touched_at, *counts, best in connection.execute(query):
-                first = (
-                    select(TrialTable.number, TrialTable.value)
-                    .where(
-                        TrialTable.study_id == study_id,
-                        TrialTable.state == "complete",
-                        rank == best,
-                    )
-                    .order_by(TrialTable.number)
-                )
-                found = None if best is None else connection.execute(first).first()
-                number, value = found or (None, None)
-                names = ("n_complete", "n_pruned", "n_failed", "n_running")
-                told = dict(zip(names, counts, strict=True))
-                summaries.append(
-                    StudySummary(
-                        name, created, touched_at, best_value=value, best_number=number, **told
-                    )
-                )
-        return summaries
+        rows = self._rows(StudyRow, select(*_STUDY).order_by(StudyTable.id.desc()))
+        return [StudySummary.of(row, self.trials(row.id)) for row in rows]
 
     def update_study(self, study_id: int, config: Json, data: Json) -> None:
         """Replace a study's configuration and description of its pictures."""
         self._update(StudyTable, study_id, {"config": config, "data": data})
 
     def delete_study(self, name: str) -> None:
-        """Remove a study of ours with all its trials (Optuna's tables are not touched).
+        """Remove a study with all its trials, from Optuna's tables too.
 
         Raises:
             StoreError: There is none of that name.
         """
         row = self.study(name)
+        optuna.delete_study(study_name=name, storage=self._optuna)
+        self._studies.pop(row.id, None)
         trials = select(TrialTable.id).where(TrialTable.study_id == row.id)
         with self._writing() as connection:
             for table in (EpochTable, ConfusionTable, PictureTable, PredictionTable):
@@ -215,6 +222,7 @@ class Store(Answers):
             "device": device,
             "versions": dict(versions),
         }
+        self._require_writable()
         with sole_writer(self._engine) as connection:
             mine = select(StudyTable.id).where(StudyTable.id == study_id)
             connection.execute(mine.with_for_update())  # where SQLite's lock does not serve
@@ -236,6 +244,31 @@ class Store(Answers):
 
     # Trials
 
+    def start_trial(
+        self,
+        study_id: int,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        user_attrs: Mapping[str, Any] | None = None,
+    ) -> Trial:
+        """Begin a trial of Optuna's whose parameters are given; nothing is sampled."""
+        study = self.optuna_study(study_id)
+        number = len(study.get_trials(deepcopy=False))
+        running = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions={name: distributions[name] for name in params},
+            user_attrs=dict(user_attrs or {}),
+        )
+        study.add_trial(running)
+        return self.take_up_trial(study_id, number)
+
+    def take_up_trial(self, study_id: int, number: int) -> Trial:
+        """Return a running trial, of this process or of one that died, to report its epochs."""
+        study = self.optuna_study(study_id)
+        key = self._optuna.get_study_id_from_name(study.study_name)
+        return Trial(study, self._optuna.get_trial_id_from_study_id_trial_number(key, number))
+
     def begin_trial(
         self,
         study_id: int,
@@ -243,7 +276,6 @@ class Store(Answers):
         run_id: int,
         *,
         origin: str,
-        params: Mapping[str, Any],
         config: Json,
         config_hash: str,
         seed: int,
@@ -252,14 +284,13 @@ class Store(Answers):
         device: str,
         **more: Any,
     ) -> int:
-        """Enter a trial as running; return its key.
+        """Enter our part of a trial that is running for Optuna; return its key.
 
         Args:
             study_id: Its study.
             number: Its number in the study.
             run_id: The process that runs it.
             origin: Where its settings came from.
-            params: Values that the search chose.
             config: Full `TrainConfig`.
             config_hash: Identity of the settings.
             seed: Seed of the run.
@@ -272,9 +303,7 @@ class Store(Answers):
             "study_id": study_id,
             "number": number,
             "run_id": run_id,
-            "state": "running",
             "origin": origin,
-            "params": dict(params),
             "config": config,
             "config_hash": config_hash,
             "seed": seed,
@@ -288,13 +317,15 @@ class Store(Answers):
         return self._insert(TrialTable, values)
 
     def add_epoch(self, trial_id: int, metrics: EpochMetrics, seconds_since_start: float) -> None:
-        """Add an epoch, and keep the trial's own figures up to date with it."""
+        """Add an epoch, and keep the trial's own figures up to date with it.
+
+        Its accuracy is to be reported to Optuna, too.
+        """
         values = {name: getattr(metrics, name) for name in _EPOCH_FIELDS}
         values |= {"trial_id": trial_id, "seconds_since_start": seconds_since_start}
         so_far: Json = {"epochs_done": metrics.epoch + 1}
         if metrics.is_best:
-            so_far |= {"value": metrics.val_acc, "best_epoch": metrics.epoch}
-            so_far |= {"score": metrics.ranked_by}
+            so_far |= {"best_epoch": metrics.epoch, "score": metrics.ranked_by}
         with self._writing() as connection:
             connection.execute(insert(EpochTable), values)
             connection.execute(update(TrialTable).where(TrialTable.id == trial_id), so_far)
@@ -312,14 +343,12 @@ class Store(Answers):
         checkpoint: str | None,
         score: float | None = None,
     ) -> None:
-        """Close a trial with its last state and figures.
+        """Close a trial with its last figures, and tell Optuna its state.
 
         Its score is the one that came with its epochs, unless another is given.
         """
         values = {
-            "state": state,
             "reason": reason,
-            "value": value,
             "best_epoch": best_epoch,
             "epochs_done": epochs_done,
             "duration_s": duration_s,
@@ -329,29 +358,25 @@ class Store(Answers):
         if score is not None:
             values["score"] = score
         self._update(TrialTable, trial_id, values)
+        query = select(TrialTable.study_id, TrialTable.number).where(TrialTable.id == trial_id)
+        with self._engine.connect() as connection:
+            study_id, number = connection.execute(query).one()
+        self.tell(study_id, number, state, value)
+
+    def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:
+        """Tell Optuna how a trial ended; a pruned one keeps its last report as its value."""
+        is_complete = state == "complete"
+        self.optuna_study(study_id).tell(
+            number, value if is_complete else None, state=_STATES[state]
+        )
 
     def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
         """Note where a trial's weights lie, or that they were removed."""
         self._update(TrialTable, trial_id, {"checkpoint": checkpoint})
 
-    def scores(self, study_id: int) -> dict[int, dict[int, float]]:
-        """Return what a study's epochs are ranked by: trial number -> epochs done -> score."""
-        columns = (TrialTable.number, EpochTable.epoch, EpochTable.score, EpochTable.val_acc)
-        query = (
-            select(*columns)
-            .join(TrialTable, TrialTable.id == EpochTable.trial_id)
-            .where(TrialTable.study_id == study_id)
-        )
-        found: dict[int, dict[int, float]] = {}
-        with self._reading() as connection:
-            for number, epoch, score, accuracy in connection.execute(query):
-                found.setdefault(number, {})[epoch + 1] = accuracy if score is None else score
-        return found
-
     def trials(self, study_id: int) -> list[TrialRow]:
         """List a study's trials by number."""
-        query = select(*_TRIAL).where(TrialTable.study_id == study_id)
-        return self._rows(TrialRow, query.order_by(TrialTable.number))
+        return self._trials(study_id)
 
     def trial(self, study_id: int, number: int) -> TrialRow:
         """Return a trial.
@@ -359,32 +384,29 @@ class Store(Answers):
         Raises:
             StoreError: The study has no trial of that number.
         """
-        query = select(*_TRIAL).where(TrialTable.study_id == study_id, TrialTable.number == number)
-        rows = self._rows(TrialRow, query)
+        rows = self._trials(study_id, TrialTable.number == number)
         if not rows:
             last = select(func.max(TrialTable.number)).where(TrialTable.study_id == study_id)
-            with self._reading() as connection:
+            with self._engine.connect() as connection:
                 top = connection.execute(last).scalar()
             range_ = "it has none yet" if top is None else f"they go from 0 to {top}"
             raise StoreError(f"there is no trial {number} in that study; {range_}.")
         return rows[0]
 
-    def stale_trials(self, study_id: int) -> list[TrialRow]:
-        """List trials marked as running: once a run has begun, their processes are gone."""
-        query = select(*_TRIAL).where(
-            TrialTable.study_id == study_id, TrialTable.state == "running"
-        )
-        return self._rows(TrialRow, query.order_by(TrialTable.number))
-
     def find_finished(self, study_id: int, config_hash: str) -> TrialRow | None:
         """Return the first complete or pruned trial of equal settings, if any."""
-        query = select(*_TRIAL).where(
-            TrialTable.study_id == study_id,
-            TrialTable.config_hash == config_hash,
-            TrialTable.state.in_(("complete", "pruned")),
-        )
-        rows = self._rows(TrialRow, query.order_by(TrialTable.number).limit(1))
-        return rows[0] if rows else None
+        alike = self._trials(study_id, TrialTable.config_hash == config_hash)
+        return next((row for row in alike if row.state in ("complete", "pruned")), None)
+
+    def _trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[TrialRow]:
+        query = select(*_TRIAL.values()).where(TrialTable.study_id == study_id, *conditions)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(TrialTable.number)).all()
+        if not rows:
+            return []
+        optunas = self.optuna_study(study_id).get_trials(deepcopy=False)
+        own = [dict(zip(_TRIAL, row, strict=True)) for row in rows]
+        return [TrialRow(**row, **_of_optuna(optunas[row["number"]], row)) for row in own]
 
     def epochs(self, trial_id: int) -> list[EpochMetrics]:
         """List a trial's epochs in order."""
@@ -408,7 +430,7 @@ class Store(Answers):
         known = select(DesignTable.id).where(
             DesignTable.study_id == study_id, DesignTable.key == key
         )
-        with self._reading() as connection:
+        with self._engine.connect() as connection:
             found = connection.execute(known).scalar()
         if found is None:
             return self._insert(DesignTable, {"study_id": study_id, "key": key, **values})
@@ -423,3 +445,20 @@ class Store(Answers):
 
 def _runs(study_id: int) -> Select[Any]:
     return select(*_RUN).where(RunTable.study_id == study_id).order_by(RunTable.id)
+
+
+def _of_optuna(trial: FrozenTrial, own: Json) -> Json:
+    """Return what a trial's row takes from Optuna.
+
+    Its value is the accuracy of its best epoch; of a complete trial that is what Optuna was told.
+    """
+    best = own["best_epoch"]
+    value = trial.value if trial.state is TrialState.COMPLETE else None
+    if value is None and best is not None:
+        value = trial.intermediate_values.get(best + 1)
+    return {"state": _STATE_NAMES[trial.state], "params": params_of(trial), "value": value}
+
+
+def params_of(trial: FrozenTrial | Trial) -> dict[str, Any]:
+    """Return a trial's parameters, or an ablation run's factors with their levels."""
+    return dict(trial.user_attrs.get(LEVELS, trial.params))

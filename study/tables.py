@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, LargeBinary, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 PREFIX = "frostline_"
 
 Json = dict[str, Any]
@@ -61,7 +61,7 @@ class RunTable(Base):
 
 
 class TrialTable(Base):
-    """A trial: its full configuration and how it ended."""
+    """What Optuna has no place for of a trial: its full configuration and how it ended."""
 
     __tablename__ = f"{PREFIX}trials"
     __table_args__ = (UniqueConstraint("study_id", "number"),)
@@ -71,10 +71,8 @@ class TrialTable(Base):
     )
     number: Mapped[int]
     run_id: Mapped[int] = mapped_column(ForeignKey(RunTable.id, ondelete="CASCADE"))
-    state: Mapped[str]
     reason: Mapped[str | None]
     origin: Mapped[str]
-    params: Mapped[Json]
     config: Mapped[Json]
     config_hash: Mapped[str] = mapped_column(index=True)
     seed: Mapped[int]
@@ -85,7 +83,6 @@ class TrialTable(Base):
     ended_at: Mapped[datetime | None]
     duration_s: Mapped[float | None]
     epochs_done: Mapped[int] = mapped_column(default=0)
-    value: Mapped[float | None]
     best_epoch: Mapped[int | None]
     score: Mapped[float | None]
     trained_parameters: Mapped[int | None]

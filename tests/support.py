@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from PIL import Image
 
 from core.config import TrainConfig
@@ -47,6 +48,18 @@ def make_folder(
             pixels[..., k % 3] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.{suffix}")
     return root
+
+
+def distributions_of(*params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    """Return dimensions from which all these parameters may have come."""
+    found: dict[str, BaseDistribution] = {}
+    for name in dict.fromkeys(name for row in params for name in row):
+        values = list(dict.fromkeys(row[name] for row in params if name in row))
+        if all(isinstance(value, float) for value in values):
+            found[name] = FloatDistribution(min(values), max(values))
+        else:
+            found[name] = CategoricalDistribution(values)
+    return found
 
 
 @contextmanager

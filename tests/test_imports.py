@@ -79,11 +79,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
             assert room(module) != "study" or module in RECORD, module
 
 
-def test_the_record_imports_neither_torch_nor_optuna_nor_pandas_at_the_top() -> None:
+def test_the_record_imports_neither_torch_nor_pandas_at_the_top() -> None:
     for module in RECORD:
         path = ROOT / f"{module.replace('.', '/')}.py"
         rooms = {room(name) for name in imports(path, at_top_only=True)}
-        assert not rooms & {*HEAVY, "optuna", "pandas"}, module
+        assert not rooms & {*HEAVY, "pandas"}, module
 
 
 @pytest.mark.parametrize("file", WITHOUT_TORCH)

@@ -8,13 +8,14 @@ import dataclasses
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.distributions import BaseDistribution
 from PIL import Image
 from sqlalchemy import update
 
@@ -27,8 +28,9 @@ from study.config.study_config import AblationSection
 from study.designs import Cell, Design, candidates, extend_path, make_design
 from study.factors import Factor, Level
 from study.rows import DesignRow, StudyRow
-from study.store import PictureRow, Store, config_hash
+from study.store import LEVELS, PictureRow, Store, config_hash
 from study.tables import RunTable, TrialTable
+from support import distributions_of
 
 BEGAN = datetime(2026, 3, 1, 20, 0)
 VERSIONS = {"python": "3.11.2", "torch": "2.15.0", "frostline": "0.1.0"}
@@ -112,9 +114,9 @@ def make_study(
         device="cpu",
         versions=VERSIONS,
     )
-    now = BEGAN
+    now, dimensions = BEGAN, distributions_of(*(plan.params for plan in plans))
     for number, plan in enumerate(plans):
-        now = _enter(store, study_id, run_id, number, plan, now)
+        now = _enter(store, study_id, run_id, number, plan, now, dimensions)
     store.end_run(run_id, "trials")
     with store._engine.begin() as connection:
         connection.execute(
@@ -124,15 +126,21 @@ def make_study(
 
 
 def _enter(
-    store: Store, study_id: int, run_id: int, number: int, plan: Plan, now: datetime
+    store: Store,
+    study_id: int,
+    run_id: int,
+    number: int,
+    plan: Plan,
+    now: datetime,
+    space: Mapping[str, BaseDistribution],
 ) -> datetime:
     config = {"epochs": 10, "optimizer": "sgd", **plan.params}
+    trial = store.start_trial(study_id, plan.params, space)
     trial_id = store.begin_trial(
         study_id,
         number,
         run_id,
         origin=plan.origin,
-        params=plan.params,
         config=config,
         config_hash=config_hash(config),
         seed=7,
@@ -149,6 +157,7 @@ def _enter(
             best, best_epoch = val_acc, epoch
         seconds = plan.epoch_s * (epoch + 1)
         store.add_epoch(trial_id, metrics(epoch, val_acc, is_best=is_best), seconds)
+        trial.report(val_acc, epoch + 1)
     duration = plan.duration_s
     if duration is None:
         duration = 1.0 + plan.epoch_s * len(plan.curve)
@@ -472,12 +481,12 @@ def _enter_run(
 ) -> None:
     train = apply_params(TRAIN, cell.overrides)
     config = dataclasses.asdict(dataclasses.replace(train, seed=FIRST_SEED + replicate))
+    store.start_trial(study_id, {}, {}, {LEVELS: cell.levels})
     key = store.begin_trial(
         study_id,
         number,
         run_id,
         origin=f"{cell.label}, replicate {replicate + 1}",
-        params=cell.levels,
         config=config,
         config_hash=_identity(cell, replicate, settings.resplit),
         seed=FIRST_SEED + replicate,

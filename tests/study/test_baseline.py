@@ -12,6 +12,7 @@ from study.config.study_config import StudyConfig
 from study.designs import make_design
 from study.factors import parse_factors
 from study.store import Store, StoreError
+from support import distributions_of
 
 TOML = """
 [study]
@@ -60,12 +61,13 @@ def _add_study(store: Store, config: StudyConfig) -> None:
     run = store.begin_run(study, command="c", device="cpu", versions={})
     for number, (state, value, base_lr, seed) in enumerate(TRIALS):
         train = dataclasses.replace(config.train, base_lr=base_lr, seed=seed)
+        params = {"base_lr": base_lr}
+        store.start_trial(study, params, distributions_of(params))
         key = store.begin_trial(
             study,
             number,
             run,
             origin="sampler",
-            params={"base_lr": base_lr},
             config=dataclasses.asdict(train),
             config_hash=str(number),
             seed=seed,

@@ -15,7 +15,7 @@ from study.parser import DEFAULT_STORAGE, make_parser
 from study.progress import Counts
 from study.search import SearchOutcome
 from study.store import Store
-from support import make_folder
+from support import distributions_of, make_folder
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -46,12 +46,13 @@ def recorded(here: Path) -> Path:
         study_id = store.create_study("ants", StudyConfig().to_record(), data, {})
         run_id = store.begin_run(study_id, command="c", device="cpu", versions={})
         for number, value in enumerate((0.5, 0.75)):
+            params = {"base_lr": 0.1 * (number + 1)}
+            store.start_trial(study_id, params, distributions_of(params))
             key = store.begin_trial(
                 study_id,
                 number,
                 run_id,
                 origin="sampler",
-                params={"base_lr": 0.1 * (number + 1)},
                 config={"base_lr": 0.1 * (number + 1), "epochs": 1},
                 config_hash=str(number),
                 seed=0,
@@ -323,12 +324,11 @@ def test_delete_removes_the_study_from_optuna_too(
 ) -> None:
     import optuna
 
-    from study.optuna_storage import open_optuna_storage
-
-    optuna.create_study(study_name="ants", storage=open_optuna_storage(DEFAULT_STORAGE))
+    storage = f"sqlite:///{DEFAULT_STORAGE}"
+    assert optuna.get_all_study_names(storage) == ["ants"]
     told = answered(capsys, "delete", "ants", "--yes")
     assert told == "Deleted study ants: 2 trials, 1 checkpoints.\n"
-    assert optuna.get_all_study_names(open_optuna_storage(DEFAULT_STORAGE)) == []
+    assert optuna.get_all_study_names(storage) == []
     assert (recorded / "trial-0").is_dir()
 
 

@@ -93,14 +93,12 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     with Store.open(str(home / "s.db")) as store:
         trials = store.trials(store.study("photos").id)
         epochs = {row.number: store.epochs(row.id) for row in trials}
-        scores = store.scores(trials[0].study_id)
         (summary,) = store.studies()
     for row in trials:
         assert row.best_epoch is not None
         best = epochs[row.number][row.best_epoch]
         assert best.score == max(epoch.score or 0.0 for epoch in epochs[row.number]) == row.score
         assert (row.value, best.is_best) == (best.val_acc, True)
-        assert scores[row.number] == {e.epoch + 1: e.score for e in epochs[row.number]}
     ranked = sorted(trials, key=lambda row: (-(row.score or 0.0), row.number))
     assert (outcome.best_number, outcome.best_value) == (ranked[0].number, ranked[0].value)
     assert (summary.best_number, summary.best_value) == (ranked[0].number, ranked[0].value)
@@ -148,7 +146,6 @@ def test_a_copy_of_a_trial_has_its_score(home: Path) -> None:
         rows = store.trials(store.study("photos").id)
         assert rows[1].origin == "same as 0"
         assert (rows[1].score, rows[1].value) == (rows[0].score, rows[0].value)
-        assert 1 not in store.scores(rows[0].study_id)
 
 
 def test_changed_pictures_are_refused(home: Path) -> None:

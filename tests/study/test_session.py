@@ -1,6 +1,7 @@
 import dataclasses
 import signal
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -15,9 +16,10 @@ from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.runner import Work
 from study.session import (
+    close_killed,
     corner_configs,
-    end_killed,
     load_pictures,
     open_session,
     picture_size,
@@ -263,27 +265,57 @@ def test_warnings_about_pictures_are_told(home: Path) -> None:
     assert progress.notes == ["few training images: blue (6), red (6)."]
 
 
-def test_a_killed_trial_is_closed_with_what_is_known_of_it(home: Path, store: Store) -> None:
+def _begin(work: Work) -> int:
+    trial = work.store.start_trial(work.study_id, {}, {})
+    trial.report(0.75, 1)
+    return work.store.begin_trial(
+        work.study_id,
+        trial.number,
+        work.run_id,
+        origin="sampler",
+        config={},
+        config_hash="h",
+        seed=0,
+        backbone="resnet18",
+        freeze_depth=0,
+        device="cpu",
+    )
+
+
+def test_close_killed_fails_what_had_not_ended_and_reports_what_had(
+    home: Path, store: Store
+) -> None:
     with _open(store, _config(home)) as session:
-        store.begin_trial(
-            session.work.study_id,
-            0,
-            session.work.run_id,
-            origin="sampler",
-            params={},
-            config={},
-            config_hash="h",
-            seed=0,
-            backbone="resnet18",
-            freeze_depth=0,
-            device="cpu",
-        )
-        (row,) = store.stale_trials(session.work.study_id)
-        end_killed(session.work, row)
-        closed = store.trial(session.work.study_id, 0)
-        assert store.stale_trials(session.work.study_id) == []
-    assert (closed.state, closed.reason, closed.checkpoint) == ("failed", "killed", None)
-    assert closed.ended_at is not None
+        work = session.work
+        _begin(work)
+        for reason in (None, "pruned after epoch 1", "diverged: nan"):
+            # As if the process had died between the two commits at a trial's end.
+            with mock.patch.object(store, "tell"):
+                store.end_trial(
+                    _begin(work), "", reason=reason, value=0.75, best_epoch=0, epochs_done=1,
+                    duration_s=1.0, checkpoint=None,
+                )  # fmt: skip
+        store.start_trial(work.study_id, {}, {})  # asked for, but never begun
+        before = store.trials(work.study_id)
+        assert [row.state for row in before] == ["running"] * 4
+        close_killed(work)
+        rows = store.trials(work.study_id)
+        optunas = store.optuna_study(work.study_id).trials
+    assert [(row.state, row.reason) for row in rows] == [
+        ("failed", "killed"),
+        ("complete", None),
+        ("pruned", "pruned after epoch 1"),
+        ("failed", "diverged: nan"),
+    ]
+    assert [trial.state.name for trial in optunas] == [
+        "FAIL", "COMPLETE", "PRUNED", "FAIL", "FAIL",
+    ]  # fmt: skip
+    assert [trial.value for trial in optunas[1:3]] == [0.75, 0.75]
+    assert rows[0].ended_at is not None
+    assert rows[1:] == [
+        dataclasses.replace(row, state=after.state)
+        for row, after in zip(before[1:], rows[1:], strict=True)
+    ]
 
 
 def test_the_versions_that_decide_numbers_are_named() -> None:

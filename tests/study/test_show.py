@@ -31,6 +31,7 @@ from study.show import (
     trial_view,
 )
 from study.store import Store
+from support import distributions_of
 
 DATA = {
     "source": "folder:ants",
@@ -58,12 +59,13 @@ def store(tmp_path: Path) -> Store:
     ]
     for number, (state, value, reason) in enumerate(ends):
         lr = 10.0 ** -(number + 1)
+        params = {"base_lr": lr}
+        trial = made.start_trial(study_id, params, distributions_of(params))
         key = made.begin_trial(
             study_id,
             number,
             run_id,
             origin="recipe:linear-probe" if number == 0 else "sampler",
-            params={"base_lr": lr},
             config={"base_lr": lr, "epochs": 2, "clip_norm": None},
             config_hash=str(number),
             seed=0,
@@ -75,6 +77,7 @@ def store(tmp_path: Path) -> Store:
         )
         if value is not None:
             made.add_epoch(key, epoch_of(value), 1.0)
+            trial.report(value, 1)
         made.end_trial(
             key,
             state,

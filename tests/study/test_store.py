@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import os
 import sqlite3
 import subprocess
@@ -9,12 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
 
 from core.metrics import EpochMetrics
-from study import database
 from study.read import read_confusion, read_epochs, read_pictures, read_trials
 from study.store import (
     PictureRow,
@@ -22,11 +21,9 @@ from study.store import (
     StoreError,
     config_hash,
 )
-from study.tables import SCHEMA_VERSION, Base
+from study.tables import Base
+from support import distributions_of
 
-CACHE_COUNTS = [
-    field.name for field in dataclasses.fields(EpochMetrics) if field.name.startswith("cache_")
-]
 DATA = {"source": "folder:x", "classes": ["a", "b"], "fingerprint": "f", "n_train": 8}
 
 
@@ -42,12 +39,14 @@ def _study(store: Store, name: str = "photos") -> tuple[int, int]:
 
 
 def _trial(store: Store, study: int, run: int, number: int, **more: object) -> int:
+    params = {"base_lr": 0.1 * (number + 1), "backbone": "resnet18"}
+    trial = store.start_trial(study, params, distributions_of(params))
+    assert trial.number == number
     return store.begin_trial(
         study,
         number,
         run,
         origin="sampler",
-        params={"base_lr": 0.1 * (number + 1), "backbone": "resnet18"},
         config={"seed": 0},
         config_hash=f"hash{number}",
         seed=0,
@@ -56,6 +55,15 @@ def _trial(store: Store, study: int, run: int, number: int, **more: object) -> i
         device="cpu",
         **more,
     )
+
+
+def _epochs(store: Store, study: int, trial: int, number: int, *values: float) -> None:
+    """Enter epochs, in both tables."""
+    best = max(values)
+    for epoch, value in enumerate(values):
+        is_best = value == best and value not in values[:epoch]
+        store.add_epoch(trial, _epoch(epoch, value, is_best=is_best), epoch + 1.0)
+        store.take_up_trial(study, number).report(value, epoch + 1)
 
 
 def _end(store: Store, trial: int, state: str, value: float | None, **more: object) -> None:
@@ -71,8 +79,7 @@ def store(tmp_path: Path) -> Store:
 def test_what_is_written_is_read_back(store: Store) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0, trained_parameters=5, total_parameters=9)
-    store.add_epoch(trial, _epoch(0, 0.5), 1.0)
-    store.add_epoch(trial, _epoch(1, 0.8), 2.0)
+    _epochs(store, study, trial, 0, 0.5, 0.8)
     running = store.trial(study, 0)
     assert (running.state, running.value, running.epochs_done) == ("running", 0.8, 2)
     _end(store, trial, "complete", 0.8)
@@ -86,15 +93,14 @@ def test_what_is_written_is_read_back(store: Store) -> None:
     assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
     assert row.ended_at is not None
     assert row.ended_at >= row.started_at
-    assert store.epochs(trial) == [_epoch(0, 0.5), _epoch(1, 0.8)]
+    assert store.epochs(trial) == [_epoch(0, 0.5, is_best=False), _epoch(1, 0.8)]
     assert store.study("photos").data == DATA
 
 
 def test_a_later_epoch_that_is_not_better_keeps_the_value(store: Store) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0)
-    store.add_epoch(trial, _epoch(0, 0.8), 1.0)
-    store.add_epoch(trial, _epoch(1, 0.5, is_best=False), 2.0)
+    _epochs(store, study, trial, 0, 0.8, 0.5)
     assert store.trial(study, 0).value == 0.8
 
 
@@ -137,15 +143,13 @@ def test_summaries_count_states_and_name_the_best_complete_trial(store: Store) -
 
 def test_equal_settings_are_found_only_when_they_were_finished(store: Store) -> None:
     study, run = _study(store)
-    trial = _trial(store, study, run, 0)
-    assert store.find_finished(study, "hash0") is None
-    _end(store, trial, "failed", None)
-    assert store.find_finished(study, "hash0") is None
-    _end(store, trial, "pruned", 0.4)
-    found = store.find_finished(study, "hash0")
-    assert found is not None
-    assert found.number == 0
-    assert store.find_finished(study, "hash1") is None
+    ends = {"running": False, "failed": False, "pruned": True, "complete": True}
+    for number, state in enumerate(ends):
+        trial = _trial(store, study, run, number)
+        if state != "running":
+            _end(store, trial, state, 0.5)
+    found = [store.find_finished(study, f"hash{number}") for number in range(5)]
+    assert [row is not None for row in found] == [*ends.values(), False]
 
 
 def test_hash_does_not_depend_on_the_order_of_keys() -> None:
@@ -189,7 +193,7 @@ def test_deleting_removes_everything_of_the_study_and_nothing_else(store: Store)
     store.delete_study("photos")
     assert [row.name for row in store.studies()] == ["other"]
     assert len(read_epochs(store, "other")) == 1
-    with store._engine.connect() as connection:
+    with store.engine.connect() as connection:
         for table in Base.metadata.sorted_tables:
             n = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(table))
             assert n.scalar() in (0, 1), table.name
@@ -243,19 +247,20 @@ def test_a_dead_process_is_no_hindrance_and_its_trials_are_told(tmp_path: Path) 
         f"store = Store.open({str(path)!r}, create=True)\n"
         f"study = store.create_study('photos', {{}}, {DATA!r}, {{}})\n"
         "run = store.begin_run(study, command='x', device='cpu', versions={})\n"
-        "store.begin_trial(study, 0, run, origin='sampler', params={}, config={},"
+        "store.start_trial(study, {}, {})\n"
+        "store.begin_trial(study, 0, run, origin='sampler', config={},"
         " config_hash='h', seed=0, backbone='b', freeze_depth=0, device='cpu')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     with Store.open(str(path)) as store:
         study = store.study("photos").id
         store.begin_run(study, command="y", device="cpu", versions={})
-        assert [row.number for row in store.stale_trials(study)] == [0]
+        assert [row.state for row in store.trials(study)] == ["running"]
 
 
 def test_a_process_of_another_machine_must_be_taken_over(store: Store) -> None:
     study, run = _study(store)
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET host = 'elsewhere'"))
     with pytest.raises(StoreError, match="If that machine is gone, add --take-over"):
         store.begin_run(study, command="x", device="cpu", versions={})
@@ -293,8 +298,8 @@ def _file(path: Path, kind: str) -> None:
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
         ("optuna", "holds plain Optuna studies, not Frostline's"),
-        ("newer", r"written by a newer Frostline \(schema 99; this one knows 6\)"),
-        ("odd", "has schema version None, which no Frostline wrote"),
+        ("newer", r"written by another version of Frostline \(schema 99; this one knows 7\)"),
+        ("odd", r"written by another version of Frostline \(schema None; this one"),
         ("missing", "there is no database"),
     ],
 )
@@ -335,121 +340,42 @@ def _without_power() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
-def test_a_database_that_may_not_be_written_is_told() -> None:
+@pytest.mark.parametrize("mode", [0o555, 0o777], ids=["closed folder", "open folder"])
+def test_a_database_that_may_not_be_written_is_read(mode: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder, path = Path(name), Path(name) / "s.db"
-        Store.open(str(path), create=True).close()
+        with Store.open(str(path), create=True) as store:
+            study, run = _study(store)
+            trial = _trial(store, study, run, 0)
+            _epochs(store, study, trial, 0, 0.5)
+            _end(store, trial, "complete", 0.5, best_epoch=0)
         path.chmod(0o444)
-        folder.chmod(0o555)
+        folder.chmod(mode)
         with _without_power():
-            with pytest.raises(StoreError, match=r"cannot be opened: .* its permissions"):
-                Store.open(str(path))
-            with pytest.raises(StoreError, match="cannot be opened: unable to open database"):
-                Store.open(str(folder / "new.db"), create=True)
+            with Store.open(str(path)) as store:
+                (row,) = store.trials(store.study("photos").id)
+                assert (row.state, row.value) == ("complete", 0.5)
+                with pytest.raises(StoreError, match="cannot be written"):
+                    store.begin_run(study, command="x", device="cpu", versions={})
+            if mode == 0o555:
+                with pytest.raises(StoreError, match="cannot be opened: unable to open database"):
+                    Store.open(str(folder / "new.db"), create=True)
         folder.chmod(0o755)
 
 
-def _version_1(path: Path) -> None:
-    """Write a database as version 1 laid it out, with one complete trial."""
-    with Store.open(str(path), create=True) as store:
-        study, run = _study(store)
-        trial = _trial(store, study, run, 0)
-        store.add_epoch(trial, _epoch(0, 0.75), 1.0)
-        _end(store, trial, "complete", 0.75)
-        store.end_run(run, "trials")
-    with sqlite3.connect(path) as connection:
-        for table in ("tests", "designs", "predictions"):
-            connection.execute(f"DROP TABLE frostline_{table}")
-        for column in ("factor", "level", "replicate"):
-            connection.execute(f"ALTER TABLE frostline_trials DROP COLUMN {column}")
-        _drop_scores(connection)
-        for column in ("saved_s", *CACHE_COUNTS):
-            connection.execute(f"ALTER TABLE frostline_epochs DROP COLUMN {column}")
-        connection.execute("UPDATE frostline_info SET value = '1'")
-    connection.close()
+def _journal(path: Path) -> tuple[str, int]:
+    with Store.open(str(path), create=True) as store, store.engine.connect() as connection:
+        mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+        return mode, connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
 
 
-def test_a_migration_that_fails_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("ext4", ("wal", 1)), ("nfs4", ("delete", 2)), ("cifs", ("delete", 2))]
+)
+def test_the_journal_suits_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: tuple[str, int]
 ) -> None:
-    path = tmp_path / "s.db"
-    _version_1(path)
-    step = database.MIGRATIONS[1]
-
-    def fails(connection: sqlalchemy.Connection) -> None:
-        step(connection)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(database.MIGRATIONS, 1, fails)
-        Store.open(str(path))
-    with sqlite3.connect(path) as connection:
-        names = {row[1] for row in connection.execute("PRAGMA table_info(frostline_trials)")}
-        version = connection.execute("SELECT value FROM frostline_info").fetchone()
-    connection.close()
-    assert version == ("1",)
-    assert "factor" not in names
-    with Store.open(str(path)) as store:
-        assert store.trial(store.study("photos").id, 0).value == 0.75
-
-
-def test_a_database_of_schema_1_is_brought_up_to_date_and_keeps_its_data(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    _version_1(path)
-    with Store.open(str(path)) as store:
-        study = store.study("photos").id
-        assert store.trial(study, 0).value == 0.75
-        assert store.trial(study, 0).factor is None
-        assert [epoch.val_acc for epoch in store.epochs(store.trial(study, 0).id)] == [0.75]
-        assert store.tests(study) == []
-    with sqlite3.connect(path) as connection:
-        version = connection.execute("SELECT value FROM frostline_info").fetchone()
-    connection.close()
-    assert version == (str(SCHEMA_VERSION),)
-
-
-def _drop_scores(connection: sqlite3.Connection) -> None:
-    for table in ("epochs", "trials"):
-        connection.execute(f"ALTER TABLE frostline_{table} DROP COLUMN score")
-
-
-def test_trials_of_schema_5_are_ranked_by_accuracy_as_they_were(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(str(path), create=True) as store:
-        study, run = _study(store)
-        for number, value in enumerate((0.75, 0.8)):
-            trial = _trial(store, study, run, number)
-            store.add_epoch(trial, _epoch(0, value), 1.0)
-            _end(store, trial, "complete", value)
-    with sqlite3.connect(path) as connection:
-        _drop_scores(connection)
-        connection.execute("UPDATE frostline_info SET value = '5'")
-    connection.close()
-    with Store.open(str(path)) as store:
-        assert [row.score for row in store.trials(study)] == [0.75, 0.8]
-        assert [row.config["monitor"] for row in store.trials(study)] == ["val_acc"] * 2
-        assert store.study("photos").config["train"]["monitor"] == "val_acc"
-        assert store.epochs(trial)[0].score == 0.8
-
-
-def test_a_database_of_schema_4_gets_counts_of_shared_work(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Store.open(str(path), create=True) as store:
-        study, run = _study(store)
-        trial = _trial(store, study, run, 0)
-        store.add_epoch(trial, _epoch(0, 0.75), 1.0)
-    with sqlite3.connect(path) as connection:
-        for column in CACHE_COUNTS:
-            connection.execute(f"ALTER TABLE frostline_epochs DROP COLUMN {column}")
-        _drop_scores(connection)
-        connection.execute("UPDATE frostline_info SET value = '4'")
-    connection.close()
-    later = dataclasses.replace(
-        _epoch(1, 0.8), cache_hits=2, cache_misses=1, cache_read_bytes=3 << 40, cache_disk_bytes=5
-    )
-    with Store.open(str(path)) as store:
-        store.add_epoch(trial, later, 2.0)
-        first, second = store.epochs(trial)
-        assert [getattr(first, name) for name in CACHE_COUNTS] == [0] * len(CACHE_COUNTS)
-        assert second == later
-        assert read_epochs(store, "photos")["cache_read_bytes"].tolist() == [0, 3 << 40]
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4")]
+    mounts += [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: mounts)
+    assert _journal(tmp_path / "s.db") == settings
