@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from core import weights as weights_
-from core.allocator import keep_freed_memory
 from core.backbones import Network, check_backbone, create, preprocessing, scaled
 from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing
+from core.device import keep_freed_memory
 from core.head import init_head
 from core.network_pool import NetworkPool, Start
 from core.stages import Stages, find_stages

@@ -115,16 +115,6 @@ class TrainConfig:
     image_size: int | None = setting(
         None, "Side of the input in pixels; leave out for the size that the weights want.", ge=16
     )
-    small_size: int | None = setting(
-        None,
-        "Side of the training views in the first small_epochs epochs, in pixels (progressive "
-        "resizing): those epochs are cheaper, evaluation is at image_size all along. Leave out "
-        "for image_size throughout.",
-        ge=16,
-    )
-    small_epochs: int = setting(
-        0, "Epochs trained at small_size before those at image_size; 0 for none.", ge=0
-    )
     normalize: Normalize = setting(
         "weights", "Channel mean and standard deviation: those of the weights, or none ([0, 1])."
     )
@@ -139,12 +129,6 @@ class TrainConfig:
         "How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the "
         "source classifier's row where a class has the same name), or probe (a logistic "
         "regression on what the frozen network makes of the training pictures).",
-    )
-    standardize: bool = setting(
-        True,
-        "Where the head alone is trained: train it on features of mean 0 and deviation 1, which "
-        "rates suit far better; its weights are folded back for the checkpoint. False trains on "
-        "the features as they are.",
     )
     epochs: int = setting(10, "Passes over the training pictures.", ge=1)
     batch_size: int = setting(32, "Pictures per optimizer step.", ge=1)
@@ -215,7 +199,6 @@ class TrainConfig:
         "Mixed precision: auto (bf16 on a GPU that has it, else fp16; off on a CPU), bf16, fp16 "
         "or off.",
     )
-    channels_last: bool = setting(True, "Keep pictures channels-last in memory: faster.")
     compile: bool = setting(False, "Compile the network with torch.compile.")
     device: str = setting("auto", "auto (cuda, mps, cpu, in this order), or a device's name.")
     workers: int | None = setting(
@@ -235,7 +218,6 @@ class TrainConfig:
                 "mixup and cutmix must not both be on, but got "
                 f"mixup={self.mixup!r} and cutmix={self.cutmix!r}; set one of them to 0."
             )
-        faults += self._small_faults()
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             faults.append(
                 "micro_batch_size must be <= batch_size, but got "
@@ -253,27 +235,6 @@ class TrainConfig:
             )
         if faults:
             raise RulesError(faults)
-
-    def _small_faults(self) -> list[str]:
-        """Say what is wrong with the first epochs on smaller views."""
-        faults = []
-        if (self.small_size is None) != (self.small_epochs == 0):
-            faults.append(
-                "small_size and small_epochs do nothing without each other, but got "
-                f"small_size={self.small_size!r} and small_epochs={self.small_epochs!r}; set "
-                "both, or leave both out."
-            )
-        if self.small_epochs and self.small_epochs >= self.epochs:
-            faults.append(
-                "small_epochs must be < epochs, so that the last ones are at image_size, but got "
-                f"small_epochs={self.small_epochs!r} and epochs={self.epochs!r}."
-            )
-        if self.small_size and self.image_size and self.small_size >= self.image_size:
-            faults.append(
-                "small_size must be < image_size, but got "
-                f"small_size={self.small_size!r} and image_size={self.image_size!r}."
-            )
-        return faults
 
 
 @dataclass(frozen=True, slots=True)

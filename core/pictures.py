@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,15 +19,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.cache import FULL_DISK, PARTIAL, prune, remove_abandoned, size_bytes
 from core.decode import Raw, UInt8Array, decode_one, strict_and_quiet
 from core.device import usable_cores
-from core.picture_room import INDEX, PARTIAL, make_room, mark_used, remove_abandoned
 
 IntArray = NDArray[np.int64]
 
 # Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
 _DECODER = 1
 _PIXELS = "pixels.bin"
+_INDEX = "index.npz"
+# Stores may take this share of what the disk has free and what they take already. Assumption.
+_SHARE_OF_DISK = 0.5
+# A store that was used since then may be somebody's: it stays, whatever it takes. Assumption.
+_IN_USE_S = 24 * 3600.0
 # Checking every picture's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
@@ -34,8 +40,6 @@ _CHECK_SAMPLE = 64
 _TRIES, _PAUSE_S = 10, 0.1
 # These tell of the machine, not of the picture, and must not be kept as the picture's fault.
 _MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DataError(ValueError):
@@ -66,7 +70,7 @@ class PictureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with open(folder / INDEX, "rb") as file, np.load(file) as index:
+        with open(folder / _INDEX, "rb") as file, np.load(file) as index:
             self.sizes: IntArray = index["sizes"]
             self.offsets: IntArray = index["offsets"]
             self.checksums: IntArray = index["checksums"]
@@ -96,7 +100,8 @@ class PictureStore:
 
     def mark_used(self) -> None:
         """Keep the store from making room for others for another day."""
-        mark_used(self.folder)
+        with contextlib.suppress(OSError):
+            os.utime(self.folder)
 
     def is_sound(self) -> bool:
         """Say whether the pixels agree with their checksums (a sample's, in a large store)."""
@@ -125,7 +130,7 @@ def build_store(
     The store is keyed by contents and bound, so folders may move and files be renamed; it appears
     whole or not at all, and a damaged one is made again. Stores that were not used for a day go
     where all together take more than half of what they take and what is free
-    (`core.picture_room`).
+    (`core.cache.prune`).
 
     Args:
         items: Pictures; equal contents are kept once.
@@ -152,8 +157,9 @@ def build_store(
         try:
             _make(folder, unique, bound, progress)
         except OSError as err:
-            if err.errno not in _FULL_DISK or not make_room(folder.parent, 0, 0):
+            if err.errno not in FULL_DISK:
                 raise
+            prune(_stores(folder.parent), 0, unused_s=_IN_USE_S)
             _make(folder, unique, bound, progress)
     except OSError as err:
         raise _cache_error(err, folder.parent, len(unique), bound) from err
@@ -168,10 +174,18 @@ def _make(folder: Path, unique: Mapping[str, Item], bound: int, progress: Progre
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
         _decode_all([unique[content] for content in contents], bound, partial, progress)
-        make_room(folder.parent, (partial / _PIXELS).stat().st_size)
+        stores, size = _stores(folder.parent), size_bytes(partial)
+        free = shutil.disk_usage(partial).free + size + sum(map(size_bytes, stores))
+        prune(stores, int(_SHARE_OF_DISK * free) - size, unused_s=_IN_USE_S)
         _publish(partial, folder, contents)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stores(folder: Path) -> list[Path]:
+    """List the whole stores of a folder; whatever else lies there is left alone."""
+    named = (path for path in folder.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name))
+    return [path for path in named if not path.is_symlink() and (path / _INDEX).is_file()]
 
 
 def estimate_store_bytes(n: int, bound: int) -> int:
@@ -224,7 +238,7 @@ def _opened(folder: Path, contents: list[str]) -> Opened | None:
 
 def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
     need = estimate_store_bytes(n, bound) / 1e6
-    why = "the disk is full" if err.errno in _FULL_DISK else str(err)
+    why = "the disk is full" if err.errno in FULL_DISK else str(err)
     return DataError(
         f"decoded pictures cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; "
         "make room, set data.cache_dir to another folder, or set data.picture_size lower."
@@ -250,7 +264,7 @@ def _decode_all(items: list[Item], bound: int, folder: Path, progress: Progress 
         file.flush()
         os.fsync(file.fileno())
     np.savez(
-        folder / INDEX,
+        folder / _INDEX,
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         offsets=np.array(offsets, dtype=np.int64),
         checksums=np.array(checksums, dtype=np.int64),

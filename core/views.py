@@ -18,9 +18,7 @@ from core.data import Split
 from core.draws import (
     FloatArray,
     IntArray,
-    batch_positions,
     crop_boxes,
-    epoch_order,
     flips,
     policy_seeds,
     resized_size,
@@ -164,10 +162,9 @@ def _seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> T
 
 
 Key = tuple[int, int]
-Batch = tuple[Tensor, Tensor, IntArray]
 
 
-class _Views(Dataset[Batch]):
+class _Views(Dataset[Tensor]):
     """Makes a whole batch from keys (epoch, position); keeps the current epoch's draws."""
 
     def __init__(self, split: Split, spec: ViewSpec, seed: int) -> None:
@@ -175,51 +172,46 @@ class _Views(Dataset[Batch]):
         self._epoch = -1
         self._draws: FloatArray = view_draws(0, seed, 0)
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+    def __getitems__(self, keys: Sequence[Key]) -> Tensor:
         epoch = keys[0][0]
         if epoch != self._epoch:
             self._epoch = epoch
             self._draws = view_draws(len(self.split), self.seed, epoch)
         positions = np.array([position for _, position in keys], dtype=np.int64)
-        views = _train_views(self.split, positions, self.spec, self._draws)
-        return views, torch.from_numpy(self.split.labels[positions]), positions
+        return _train_views(self.split, positions, self.spec, self._draws)
 
-    def __getitem__(self, key: Key) -> Batch:
+    def __getitem__(self, key: Key) -> Tensor:
         return self.__getitems__([key])
 
 
 class _Batches:
-    """Yields an epoch's batches of keys; the epoch is set between iterations."""
+    """Yields batches of keys; epoch and positions are set between iterations."""
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+    def __init__(self) -> None:
         self.epoch = 0
+        self.positions: Sequence[IntArray] = ()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = epoch_order(self.n, self.seed, self.epoch)
-        for positions in batch_positions(order, self.batch_size):
+        for positions in self.positions:
             yield [(self.epoch, int(position)) for position in positions]
 
 
 class Loader:
     """Batches of training views, made in this process or in worker processes.
 
-    The numbers do not depend on how many workers there are. Workers live until `close`.
+    The numbers do not depend on how many workers there are. Workers live as long as the loader.
 
     Args:
         split: Pictures.
         spec: What a view is.
         seed: The run's seed.
-        batch_size: Pictures per batch.
         workers: Loader processes; 0 makes views in this one.
     """
 
-    def __init__(
-        self, split: Split, spec: ViewSpec, seed: int, batch_size: int, workers: int
-    ) -> None:
-        self._batches = _Batches(len(split), batch_size, seed)
+    def __init__(self, split: Split, spec: ViewSpec, seed: int, workers: int) -> None:
+        self._batches = _Batches()
         self._views = _Views(split, spec, seed)
-        self._loader: DataLoader[Batch] | None = None
+        self._loader: DataLoader[Tensor] | None = None
         if workers:
             with _quiet_about_workers():
                 self._loader = DataLoader(
@@ -234,20 +226,16 @@ class Loader:
                     generator=torch.Generator(),
                 )
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
-        self._batches.epoch = epoch
+    def epoch(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+        """Iterate over views of an epoch at these positions, uint8 (B, 3, S, S)."""
+        self._batches.epoch, self._batches.positions = epoch, batches
         if self._loader is not None:
             with _quiet_about_workers():
-                batches = iter(self._loader)
-            yield from batches
+                made = iter(self._loader)
+            yield from made
             return
         for keys in self._batches:
             yield self._views.__getitems__(keys)
-
-    def close(self) -> None:
-        """End the workers."""
-        self._loader = None
 
 
 @contextlib.contextmanager

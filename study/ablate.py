@@ -12,18 +12,10 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
-from core.cohort import stream_key
 from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.metrics import EpochMetrics
 from study.ablation_plan import Plan, as_begun_config, cell_configs, n_runs
-from study.ahead import (
-    Trained,
-    record_trained,
-    record_trained_answers,
-    save_trained,
-    train_ahead,
-)
 from study.baseline import given_factors
 from study.config import StudyConfig, check_backbones
 from study.designs import BASELINE, Cell, candidates, extend_path
@@ -35,7 +27,6 @@ from study.runner import (
     REASON_OUT_OF_MEMORY,
     RERUN_REASONS,
     Asked,
-    TrialResult,
     Work,
     drop_checkpoint,
     identity,
@@ -149,8 +140,6 @@ class _Ablation:
             config.study.storage, config.study.name, make_pruner("none", config.train.epochs)
         )
         self.rows: dict[str, TrialRow] = {}
-        self.coming: list[tuple[int, int]] = []  # cell and replicate, of the same replicate
-        self.ahead: dict[tuple[int, int], Trained] = {}
         self.pictures_of = functools.lru_cache(maxsize=1)(self._load_pictures_of)
 
     @property
@@ -174,7 +163,6 @@ class _Ablation:
             because = self._reason_to_stop()
             if because is not None:
                 return because
-            self._train_ahead(cell, replicate)
             self._one(cell, replicate)
             if self._hash(cell, replicate) not in self.rows:  # cut short
                 return "interrupted"
@@ -211,7 +199,6 @@ class _Ablation:
         for replicate in range(n):
             for cell in sorted(cells):
                 if self._hash(cell, replicate) not in self.rows:
-                    self.coming = [(c, replicate) for c in sorted(cells) if c >= cell]
                     yield cell, replicate
 
     def _scores(self, n: int) -> Scores:
@@ -249,19 +236,6 @@ class _Ablation:
         # Its warnings are those of the study's own split, which were told.
         return load_data(data, size, self.work.progress.pictures)
 
-    def _train_ahead(self, cell: int, replicate: int) -> None:
-        """Train this run's head with those of the replicate's other cells, where it can be."""
-        is_known = (cell, replicate) in self.ahead
-        if is_known or self.config.search.cohort == 1 or self.work.cache is None:
-            return
-        undone = [run for run in self.coming if self._hash(*run) not in self.rows]
-        configs = {run: self._config(*run) for run in undone}
-        own = stream_key(configs[cell, replicate])
-        alike = {run: config for run, config in configs.items() if stream_key(config) == own}
-        first = dict(list(alike.items())[: self.config.search.cohort])
-        data = self.pictures_of(self._val_seed(replicate))
-        self.ahead = {} if own is None else train_ahead(self.work, first, data)
-
     def _one(self, cell: int, replicate: int) -> None:
         config, shown = self._config(cell, replicate), self.design.cells[cell]
         val_seed = self._val_seed(replicate)
@@ -284,27 +258,13 @@ class _Ablation:
             self.ledger.report(trial, metrics.val_acc, metrics.epoch + 1)
             return False
 
-        trained = self.ahead.pop((cell, replicate), None)
-        if trained is None:
-            result = run_trial(work, asked, config, tell)
-            self.ledger.tell(trial, _STATES[result.state], result.value)
-            self._finish(trial.number, result, None)
-            return
-        with self.ledger.together(), self.work.store.together():
-            result = record_trained(work, asked, config, trained, tell)
-            self.ledger.tell(trial, _STATES[result.state], result.value)
-            self._finish(trial.number, result, trained)
-
-    def _finish(self, number: int, result: TrialResult, trained: Trained | None) -> None:
-        if result.state == "complete" and trained is None:
-            record_answers(self.work, number)
+        result = run_trial(work, asked, config, tell)
+        self.ledger.tell(trial, _STATES[result.state], result.value)
+        if result.state == "complete":
+            record_answers(self.work, trial.number)
             if not self.settings.keep_checkpoints:
-                drop_checkpoint(self.work, number)
-        elif result.state == "complete" and trained is not None:
-            record_trained_answers(self.work, number, trained)
-            if self.settings.keep_checkpoints:
-                save_trained(self.work, number, trained)
-        row = self.work.store.trial(self.work.study_id, number)
+                drop_checkpoint(self.work, trial.number)
+        row = self.work.store.trial(self.work.study_id, trial.number)
         # An error of the moment (a full disk, say) is tried again by the next run of the command.
         if row.reason not in RERUN_REASONS:
             self.rows[row.config_hash] = row

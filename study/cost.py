@@ -61,9 +61,8 @@ class CostModel:
     def shared_by(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what two trials must agree on to read the same frozen layers' outputs."""
         names = ("backbone", "weights", "freeze_depth", "image_size", "seed", "batch_size")
-        small = ("small_size", "small_epochs")
         views = ("augment", "crop_scale", "flip", "rand_magnitude", "normalize")
-        return tuple(self._value(params, name) for name in names + small + views)
+        return tuple(self._value(params, name) for name in names + views)
 
     def predict(
         self, params: Mapping[str, Any], epochs: int | None = None, cached_epochs: int = 0
@@ -111,17 +110,11 @@ class CostModel:
         if depth == MAX_FREEZE_DEPTH and self.shares_heads is not None:
             is_shared = self.shares_heads
         is_kept = is_shared and depth > 0
-        small_size = self._value(params, "small_size")
-        n_small = min(int(self._value(params, "small_epochs")), n_epochs) if small_size else 0
         cached = min(cached_epochs, n_epochs) if is_kept else 0
         flops = self._stage_flops(params, self._value(params, "image_size"))
         prefix, suffix = sum(flops[:depth]), sum(flops[depth:])
-        per_picture = (n_epochs - max(cached, n_small)) * prefix
-        per_picture += (n_epochs - n_small) * _TRAIN_FACTOR * suffix
-        if n_small:
-            small = self._stage_flops(params, small_size)
-            per_picture += max(0, n_small - cached) * sum(small[:depth])
-            per_picture += n_small * _TRAIN_FACTOR * sum(small[depth:])
+        per_picture = (n_epochs - cached) * prefix
+        per_picture += n_epochs * _TRAIN_FACTOR * suffix
         # Validation pictures pass through the prefix once a boundary where that is kept.
         val_prefix = int(cached_epochs == 0) if is_kept else n_epochs
         work = self.n_train * per_picture + self.n_val * (val_prefix * prefix + n_epochs * suffix)
@@ -164,10 +157,7 @@ def cost_model(base: TrainConfig, n_train: int, n_val: int, *, is_cached: bool) 
         ValueError: The device cannot be used.
     """
     from core.build import stage_flops
-    from core.device import SHARING_DEVICES, choose_device
-    from core.sharing import can_share
+    from core.device import choose_device
 
     device = choose_device(base.device)
-    is_shared = is_cached and can_share(base, device)
-    heads = is_cached and device.type in SHARING_DEVICES
-    return CostModel(base, n_train, n_val, stage_flops, device.type, is_shared, heads)
+    return CostModel(base, n_train, n_val, stage_flops, device.type, is_cached, is_cached)

@@ -62,7 +62,6 @@ class Estimate:
     trial_s: float
     total_s: float
     checkpoint_bytes: int
-    small_size: int | None = None
 
 
 def estimate(config: StudyConfig, data: ImageData) -> Estimate:
@@ -91,7 +90,6 @@ def estimate(config: StudyConfig, data: ImageData) -> Estimate:
         trial_s=trial_s,
         total_s=trial_s * config.study.trials,
         checkpoint_bytes=config.study.keep_checkpoints * max(c.weights_bytes for c in costs),
-        small_size=config.train.small_size,
     )
 
 
@@ -118,11 +116,9 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
 
 
 def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
-    """Add up a trial's steps; one on smaller views takes their share of the pixels."""
-    share = ((train.small_size or 0) / cost.image_size) ** 2
-    whole = train.epochs - train.small_epochs + share * train.small_epochs
+    """Add up a trial's steps."""
     eval_s = train.epochs * len(data.val) * cost.eval_s
-    return whole * len(data.train) * cost.train_s[depth] + eval_s
+    return train.epochs * len(data.train) * cost.train_s[depth] + eval_s
 
 
 def _levels(dimension: Dimension | None, fixed: int) -> list[int]:
@@ -140,8 +136,7 @@ def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> Backbo
     side = built.preprocessing.image_size
     batch = min(train.batch_size, train.micro_batch_size or train.batch_size)
     images = torch.randn(batch, 3, side, side, device=device)
-    if train.channels_last:
-        images = images.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
     model = built.model.to(device)
     full = _seconds(train, model, built, images, 0, device)
     top = _seconds(train, model, built, images, MAX_FREEZE_DEPTH, device)

@@ -28,7 +28,6 @@ NEUTRAL: dict[str, dict[str, ParamValue]] = {
     "cutmix": {"cutmix": 0.0},
     "clip_norm": {"clip_norm": None},
     "ema_decay": {"ema_decay": None},
-    "small_size": {"small_size": None, "small_epochs": 0},
     "batch_norm": {"batch_norm": "train"},
 }
 """Components that `loco` removes: key -> the settings without it."""

@@ -17,22 +17,20 @@ import torch
 from PIL import Image
 
 from core.build import count_parameters
-from core.checkpoint import PREDICTIONS_FILE
+from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
-from core.paused import pause
-from core.prefix_cache import PrefixCache
+from core.training.checkpoint import PREDICTIONS_FILE
 from study.progress import CUT_SHORT, Progress
-from study.promotion import PAUSED_FOLDER
-from study.store import PictureRow, Store, TrialRow, config_hash
+from study.store import PictureRow, Store, config_hash
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
 # Settings of later versions at what earlier ones did: a hash from then is still found.
-_AS_BEFORE: dict[str, Any] = {"monitor": "val_acc", "small_size": None, "small_epochs": 0}
+_AS_BEFORE: dict[str, Any] = {"monitor": "val_acc"}
 # The worst pictures that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
 _THUMBNAIL = 160
@@ -84,7 +82,7 @@ class Work:
     output: Path
     progress: Progress
     stop: threading.Event
-    cache: PrefixCache | None = None
+    cache: ArrayCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +120,6 @@ def run_trial(
     asked: Asked,
     config: TrainConfig,
     should_stop: Callable[[EpochMetrics], bool],
-    *,
-    can_pause: bool = False,
 ) -> TrialResult:
     """Train one configuration and keep its record, whatever becomes of it.
 
@@ -132,16 +128,13 @@ def run_trial(
         asked: Its number and where it comes from.
         config: What to train.
         should_stop: Asked after every epoch; True prunes the trial.
-        can_pause: Pause it instead, for `continue_trial`; also where the user stops the study.
 
     Raises:
         OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
     """
     begin = time.perf_counter()
     trial_id = begin_record(work, asked, config)
-    # An earlier study of this name may have left one.
-    pause_file(work.output, asked.number).unlink(missing_ok=True)
-    course = Course(trial_id, asked.number, can_pause, before_s=time.perf_counter() - begin)
+    course = Course(trial_id, asked.number, before_s=time.perf_counter() - begin)
     return _train(work, course, config, should_stop)
 
 
@@ -176,40 +169,6 @@ def begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
     return trial_id
 
 
-def continue_trial(
-    work: Work,
-    trial: TrialRow,
-    config: TrainConfig,
-    should_stop: Callable[[EpochMetrics], bool],
-) -> TrialResult:
-    """Go on with a paused trial; from its beginning, where its state is not to be had any more.
-
-    Args:
-        work: What the trials share.
-        trial: Its record.
-        config: What it trains.
-        should_stop: Asked after every epoch; True pauses the trial again.
-
-    Raises:
-        OSError: The disk is full, or a file cannot be written; the trial is recorded as failed.
-    """
-    work.store.continue_trial(trial.id, work.run_id)
-    work.progress.trial_continued(
-        trial.number, trial.origin, trial.params, config.epochs, trial.epochs_done
-    )
-    course = Course(
-        trial.id,
-        trial.number,
-        can_pause=True,
-        value=trial.value,
-        best_epoch=trial.best_epoch,
-        score=trial.score,
-        epochs_done=trial.epochs_done,
-        before_s=trial.duration_s or 0.0,
-    )
-    return _train(work, course, config, should_stop)
-
-
 @dataclass(slots=True)
 class Course:
     """How far a trial has come; its last line in the record.
@@ -217,7 +176,6 @@ class Course:
     Attributes:
         trial_id: Its key in the record.
         number: Its number.
-        can_pause: Pause it where it would be stopped.
         value: Validation accuracy of the best epoch, in [0, 1].
         best_epoch: That epoch.
         score: Its score.
@@ -227,7 +185,6 @@ class Course:
 
     trial_id: int
     number: int
-    can_pause: bool = False
     value: float | None = None
     best_epoch: int | None = None
     score: float | None = None
@@ -277,16 +234,11 @@ def _train(
     begin = time.perf_counter() - course.before_s
     trial_id, number = course.trial_id, course.number
     folder = checkpoint_folder(work.output, number)
-    kept = pause_file(work.output, number)
     state, reason, fatal = "complete", None, None
-    may_repeat = course.epochs_done > 0  # where its state was lost, or its process died later
-    run = fit(config, work.data, folder, work.cache, kept if course.can_pause else None)
+    run = fit(config, work.data, cache=work.cache, checkpoint_dir=folder)
     try:
         with contextlib.closing(run) as epochs:
             for metrics in epochs:
-                if may_repeat:
-                    work.store.cut_epochs(trial_id, metrics.epoch)
-                    may_repeat = False
                 course.add(metrics)
                 work.store.add_epoch(trial_id, metrics, time.perf_counter() - begin)
                 work.progress.epoch(number, metrics)
@@ -295,10 +247,7 @@ def _train(
                 is_stopped = should_stop(metrics)
                 if is_last or not (is_stopped or work.stop.is_set()):
                     continue
-                if course.can_pause:
-                    pause(epochs)
-                    state, reason = "paused", f"paused after epoch {metrics.epoch + 1}"
-                elif is_stopped:
+                if is_stopped:
                     state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
                 else:
                     state, reason = "failed", REASON_INTERRUPTED
@@ -314,8 +263,6 @@ def _train(
         state, reason = "failed", f"{REASON_ERROR}: {_told(err)}"
     duration = time.perf_counter() - begin
     result = course.end(work, state, reason, duration, folder if state == "complete" else None)
-    if state != "paused" and course.can_pause:
-        kept.unlink(missing_ok=True)
     if fatal is not None:
         raise fatal
     return result
@@ -332,11 +279,6 @@ def _told(err: Exception) -> str:
 def checkpoint_folder(output: Path, number: int) -> Path:
     """Return where a trial's checkpoint lies."""
     return output / f"trial-{number:04d}"
-
-
-def pause_file(output: Path, number: int) -> Path:
-    """Return where the state of a paused trial lies."""
-    return output / PAUSED_FOLDER / f"trial-{number:04d}.safetensors"
 
 
 def drop_checkpoint(work: Work, number: int) -> None:

@@ -1,10 +1,8 @@
 """Run a search: ask Optuna, run the trial, tell it; stop and resume as the user wishes."""
 
-import contextlib
 import dataclasses
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,9 @@ from optuna.trial import Trial, TrialState
 
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
-from study.ahead import Trained, record_trained, save_trained, train_ahead
-from study.config import StudyConfig, check_backbones
+from study.config import ConfigError, StudyConfig, check_backbones
 from study.cost import cost_model
 from study.ledger import RERUNS, Ledger
-from study.paused_trials import PausedTrials, find_paused
 from study.progress import Counts, Progress
 from study.promotion import Promotion
 from study.roster import Roster
@@ -29,13 +25,11 @@ from study.runner import (
     TrialResult,
     Work,
     checkpoint_folder,
-    continue_trial,
     identity,
     record_predictions,
     run_trial,
 )
 from study.samplers import make_pruner, make_sampler
-from study.sections import FORESEEN
 from study.session import corner_configs, end_killed, open_session
 from study.space import ParamValue, apply_params, distributions, n_points, recipes
 from study.store import Store, TrialRow
@@ -145,15 +139,11 @@ class _Search:
             scores=self.scores,
         )
         pruner = make_pruner(config.search.pruner, config.train.epochs, self.scores)
-        found = find_paused(work)
-        self.ledger = Ledger(config.study.storage, config.study.name, pruner, paused=found)
-        self.can_pause = isinstance(pruner, Promotion)
-        self.paused = PausedTrials(
-            work, self.ledger, pruner if isinstance(pruner, Promotion) else None
-        )
-        self.left_paused = found
-        self.asked: deque[Trial] = deque()  # for their turn
-        self.ahead: dict[int, Trained] = {}  # by number
+        if isinstance(pruner, Promotion):
+            raise ConfigError(
+                "search.pruner = promote is not there any more; use hyperband or none."
+            )
+        self.ledger = Ledger(config.study.storage, config.study.name, pruner)
         self.roster = Roster(work)
         for row in self.roster.rows.values():
             if row.origin.startswith(_COPY):
@@ -172,16 +162,10 @@ class _Search:
             self.roster.best(),
         )
         while True:
-            promoted = self.paused.next_number()
-            because = self._reason_to_stop(may_begin=promoted is None)
+            because = self._reason_to_stop()
             if because is not None:
                 break
-            if promoted is None:
-                self._one_trial()
-            else:
-                self._continue(promoted)
-        if because not in HALTED:
-            because = self._end_paused() or because
+            self._take_turn(self._asked_one())
         self._tidy_checkpoints()
         return because
 
@@ -192,8 +176,6 @@ class _Search:
         for row in store.trials(self.work.study_id):
             if row.number >= ledger.n_trials:  # it died before Optuna's tables had it
                 ledger.add_failed(row.params, self.distributions)
-        for row in self.paused.recover(self.left_paused, _MOST_RERUNS):
-            self._again(row.number, row.params, ledger.user_attrs(row.number))
         for row in store.stale_trials(self.work.study_id):
             end_killed(self.work, row)
             known = cut.pop(row.number, None)
@@ -213,61 +195,21 @@ class _Search:
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
             self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}", RERUNS: 0})
 
-    def _reason_to_stop(self, *, may_begin: bool) -> str | None:
-        """Return why the study is to stop.
-
-        Args:
-            may_begin: Whether a new trial would be next; while a paused one goes on, none of the
-                reasons against new ones counts.
-        """
+    def _reason_to_stop(self) -> str | None:
+        """Return why the study is to stop."""
         settings = self.config.study
         if self.work.stop.is_set():
             return "interrupted"
-        if may_begin and len(self.roster.finished()) >= settings.trials:
+        if len(self.roster.finished()) >= settings.trials:
             return "trials"
         if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
             return "timeout"
-        if not may_begin:
-            return None
         if settings.patience is not None and self.roster.since_best() >= settings.patience:
             return "patience"
         size = n_points(self.config.space)
         if size is not None and self.roster.n_settings() >= size:
             return "space exhausted"
         return None
-
-    def _one_trial(self) -> None:
-        """Run the next trial, or all next ones whose heads were trained together."""
-        if not self.asked:
-            self._ask()
-        if self.asked[0].number not in self.ahead:
-            self._take_turn()
-            return
-        with self.ledger.together(), self.work.store.together():
-            while self.asked and self.asked[0].number in self.ahead:
-                self._take_turn()
-                if self._reason_to_stop(may_begin=True) is not None:
-                    return
-
-    def _ask(self) -> None:
-        """Ask for the next trial; for several where a cohort may come of them."""
-        ledger, settings = self.ledger, self.config
-        in_line = ledger.next_number() < ledger.n_trials
-        self.asked.append(self._asked_one())
-        is_foreseen = settings.search.sampler in FORESEEN and self.work.cache is not None
-        if in_line or self.can_pause or not is_foreseen:
-            return
-        size = n_points(settings.space)
-        left = settings.study.trials - len(self.roster.finished())
-        if size is not None:
-            left = min(left, size - self.roster.n_settings())
-        while len(self.asked) < min(settings.search.cohort, left):
-            self.asked.append(self._asked_one())
-        coming = {}
-        for trial in self.asked:
-            with contextlib.suppress(ValueError):  # told when its turn comes
-                coming[trial.number] = apply_params(settings.train, trial.params)
-        self.ahead = train_ahead(self.work, coming, self.work.data)
 
     def _asked_one(self) -> Trial:
         settings, ledger = self.config, self.ledger
@@ -281,8 +223,7 @@ class _Search:
         )
         return ledger.ask(sampler, self.distributions)
 
-    def _take_turn(self) -> None:
-        trial = self.asked.popleft()
+    def _take_turn(self, trial: Trial) -> None:
         origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
         try:
             config = apply_params(self.config.train, trial.params)
@@ -295,38 +236,11 @@ class _Search:
             return
         asked = Asked(trial.number, trial.params, origin)
         ask = self._should_stop(trial)
-        trained = self.ahead.pop(trial.number, None)
-        if trained is None:
-            result = run_trial(self.work, asked, config, ask, can_pause=self.can_pause)
-        else:
-            result = record_trained(self.work, asked, config, trained, ask)
-        self._close(trial, result, trained)
+        self._close(trial, run_trial(self.work, asked, config, ask))
 
-    def _continue(self, number: int, *, to_the_end: bool = False) -> None:
-        """Go on with a paused trial."""
-        row, here = self.roster.rows[number], self.config.train
-        config = dataclasses.replace(
-            TrainConfig(**row.config), device=here.device, workers=here.workers
-        )
-        trial = self.ledger.go_on(number)
-        ask = self._should_stop(trial, to_the_end=to_the_end)
-        self._close(trial, continue_trial(self.work, row, config, ask))
-
-    def _should_stop(
-        self, trial: Trial, *, to_the_end: bool = False
-    ) -> Callable[[EpochMetrics], bool]:
+    def _should_stop(self, trial: Trial) -> Callable[[EpochMetrics], bool]:
         """Return what tells Optuna a trial's figures, and says whether it is to stop."""
-
-        def ask(metrics: EpochMetrics) -> bool:
-            stops = self._report(trial, metrics)
-            if to_the_end or not stops:
-                return False
-            if self.can_pause:
-                # Before its state is on disk: what is found there, Optuna's tables know of.
-                self.ledger.pause(trial)
-            return True
-
-        return ask
+        return lambda metrics: self._report(trial, metrics)
 
     def _report(self, trial: Trial, metrics: EpochMetrics) -> bool:
         """Tell an epoch's figures to Optuna, and to what ranks by score."""
@@ -334,37 +248,12 @@ class _Search:
         self.scores.setdefault(trial.number, {})[done] = metrics.ranked_by
         return self.ledger.report(trial, metrics.val_acc, done)
 
-    def _close(self, trial: Trial, result: TrialResult, trained: Trained | None = None) -> None:
+    def _close(self, trial: Trial, result: TrialResult) -> None:
         """Tell how a trial stopped, and drop from disk what is not needed any more."""
-        if result.state == "paused":
-            self.ledger.pause(trial)
-        else:
-            self._tell(trial, result)
+        self._tell(trial, result)
         self.roster.reload(trial.number)
-        if trained is not None and result.state == "complete":
-            ranking = [row.number for row in self.roster.ranking()]
-            if trial.number in ranking[: self.config.study.keep_checkpoints]:
-                save_trained(self.work, trial.number, trained)
-                self.roster.reload(trial.number)
         if result.state == "complete":
             self._keep_best(trial.number)
-        if self.can_pause:
-            self.paused.keep_states(self.config.study.trials)
-
-    def _end_paused(self) -> str | None:
-        """Leave no trial paused; return what halted this, if anything did.
-
-        A study shall have a best model: where no trial is complete, the best of the paused ones
-        is trained to its end.
-        """
-        while not self.roster.ranking() and (standings := self.paused.standings()):
-            if self.work.stop.is_set():
-                return "interrupted"
-            self._continue(standings[0].number, to_the_end=True)
-        for number in self.paused.give_up():
-            self.roster.reload(number)
-        self.paused.keep_states(0)
-        return None
 
     def _tell(self, trial: Trial, result: TrialResult) -> None:
         self.ledger.tell(trial, _STATES[result.state], result.value)

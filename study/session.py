@@ -15,13 +15,11 @@ import psutil
 
 from core.backbones import library_versions
 from core.build import input_of
+from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data import ImageData, load_data
 from core.device import choose_device, describe_device
-from core.disk_entries import DiskEntries
-from core.fit import build_for, check_small_size
-from core.head_runs import check_probe
-from core.prefix_cache import PrefixCache
+from core.fit import build_for
 from study.config import ConfigError, StudyConfig, config_diff
 from study.ledger import Ledger
 from study.progress import Progress
@@ -32,9 +30,6 @@ from study.store import Store, TrialRow
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
 # still have detail. Assumption.
 _STORE_MARGIN = 1.25
-# Of the memory that is free: training and the system's own cache of pictures need the rest.
-# Assumption.
-_SHARE_OF_FREE = 0.25
 # Of the disk that is free: pictures and checkpoints need it, too. Assumption.
 _SHARE_OF_FREE_DISK = 0.1
 
@@ -99,20 +94,16 @@ def open_session(
             store.end_run(run_id, session.because)
 
 
-def _cache(config: StudyConfig) -> PrefixCache | None:
+def _cache(config: StudyConfig) -> ArrayCache | None:
     """Make room for shared work; None where nothing is to be shared."""
-    budget, on_disk = config.study.cache, config.study.cache_disk
+    budget = config.study.cache
     if budget == 0:
         return None
     # Beside the decoded pictures, as core.data places them.
-    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "entries"
+    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "arrays"
     if budget is None:
-        memory = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
-        on_disk = min(memory, _free_disk(folder)) if on_disk is None else on_disk
-    else:
-        on_disk = budget // 2 if on_disk is None else min(on_disk, budget)
-        memory = budget - on_disk
-    return PrefixCache(memory, DiskEntries(folder, on_disk) if on_disk else None)
+        budget = _free_disk(folder)
+    return ArrayCache(folder, budget)
 
 
 def _free_disk(folder: Path) -> int:
@@ -160,10 +151,10 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
 
     Args:
         config: The study.
-        with_starts: At every start of a head and every size of its first views, too.
+        with_starts: At every start of a head too.
     """
     corners: list[dict[str, ParamValue]] = [{}]
-    starts = ("small_size", "head_init") if with_starts else ()
+    starts = ("head_init",) if with_starts else ()
     for name in ("backbone", "weights", "image_size", *starts):
         if name in config.space:
             ends = config.space[name].ends
@@ -196,18 +187,11 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     for train in trains:
         choose_device(train.device)
         network = (
-            train.backbone, train.weights, train.image_size, train.normalize, train.small_size,
-            train.head_init == "probe",
+            train.backbone, train.weights, train.image_size, train.normalize,
         )  # fmt: skip
         if network not in built:
             built.add(network)
-            made = build_for(train, data.classes)
-            try:
-                check_small_size(train, made)
-                if train.head_init == "probe":
-                    check_probe(train, made)
-            except ValueError as err:
-                raise ConfigError(f"train: {err}") from err
+            build_for(train, data.classes)
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(

@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 from core.config import DataConfig
 from core.data import ImageData, load_data
+from core.draws import batch_positions, epoch_order
 from core.views import Loader, ViewSpec, eval_views, train_views
 from support import make_folder
 
@@ -29,11 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
     return load_data(config, 60)
 
 
-def _by_picture(loader: Loader, epoch: int) -> dict[int, torch.Tensor]:
-    batches = list(loader.epoch(epoch))
-    return {
-        int(p): view for views, _, where in batches for p, view in zip(where, views, strict=True)
-    }
+def _batches(data: ImageData, epoch: int, size: int) -> list[np.ndarray]:
+    return batch_positions(epoch_order(len(data.train), 7, epoch), size)
 
 
 @pytest.mark.parametrize("augment", ["standard", "trivial", "rand", "none"])
@@ -42,24 +40,25 @@ def test_views_are_the_same_with_any_number_of_workers(
     data: ImageData, augment: str, workers: int
 ) -> None:
     spec = replace(SPEC, augment=augment)
-    alone = Loader(data.train, spec, 7, 8, 0)
-    helped = Loader(data.train, spec, 7, 8, workers)
+    alone, helped = Loader(data.train, spec, 7, 0), Loader(data.train, spec, 7, workers)
     for epoch in (0, 1):
-        for ours, theirs in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
-            assert torch.equal(ours[0], theirs[0])
-            assert torch.equal(ours[1], theirs[1])
-            assert np.array_equal(ours[2], theirs[2])
-    helped.close()
+        batches = _batches(data, epoch, 8)
+        for ours, theirs in zip(
+            alone.epoch(epoch, batches), helped.epoch(epoch, batches), strict=True
+        ):
+            assert torch.equal(ours, theirs)
 
 
 def test_views_are_the_same_in_any_batch_and_order(data: ImageData) -> None:
-    one = _by_picture(Loader(data.train, SPEC, 7, 4, 0), 3)
-    two = _by_picture(Loader(data.train, SPEC, 7, 13, 0), 3)
-    shared = one.keys() & two.keys()
-    assert len(shared) >= len(data.train) - 2
-    assert all(torch.equal(one[k], two[k]) for k in shared)
+    one = train_views(data.train, np.arange(len(data.train)), SPEC, 7, 3)
+    for size in (4, 13):
+        batches = _batches(data, 3, size)
+        for where, views in zip(
+            batches, Loader(data.train, SPEC, 7, 0).epoch(3, batches), strict=True
+        ):
+            assert torch.equal(views, one[torch.from_numpy(where)])
     backwards = train_views(data.train, np.arange(len(data.train))[::-1], SPEC, 7, 3).flip(0)
-    assert all(torch.equal(one[k], backwards[k]) for k in one)
+    assert torch.equal(one, backwards)
 
 
 def test_every_epoch_and_seed_has_other_views(data: ImageData) -> None:
@@ -89,19 +88,18 @@ def test_workers_and_policies_leave_all_global_generators_alone(
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded the GPU"))
     before = torch.random.get_rng_state()
     for workers in (0, 1):
-        loader = Loader(data.train, replace(SPEC, augment="rand"), 0, 8, workers)
-        list(loader.epoch(0))
-        list(loader.epoch(1))
-        loader.close()
+        loader = Loader(data.train, replace(SPEC, augment="rand"), 0, workers)
+        for epoch in (0, 1):
+            list(loader.epoch(epoch, _batches(data, epoch, 8)))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_an_epoch_that_was_left_early_does_not_spoil_the_next(data: ImageData) -> None:
-    alone, helped = Loader(data.train, SPEC, 0, 4, 0), Loader(data.train, SPEC, 0, 4, 2)
-    next(helped.epoch(0))
-    for ours, theirs in zip(alone.epoch(1), helped.epoch(1), strict=True):
-        assert torch.equal(ours[0], theirs[0])
-    helped.close()
+    alone, helped = Loader(data.train, SPEC, 0, 0), Loader(data.train, SPEC, 0, 2)
+    next(helped.epoch(0, _batches(data, 0, 4)))
+    batches = _batches(data, 1, 4)
+    for ours, theirs in zip(alone.epoch(1, batches), helped.epoch(1, batches), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_centre_crop_beyond_the_picture_is_refused() -> None:

@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from core.checkpoint import PREDICTIONS_FILE
+from core.training.checkpoint import PREDICTIONS_FILE
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.fit import fit
@@ -55,7 +55,6 @@ SETTINGS = [
     "train.seed=7",
     'train.device="cpu"',
     "ablation.keep_checkpoints=false",
-    "train.standardize=false",  # else every setting is right about everything
     "search.cohort=1",  # some tests let a script stand in for the training of single runs
 ]
 FACTORS = {"base_lr": [0.001], "augment": ["none"]}

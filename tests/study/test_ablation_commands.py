@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint import PREDICTIONS_FILE
+from core.training.checkpoint import PREDICTIONS_FILE
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.__main__ import main

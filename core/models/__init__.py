@@ -1,0 +1,1 @@
+"""Networks: backbones by name, their weights, their new heads, and their freeze levels."""
