@@ -1,7 +1,6 @@
 """Parameter groups, optimizers, and learning-rate schedules as plain functions of the step."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -16,28 +15,26 @@ _CYCLE_END = 1e-4 / 25
 
 
 def parameter_groups(
-    model: nn.Module, trainable: Iterable[str], head: tuple[str, ...], config: TrainConfig
+    module: nn.Module, head: tuple[str, ...], config: TrainConfig
 ) -> list[dict[str, object]]:
-    """Sort the trainable parameters into groups by rate and decay.
+    """Sort the trained parameters into groups by learning rate and decay.
 
     The backbone learns at `base_lr`, the head at `base_lr * head_lr_mult`; norms and biases (every
     parameter of fewer than two dimensions) are not decayed unless `decay_all`.
 
     Args:
-        model: Network.
-        trainable: Names of its trainable parameters.
+        module: What is trained; its frozen parameters want no gradient.
         head: Names of the head's layers.
-        config: Rates and decay.
+        config: Learning rates and decay.
 
     Returns:
-        Non-empty groups for an optimizer, each with its `name` and peak rate `peak_lr`; together
-        they hold every trainable parameter once.
+        Non-empty groups for an optimizer, each with its `name` and peak learning rate `peak_lr`;
+        together they hold every trained parameter once.
     """
-    names = set(trainable)
     heads = tuple(f"{name}." for name in head)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if name in names:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
             key = (name.startswith(heads), parameter.ndim >= 2 or config.decay_all)
             groups.setdefault(key, []).append(parameter)
     return [
@@ -70,7 +67,7 @@ def make_optimizer(
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Return what share of its peak a learning rate has at a step.
+    """Return what share of its peak a learning rate is at a step.
 
     Args:
         config: Schedule, epochs and warm-up.
@@ -105,6 +102,6 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to its peak times `factor`."""
+    """Set every group's learning rate to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

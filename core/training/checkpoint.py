@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
 from core.config import Preprocessing, TrainConfig
-from core.evaluate import Evaluation
-from core.metrics import EpochMetrics
-from core.models.sources import create, library_versions
+from core.metrics import EpochMetrics, Evaluation
+from core.models.sources import create
 from core.models.weights import WeightsError, load
 
 WEIGHTS_FILE = "model.safetensors"
@@ -30,11 +30,11 @@ class Card:
         backbone: torchvision name or `timm:NAME`; the weights load into that library's network
             with `len(classes)` outputs.
         classes: Class names in the order of the outputs.
-        preprocessing: How pictures become its input.
+        preprocessing: How images become its input.
         config: The run's configuration.
         metrics: The epoch whose weights these are.
         weights: Where the run's weights came from.
-        data: Source and fingerprint of the pictures.
+        data: Source and fingerprint of the images.
         versions: Libraries that made it.
     """
 
@@ -113,8 +113,6 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:
     """Keep the best epoch's validation predictions beside the weights."""
-    import numpy as np
-
     folder.mkdir(parents=True, exist_ok=True)
     rows = np.arange(len(evaluation.labels))
     np.savez_compressed(
@@ -124,6 +122,3 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
         probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),
         confusion=evaluation.confusion,
     )
-
-
-__all__ = ["Card", "library_versions", "load_checkpoint", "read_card", "save_checkpoint"]

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.models.builder import build
 from core.models.freeze_stages import freeze
-from core.optim import lr_factor, make_optimizer, parameter_groups, set_lr
+from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 
 
 def _groups(depth: int, **settings: object) -> tuple[list[dict[str, object]], torch.nn.Module]:
     config = TrainConfig(base_lr=0.01, head_lr_mult=10, weight_decay=1e-3, **settings)
     built = build("resnet18", "none", ("a", "b"), seed=0, image_size=64)
-    trainable = freeze(built.model, built.stages, depth)
-    return parameter_groups(built.model, trainable, built.head, config), built.model
+    freeze(built.model, built.stages, depth)
+    return parameter_groups(built.model, built.head, config), built.model
 
 
 @pytest.mark.parametrize("depth", range(MAX_FREEZE_DEPTH + 1))
