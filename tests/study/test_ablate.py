@@ -17,12 +17,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from core.training.checkpoint import PREDICTIONS_FILE
 from core.config import DataConfig, TrainConfig
 from core.data import ImageData, load_data
 from core.fit import fit
 from core.metrics import EpochMetrics
 from core.pictures import DataError
+from core.training.checkpoint import PREDICTIONS_FILE
 from reports.ablation import read_ablations
 from reports.ablation_tables import effects_csv, failures_grid
 from reports.effects import Rules, open_levels
