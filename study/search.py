@@ -44,6 +44,7 @@ from study.thaw import Outlook
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
 _ORIGIN = "origin"
+_UNPRUNED = "unpruned"  # what is noted of a recipe, and of its retries
 _COPY = "same as "
 HALTED = ("interrupted", "timeout")
 """A study that stopped for these goes on where it was; for any other reason it is at its end."""
@@ -206,12 +207,14 @@ class _Search:
         """Put a cut trial's settings in line, unless they keep taking the process down."""
         reruns = int(attrs.get(RERUNS, 0)) + 1
         if set(params) == set(self.distributions) and reruns <= _MOST_RERUNS:
-            self.ledger.enqueue_first(params, {_ORIGIN: f"retry of {number}", RERUNS: reruns})
+            retry = {_ORIGIN: f"retry of {number}", RERUNS: reruns}
+            self.ledger.enqueue_first(params, {**attrs, **retry})
 
     def _enqueue_recipes(self) -> None:
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            self.ledger.enqueue(params, {_ORIGIN: f"recipe:{name}", RERUNS: 0})
+            origin = {_ORIGIN: f"recipe:{name}", RERUNS: 0}
+            self.ledger.enqueue(params, {**origin, _UNPRUNED: True})
 
     def _reason_to_stop(self, *, may_begin: bool) -> str | None:
         """Return why the study is to stop.
@@ -315,11 +318,15 @@ class _Search:
     def _should_stop(
         self, trial: Trial, *, to_the_end: bool = False
     ) -> Callable[[EpochMetrics], bool]:
-        """Return what tells Optuna a trial's figures, and says whether it is to stop."""
+        """Return what tells Optuna a trial's figures, and says whether it is to stop.
+
+        Recipes never are: after an epoch a head alone leads, whatever the others come to.
+        """
+        is_whole = to_the_end or trial.user_attrs.get(_UNPRUNED, False)
 
         def ask(metrics: EpochMetrics) -> bool:
             stops = self._report(trial, metrics)
-            if to_the_end or not stops:
+            if is_whole or not stops:
                 return False
             if self.can_pause:
                 # Before its state is on disk: what is found there, Optuna's tables know of.

@@ -374,22 +374,22 @@ def test_a_timeout_leaves_trials_paused_for_a_resume(
 
     clock = Clock()
     monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    outcome = _run(_config(home, 50, "study.timeout=15"), clock)
+    outcome = _run(_config(home, 50, "study.timeout=15", "search.recipes=false"), clock)
     assert outcome.stopped_because == "timeout"
     assert (outcome.counts.paused, outcome.best_number) == (2, None)
     assert [row["state"] for row in _record(home)] == ["paused"] * 2
-    again = _run(_config(home, 3))
+    again = _run(_config(home, 3, "search.recipes=false"))
     assert again.stopped_because == "trials"
     assert again.counts.paused == 0
     assert {row["state"] for row in _record(home)} == {"complete", "pruned"}
 
 
 def test_a_study_too_small_for_a_promotion_still_completes_its_best(home: Path) -> None:
-    outcome = _run(_config(home, 2))
+    outcome = _run(_config(home, 2, "search.recipes=false"))
     assert (outcome.counts.complete, outcome.counts.pruned) == (1, 1)
     rows = _record(home)
-    first = [row["epochs"][0]["val_acc"] for row in rows]
-    assert outcome.best_number == first.index(max(first))
+    first = [row["epochs"][0]["val_loss"] for row in rows]
+    assert outcome.best_number == first.index(min(first))
     assert rows[outcome.best_number]["epochs_done"] == 6
     assert outcome.checkpoint is not None
 
