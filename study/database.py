@@ -41,7 +41,6 @@ from study.tables import (
 # Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
 BUSY_TIMEOUT_S = 60
 _OPTUNA_TABLES = {"studies", "trials", "trial_params", "alembic_version"}
-_MAGIC = b"SQLite format 3\x00"
 _RETRY_S = 0.05
 _VERSION = select(InfoTable.value).where(InfoTable.key == "schema_version")
 
@@ -134,6 +133,11 @@ def open_database(storage: str, *, create: bool) -> Engine:
 
 
 def _check_file(database: str | None, create: bool) -> None:
+    """Refuse what can be no database of ours, without opening the file.
+
+    SQLite's locks are this process's: closing a file that we opened ourselves drops them all, and
+    the next process to leave the database then removes the log that we go on writing to.
+    """
     if not database or database == ":memory:":
         raise StoreError("storage must be a file, but got an SQLite database in memory.")
     path = Path(database)
@@ -151,10 +155,6 @@ def _check_file(database: str | None, create: bool) -> None:
             f"there is no database {path}. `python -m study run` makes one; --storage names "
             "another."
         )
-    with open(path, "rb") as file:
-        head = file.read(len(_MAGIC))
-    if head and head != _MAGIC:
-        raise StoreError(f"{path} is not an SQLite database. Name another file with --storage.")
 
 
 def _with_patience(action: Callable[[], None]) -> None:
