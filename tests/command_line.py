@@ -21,7 +21,7 @@ import numpy as np
 import optuna
 
 from core.config import DataConfig, TrainConfig
-from core.data import ImageData, Split, load_data
+from core.data.splits import ImageData, Split, load_data
 from core.fit import fit
 
 __all__ = ["TrainConfig", "fit"]

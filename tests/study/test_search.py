@@ -85,16 +85,6 @@ def test_a_study_tries_recipes_first_then_the_sampler_and_keeps_the_best(home: P
     assert all(t.intermediate_values for t in study.trials)
 
 
-def test_recipes_are_never_pruned(home: Path) -> None:
-    settings = ("train.epochs=3", 'search.pruner="halving"')
-    _run(_config(home, 8, *settings))
-    with Store.open(str(home / "s.db")) as store:
-        rows = store.trials(store.study("photos").id)
-    recipes = [row for row in rows if row.origin.startswith("recipe:")]
-    assert [(row.state, row.epochs_done) for row in recipes] == [("complete", 3)] * 3
-    assert any(row.state == "pruned" for row in rows), "the pruner had nothing to do"
-
-
 @pytest.mark.parametrize("monitor", ["val_loss", "val_acc"])
 def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
