@@ -25,8 +25,8 @@ from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.prefix_cache import PrefixCache
 from study.progress import QuietProgress
+from study.record.record import Store
 from study.runner import Asked, Work, run_trial
-from study.store import Store
 
 
 def told(ratios: list[float]) -> str:

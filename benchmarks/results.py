@@ -32,9 +32,9 @@ from core.models.builder import build
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.record.record import Store
 from study.search import run_search
 from study.session import load_pictures
-from study.store import Store
 from study.test_split import test_study
 
 CONFIGS = Path(__file__).parent.parent / "configs"

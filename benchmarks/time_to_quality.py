@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.data.splits import ImageData
     from core.prefix_cache import PrefixCache
-    from study.store import Store
+    from study.record.record import Store
 
 # One thread on every side; the replay must add in the same order as the run did, too.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -245,8 +245,8 @@ def frostline_record(storage: Path, began: float) -> list[dict[str, Any]]:
     from core.prefix_cache import PrefixCache
     from study.config.study_config import StudyConfig
     from study.progress import QuietProgress
+    from study.record.record import Store
     from study.session import load_pictures
-    from study.store import Store
 
     with Store.open(str(storage)) as store:
         study = store.study(_STUDY)
@@ -288,7 +288,7 @@ def timeline(store: "Store", began: float) -> list[dict[str, Any]]:
     Epochs of one process cannot overlap, so an epoch ends when its trial's clock says, or as late
     as the epoch before it and its own time ask.
     """
-    from study.read import read_epochs
+    from study.record.frames import read_epochs
 
     trials = {trial.number: trial for trial in store.trials(store.study(_STUDY).id)}
     epochs = {

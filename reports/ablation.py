@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reports.effects import Arm, Effect, Rules, estimate_effects
-from study.rows import chosen_by
-from study.store import DesignRow, Store, StoreError, StudyRow, TrialRow
+from study.record.database import StoreError
+from study.record.models import UNFINISHED, DesignRow, StudyRow, TrialRow, chosen_by
+from study.record.record import Store
 
 BASELINE = "baseline"
 _CUT_SHORT = ("interrupted", "killed")
@@ -153,7 +154,7 @@ def _by_identity(rows: Sequence[TrialRow]) -> dict[str, TrialRow]:
     found: dict[str, TrialRow] = {}
     for row in rows:
         known = found.get(row.config_hash)
-        if row.state != "running" and (known is None or known.state != "complete"):
+        if row.state not in UNFINISHED and (known is None or known.state != "complete"):
             found[row.config_hash] = row
     return found
 

@@ -18,7 +18,7 @@ from reports.publish import latex_document, to_markdown
 from reports.templating import render_template
 from reports.words import moment
 from study.config.formatting import hide_password
-from study.store import Store
+from study.record.record import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from reports.methods import methods_paragraph, test_split_words
 from reports.path import path_steps
 from reports.publish import Grid, p_equals, plus_minus
 from reports.words import plural
-from study.store import Store
+from study.record.record import Store
 
 _MOST_MAPS = 6
 _TITLES = {

@@ -8,7 +8,7 @@ from reports.intervals import Interval, wilson_interval
 from reports.publish import Grid, number_words, signed
 from reports.record import Audited, Record, read_record
 from reports.words import percent, plural
-from study.store import Store
+from study.record.record import Store
 
 
 @dataclass(frozen=True, slots=True)

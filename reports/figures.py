@@ -27,6 +27,7 @@ from reports.record import Record
 from reports.setting_plots import plot_depth_lr, plot_importance, plot_slice
 from reports.style import style
 from reports.words import percent
+from study.record.models import UNFINISHED
 
 # A column of a two-column page is about 85 mm; at this width 9-point type is still readable there.
 _WIDTH, _HEIGHT = 4.6, 3.1
@@ -139,7 +140,7 @@ def _plans(record: Record, importance: Importance, early: EarlyRank) -> Iterator
 
 def _no_accuracy(record: Record) -> str | None:
     """Say why nothing can be drawn against accuracy, if so."""
-    scored = record.trials["value"].notna() & (record.trials["state"] != "running")
+    scored = record.trials["value"].notna() & ~record.trials["state"].isin(UNFINISHED)
     if scored.any():
         return None
     states = record.trials["state"].value_counts()

@@ -18,7 +18,7 @@ from reports.summary import summarise
 from reports.templating import render_template
 from reports.words import moment
 from study.config.formatting import hide_password
-from study.store import Store
+from study.record.record import Store
 
 
 @dataclass(frozen=True, slots=True)

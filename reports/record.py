@@ -8,15 +8,9 @@ import numpy as np
 import pandas as pd
 
 from reports.frames import Dimension, best_number, dimensions
-from study.read import read_confusion, read_epochs, read_pictures, read_trials
-from study.store import (
-    PictureRow,
-    RunRow,
-    Store,
-    StudyRow,
-    TestRow,
-    TrialRow,
-)
+from study.record.frames import read_confusion, read_epochs, read_pictures, read_trials
+from study.record.models import PictureRow, RunRow, StudyRow, TestRow, TrialRow
+from study.record.record import Store
 
 _AUDIT_SUFFIX = "-audit"
 _AUDIT_FACTOR = "audit"

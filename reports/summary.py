@@ -18,7 +18,7 @@ from reports.words import (
     points,
 )
 from study.config.formatting import hide_password
-from study.store import TestRow
+from study.record.models import UNFINISHED, TestRow
 
 _STORAGE = "studies.db"  # where the command line looks if it is told nothing
 _STATES = (("complete", "finished"), ("pruned", "pruned"), ("failed", "failed"))
@@ -88,7 +88,7 @@ def summarise(record: Record, importance: Importance) -> Summary:
 
 def _states(trials: pd.DataFrame) -> str:
     counts = trials["state"].value_counts()
-    told = [(*_STATES, ("running", "running"))[i] for i in range(4)]
+    told = (*_STATES, *((state, state) for state in UNFINISHED))
     parts = [f"{counts[state]} {word}" for state, word in told if counts.get(state)]
     return ", ".join(parts) or "no trials yet"
 
@@ -225,10 +225,15 @@ def _failed_sentence(trials: pd.DataFrame) -> str | None:
 
 
 def _running_sentence(trials: pd.DataFrame) -> str | None:
-    n = int((trials["state"] == "running").sum())
-    if not n:
-        return None
-    return f"{plural(n, 'trial')} {'was' if n == 1 else 'were'} running when this was written."
+    endings = {
+        "running": "running when this was written",
+        "interrupted": "interrupted; resume deals with it",
+    }
+    told = []
+    for state, words in endings.items():
+        if n := int((trials["state"] == state).sum()):
+            told.append(f"{plural(n, 'trial')} {'was' if n == 1 else 'were'} {words}.")
+    return " ".join(told) or None
 
 
 def _test_line(record: Record) -> str:
@@ -262,5 +267,5 @@ def _next_commands(record: Record) -> tuple[str, ...]:
 
 def _more_trials(record: Record) -> int:
     asked = int(record.study.config.get("study", {}).get("trials") or 0)
-    done = int((record.trials["state"] != "running").sum())
+    done = int((~record.trials["state"].isin(UNFINISHED)).sum())
     return asked if done < asked else done + 20

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from study.config.study_config import StudyConfig
     from study.progress import Progress
+    from study.record.record import Store
     from study.search import SearchOutcome
-    from study.store import Store
 
 _OURS = ("core", "study", "reports")
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
@@ -117,15 +117,15 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
 
 def _written(config: "StudyConfig", folder: Path) -> Path:
     from reports.html import write_report
-    from study.store import Store
+    from study.record.record import Store
 
     with Store.open(config.study.storage) as store:
         return write_report(store, config.study.name, folder).html
 
 
 def _print_summary(config: "StudyConfig", outcome: "SearchOutcome") -> None:
+    from study.record.record import Store
     from study.show import summary_view
-    from study.store import Store
 
     with Store.open(config.study.storage) as store:
         trials = store.trials(store.study(config.study.name).id)
@@ -390,7 +390,7 @@ def _require_ablation(store: "Store", name: str, flag: str) -> None:
 
 
 def _opened(args: argparse.Namespace) -> "Store":
-    from study.store import Store
+    from study.record.record import Store
 
     return Store.open(args.storage)
 

@@ -19,6 +19,8 @@ from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig
 from study.designs import BASELINE, Cell, candidates, extend_path
 from study.progress import BestTrial, Counts, Progress
+from study.record.models import TrialRow
+from study.record.record import LEVELS, Store, config_hash
 from study.roster import Roster
 from study.runner import (
     REASON_DIVERGED,
@@ -32,7 +34,6 @@ from study.runner import (
     run_trial,
 )
 from study.session import close_killed, open_session
-from study.store import LEVELS, Store, TrialRow, config_hash
 
 Scores = list[list[float | None]]
 """Validation accuracy by cell and replicate; None where a run failed."""

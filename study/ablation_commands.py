@@ -17,8 +17,8 @@ from study.config.load import check_backbones
 from study.designs import BASELINE, make_design
 from study.factors import named, read_flags
 from study.progress import Progress
+from study.record.record import Store
 from study.show import make_table, print_json, print_view
-from study.store import Store
 
 if TYPE_CHECKING:
     from reports.ablation_sections import Section

@@ -11,8 +11,8 @@ from study.config.errors import ConfigError
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.designs import Design
+from study.record.record import Store
 from study.session import corner_configs, picture_size
-from study.store import Store
 
 # A later look has half as many replicates again: few looks, so that little error is spent on each.
 _LOOK_GROWTH = 1.5

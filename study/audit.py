@@ -12,6 +12,8 @@ from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
 from study.progress import Progress
+from study.record.models import TrialRow
+from study.record.record import Store
 from study.roster import Roster
 from study.runner import Asked, Work, drop_checkpoint, identity, run_trial
 from study.search import SearchOutcome
@@ -21,7 +23,6 @@ from study.session import (
     open_session,
     picture_size,
 )
-from study.store import Store, TrialRow
 
 SUFFIX = "-audit"
 """What the audit's study is called after the search's name."""

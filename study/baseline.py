@@ -21,7 +21,8 @@ from study.factors import (
     propose,
     recipe_default,
 )
-from study.store import Store, StudyRow, TrialRow
+from study.record.models import StudyRow, TrialRow
+from study.record.record import Store
 
 _SUFFIX = "-ablation"
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from study.store import Store
+from study.record.record import Store
 
 
 def delete_study(store: Store, name: str, *, command: str) -> list[Path]:

@@ -12,7 +12,7 @@ from study.config.formatting import json_text
 from study.config.search_space import ParamValue
 
 if TYPE_CHECKING:
-    from study.rows import TrialRow
+    from study.record.models import TrialRow
 
 
 CUT_SHORT = ("interrupted", "killed")

@@ -1,8 +1,8 @@
 """A study's trials as the record has them, and what a search decides by them."""
 
 from study.progress import BestTrial, Counts
+from study.record.models import UNFINISHED, TrialRow
 from study.runner import RERUN_REASONS, Work
-from study.store import TrialRow
 
 
 class Roster:
@@ -33,7 +33,7 @@ class Roster:
         return [
             row
             for row in self.rows.values()
-            if row.state != "running" and row.reason not in RERUN_REASONS
+            if row.state not in UNFINISHED and row.reason not in RERUN_REASONS
         ]
 
     def n_settings(self) -> int:

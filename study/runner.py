@@ -26,7 +26,8 @@ from core.metrics import TrainingDiverged
 from core.models.builder import count_parameters
 from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
-from study.store import PictureRow, Store, config_hash, params_of
+from study.record.models import PictureRow, TrialRow
+from study.record.record import Store, config_hash, params_of
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
@@ -187,16 +188,13 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
         config.freeze_depth,
         len(work.data.classes),
     )
-    trial_id = work.store.begin_trial(
-        work.study_id,
-        asked.trial.number,
-        work.run_id,
+    row = TrialRow(
+        study_id=work.study_id,
+        number=asked.trial.number,
+        run_id=work.run_id,
         origin=asked.origin,
         config=dataclasses.asdict(config),
         config_hash=asked.identity or identity(config),
-        seed=config.seed,
-        backbone=config.backbone,
-        freeze_depth=config.freeze_depth,
         device=describe_device(choose_device(config.device)),
         trained_parameters=trained,
         total_parameters=total,
@@ -204,6 +202,7 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
         level=asked.level,
         replicate=asked.replicate,
     )
+    trial_id = work.store.begin_trial(row)
     work.progress.trial_started(
         asked.trial.number, asked.origin, params_of(asked.trial), config.epochs
     )
@@ -253,6 +252,7 @@ def record_predictions(work: Work, number: int) -> None:
     split, classes = work.data.val, work.data.classes
     rows = [
         PictureRow(
+            trial_id=trial.id,
             split="val",
             rank=rank,
             path=split.paths[i],

@@ -15,6 +15,8 @@ from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import StudyConfig
 from study.progress import Counts, Progress
+from study.record.models import TrialRow
+from study.record.record import Store
 from study.roster import Roster
 from study.runner import (
     RERUN_REASONS,
@@ -27,7 +29,6 @@ from study.runner import (
 )
 from study.samplers import make_pruner, make_sampler, quiet_experiments
 from study.session import close_killed, corner_configs, open_session
-from study.store import Store, TrialRow
 
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
@@ -254,18 +255,16 @@ class _Search:
         known: TrialRow | None,
     ) -> None:
         store, progress = self.work.store, self.work.progress
-        trial_id = store.begin_trial(
-            self.work.study_id,
-            trial.number,
-            self.work.run_id,
+        row = TrialRow(
+            study_id=self.work.study_id,
+            number=trial.number,
+            run_id=self.work.run_id,
             origin=origin,
             config=dataclasses.asdict(config),
             config_hash=identity(config),
-            seed=config.seed,
-            backbone=config.backbone,
-            freeze_depth=config.freeze_depth,
             device="none",
         )
+        trial_id = store.begin_trial(row)
         value, score = (known.value, known.score) if known else (None, None)
         progress.trial_started(trial.number, origin, trial.params, config.epochs)
         store.end_trial(

@@ -27,8 +27,8 @@ from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.progress import Progress
+from study.record.record import Store
 from study.runner import REASON_KILLED, Work
-from study.store import Store
 
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
 # still have detail. Assumption.

@@ -28,7 +28,7 @@ from study.progress import Outcome
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
     from study.estimate import Estimate
-    from study.rows import StudyRow, StudySummary, TestRow, TrialRow
+    from study.record.models import StudyRow, StudySummary, TestRow, TrialRow
 
 _SUMMARY_ROWS = 5
 # Above this many trials, `show` lists the best ones only.
@@ -69,7 +69,7 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
     """Show all studies of a database."""
     if not summaries:
         return Text("No study yet; `python -m study run` makes one.")
-    counts = ("complete", "pruned", "failed", "running")
+    counts = ("complete", "pruned", "failed", "running", "interrupted")
     table = make_table(
         "study", "best", "trial", *counts, "updated (UTC)", right=("best", "trial", *counts)
     )
@@ -83,6 +83,7 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
             row.n_pruned,
             row.n_failed,
             row.n_running,
+            row.n_interrupted,
             str(row.updated_at)[:19],
         )
     return table

@@ -13,8 +13,9 @@ from core.feed import Normalizer, eval_batches, view_spec
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.progress import Progress
+from study.record.models import StudyRow, TestRow, TrialRow
+from study.record.record import Store
 from study.session import load_pictures
-from study.store import Store, StudyRow, TestRow, TrialRow
 
 
 def test_study(

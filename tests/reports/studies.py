@@ -27,9 +27,8 @@ from study.config.search_space import apply_params
 from study.config.study_config import AblationSection
 from study.designs import Cell, Design, candidates, extend_path, make_design
 from study.factors import Factor, Level
-from study.rows import DesignRow, StudyRow
-from study.store import LEVELS, PictureRow, Store, config_hash
-from study.tables import RunTable, TrialTable
+from study.record.models import DesignRow, PictureRow, RunRow, StudyRow, TrialRow
+from study.record.record import LEVELS, Store, config_hash
 from support import distributions_of
 
 BEGAN = datetime(2026, 3, 1, 20, 0)
@@ -118,9 +117,9 @@ def make_study(
     for number, plan in enumerate(plans):
         now = _enter(store, study_id, run_id, number, plan, now, dimensions)
     store.end_run(run_id, "trials")
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         connection.execute(
-            update(RunTable).where(RunTable.id == run_id).values(started_at=BEGAN, ended_at=now)
+            update(RunRow).where(RunRow.id == run_id).values(started_at=BEGAN, ended_at=now)
         )
     return store
 
@@ -134,22 +133,22 @@ def _enter(
     now: datetime,
     space: Mapping[str, BaseDistribution],
 ) -> datetime:
-    config = {"epochs": 10, "optimizer": "sgd", **plan.params}
+    config = {"epochs": 10, "optimizer": "sgd", "seed": 7, **plan.params}
+    network = {"backbone": "resnet18", "freeze_depth": 0}
     trial = store.start_trial(study_id, plan.params, space)
-    trial_id = store.begin_trial(
-        study_id,
-        number,
-        run_id,
+    row = TrialRow(
+        study_id=study_id,
+        number=number,
+        run_id=run_id,
         origin=plan.origin,
-        config=config,
+        config=network | config,
         config_hash=config_hash(config),
-        seed=7,
-        backbone=plan.params.get("backbone", "resnet18"),
-        freeze_depth=plan.params.get("freeze_depth", 0),
         device="cpu",
         trained_parameters=5_130,
         total_parameters=11_181_642,
+        started_at=now,
     )
+    trial_id = store.begin_trial(row)
     best, best_epoch = -1.0, None
     for epoch, val_acc in enumerate(plan.curve):
         is_best = val_acc > best
@@ -177,8 +176,8 @@ def _enter(
             else None,
         )
     times = {"started_at": now, "ended_at": None if plan.state == "running" else ended}
-    with store._engine.begin() as connection:
-        connection.execute(update(TrialTable).where(TrialTable.id == trial_id).values(**times))
+    with store.engine.begin() as connection:
+        connection.execute(update(TrialRow).where(TrialRow.id == trial_id).values(**times))
     return ended
 
 
@@ -258,7 +257,14 @@ def add_results(
         size = (96, 72) if rank % 2 else (64, 96)
         path = f"val/{classes[i]}/IMG_{rank:04d}.jpg"
         row = PictureRow(
-            "val", rank, path, classes[i], classes[j], 0.01 * rank, thumbnail(rank, size)
+            trial_id=trial.id,
+            split="val",
+            rank=rank,
+            path=path,
+            label=classes[i],
+            predicted=classes[j],
+            probability=0.01 * rank,
+            thumbnail=thumbnail(rank, size),
         )
         rows.append(row)
     store.add_pictures(trial.id, rows)
@@ -482,21 +488,19 @@ def _enter_run(
     train = apply_params(TRAIN, cell.overrides)
     config = dataclasses.asdict(dataclasses.replace(train, seed=FIRST_SEED + replicate))
     store.start_trial(study_id, {}, {}, {LEVELS: cell.levels})
-    key = store.begin_trial(
-        study_id,
-        number,
-        run_id,
+    trial = TrialRow(
+        study_id=study_id,
+        number=number,
+        run_id=run_id,
         origin=f"{cell.label}, replicate {replicate + 1}",
         config=config,
         config_hash=_identity(cell, replicate, settings.resplit),
-        seed=FIRST_SEED + replicate,
-        backbone=train.backbone,
-        freeze_depth=train.freeze_depth,
         device="cpu",
         factor=", ".join(cell.levels) or "baseline",
         level=", ".join(cell.levels.values()) or None,
         replicate=replicate,
     )
+    key = store.begin_trial(trial)
     is_done = isinstance(score, float)
     store.end_trial(
         key,
@@ -541,9 +545,10 @@ def in_memory(
         "first_seed": FIRST_SEED,
         "origin": "a trial",
     }
-    now = datetime(2026, 3, 1)
-    study = StudyRow(1, "pets", now, {}, {"n_val": 400}, {})
-    row = DesignRow(1, 1, "key", design.kind, spec, "", now)
+    study = StudyRow(id=1, name="pets", config={}, data={"n_val": 400}, versions={})
+    row = DesignRow(
+        id=1, study_id=1, key="key", kind=design.kind, spec=spec, command="", updated_at=BEGAN
+    )
     runs = tuple(_runs(cell, own) for cell, own in zip(design.cells, values, strict=True))
     rules = Rules(settings.alpha, settings.margin / 100, resolution=resolution)
     return Ablation(study, row, runs, rules)

@@ -18,7 +18,8 @@ from reports.across import compare_across, score_frame
 from reports.effects import Rules, estimate_effects
 from reports.publish import p_words
 from study.designs import Cell, Design
-from study.store import Store, StoreError
+from study.record.database import StoreError
+from study.record.record import Store
 from tests.reports.pages import Page
 from tests.reports.studies import (
     Score,

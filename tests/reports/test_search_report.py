@@ -11,8 +11,9 @@ from reports.frames import best_number
 from reports.html import ReportPaths, write_report
 from reports.record import read_record
 from reports.tables import trials_table
-from study.read import read_trials
-from study.store import Store, StoreError
+from study.record.database import StoreError
+from study.record.frames import read_trials
+from study.record.record import Store
 from tests.reports.pages import Page
 from tests.reports.studies import (
     SPACE,
@@ -162,9 +163,12 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
                 "Importance needs at least 8 trials with an accuracy; this study has 1.",
             ),
         ),
-        "one running": (
+        "one interrupted": (
             [Plan(PARAMS, [], "running")],
-            ("1 trial was running when this was written.", "No trial has an accuracy (1 running)"),
+            (
+                "1 trial was interrupted; resume deals with it.",
+                "No trial has an accuracy (1 interrupted)",
+            ),
         ),
         "all failed": (
             [diverged(rng) for _ in range(3)],

@@ -40,9 +40,10 @@ from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.designs import make_design
 from study.progress import QuietProgress
-from study.read import read_predictions
+from study.record.frames import read_predictions
+from study.record.models import TrialRow
+from study.record.record import Store
 from study.runner import identity
-from study.store import Store, TrialRow
 from support import make_folder
 
 # The head alone is trained: a fifth of a second a run.

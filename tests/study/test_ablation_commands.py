@@ -14,8 +14,8 @@ from core.metrics import EpochMetrics
 from study.__main__ import main
 from study.config.load import load_config
 from study.progress import QuietProgress
+from study.record.record import Store
 from study.search import run_search
-from study.store import Store
 from support import make_folder
 
 # Small checkpoints and a tenth of a second a run; what it learns is not asked here.

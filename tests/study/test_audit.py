@@ -12,9 +12,9 @@ from study.audit import audit_study
 from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.progress import QuietProgress
+from study.record.record import Store
 from study.search import run_search
 from study.session import load_pictures
-from study.store import Store
 from support import make_folder
 
 SETTINGS = [

@@ -11,7 +11,9 @@ from study.config.search_space import Choices, Range
 from study.config.study_config import StudyConfig
 from study.designs import make_design
 from study.factors import parse_factors
-from study.store import Store, StoreError
+from study.record.database import StoreError
+from study.record.models import TrialRow
+from study.record.record import Store
 from support import distributions_of
 
 TOML = """
@@ -63,18 +65,16 @@ def _add_study(store: Store, config: StudyConfig) -> None:
         train = dataclasses.replace(config.train, base_lr=base_lr, seed=seed)
         params = {"base_lr": base_lr}
         store.start_trial(study, params, distributions_of(params))
-        key = store.begin_trial(
-            study,
-            number,
-            run,
+        trial = TrialRow(
+            study_id=study,
+            number=number,
+            run_id=run,
             origin="sampler",
             config=dataclasses.asdict(train),
             config_hash=str(number),
-            seed=seed,
-            backbone=train.backbone,
-            freeze_depth=train.freeze_depth,
             device="cpu",
         )
+        key = store.begin_trial(trial)
         if state != "running":
             store.end_trial(
                 key,
@@ -122,7 +122,7 @@ def test_any_complete_trial_can_be_the_baseline(here: Path) -> None:
     assert baseline.config.train.base_lr == 0.005
 
 
-@pytest.mark.parametrize(("number", "state"), [(1, "failed"), (3, "pruned"), (5, "running")])
+@pytest.mark.parametrize(("number", "state"), [(1, "failed"), (3, "pruned"), (5, "interrupted")])
 def test_a_trial_without_result_is_refused(number: int, state: str, here: Path) -> None:
     with pytest.raises(ConfigError) as told:
         _find(which=str(number))

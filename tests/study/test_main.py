@@ -13,8 +13,9 @@ from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.parser import DEFAULT_STORAGE, make_parser
 from study.progress import Counts
+from study.record.models import TrialRow
+from study.record.record import Store
 from study.search import SearchOutcome
-from study.store import Store
 from support import distributions_of, make_folder
 
 ROOT = Path(__file__).parents[2]
@@ -48,18 +49,16 @@ def recorded(here: Path) -> Path:
         for number, value in enumerate((0.5, 0.75)):
             params = {"base_lr": 0.1 * (number + 1)}
             store.start_trial(study_id, params, distributions_of(params))
-            key = store.begin_trial(
-                study_id,
-                number,
-                run_id,
+            trial = TrialRow(
+                study_id=study_id,
+                number=number,
+                run_id=run_id,
                 origin="sampler",
                 config={"base_lr": 0.1 * (number + 1), "epochs": 1},
                 config_hash=str(number),
-                seed=0,
-                backbone="resnet18",
-                freeze_depth=0,
                 device="cpu",
             )
+            key = store.begin_trial(trial)
             figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
             store.add_epoch(key, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
             folder = here / f"trial-{number}"

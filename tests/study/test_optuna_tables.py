@@ -14,8 +14,8 @@ from optuna_dashboard import wsgi
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.record.record import Store
 from study.search import run_search
-from study.store import Store
 from support import make_folder
 
 SETTINGS = [

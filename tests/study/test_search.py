@@ -13,10 +13,11 @@ from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
-from study.read import read_trials
+from study.record.database import StoreError
+from study.record.frames import read_trials
+from study.record.record import Store
 from study.runner import identity
 from study.search import run_search
-from study.store import Store, StoreError
 from study.test_split import test_study as look_at_test_split
 from support import make_folder
 

@@ -16,6 +16,9 @@ from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.record.database import StoreError
+from study.record.models import TrialRow
+from study.record.record import Store
 from study.runner import Work
 from study.session import (
     close_killed,
@@ -26,7 +29,6 @@ from study.session import (
     preflight,
     versions,
 )
-from study.store import Store, StoreError
 from support import make_folder
 
 SETTINGS = [
@@ -268,18 +270,16 @@ def test_warnings_about_pictures_are_told(home: Path) -> None:
 def _begin(work: Work) -> int:
     trial = work.store.start_trial(work.study_id, {}, {})
     trial.report(0.75, 1)
-    return work.store.begin_trial(
-        work.study_id,
-        trial.number,
-        work.run_id,
+    row = TrialRow(
+        study_id=work.study_id,
+        number=trial.number,
+        run_id=work.run_id,
         origin="sampler",
         config={},
         config_hash="h",
-        seed=0,
-        backbone="resnet18",
-        freeze_depth=0,
         device="cpu",
     )
+    return work.store.begin_trial(row)
 
 
 def test_close_killed_fails_what_had_not_ended_and_reports_what_had(

@@ -12,7 +12,8 @@ from rich.console import Console, RenderableType
 from core.metrics import EpochMetrics
 from study.config.study_config import StudyConfig
 from study.progress import Counts
-from study.rows import TestRow
+from study.record.models import TestRow, TrialRow
+from study.record.record import Store
 from study.show import (
     best_first,
     differences_table,
@@ -30,7 +31,6 @@ from study.show import (
     trial_differences,
     trial_view,
 )
-from study.store import Store
 from support import distributions_of
 
 DATA = {
@@ -61,20 +61,18 @@ def store(tmp_path: Path) -> Store:
         lr = 10.0 ** -(number + 1)
         params = {"base_lr": lr}
         trial = made.start_trial(study_id, params, distributions_of(params))
-        key = made.begin_trial(
-            study_id,
-            number,
-            run_id,
+        row = TrialRow(
+            study_id=study_id,
+            number=number,
+            run_id=run_id,
             origin="recipe:linear-probe" if number == 0 else "sampler",
             config={"base_lr": lr, "epochs": 2, "clip_norm": None},
             config_hash=str(number),
-            seed=0,
-            backbone="resnet18",
-            freeze_depth=0,
             device="cpu",
             trained_parameters=1234,
             total_parameters=5678,
         )
+        key = made.begin_trial(row)
         if value is not None:
             made.add_epoch(key, epoch_of(value), 1.0)
             trial.report(value, 1)
