@@ -25,7 +25,7 @@ from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.prefix_cache import PrefixCache
 from study.progress import QuietProgress
-from study.record.record import Store
+from study.record.record import Record
 from study.runner import Asked, Work, run_trial
 
 
@@ -46,7 +46,7 @@ class Alone:
     """Runs our trials one at a time, each with its record."""
 
     def __init__(self, folder: Path, data: ImageData, config: TrainConfig) -> None:
-        store = Store.open(str(folder / "studies.db"), create=True)
+        store = Record.open(str(folder / "studies.db"), create=True)
         study_id = store.create_study("heads", {}, {"fingerprint": data.fingerprint}, {})
         run_id = store.begin_run(study_id, command="benchmark", device="cpu", versions={})
         event = threading.Event()

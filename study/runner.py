@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
-from optuna.trial import Trial
 from PIL import Image
 
 from core.checkpoint import PREDICTIONS_FILE
@@ -26,8 +26,8 @@ from core.metrics import TrainingDiverged
 from core.models.builder import count_parameters
 from core.prefix_cache import PrefixCache
 from study.progress import CUT_SHORT, Progress
-from study.record.models import PictureRow, TrialRow
-from study.record.record import Store, config_hash, params_of
+from study.record.models import Misclassified, Trial
+from study.record.record import Record, config_hash, params_of
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
@@ -75,7 +75,7 @@ class Work:
         cache: Work that trials share; None where they share nothing.
     """
 
-    store: Store
+    store: Record
     study_id: int
     run_id: int
     data: ImageData
@@ -98,7 +98,7 @@ class Asked:
         identity: Tells its setting and seed apart; None for that of the configuration alone.
     """
 
-    trial: Trial
+    trial: optuna.Trial
     origin: str
     factor: str | None = None
     level: str | None = None
@@ -188,7 +188,7 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
         config.freeze_depth,
         len(work.data.classes),
     )
-    row = TrialRow(
+    row = Trial(
         study_id=work.study_id,
         number=asked.trial.number,
         run_id=work.run_id,
@@ -251,7 +251,7 @@ def record_predictions(work: Work, number: int) -> None:
     worst = wrong[np.argsort(probability[wrong], kind="stable")][:_N_WORST]
     split, classes = work.data.val, work.data.classes
     rows = [
-        PictureRow(
+        Misclassified(
             trial_id=trial.id,
             split="val",
             rank=rank,
@@ -263,7 +263,7 @@ def record_predictions(work: Work, number: int) -> None:
         )
         for rank, i in enumerate(worst.tolist())
     ]
-    work.store.add_pictures(trial.id, rows)
+    work.store.add_misclassified(trial.id, rows)
 
 
 def _thumbnail(picture: np.ndarray[Any, Any]) -> bytes:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session
 
-from study.record.models import PREFIX, SCHEMA, Base, RunRow, SchemaRow
+from study.record.models import PREFIX, SCHEMA, Base, Run, Schema
 
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ _NETWORK = {
 }  # fmt: skip
 
 
-class StoreError(ValueError):
+class RecordError(ValueError):
     """The database cannot be used, or does not hold what was asked for."""
 
 
@@ -62,7 +62,7 @@ def open_database(storage: str, *, create: bool) -> Database:
         create: Create it where there is none.
 
     Raises:
-        StoreError: Missing, not a database, another program's, or of another layout.
+        RecordError: Missing, not a database, another program's, or of another layout.
     """
     url, options, is_writable = _database_url(storage), {}, True
     if url.get_backend_name() == "sqlite":
@@ -80,13 +80,13 @@ def open_database(storage: str, *, create: bool) -> Database:
             lambda: RDBStorage(text, options, skip_table_creation=not is_writable)
         )
     except ModuleNotFoundError as err:
-        raise StoreError(
+        raise RecordError(
             f"database {storage} needs the package {err.name}, which is not installed. Install it "
             '(for PostgreSQL: pip install "psycopg[binary]"), or name another with --storage.'
         ) from err
     except (DatabaseError, NoSuchModuleError) as err:
         why = str(getattr(err, "orig", None) or err).splitlines()[0]
-        raise StoreError(
+        raise RecordError(
             f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
             "name another with --storage."
         ) from err
@@ -114,7 +114,7 @@ def process_start(pid: int) -> float:
     return float(psutil.Process(pid).create_time())
 
 
-def is_alive(run: RunRow, take_over: bool = False) -> bool:
+def is_alive(run: Run, take_over: bool = False) -> bool:
     """Return whether a process still works on its study; one elsewhere does until it signs off.
 
     Args:
@@ -131,17 +131,17 @@ def is_alive(run: RunRow, take_over: bool = False) -> bool:
         return False
 
 
-def check_dead(run: RunRow, take_over: bool) -> None:
+def check_dead(run: Run, take_over: bool) -> None:
     """Refuse a study that another process works on.
 
     Raises:
-        StoreError: It does; says which process, and what the user can do.
+        RecordError: It does; says which process, and what the user can do.
     """
     if is_alive(run, take_over):
         remedy = "Wait for it, stop it, or use another --name."
         if run.host != socket.gethostname():
             remedy += " If that machine is gone, add --take-over."
-        raise StoreError(
+        raise RecordError(
             f"the study is being run by process {run.pid} on {run.host} since "
             f"{run.started_at:%Y-%m-%d %H:%M} UTC. {remedy}"
         )
@@ -153,7 +153,7 @@ def _database_url(storage: str) -> URL:
             return make_url(storage)
         return URL.create("sqlite", database=str(Path(storage).expanduser()))
     except ArgumentError as err:
-        raise StoreError(
+        raise RecordError(
             f"storage must be a file or a database URL such as sqlite:///studies.db, but got "
             f"{storage!r}."
         ) from err
@@ -161,12 +161,12 @@ def _database_url(storage: str) -> URL:
 
 def _check_file(database: str | None, create: bool) -> Path:
     if not database or database == ":memory:":
-        raise StoreError("storage must be a file, but got an SQLite database in memory.")
+        raise RecordError("storage must be a file, but got an SQLite database in memory.")
     path = Path(database)
     if path.is_dir():
-        raise StoreError(f"storage must be a file, but {path} is a folder.")
+        raise RecordError(f"storage must be a file, but {path} is a folder.")
     if not path.parent.is_dir():
-        raise StoreError(
+        raise RecordError(
             f"storage {path} must lie in a folder that exists, but {path.parent} does not. "
             "Create it, or name another with --storage."
         )
@@ -174,9 +174,9 @@ def _check_file(database: str | None, create: bool) -> Path:
         with open(path, "rb") as file:
             head = file.read(len(_MAGIC))
         if head and head != _MAGIC:
-            raise StoreError(f"{path} is not an SQLite database. {_ANOTHER}")
+            raise RecordError(f"{path} is not an SQLite database. {_ANOTHER}")
     elif not create:
-        raise StoreError(
+        raise RecordError(
             f"there is no database {path}. `python -m study run` makes one; --storage names "
             "another."
         )
@@ -241,24 +241,24 @@ def _check_owner(engine: Engine, storage: str, create: bool) -> None:
         tables = set(inspect(engine).get_table_names())
         is_ours = any(name.startswith(PREFIX) for name in tables)
         found = None
-        if SchemaRow.__tablename__ in tables:
+        if Schema.__tablename__ in tables:
             with Session(engine) as session:
-                found = session.scalar(select(SchemaRow.number))
+                found = session.scalar(select(Schema.number))
     finally:
         engine.dispose()
     if is_ours and found != SCHEMA:
         age = "a newer" if found is not None and found > SCHEMA else "an older"
-        raise StoreError(
+        raise RecordError(
             f"database {storage} was written by {age} version of Frostline, which this one cannot "
             f"read. {_ANOTHER}"
         )
     if tables and not is_ours:
         shown = ", ".join(sorted(tables)[:3])
-        raise StoreError(
+        raise RecordError(
             f"database {storage} belongs to another program (tables {shown}). {_ANOTHER}"
         )
     if not tables and not create:
-        raise StoreError(
+        raise RecordError(
             f"database {storage} is empty. `python -m study run` fills it; --storage names "
             "another."
         )
@@ -267,6 +267,6 @@ def _check_owner(engine: Engine, storage: str, create: bool) -> None:
 def _create_tables(engine: Engine) -> None:
     """Create our tables where there are none; all or none of them."""
     with writing(engine) as session:
-        if not inspect(session.connection()).has_table(SchemaRow.__tablename__):
+        if not inspect(session.connection()).has_table(Schema.__tablename__):
             Base.metadata.create_all(session.connection())
-            session.add(SchemaRow(SCHEMA))
+            session.add(Schema(SCHEMA))

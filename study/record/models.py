@@ -1,4 +1,4 @@
-"""The tables of the record. An instance is a row, and what `Store` returns; times are UTC."""
+"""The tables of the record. An instance is a row, and what `Record` returns; times are UTC."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -43,14 +43,14 @@ class Base(MappedAsDataclass, DeclarativeBase):
     type_annotation_map = {Json: JSON, list[list[int]]: JSON, list[str]: JSON}
 
 
-class SchemaRow(Base):
+class Schema(Base):
     """The layout's number, in the only row."""
 
     __tablename__ = f"{PREFIX}schema"
     number: Mapped[int] = mapped_column(primary_key=True)
 
 
-class StudyRow(Base, kw_only=True):
+class Study(Base, kw_only=True):
     """A study.
 
     Attributes:
@@ -71,10 +71,10 @@ class StudyRow(Base, kw_only=True):
     versions: Mapped[Json]
 
 
-OfStudy = Annotated[int, mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"), index=True)]
+OfStudy = Annotated[int, mapped_column(ForeignKey(Study.id, ondelete="CASCADE"), index=True)]
 
 
-class RunRow(Base, kw_only=True):
+class Run(Base, kw_only=True):
     """A process that worked on a study.
 
     Attributes:
@@ -111,7 +111,7 @@ def chosen_by(train: Mapping[str, Any]) -> str:
     return "validation loss" if train.get("monitor") == "val_loss" else "validation accuracy"
 
 
-class TrialRow(Base, kw_only=True):
+class Trial(Base, kw_only=True):
     """A trial: what Optuna has no column for, joined with what stands in its tables alone.
 
     Attributes:
@@ -148,7 +148,7 @@ class TrialRow(Base, kw_only=True):
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
     study_id: Mapped[OfStudy]
     number: Mapped[int]
-    run_id: Mapped[int] = mapped_column(ForeignKey(RunRow.id, ondelete="CASCADE"))
+    run_id: Mapped[int] = mapped_column(ForeignKey(Run.id, ondelete="CASCADE"))
     reason: Mapped[str | None] = mapped_column(default=None)
     origin: Mapped[str]
     config: Mapped[Json]
@@ -239,7 +239,7 @@ class StudySummary:
     best_number: int | None
 
     @classmethod
-    def of(cls, study: StudyRow, trials: Sequence[TrialRow]) -> "StudySummary":
+    def of(cls, study: Study, trials: Sequence[Trial]) -> "StudySummary":
         """Sum up a study."""
         states = ("complete", "pruned", "failed", "running", "interrupted")
         counts = {f"n_{name}": sum(row.state == name for row in trials) for name in states}
@@ -257,7 +257,7 @@ class StudySummary:
 
 
 _TYPES = {int: BigInteger, float: Float, bool: Boolean}
-OfTrial = Annotated[int, mapped_column(ForeignKey(TrialRow.id, ondelete="CASCADE"))]
+OfTrial = Annotated[int, mapped_column(ForeignKey(Trial.id, ondelete="CASCADE"))]
 
 
 def _column(field: dataclasses.Field[Any]) -> Column[Any]:
@@ -270,14 +270,14 @@ def _column(field: dataclasses.Field[Any]) -> Column[Any]:
 EPOCHS = Table(
     f"{PREFIX}epochs",
     Base.metadata,
-    Column("trial_id", ForeignKey(TrialRow.id, ondelete="CASCADE"), primary_key=True),
+    Column("trial_id", ForeignKey(Trial.id, ondelete="CASCADE"), primary_key=True),
     *map(_column, dataclasses.fields(EpochMetrics)),
     Column("seconds_since_start", Float, nullable=False),
 )
 """One row per epoch of a trial; the columns are the fields of `EpochMetrics`, which is the row."""
 
 
-class ConfusionRow(Base, kw_only=True):
+class Confusion(Base, kw_only=True):
     """A trial's confusion matrix on a split, (K, K): rows are true, columns predicted classes."""
 
     __tablename__ = f"{PREFIX}confusions"
@@ -286,7 +286,7 @@ class ConfusionRow(Base, kw_only=True):
     matrix: Mapped[list[list[int]]]
 
 
-class PredictionRow(Base, kw_only=True):
+class Prediction(Base, kw_only=True):
     """What a trial predicts for every image of a split: class numbers, packed."""
 
     __tablename__ = f"{PREFIX}predictions"
@@ -296,7 +296,7 @@ class PredictionRow(Base, kw_only=True):
     predicted: Mapped[bytes]
 
 
-class PictureRow(Base, kw_only=True):
+class Misclassified(Base, kw_only=True):
     """An image that a trial classified wrongly.
 
     Attributes:
@@ -321,7 +321,7 @@ class PictureRow(Base, kw_only=True):
     thumbnail: Mapped[bytes]
 
 
-class TestRow(Base, kw_only=True):
+class Test(Base, kw_only=True):
     """A trial's result on the test split.
 
     Attributes:
@@ -359,7 +359,7 @@ class TestRow(Base, kw_only=True):
     command: Mapped[str]
 
 
-class DesignRow(Base, kw_only=True):
+class Design(Base, kw_only=True):
     """An ablation's design.
 
     Attributes:

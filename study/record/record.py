@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics
 from study.record.database import (
-    StoreError,
+    RecordError,
     check_dead,
     is_alive,
     open_database,
@@ -32,16 +32,16 @@ from study.record.database import (
 from study.record.models import (
     EPOCHS,
     Base,
-    ConfusionRow,
-    DesignRow,
+    Confusion,
+    Design,
     Json,
-    PictureRow,
-    PredictionRow,
-    RunRow,
-    StudyRow,
+    Misclassified,
+    Prediction,
+    Run,
+    Study,
     StudySummary,
-    TestRow,
-    TrialRow,
+    Test,
+    Trial,
     now,
 )
 
@@ -69,7 +69,7 @@ def params_of(trial: FrozenTrial | optuna.Trial) -> dict[str, Any]:
     return dict(trial.user_attrs.get(LEVELS, trial.params))
 
 
-class Store(AbstractContextManager["Store"]):
+class Record(AbstractContextManager["Record"]):
     """The record in one database; read its rows freely, write by these methods alone.
 
     A trial's number, hyperparameters, state and reported values stand in Optuna's tables and
@@ -91,7 +91,7 @@ class Store(AbstractContextManager["Store"]):
             create: Create it where there is none.
 
         Raises:
-            StoreError: Missing, not a database, another program's, or of another version.
+            RecordError: Missing, not a database, another program's, or of another version.
         """
         return cls(storage, create=create)
 
@@ -112,13 +112,13 @@ class Store(AbstractContextManager["Store"]):
         """Add a study and return its key.
 
         Raises:
-            StoreError: There is one of that name.
+            RecordError: There is one of that name.
         """
-        study = StudyRow(name=name, config=config, data=data, versions=dict(versions))
+        study = Study(name=name, config=config, data=data, versions=dict(versions))
         try:
             self._add(study)
         except IntegrityError as err:
-            raise StoreError(
+            raise RecordError(
                 f"a study's name must be new, but {self.storage} has a study {name}. Use another "
                 "--name, or resume that one."
             ) from err
@@ -129,7 +129,7 @@ class Store(AbstractContextManager["Store"]):
         """Return Optuna's study, the same object each time; created where it is missing."""
         if study_id not in self._studies:
             found: dict[str, Any] = {
-                "study_name": self._all(select(StudyRow).where(StudyRow.id == study_id))[0].name,
+                "study_name": self._all(select(Study).where(Study.id == study_id))[0].name,
                 "storage": self._optuna,
                 "sampler": optuna.samplers.RandomSampler(),
                 "pruner": optuna.pruners.NopPruner(),
@@ -141,46 +141,46 @@ class Store(AbstractContextManager["Store"]):
             self._studies[study_id] = study
         return self._studies[study_id]
 
-    def find_study(self, name: str) -> StudyRow | None:
+    def find_study(self, name: str) -> Study | None:
         """Return a study, or None."""
-        rows = self._all(select(StudyRow).where(StudyRow.name == name))
+        rows = self._all(select(Study).where(Study.name == name))
         return rows[0] if rows else None
 
-    def study(self, name: str) -> StudyRow:
+    def study(self, name: str) -> Study:
         """Return a study.
 
         Raises:
-            StoreError: There is none of that name; names the nearest.
+            RecordError: There is none of that name; names the nearest.
         """
         row = self.find_study(name)
         if row is not None:
             return row
-        names = [row.name for row in self._all(select(StudyRow))]
+        names = [row.name for row in self._all(select(Study))]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
         known = f" There is: {', '.join(near)}." if near else " It holds no study yet."
-        raise StoreError(f"there is no study {name} in {self.storage}.{known}")
+        raise RecordError(f"there is no study {name} in {self.storage}.{known}")
 
     def studies(self) -> list[StudySummary]:
         """List all studies, the newest first."""
-        rows = self._all(select(StudyRow).order_by(StudyRow.id.desc()))
+        rows = self._all(select(Study).order_by(Study.id.desc()))
         return [StudySummary.of(row, self.trials(row.id)) for row in rows]
 
     def update_study(self, study_id: int, config: Json, data: Json) -> None:
         """Replace a study's configuration and description of its images."""
-        self._update(StudyRow, study_id, config=config, data=data)
+        self._update(Study, study_id, config=config, data=data)
 
     def delete_study(self, name: str) -> None:
         """Remove a study with all that belongs to it, from Optuna's tables too.
 
         Raises:
-            StoreError: There is none of that name.
+            RecordError: There is none of that name.
         """
         row = self.study(name)
         with contextlib.suppress(KeyError):  # a kill came between the two
             optuna.delete_study(study_name=name, storage=self._optuna)
         self._studies.pop(row.id, None)
         with self._writing() as session:
-            session.execute(delete(StudyRow).where(StudyRow.id == row.id))
+            session.execute(delete(Study).where(Study.id == row.id))
 
     # Runs
 
@@ -198,9 +198,9 @@ class Store(AbstractContextManager["Store"]):
         With `take_over` even if a process of another machine has not signed off.
 
         Raises:
-            StoreError: Another process works on it.
+            RecordError: Another process works on it.
         """
-        run = RunRow(
+        run = Run(
             study_id=study_id,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -211,19 +211,19 @@ class Store(AbstractContextManager["Store"]):
         )
         with self._writing() as session:
             # The lock where SQLite's own does not serve.
-            session.execute(select(StudyRow.id).where(StudyRow.id == study_id).with_for_update())
-            for other in session.scalars(select(RunRow).where(RunRow.study_id == study_id)):
+            session.execute(select(Study.id).where(Study.id == study_id).with_for_update())
+            for other in session.scalars(select(Run).where(Run.study_id == study_id)):
                 check_dead(other, take_over)
             session.add(run)
         return run.id
 
     def end_run(self, run_id: int, outcome: str) -> None:
         """Sign a process off."""
-        self._update(RunRow, run_id, ended_at=now(), outcome=outcome)
+        self._update(Run, run_id, ended_at=now(), outcome=outcome)
 
-    def runs(self, study_id: int) -> list[RunRow]:
+    def runs(self, study_id: int) -> list[Run]:
         """List the processes that worked on a study, oldest first."""
-        return self._all(select(RunRow).where(RunRow.study_id == study_id).order_by(RunRow.id))
+        return self._all(select(Run).where(Run.study_id == study_id).order_by(Run.id))
 
     # Trials
 
@@ -254,7 +254,7 @@ class Store(AbstractContextManager["Store"]):
             study, self._optuna.get_trial_id_from_study_id_trial_number(key, number)
         )
 
-    def begin_trial(self, trial: TrialRow) -> int:
+    def begin_trial(self, trial: Trial) -> int:
         """Enter our part of a trial that is running for Optuna; return its key."""
         self._add(trial)
         return trial.id
@@ -271,7 +271,7 @@ class Store(AbstractContextManager["Store"]):
             so_far |= {"best_epoch": metrics.epoch, "score": metrics.ranked_by}
         with self._writing() as session:
             session.execute(insert(EPOCHS), values)
-            session.execute(update(TrialRow).where(TrialRow.id == trial_id).values(so_far))
+            session.execute(update(Trial).where(Trial.id == trial_id).values(so_far))
 
     def end_trial(
         self,
@@ -291,7 +291,7 @@ class Store(AbstractContextManager["Store"]):
         Its score is the one that came with its epochs, unless another is given.
         """
         with self._writing() as session:
-            trial = session.get_one(TrialRow, trial_id)
+            trial = session.get_one(Trial, trial_id)
             trial.reason = reason
             trial.best_epoch = best_epoch
             trial.epochs_done = epochs_done
@@ -310,35 +310,35 @@ class Store(AbstractContextManager["Store"]):
 
     def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
         """Note where a trial's weights lie, or that they were removed."""
-        self._update(TrialRow, trial_id, checkpoint=checkpoint)
+        self._update(Trial, trial_id, checkpoint=checkpoint)
 
-    def trials(self, study_id: int) -> list[TrialRow]:
+    def trials(self, study_id: int) -> list[Trial]:
         """List a study's trials by number."""
         return self._trials(study_id)
 
-    def trial(self, study_id: int, number: int) -> TrialRow:
+    def trial(self, study_id: int, number: int) -> Trial:
         """Return a trial.
 
         Raises:
-            StoreError: The study has no trial of that number.
+            RecordError: The study has no trial of that number.
         """
-        rows = self._trials(study_id, TrialRow.number == number)
+        rows = self._trials(study_id, Trial.number == number)
         if not rows:
-            last = select(func.max(TrialRow.number)).where(TrialRow.study_id == study_id)
+            last = select(func.max(Trial.number)).where(Trial.study_id == study_id)
             top = self._all(last)[0]
             range_ = "it has none yet" if top is None else f"they go from 0 to {top}"
-            raise StoreError(f"there is no trial {number} in that study; {range_}.")
+            raise RecordError(f"there is no trial {number} in that study; {range_}.")
         return rows[0]
 
-    def find_finished(self, study_id: int, config_hash: str) -> TrialRow | None:
+    def find_finished(self, study_id: int, config_hash: str) -> Trial | None:
         """Return the first complete or pruned trial of equal settings, if any."""
-        alike = self._trials(study_id, TrialRow.config_hash == config_hash)
+        alike = self._trials(study_id, Trial.config_hash == config_hash)
         return next((row for row in alike if row.state in ("complete", "pruned")), None)
 
-    def _trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[TrialRow]:
+    def _trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
         """Read trials and join them with what Optuna's tables hold of them."""
-        query = select(TrialRow).where(TrialRow.study_id == study_id, *conditions)
-        rows = self._all(query.order_by(TrialRow.number))
+        query = select(Trial).where(Trial.study_id == study_id, *conditions)
+        rows = self._all(query.order_by(Trial.number))
         optunas = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
         for row in rows:
             # Optuna's is missing where a kill came in the middle of `delete_study`.
@@ -362,12 +362,12 @@ class Store(AbstractContextManager["Store"]):
     def add_confusion(self, trial_id: int, split: str, matrix: list[list[int]]) -> None:
         """Keep a trial's confusion matrix on a split; it replaces an earlier one."""
         with self._writing() as session:
-            session.merge(ConfusionRow(trial_id=trial_id, split=split, matrix=matrix))
+            session.merge(Confusion(trial_id=trial_id, split=split, matrix=matrix))
 
-    def add_pictures(self, trial_id: int, rows: Sequence[PictureRow]) -> None:
+    def add_misclassified(self, trial_id: int, rows: Sequence[Misclassified]) -> None:
         """Keep the images that a trial classified wrongly; they replace earlier ones."""
         with self._writing() as session:
-            session.execute(delete(PictureRow).where(PictureRow.trial_id == trial_id))
+            session.execute(delete(Misclassified).where(Misclassified.trial_id == trial_id))
             session.add_all(rows)
 
     def add_predictions(
@@ -383,12 +383,12 @@ class Store(AbstractContextManager["Store"]):
         """
         packed = {"labels": _pack(labels), "predicted": _pack(predicted)}
         with self._writing() as session:
-            session.merge(PredictionRow(trial_id=trial_id, split=split, **packed))
+            session.merge(Prediction(trial_id=trial_id, split=split, **packed))
 
     def has_predictions(self, trial_id: int, split: str) -> bool:
         """Return whether a trial's predictions on a split are kept."""
         with Session(self.engine) as session:
-            return session.get(PredictionRow, (trial_id, split)) is not None
+            return session.get(Prediction, (trial_id, split)) is not None
 
     def add_test(
         self,
@@ -407,7 +407,7 @@ class Store(AbstractContextManager["Store"]):
         from scipy.stats import binomtest
 
         interval = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
-        test = TestRow(
+        test = Test(
             study_id=study_id,
             trial_number=trial_number,
             n=n,
@@ -424,31 +424,29 @@ class Store(AbstractContextManager["Store"]):
         self._add(test)
         return test.id
 
-    def tests(self, study_id: int) -> list[TestRow]:
+    def tests(self, study_id: int) -> list[Test]:
         """List a study's results on the test split, oldest first."""
-        return self._all(select(TestRow).where(TestRow.study_id == study_id).order_by(TestRow.id))
+        return self._all(select(Test).where(Test.study_id == study_id).order_by(Test.id))
 
     # Designs
 
     def put_design(self, study_id: int, key: str, kind: str, spec: Json, command: str) -> None:
         """Keep an ablation's design, in place of the one with the same key."""
-        design = DesignRow(study_id=study_id, key=key, kind=kind, spec=spec, command=command)
+        design = Design(study_id=study_id, key=key, kind=kind, spec=spec, command=command)
         with self._writing() as session:
-            session.execute(
-                delete(DesignRow).where(DesignRow.study_id == study_id, DesignRow.key == key)
-            )
+            session.execute(delete(Design).where(Design.study_id == study_id, Design.key == key))
             session.add(design)
 
-    def designs(self, study_id: int) -> list[DesignRow]:
+    def designs(self, study_id: int) -> list[Design]:
         """List a study's designs, the last one used at the end."""
-        query = select(DesignRow).where(DesignRow.study_id == study_id)
-        return self._all(query.order_by(DesignRow.updated_at, DesignRow.id))
+        query = select(Design).where(Design.study_id == study_id)
+        return self._all(query.order_by(Design.updated_at, Design.id))
 
     # One transaction each
 
     def _writing(self) -> AbstractContextManager[Session]:
         if not self._is_writable:
-            raise StoreError(
+            raise RecordError(
                 f"database {self.storage} cannot be written. Change its permissions, or name "
                 "another with --storage."
             )
@@ -467,7 +465,7 @@ class Store(AbstractContextManager["Store"]):
             return list(session.scalars(query))
 
 
-def _join(row: TrialRow, trial: FrozenTrial) -> None:
+def _join(row: Trial, trial: FrozenTrial) -> None:
     """Fill in what a trial's row takes from Optuna.
 
     Its value is the accuracy of its best epoch; of a complete trial that is what Optuna was told.
@@ -484,6 +482,6 @@ def _pack(numbers: Sequence[int]) -> bytes:
 
 
 def unpack_classes(packed: bytes) -> tuple[int, ...]:
-    """Read the class numbers of a `PredictionRow`."""
+    """Read the class numbers of a `Prediction`."""
     raw = zlib.decompress(packed)
     return struct.unpack(f"<{len(raw) // 4}i", raw)

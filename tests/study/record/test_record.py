@@ -15,16 +15,16 @@ import pytest
 import sqlalchemy
 
 from core.metrics import EpochMetrics
-from study.record.database import StoreError
+from study.record.database import RecordError
 from study.record.frames import (
     read_confusion,
     read_epochs,
-    read_pictures,
+    read_misclassified,
     read_predictions,
     read_trials,
 )
-from study.record.models import Base, PictureRow, TrialRow
-from study.record.record import Store, config_hash
+from study.record.models import Base, Misclassified, Trial
+from study.record.record import Record, config_hash
 from support import distributions_of
 
 CONFIG = {"seed": 3, "backbone": "resnet18", "freeze_depth": 2}
@@ -37,23 +37,23 @@ def _epoch(epoch: int, acc: float, is_best: bool = True) -> EpochMetrics:
     )
 
 
-def _study(store: Store, name: str = "photos") -> tuple[int, int]:
+def _study(store: Record, name: str = "photos") -> tuple[int, int]:
     study = store.create_study(name, {"study": {"name": name}}, DATA, {"torch": "2"})
     return study, store.begin_run(study, command="test", device="cpu", versions={})
 
 
-def _trial(store: Store, study: int, run: int, number: int) -> int:
+def _trial(store: Record, study: int, run: int, number: int) -> int:
     params = {"base_lr": 0.1 * (number + 1), "backbone": "resnet18"}
     trial = store.start_trial(study, params, distributions_of(params))
     assert trial.number == number
-    row = TrialRow(
+    row = Trial(
         study_id=study, number=number, run_id=run, origin="sampler", config=CONFIG,
         config_hash=f"hash{number}", device="cpu",
     )  # fmt: skip
     return store.begin_trial(row)
 
 
-def _epochs(store: Store, study: int, trial: int, number: int, *values: float) -> None:
+def _epochs(store: Record, study: int, trial: int, number: int, *values: float) -> None:
     """Enter epochs, in both tables."""
     best = max(values)
     for epoch, value in enumerate(values):
@@ -62,17 +62,17 @@ def _epochs(store: Store, study: int, trial: int, number: int, *values: float) -
         store.take_up_trial(study, number).report(value, epoch + 1)
 
 
-def _end(store: Store, trial: int, state: str, value: float | None, **more: object) -> None:
+def _end(store: Record, trial: int, state: str, value: float | None, **more: object) -> None:
     facts = {"reason": None, "best_epoch": 1, "epochs_done": 2, "duration_s": 1.5}
     store.end_trial(trial, state, value=value, checkpoint=None, **{**facts, **more})
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(str(tmp_path / "s.db"), create=True)
+def store(tmp_path: Path) -> Record:
+    return Record.open(str(tmp_path / "s.db"), create=True)
 
 
-def test_record_returns_what_was_written_joined_with_optuna(store: Store) -> None:
+def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0)
     _epochs(store, study, trial, 0, 0.8, 0.5)
@@ -89,7 +89,7 @@ def test_record_returns_what_was_written_joined_with_optuna(store: Store) -> Non
     assert store.study("photos").data == DATA
 
 
-def test_frames_have_a_row_per_trial_and_per_epoch(store: Store) -> None:
+def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     study, run = _study(store)
     for number in range(3):
         trial = _trial(store, study, run, number)
@@ -106,13 +106,13 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Store) -> None:
     assert epochs["val_acc"].tolist() == [0.5] * 6
 
 
-def test_frames_of_an_empty_study_have_their_columns(store: Store) -> None:
+def test_frames_of_an_empty_study_have_their_columns(store: Record) -> None:
     _study(store)
     assert read_trials(store, "photos").empty
     assert "val_acc" in read_epochs(store, "photos").columns
 
 
-def test_studies_counts_states_and_names_the_best_complete_trial(store: Store) -> None:
+def test_studies_counts_states_and_names_the_best_complete_trial(store: Record) -> None:
     study, run = _study(store)
     ends = [("complete", 0.5), ("complete", 0.9), ("pruned", 0.95), ("failed", None)]
     for number, (state, value) in enumerate(ends):
@@ -126,7 +126,7 @@ def test_studies_counts_states_and_names_the_best_complete_trial(store: Store) -
     assert (oldest.best_value, oldest.best_number) == (0.9, 1)
 
 
-def test_find_finished_takes_only_complete_and_pruned_trials(store: Store) -> None:
+def test_find_finished_takes_only_complete_and_pruned_trials(store: Record) -> None:
     study, run = _study(store)
     ends = {"running": False, "failed": False, "pruned": True, "complete": True}
     for number, state in enumerate(ends):
@@ -142,28 +142,28 @@ def test_config_hash_does_not_depend_on_the_order_of_keys() -> None:
     assert config_hash({"a": 1}) != config_hash({"a": 2})
 
 
-def test_predictions_of_a_trial_replace_earlier_ones(store: Store) -> None:
+def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0)
-    row = PictureRow(
+    row = Misclassified(
         trial_id=trial, split="val", rank=0, path="a/1.jpg", label="a", predicted="b",
         probability=0.1, thumbnail=b"jpeg",
     )  # fmt: skip
     for labels in ([0, 1, 1], [70_000, 1, 0]):
         store.add_confusion(trial, "val", [[3, 1], [0, 4]])
-        store.add_pictures(trial, [dataclasses.replace(row)])
+        store.add_misclassified(trial, [dataclasses.replace(row)])
         store.add_predictions(trial, "val", labels, [0, 0, 1])
     ((true, predicted),) = read_predictions(store, "photos").values()
     assert (true.tolist(), predicted.tolist()) == ([70_000, 1, 0], [0, 0, 1])
     assert [store.has_predictions(trial, split) for split in ("val", "test")] == [True, False]
-    assert read_pictures(store, "photos", 0) == [row]
+    assert read_misclassified(store, "photos", 0) == [row]
     confusion = read_confusion(store, "photos", 0)
     assert confusion is not None
     assert confusion.tolist() == [[3, 1], [0, 4]]
     assert read_confusion(store, "photos", 0, "test") is None
 
 
-def test_add_test_adds_the_wilson_interval(store: Store) -> None:
+def test_add_test_adds_the_wilson_interval(store: Record) -> None:
     study, _ = _study(store)
     store.add_test(
         study, 3, n=200, n_correct=170, balanced_acc=0.85, macro_f1=0.85, val_acc=0.9,
@@ -176,7 +176,7 @@ def test_add_test_adds_the_wilson_interval(store: Store) -> None:
     assert row.high == pytest.approx(0.8928, abs=1e-4)
 
 
-def test_delete_study_removes_all_of_it_and_nothing_else(store: Store) -> None:
+def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
     for name in ("photos", "other"):
         study, run = _study(store, name)
         trial = _trial(store, study, run, 0)
@@ -191,24 +191,24 @@ def test_delete_study_removes_all_of_it_and_nothing_else(store: Store) -> None:
             assert n.scalar() in (0, 1), table.name
 
 
-def test_missing_names_and_numbers_are_refused_with_what_there_is(store: Store) -> None:
+def test_missing_names_and_numbers_are_refused_with_what_there_is(store: Record) -> None:
     study, run = _study(store)
-    with pytest.raises(StoreError, match="there is no study photo in .* There is: photos"):
+    with pytest.raises(RecordError, match="there is no study photo in .* There is: photos"):
         store.study("photo")
-    with pytest.raises(StoreError, match="it has none yet"):
+    with pytest.raises(RecordError, match="it has none yet"):
         store.trial(study, 5)
     _trial(store, study, run, 0)
-    with pytest.raises(StoreError, match="they go from 0 to 0"):
+    with pytest.raises(RecordError, match="they go from 0 to 0"):
         store.trial(study, 5)
 
 
-def test_begin_run_refuses_a_second_live_process(store: Store) -> None:
+def test_begin_run_refuses_a_second_live_process(store: Record) -> None:
     study, _ = _study(store)
-    with pytest.raises(StoreError, match=r"is being run by process \d+ on .* another --name"):
+    with pytest.raises(RecordError, match=r"is being run by process \d+ on .* another --name"):
         store.begin_run(study, command="second", device="cpu", versions={})
 
 
-def test_begin_run_lets_one_of_many_processes_in(store: Store) -> None:
+def test_begin_run_lets_one_of_many_processes_in(store: Record) -> None:
     # Threads stand in for processes: this process is alive, so each must refuse the others.
     study = store.create_study("photos", {}, DATA, {})
     barrier = Barrier(6)
@@ -217,7 +217,7 @@ def test_begin_run_lets_one_of_many_processes_in(store: Store) -> None:
         barrier.wait()
         try:
             store.begin_run(study, command="x", device="cpu", versions={})
-        except StoreError:
+        except RecordError:
             return False
         return True
 
@@ -226,9 +226,9 @@ def test_begin_run_lets_one_of_many_processes_in(store: Store) -> None:
     assert len(store.runs(study)) == 1
 
 
-def test_create_study_refuses_a_name_twice(store: Store) -> None:
+def test_create_study_refuses_a_name_twice(store: Record) -> None:
     _study(store)
-    with pytest.raises(StoreError, match=r"must be new, but .* has a study photos\. Use another"):
+    with pytest.raises(RecordError, match=r"must be new, but .* has a study photos\. Use another"):
         _study(store)
 
 
@@ -236,12 +236,12 @@ def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(tmp_path: 
     path = tmp_path / "s.db"
     script = (
         f"import sys; sys.path += {[str(Path(__file__).parents[i]) for i in (0, 2)]!r}\n"
-        "from test_record import Store, _study, _trial\n"
-        f"store = Store.open({str(path)!r}, create=True)\n"
+        "from test_record import Record, _study, _trial\n"
+        f"store = Record.open({str(path)!r}, create=True)\n"
         "_trial(store, *_study(store), 0)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-    with Store.open(str(path)) as store:
+    with Record.open(str(path)) as store:
         study = store.study("photos").id
         assert [row.state for row in store.trials(study)] == ["interrupted"]
         (summary,) = store.studies()
@@ -250,11 +250,11 @@ def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(tmp_path: 
         assert [row.state for row in store.trials(study)] == ["running"]
 
 
-def test_begin_run_takes_over_another_machine_only_when_told(store: Store) -> None:
+def test_begin_run_takes_over_another_machine_only_when_told(store: Record) -> None:
     study, run = _study(store)
     with store.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET host = 'elsewhere'"))
-    with pytest.raises(StoreError, match="If that machine is gone, add --take-over"):
+    with pytest.raises(RecordError, match="If that machine is gone, add --take-over"):
         store.begin_run(study, command="x", device="cpu", versions={})
     assert store.begin_run(study, command="x", device="cpu", versions={}, take_over=True) > run
 
@@ -296,8 +296,8 @@ def test_open_refuses_what_is_not_ours_and_leaves_it_unchanged(
     path = tmp_path / "s.db"
     _file(path, kind)
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(StoreError, match=message):
-        Store.open(str(path), create=kind != "missing")
+    with pytest.raises(RecordError, match=message):
+        Record.open(str(path), create=kind != "missing")
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
@@ -310,8 +310,8 @@ def test_open_refuses_what_is_not_ours_and_leaves_it_unchanged(
     ],
 )
 def test_open_refuses_a_storage_that_cannot_be(storage: str, message: str) -> None:
-    with pytest.raises(StoreError, match=message):
-        Store.open(storage, create=True)
+    with pytest.raises(RecordError, match=message):
+        Record.open(storage, create=True)
 
 
 @contextlib.contextmanager
@@ -331,7 +331,7 @@ def _without_power() -> Iterator[None]:
 def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder, path = Path(name), Path(name) / "s.db"
-        with Store.open(str(path), create=True) as store:
+        with Record.open(str(path), create=True) as store:
             study, run = _study(store)
             trial = _trial(store, study, run, 0)
             _epochs(store, study, trial, 0, 0.5)
@@ -339,19 +339,19 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
         path.chmod(0o444)
         folder.chmod(mode)
         with _without_power():
-            with Store.open(str(path)) as store:
+            with Record.open(str(path)) as store:
                 (row,) = store.trials(store.study("photos").id)
                 assert (row.state, row.value) == ("complete", 0.5)
-                with pytest.raises(StoreError, match="cannot be written"):
+                with pytest.raises(RecordError, match="cannot be written"):
                     store.begin_run(study, command="x", device="cpu", versions={})
             if mode == 0o555:
-                with pytest.raises(StoreError, match="cannot be opened: unable to open database"):
-                    Store.open(str(folder / "new.db"), create=True)
+                with pytest.raises(RecordError, match="cannot be opened: unable to open database"):
+                    Record.open(str(folder / "new.db"), create=True)
         folder.chmod(0o755)
 
 
 def _journal(path: Path) -> tuple[str, int]:
-    with Store.open(str(path), create=True) as store, store.engine.connect() as connection:
+    with Record.open(str(path), create=True) as store, store.engine.connect() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
         return mode, connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
 
