@@ -32,9 +32,9 @@ from core.models.builder import build
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.record.record import Record
 from study.search import run_search
 from study.session import load_pictures
-from study.store import Store
 from study.test_split import test_study
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -108,7 +108,7 @@ def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
     progress = QuietProgress()
     run_search(config, progress=progress, command="benchmarks/results.py")
     seconds = time.perf_counter() - begin
-    with Store.open(config.study.storage) as store:
+    with Record.open(config.study.storage) as store:
         study = store.study(config.study.name)
         numbers = [row.number for row in store.trials(study.id) if row.state == "complete"]
         rows = [

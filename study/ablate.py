@@ -19,6 +19,8 @@ from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig
 from study.designs import BASELINE, Cell, candidates, extend_path
 from study.progress import BestTrial, Counts, Progress
+from study.record.models import Trial
+from study.record.record import LEVELS, Record, config_hash
 from study.roster import Roster
 from study.runner import (
     REASON_DIVERGED,
@@ -32,7 +34,6 @@ from study.runner import (
     run_trial,
 )
 from study.session import close_killed, open_session
-from study.store import LEVELS, Store, TrialRow, config_hash
 
 Scores = list[list[float | None]]
 """Validation accuracy by cell and replicate; None where a run failed."""
@@ -86,14 +87,14 @@ def run_ablation(
 
     Raises:
         ConfigError: The ablation of this name has another baseline, or cannot be run.
-        StoreError: The database is not ours, or the study is being run elsewhere.
+        RecordError: The database is not ours, or the study is being run elsewhere.
         ValueError: Pictures, weights, backbone or device cannot be used.
     """
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = plan.baseline.config
     check_backbones(config)
-    with Store.open(config.study.storage, create=True) as store:
+    with Record.open(config.study.storage, create=True) as store:
         config = as_begun_config(store, plan)
         with open_session(
             store,
@@ -130,7 +131,7 @@ class _Ablation:
         self.command = command
         self.begin = begin
         self.chosen: list[str] = []
-        self.rows: dict[str, TrialRow] = {}
+        self.rows: dict[str, Trial] = {}
         self.pictures_of = functools.lru_cache(maxsize=1)(self._load_pictures_of)
 
     @property
@@ -265,7 +266,7 @@ class _Ablation:
                 self.rows.setdefault(row.config_hash, row)
                 self._complete_record(row)
 
-    def _complete_record(self, row: TrialRow) -> None:
+    def _complete_record(self, row: Trial) -> None:
         """Add the answers of a run whose process died just before it could."""
         is_kept = row.checkpoint is not None and Path(row.checkpoint).is_dir()
         if is_kept and not self.work.store.has_predictions(row.id, "val"):
@@ -318,7 +319,7 @@ class _Ablation:
         states = [self.rows[text].state for text in dict.fromkeys(hashes) if text in self.rows]
         return Counts(complete=states.count("complete"), failed=states.count("failed"))
 
-    def _best(self) -> TrialRow | None:
+    def _best(self) -> Trial | None:
         done = [row for row in self.rows.values() if row.state == "complete"]
         return min(done, key=lambda row: row.rank, default=None)
 
@@ -344,7 +345,7 @@ def run_identity(config: TrainConfig, val_seed: int | None) -> str:
     return own if val_seed is None else config_hash({"run": own, "val_seed": val_seed})
 
 
-def is_done(row: TrialRow) -> bool:
+def is_done(row: Trial) -> bool:
     """Say whether a run need not be done again: it is complete, or fails for a reason of its own.
 
     A setting that diverges or does not fit into memory does so every time; that is its result.

@@ -12,6 +12,8 @@ from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
 from study.progress import Progress
+from study.record.models import Trial
+from study.record.record import Record
 from study.roster import Roster
 from study.runner import Asked, Work, drop_checkpoint, identity, run_trial
 from study.search import SearchOutcome
@@ -21,7 +23,6 @@ from study.session import (
     open_session,
     picture_size,
 )
-from study.store import Store, TrialRow
 
 SUFFIX = "-audit"
 """What the audit's study is called after the search's name."""
@@ -30,7 +31,7 @@ FACTOR = "audit"
 
 
 def audit_study(
-    store: Store,
+    store: Record,
     name: str,
     n_trials: int,
     *,
@@ -56,7 +57,7 @@ def audit_study(
 
     Raises:
         ConfigError: The study is an ablation or an audit.
-        StoreError: There is no such study, or its audit is being run elsewhere.
+        RecordError: There is no such study, or its audit is being run elsewhere.
     """
     study = store.study(name)
     rows = store.trials(study.id)
@@ -92,9 +93,7 @@ def _audit_config(source: StudyConfig) -> StudyConfig:
     return source.model_copy(update={"study": named, "data": data})
 
 
-def _run(
-    work: Work, config: StudyConfig, chosen: list[TrialRow], trains: list[TrainConfig]
-) -> str:
+def _run(work: Work, config: StudyConfig, chosen: list[Trial], trains: list[TrainConfig]) -> str:
     store, study_id = work.store, work.study_id
     space = distributions(config.space)
     close_killed(work)

@@ -12,7 +12,7 @@ from study.config.formatting import json_text
 from study.config.search_space import ParamValue
 
 if TYPE_CHECKING:
-    from study.rows import TrialRow
+    from study.record.models import Trial
 
 
 CUT_SHORT = ("interrupted", "killed")
@@ -56,7 +56,7 @@ class BestTrial:
     score: float
 
     @classmethod
-    def of(cls, trial: "TrialRow") -> "BestTrial":
+    def of(cls, trial: "Trial") -> "BestTrial":
         """Return what a trial that has finished an epoch says of it."""
         return cls(trial.value or 0.0, trial.ranked_by or 0.0)
 

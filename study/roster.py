@@ -1,8 +1,8 @@
 """A study's trials as the record has them, and what a search decides by them."""
 
 from study.progress import BestTrial, Counts
+from study.record.models import UNFINISHED, Trial
 from study.runner import RERUN_REASONS, Work
-from study.store import TrialRow
 
 
 class Roster:
@@ -17,7 +17,7 @@ class Roster:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self.rows: dict[int, TrialRow] = {}
+        self.rows: dict[int, Trial] = {}
         self.reload()
 
     def reload(self, number: int | None = None) -> None:
@@ -28,19 +28,19 @@ class Roster:
         else:
             self.rows[number] = store.trial(study_id, number)
 
-    def finished(self) -> list[TrialRow]:
+    def finished(self) -> list[Trial]:
         """Return the trials that count: not those cut short from outside."""
         return [
             row
             for row in self.rows.values()
-            if row.state != "running" and row.reason not in RERUN_REASONS
+            if row.state not in UNFINISHED and row.reason not in RERUN_REASONS
         ]
 
     def n_settings(self) -> int:
         """Count the different settings of the trials that count."""
         return len({row.config_hash for row in self.finished()})
 
-    def ranking(self) -> list[TrialRow]:
+    def ranking(self) -> list[Trial]:
         """Return the complete trials, best first; of equals the earlier one."""
         complete = [row for row in self.rows.values() if row.state == "complete"]
         return sorted(complete, key=lambda row: row.rank)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
-from optuna.trial import Trial
 from PIL import Image
 
 from core.cache import ArrayCache
@@ -26,7 +26,8 @@ from core.metrics import TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.checkpoint import PREDICTIONS_FILE
 from study.progress import CUT_SHORT, Progress
-from study.store import PictureRow, Store, config_hash, params_of
+from study.record.models import Misclassified, Trial
+from study.record.record import Record, config_hash, params_of
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
@@ -74,7 +75,7 @@ class Work:
         cache: Work that trials share; None where they share nothing.
     """
 
-    store: Store
+    store: Record
     study_id: int
     run_id: int
     data: ImageData
@@ -97,7 +98,7 @@ class Asked:
         identity: Tells its setting and seed apart; None for that of the configuration alone.
     """
 
-    trial: Trial
+    trial: optuna.Trial
     origin: str
     factor: str | None = None
     level: str | None = None
@@ -189,16 +190,13 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
         config.freeze_depth,
         len(work.data.classes),
     )
-    trial_id = work.store.begin_trial(
-        work.study_id,
-        asked.trial.number,
-        work.run_id,
+    row = Trial(
+        study_id=work.study_id,
+        number=asked.trial.number,
+        run_id=work.run_id,
         origin=asked.origin,
         config=dataclasses.asdict(config),
         config_hash=asked.identity or identity(config),
-        seed=config.seed,
-        backbone=config.backbone,
-        freeze_depth=config.freeze_depth,
         device=describe_device(choose_device(config.device)),
         trained_parameters=trained,
         total_parameters=total,
@@ -206,6 +204,7 @@ def _begin_record(work: Work, asked: Asked, config: TrainConfig) -> int:
         level=asked.level,
         replicate=asked.replicate,
     )
+    trial_id = work.store.begin_trial(row)
     work.progress.trial_started(
         asked.trial.number, asked.origin, params_of(asked.trial), config.epochs
     )
@@ -254,7 +253,8 @@ def record_predictions(work: Work, number: int) -> None:
     worst = wrong[np.argsort(probability[wrong], kind="stable")][:_N_WORST]
     split, classes = work.data.val, work.data.classes
     rows = [
-        PictureRow(
+        Misclassified(
+            trial_id=trial.id,
             split="val",
             rank=rank,
             path=split.paths[i],
@@ -265,7 +265,7 @@ def record_predictions(work: Work, number: int) -> None:
         )
         for rank, i in enumerate(worst.tolist())
     ]
-    work.store.add_pictures(trial.id, rows)
+    work.store.add_misclassified(trial.id, rows)
 
 
 def _thumbnail(picture: np.ndarray[Any, Any]) -> bytes:

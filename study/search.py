@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
 from core.config import TrainConfig
 from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import StudyConfig
 from study.progress import Counts, Progress
+from study.record.models import Trial
+from study.record.record import Record
 from study.roster import Roster
 from study.runner import (
     RERUN_REASONS,
@@ -27,7 +29,6 @@ from study.runner import (
 )
 from study.samplers import make_pruner, make_sampler, quiet_experiments
 from study.session import close_killed, corner_configs, open_session
-from study.store import Store, TrialRow
 
 # A setting that took the process down with it this often is not tried again.
 _MOST_RERUNS = 3
@@ -85,14 +86,14 @@ def run_search(
 
     Raises:
         ConfigError: The configuration differs from the stored one, or cannot be run.
-        StoreError: The database is not ours, or the study is being run elsewhere.
+        RecordError: The database is not ours, or the study is being run elsewhere.
         ValueError: Pictures, weights, backbone or device cannot be used.
     """
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_backbones(config)
     with (
-        Store.open(config.study.storage, create=True) as store,
+        Record.open(config.study.storage, create=True) as store,
         open_session(
             store,
             config,
@@ -215,7 +216,7 @@ class _Search:
         elif result.reason in RERUN_REASONS:
             self._queue_again()
 
-    def _ask(self) -> Trial:
+    def _ask(self) -> optuna.Trial:
         settings = self.config
         trials = self.study.get_trials(deepcopy=False)
         waiting = (trial.number for trial in trials if trial.state is TrialState.WAITING)
@@ -226,18 +227,18 @@ class _Search:
             )
             return self.study.ask(self.distributions)
 
-    def _should_stop(self, trial: Trial, origin: str) -> bool:
+    def _should_stop(self, trial: optuna.Trial, origin: str) -> bool:
         """Ask the pruner; a recipe is what the others are compared with, so it runs to its end."""
         with quiet_experiments():
             return trial.should_prune() and not origin.startswith(_RECIPE)
 
-    def _refused(self, trial: Trial, origin: str, err: ValueError) -> None:
+    def _refused(self, trial: optuna.Trial, origin: str, err: ValueError) -> None:
         """Record a combination of settings that the rules forbid; it is not trained."""
         self._record_untrained(
             trial, self.config.train, origin, "failed", f"not allowed: {err}", None
         )
 
-    def _repeat(self, trial: Trial, config: TrainConfig, known: TrialRow) -> None:
+    def _repeat(self, trial: optuna.Trial, config: TrainConfig, known: Trial) -> None:
         """Take over the result of an equal trial instead of training it again."""
         for metrics in self.work.store.epochs(known.id):
             trial.report(metrics.val_acc, metrics.epoch + 1)
@@ -246,26 +247,24 @@ class _Search:
 
     def _record_untrained(
         self,
-        trial: Trial,
+        trial: optuna.Trial,
         config: TrainConfig,
         origin: str,
         state: str,
         reason: str | None,
-        known: TrialRow | None,
+        known: Trial | None,
     ) -> None:
         store, progress = self.work.store, self.work.progress
-        trial_id = store.begin_trial(
-            self.work.study_id,
-            trial.number,
-            self.work.run_id,
+        row = Trial(
+            study_id=self.work.study_id,
+            number=trial.number,
+            run_id=self.work.run_id,
             origin=origin,
             config=dataclasses.asdict(config),
             config_hash=identity(config),
-            seed=config.seed,
-            backbone=config.backbone,
-            freeze_depth=config.freeze_depth,
             device="none",
         )
+        trial_id = store.begin_trial(row)
         value, score = (known.value, known.score) if known else (None, None)
         progress.trial_started(trial.number, origin, trial.params, config.epochs)
         store.end_trial(

@@ -25,8 +25,8 @@ from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.progress import Progress
+from study.record.record import Record
 from study.runner import REASON_KILLED, Work
-from study.store import Store
 
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
 # still have detail. Assumption.
@@ -50,7 +50,7 @@ class Session:
 
 @contextmanager
 def open_session(
-    store: Store,
+    store: Record,
     config: StudyConfig,
     trains: Sequence[TrainConfig],
     *,
@@ -72,7 +72,7 @@ def open_session(
 
     Raises:
         ConfigError: The configuration differs from the stored one, or cannot be run.
-        StoreError: The study is being run elsewhere.
+        RecordError: The study is being run elsewhere.
         ValueError: Pictures, weights, backbone or device cannot be used.
     """
     _refuse_changes(store, config, allow_changes)
@@ -221,7 +221,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **library_versions(), **ours}
 
 
-def _refuse_changes(store: Store, config: StudyConfig, allow_changes: bool) -> None:
+def _refuse_changes(store: Record, config: StudyConfig, allow_changes: bool) -> None:
     row = store.find_study(config.study.name)
     if row is None:
         return
@@ -243,7 +243,7 @@ def _refuse_changes(store: Store, config: StudyConfig, allow_changes: bool) -> N
         )
 
 
-def _enter(store: Store, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
+def _enter(store: Record, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
     """Create the study in the record, or check that its pictures are the same."""
     row = store.find_study(config.study.name)
     if row is None:

@@ -14,13 +14,14 @@ from core.training.trainer import evaluate
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.progress import Progress
+from study.record.models import Study, Test, Trial
+from study.record.record import Record
 from study.session import load_pictures
-from study.store import Store, StudyRow, TestRow, TrialRow
 
 
 def test_study(
-    store: Store, name: str, number: int | None, *, progress: Progress, command: str
-) -> TestRow:
+    store: Record, name: str, number: int | None, *, progress: Progress, command: str
+) -> Test:
     """Evaluate a trial on the test split and record it; a recorded result is returned as it is.
 
     Args:
@@ -35,15 +36,15 @@ def test_study(
 
     Raises:
         ConfigError: No complete trial, no checkpoint, no test split, or other pictures.
-        StoreError: No such study or trial.
+        RecordError: No such study or trial.
     """
     trial = _chosen(store, store.study(name), number)
     return test_trials(store, name, [trial.number], progress=progress, command=command)[0]
 
 
 def test_trials(
-    store: Store, name: str, numbers: Sequence[int], *, progress: Progress, command: str
-) -> list[TestRow]:
+    store: Record, name: str, numbers: Sequence[int], *, progress: Progress, command: str
+) -> list[Test]:
     """Evaluate trials on the test split and record it; recorded results are returned as they are.
 
     Args:
@@ -55,7 +56,7 @@ def test_trials(
 
     Raises:
         ConfigError: A trial without checkpoint, no test split, or other pictures.
-        StoreError: No such study or trial.
+        RecordError: No such study or trial.
     """
     study = store.study(name)
     known = {row.trial_number: row for row in store.tests(study.id)}
@@ -71,7 +72,7 @@ def test_trials(
 
 
 def _record(
-    store: Store, study: StudyRow, trial: TrialRow, evaluation: Evaluation, command: str
+    store: Record, study: Study, trial: Trial, evaluation: Evaluation, command: str
 ) -> None:
     labels, predicted = evaluation.labels.tolist(), evaluation.predicted.tolist()
     store.add_predictions(trial.id, "test", labels, predicted)
@@ -88,7 +89,7 @@ def _record(
     )
 
 
-def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
+def _chosen(store: Record, study: Study, number: int | None) -> Trial:
     if number is not None:
         trial = store.trial(study.id, number)
     else:
@@ -109,7 +110,7 @@ def _chosen(store: Store, study: StudyRow, number: int | None) -> TrialRow:
     return trial
 
 
-def _pictures(config: StudyConfig, study: StudyRow, progress: Progress) -> ImageData:
+def _pictures(config: StudyConfig, study: Study, progress: Progress) -> ImageData:
     data = load_pictures(config, progress)
     if data.fingerprint != study.data["fingerprint"]:
         raise ConfigError(
@@ -123,7 +124,7 @@ def _pictures(config: StudyConfig, study: StudyRow, progress: Progress) -> Image
     return data
 
 
-def _evaluate(config: StudyConfig, data: ImageData, trial: TrialRow) -> Evaluation:
+def _evaluate(config: StudyConfig, data: ImageData, trial: Trial) -> Evaluation:
     assert data.test is not None, "the pictures were checked"
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     train = card.config

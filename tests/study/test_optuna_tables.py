@@ -14,8 +14,8 @@ from optuna_dashboard import wsgi
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.record.record import Record
 from study.search import run_search
-from study.store import Store
 from support import make_folder
 
 SETTINGS = [
@@ -60,7 +60,7 @@ def _optuna(home: Path) -> optuna.Study:
 def _agree(home: Path) -> None:
     """Assert that a reader of our record and one of Optuna's tables see the same trials."""
     trials = _optuna(home).trials
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
         epochs = {row.number: store.epochs(row.id) for row in rows}
     names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
@@ -87,7 +87,7 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(home:
     assert [trial["state"].upper() for trial in shown] == [
         trial.state.name for trial in _optuna(home).trials
     ]
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         store.delete_study("photos")
     with sqlite3.connect(home / "s.db") as connection:
         assert connection.execute("SELECT * FROM trials").fetchall() == []
@@ -108,7 +108,7 @@ def test_a_process_may_die_before_any_write(
         def dies(*_: object, **__: object) -> None:
             raise _Killed
 
-        patch.setattr(Store, method, dies)
+        patch.setattr(Record, method, dies)
         _run(home, 6)
     before = _optuna(home).trials
     assert [trial.state for trial in before[3:]] == [TrialState.RUNNING]

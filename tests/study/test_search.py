@@ -13,10 +13,11 @@ from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
-from study.read import read_trials
+from study.record.database import RecordError
+from study.record.frames import read_trials
+from study.record.record import Record
 from study.runner import identity
 from study.search import run_search
-from study.store import Store, StoreError
 from study.test_split import test_study as look_at_test_split
 from support import make_folder
 
@@ -62,7 +63,7 @@ def _run(config: StudyConfig, **options: object):
 
 
 def _numbers(home: Path, name: str = "photos") -> list[list[object]]:
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         frame = read_trials(store, name)
     columns = ["number", "state", "origin", "value", "params_freeze_depth", "params_base_lr"]
     return frame[columns].values.tolist()
@@ -90,7 +91,7 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
 ) -> None:
     outcome = _run(_config(home, 6, f"train.monitor={monitor}", 'search.pruner="none"'))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         trials = store.trials(store.study("photos").id)
         epochs = {row.number: store.epochs(row.id) for row in trials}
         (summary,) = store.studies()
@@ -142,7 +143,7 @@ def test_a_copy_of_a_trial_has_its_score(home: Path) -> None:
     (home / "study.toml").write_text("[space]\nworkers = {choices = [0, 1]}\n")
     config = _config(home, 2, 'search.sampler="grid"', "freeze_depth=5")
     _run(config)
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
         assert rows[1].origin == "same as 0"
         assert (rows[1].score, rows[1].value) == (rows[0].score, rows[0].value)
@@ -160,7 +161,7 @@ def test_an_equal_setting_is_not_trained_again(home: Path) -> None:
     config = _config(home, 5, 'search.sampler="random"', 'search.pruner="none"', "base_lr=0.001")
     outcome = _run(config)
     assert outcome.stopped_because == "space exhausted"
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
         trained = [row for row in rows if row.epochs_done]
         repeated = [row for row in rows if row.origin.startswith("same as")]
@@ -176,7 +177,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_study_goes_on(home: Pat
     config = _config(home, 2, 'search.sampler="grid"', "freeze_depth=5")
     outcome = _run(config)
     assert (outcome.counts.complete, outcome.counts.failed) == (1, 1)
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
     (failed,) = [row for row in rows if row.state == "failed"]
     assert failed.reason is not None
@@ -204,13 +205,13 @@ def test_a_batch_larger_than_the_data_is_refused_before_any_trial(home: Path) ->
 def test_weights_are_checked_before_any_trial(home: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         _run(_config(home, 2, 'train.weights="nowhere.pth"'))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         assert store.studies() == []
 
 
 def test_the_test_split_is_read_once_and_recorded(home: Path) -> None:
     outcome = _run(_config(home, 2))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         options = {"progress": QuietProgress(), "command": "study test photos"}
         row = look_at_test_split(store, "photos", None, **options)
         assert row.trial_number == outcome.best_number
@@ -223,7 +224,7 @@ def test_the_test_split_is_read_once_and_recorded(home: Path) -> None:
 
 def test_a_removed_checkpoint_cannot_be_tested(home: Path) -> None:
     _run(_config(home, 3, "study.keep_checkpoints=1", 'search.pruner="none"'))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
         gone = next(row.number for row in rows if row.checkpoint is None)
         with pytest.raises(ConfigError, match="must have its checkpoint"):
@@ -285,7 +286,7 @@ def test_a_killed_study_loses_nothing_and_runs_the_cut_trial_again(home: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert "Trial 2 was cut short when its process died" in done.stdout
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
     states = [(row.number, row.state, row.reason) for row in rows]
     assert states[2] == (2, "failed", "killed")
@@ -308,7 +309,7 @@ def test_one_interrupt_finishes_the_record_and_leaves(home: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         study = store.study("photos").id
         (row,) = store.trials(study)
         (run,) = store.runs(study)
@@ -329,7 +330,7 @@ def test_a_second_process_on_a_running_study_is_refused(home: Path) -> None:
     assert second.returncode == 2
     assert "is being run by process" in second.stderr
     assert "Traceback" not in second.stderr
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         assert store.study("photos").config["study"]["trials"] == 4
 
 
@@ -338,6 +339,6 @@ def test_the_database_is_untouched_when_it_is_not_ours(home: Path) -> None:
         connection.execute("CREATE TABLE theirs (id INTEGER)")
     connection.close()
     before = (home / "s.db").read_bytes()
-    with pytest.raises(StoreError, match="another program"):
+    with pytest.raises(RecordError, match="another program"):
         _run(_config(home, 1))
     assert (home / "s.db").read_bytes() == before

@@ -16,6 +16,9 @@ from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.progress import QuietProgress
+from study.record.database import RecordError
+from study.record.models import Trial
+from study.record.record import Record
 from study.runner import Work
 from study.session import (
     close_killed,
@@ -26,7 +29,6 @@ from study.session import (
     preflight,
     versions,
 )
-from study.store import Store, StoreError
 from support import make_folder
 
 SETTINGS = [
@@ -55,18 +57,18 @@ def _config(home: Path, *settings: str) -> StudyConfig:
     return load_config(home / "study.toml", [*SETTINGS, *settings], flags)
 
 
-def _open(store: Store, config: StudyConfig, **more: object):
+def _open(store: Record, config: StudyConfig, **more: object):
     progress = QuietProgress()
     return open_session(store, config, [config.train], progress=progress, command="test", **more)
 
 
 @pytest.fixture
-def store(home: Path) -> Store:
-    return Store.open(str(home / "s.db"), create=True)
+def store(home: Path) -> Record:
+    return Record.open(str(home / "s.db"), create=True)
 
 
 def test_a_session_enters_the_study_and_signs_off_with_its_reason(
-    home: Path, store: Store
+    home: Path, store: Record
 ) -> None:
     config = _config(home)
     with _open(store, config) as session:
@@ -82,7 +84,7 @@ def test_a_session_enters_the_study_and_signs_off_with_its_reason(
 
 
 def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
-    home: Path, store: Store
+    home: Path, store: Record
 ) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyError), _open(store, _config(home)):
@@ -96,7 +98,7 @@ def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_wish_to_stop(
-    number: signal.Signals, home: Path, store: Store
+    number: signal.Signals, home: Path, store: Record
 ) -> None:
     with _open(store, _config(home)) as session:
         assert not session.work.stop.is_set()
@@ -104,7 +106,7 @@ def test_the_first_signal_is_a_wish_to_stop(
         assert session.work.stop.is_set()
 
 
-def test_one_budget_is_divided_between_memory_and_disk(home: Path, store: Store) -> None:
+def test_one_budget_is_divided_between_memory_and_disk(home: Path, store: Record) -> None:
     with _open(store, _config(home, "study.cache=8GB")) as session:
         cache = session.work.cache
         assert cache is not None and cache.disk is not None
@@ -113,7 +115,7 @@ def test_one_budget_is_divided_between_memory_and_disk(home: Path, store: Store)
 
 
 def test_unasked_the_cache_takes_a_part_of_what_is_free_and_none_where_nothing_is_shared(
-    home: Path, store: Store
+    home: Path, store: Record
 ) -> None:
     with _open(store, _config(home)) as session:
         cache = session.work.cache
@@ -125,19 +127,19 @@ def test_unasked_the_cache_takes_a_part_of_what_is_free_and_none_where_nothing_i
 
 
 def test_another_process_at_work_is_refused_and_nothing_of_the_study_changes(
-    home: Path, store: Store
+    home: Path, store: Record
 ) -> None:
     with _open(store, _config(home)):
         before = store.study("photos")
         with (
-            pytest.raises(StoreError, match="is being run by process"),
+            pytest.raises(RecordError, match="is being run by process"),
             _open(store, _config(home, "study.trials=99")),
         ):
             raise AssertionError("two sessions at once")
         assert store.study("photos") == before
 
 
-def test_another_configuration_is_refused_with_the_difference(home: Path, store: Store) -> None:
+def test_another_configuration_is_refused_with_the_difference(home: Path, store: Record) -> None:
     with _open(store, _config(home)):
         pass
     with (
@@ -151,7 +153,7 @@ def test_another_configuration_is_refused_with_the_difference(home: Path, store:
     assert store.study("photos").config["train"]["epochs"] == 3
 
 
-def test_keys_that_change_no_result_may_change(home: Path, store: Store) -> None:
+def test_keys_that_change_no_result_may_change(home: Path, store: Record) -> None:
     with _open(store, _config(home)):
         pass
     free = ["study.trials=50", "train.workers=0", "ablation.replicates=9"]
@@ -161,7 +163,7 @@ def test_keys_that_change_no_result_may_change(home: Path, store: Store) -> None
     assert (record["study"]["trials"], record["ablation"]["replicates"]) == (50, 9)
 
 
-def test_changed_pictures_are_refused_with_counts(home: Path, store: Store) -> None:
+def test_changed_pictures_are_refused_with_counts(home: Path, store: Record) -> None:
     with _open(store, _config(home)):
         pass
     make_folder(home / "photos", {"red": 15}, seed=3)
@@ -180,7 +182,7 @@ def test_changed_pictures_are_refused_with_counts(home: Path, store: Store) -> N
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_study_is_entered(
-    setting: str, error: type[ValueError], told: str, home: Path, store: Store
+    setting: str, error: type[ValueError], told: str, home: Path, store: Record
 ) -> None:
     with pytest.raises(error, match=told), _open(store, _config(home, setting)):
         raise AssertionError("it began")
@@ -268,22 +270,20 @@ def test_warnings_about_pictures_are_told(home: Path) -> None:
 def _begin(work: Work) -> int:
     trial = work.store.start_trial(work.study_id, {}, {})
     trial.report(0.75, 1)
-    return work.store.begin_trial(
-        work.study_id,
-        trial.number,
-        work.run_id,
+    row = Trial(
+        study_id=work.study_id,
+        number=trial.number,
+        run_id=work.run_id,
         origin="sampler",
         config={},
         config_hash="h",
-        seed=0,
-        backbone="resnet18",
-        freeze_depth=0,
         device="cpu",
     )
+    return work.store.begin_trial(row)
 
 
 def test_close_killed_fails_what_had_not_ended_and_reports_what_had(
-    home: Path, store: Store
+    home: Path, store: Record
 ) -> None:
     with _open(store, _config(home)) as session:
         work = session.work
