@@ -254,7 +254,7 @@ class DesignRow:
         study_id: The ablation's study.
         key: Tells the study's designs apart.
         kind: `ofat`, `loco`, `factorial`, `path` or `screen`.
-        spec: Factors, cells and rules, as `study.designs.Design.to_record` writes them.
+        spec: Factors, cells and rules, as `study.ablation.designs.Design.to_record` writes them.
         command: Command line that last went on with it.
         updated_at: When that was, UTC.
     """

@@ -423,7 +423,7 @@ class Store(Answers):
             study_id: The ablation's study.
             key: Tells the study's designs apart: equal for a design that goes on.
             kind: `ofat`, `loco`, `factorial`, `path` or `screen`.
-            spec: Factors, cells and rules, as `study.designs` writes them.
+            spec: Factors, cells and rules, as `study.ablation.designs` writes them.
             command: Command line.
         """
         values = {"kind": kind, "spec": spec, "command": command, "updated_at": now()}
