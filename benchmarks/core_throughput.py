@@ -28,7 +28,7 @@ from core.device import amp_dtype, choose_device, describe_device, synchronize
 from core.fit import build_for, fit
 from core.models.builder import input_of
 from core.models.freeze_stages import freeze, train_mode
-from core.optim import make_optimizer, parameter_groups
+from core.training.optim import make_optimizer, parameter_groups
 
 
 def make_pictures(folder: Path, n: int, side: int) -> None:

@@ -99,16 +99,6 @@ class TrainConfig:
     scratch), or the path of a safetensors or PyTorch file."""
     image_size: OrNone[int] = Field(default=None, ge=16)
     """Side of the input in pixels; leave out for the size that the weights want."""
-    small_size: OrNone[int] = Field(
-        default=None,
-        ge=16,
-        json_schema_extra={"neutral": None, "neutral_with": {"small_epochs": 0}},
-    )
-    """Side of the training views in the first small_epochs epochs, in pixels (progressive
-    resizing): those epochs are cheaper, evaluation is at image_size all along. Leave out for
-    image_size throughout."""
-    small_epochs: int = Field(default=0, ge=0)
-    """Epochs trained at small_size before those at image_size; 0 for none."""
     normalize: Normalize = Field(default="weights", json_schema_extra={"neutral": "none"})
     """Channel mean and standard deviation: those of the weights, or none ([0, 1])."""
     freeze_depth: int = Field(
@@ -119,10 +109,6 @@ class TrainConfig:
     """How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the
     source classifier's row where a class has the same name), or probe (a logistic regression on
     what the frozen network makes of the training images)."""
-    standardize: bool = True
-    """Where the head alone is trained: train it on features of mean 0 and deviation 1, which rates
-    suit far better; its weights are folded back for the checkpoint. False trains on the features
-    as they are."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=32, ge=1)
@@ -189,8 +175,6 @@ class TrainConfig:
     amp: Amp = "auto"
     """Mixed precision: auto (bf16 on a GPU that has it, else fp16; off on a CPU), bf16, fp16 or
     off."""
-    channels_last: bool = True
-    """Keep images channels-last in memory: faster."""
     compile: bool = False
     """Compile the network with torch.compile."""
     device: str = "auto"
@@ -202,16 +186,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the rules between keys."""
-        small, size = self.small_size, self.image_size
         check_rules(
             self,
             {
                 "mixup and cutmix must not both be on": not (self.mixup and self.cutmix),
-                "small_size and small_epochs must both be set, or both be left out": (
-                    (small is None) == (self.small_epochs == 0)
-                ),
-                "small_epochs must be 0 or < epochs": self.small_epochs in range(self.epochs),
-                "small_size must be < image_size": not (small and size) or small < size,
                 "micro_batch_size must be <= batch_size": (
                     self.micro_batch_size is None or self.micro_batch_size <= self.batch_size
                 ),

@@ -1,140 +1,157 @@
 """Fine-tune one network: a generator of one `EpochMetrics` per epoch."""
 
-import contextlib
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from core.checkpoint import Card, save_checkpoint, write_predictions
+from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.splits import ImageData
-from core.device import (
-    choose_device,
-    deterministic,
-    peak_memory_bytes,
-    seeded,
-)
-from core.epoch import Clock, epoch_metrics
-from core.features import Features, feature_config, frozen_part
-from core.feed import Feed
-from core.head_runs import HeadRun, start_from_probe, trains_head_alone
-from core.metrics import EpochMetrics
+from core.device import choose_device, deterministic, peak_memory_bytes, seeded
+from core.metrics import EpochMetrics, Evaluation, TrainingDiverged
 from core.models.builder import Network, build
+from core.models.freeze_stages import freeze
+from core.models.partition import whole
 from core.models.sources import library_versions
-from core.network_run import NetworkRun
-from core.paused import Best, Epochs, PausedError, restore_paused, write_paused
-from core.prefix_cache import PrefixCache
-from core.sharing import can_share
+from core.probe import probe_head
+from core.training.activations import Activations, evaluation_features, kept_partition
+from core.training.batches import Views
+from core.training.checkpoint import Card, save_checkpoint, write_predictions
+from core.training.resume import Best, TrainingState
+from core.training.trainer import Trainer
 
 _TAG_DROPOUT = 101
-# Backbones that were seen to take views of a size, with the size that they were built for.
-_FIT_FOR_SMALL: set[tuple[str, int, int]] = set()
+# Kernels of these are named well enough to keep arrays for other runs.
+_SHARING_DEVICES = ("cpu", "cuda")
+
+
+class Interrupted(Exception):
+    """The caller asked a run to stop; its state file, if it has one, says where to continue."""
 
 
 def fit(
     config: TrainConfig,
     data: ImageData,
+    *,
+    cache: ArrayCache | None = None,
     checkpoint_dir: Path | None = None,
-    cache: PrefixCache | None = None,
-    pause_file: Path | None = None,
-) -> Epochs:
+    state_file: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Generator[EpochMetrics, None, None]:
     """Fine-tune a network and yield each epoch's figures.
 
-    Equal configuration, data and device give equal figures. The caller stops early by closing
-    the generator; a checkpoint is written only by a run that reaches its last epoch. With
-    `core.paused.pause` it leaves what a later call needs to go on with the next epoch, and that
-    call gives what this one would have given.
+    Equal configuration, data and device give equal figures, with or without cache, and continued
+    from a state file or not. The caller may stop early by closing the generator; a checkpoint is
+    written only by a run that reaches its last epoch.
 
     Args:
         config: What to train, and how.
-        data: Pictures; `train` and `val` are read, `test` never.
+        data: Images; `train` and `val` are read, `test` never.
+        cache: Where outputs of frozen layers are kept for other runs; None keeps none.
         checkpoint_dir: Where the best epoch's weights, card and validation predictions go; None
             to keep nothing.
-        cache: Work shared with other runs of this process; the figures are the same without.
-        pause_file: Where a paused run's state goes, and is taken up from; a file that is not
-            there, is damaged or belongs to another run is passed over, and the run begins at its
-            beginning. It is the caller's to remove.
+        state_file: Where the state of the run goes while it is trained, and is taken up from; one
+            that is missing, damaged or another run's is passed over. It is the caller's to remove.
+        should_stop: Asked after each step, and after each chunk of images that goes through
+            frozen layers; True saves the state and ends the run.
 
     Yields:
         One record per epoch, in order, from the first that is still to be done.
 
     Raises:
+        Interrupted: `should_stop` said so.
         TrainingDiverged: The loss is not a finite number any more.
         ValueError: The backbone, its weights, the device or the batch size cannot be used.
-        OSError: The checkpoint or the pause file cannot be written.
+        OSError: The checkpoint or the state file cannot be written.
     """
+
+    def pulse() -> None:
+        if should_stop():
+            raise Interrupted
+
     check_batch(config, data)
     device = choose_device(config.device)
-    built = build_for(config, data.classes)
-    check_small_size(config, built)
-    best: Best | None = None
-    first = 0
-    with _started(config, built, data, device, cache) as (run, feed):
-        if pause_file is not None:
-            with contextlib.suppress(PausedError):
-                needs_weights = checkpoint_dir is not None
-                first, best = restore_paused(
-                    pause_file, config, data, run, needs_weights=needs_weights
-                )
-        for epoch in range(first, config.epochs):
-            with deterministic(device), seeded(_mixed(config.seed, epoch), device):
+    if cache is None or device.type not in _SHARING_DEVICES:
+        cache = ArrayCache(Path(tempfile.gettempdir()), 0)
+    network = build_for(config, data.classes)
+    network.model.to(device)
+    if config.head_init == "probe":
+        _start_from_probe(config, network, data, cache, pulse)
+    freeze(network.model, network.stages, config.freeze_depth)
+    views = Views(config, network.preprocessing, data, device)
+    part = kept_partition(network, config, device)
+    batches = Activations(config, network, part, views, data, cache, pulse) if part else views
+    trained = part.suffix if part else whole(network, config)
+    trainer = Trainer(config, trained, network.head, batches, device)
+    state = TrainingState(state_file, config, data, trainer)
+    best = state.restore()
+    while (epoch := trainer.position.epoch) < config.epochs:
+        saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
+        with deterministic(device), seeded(_mixed(config.seed, epoch), device):
+            state.restore_random(device)
+            try:
+                for _ in trainer.train_epoch():
+                    pulse()
+                    state.save_if_due(best, device)
                 begin = time.perf_counter()
-                train_loss, data_s, n_images = run.train_epoch(epoch, feed)
-                between = time.perf_counter()
-                evaluation = run.evaluate(feed)
-                end = time.perf_counter()
-            metrics = epoch_metrics(
-                config,
-                epoch,
-                train_loss,
-                evaluation,
-                clock=Clock(data_s, between - begin - data_s, end - between, run.take_shared()),
-                lr_factor=run.lr_factor,
-                n_images=n_images,
-                peak_memory_bytes=peak_memory_bytes(device),
-                micro_batch_size=run.micro_batch_size,
-                best_score=best.metrics.score if best else None,
-            )
-            if metrics.is_best:
-                kept = run.snapshot() if checkpoint_dir else {}
-                best = Best(metrics, evaluation, kept)
-            if (yield metrics) and pause_file is not None:
-                assert best is not None, "an epoch has been done"
-                write_paused(pause_file, config, data, run, epoch + 1, best)
-                return
+                evaluation = trainer.evaluate()
+                eval_s = time.perf_counter() - begin
+            except Interrupted:
+                state.save(best, device)
+                raise
+        metrics = replace(
+            _epoch_metrics(config, trainer, evaluation, best),
+            eval_s=eval_s,
+            peak_memory_bytes=peak_memory_bytes(device),
+            saved_s=cache.saved_s - saved_s,
+            cache_hits=cache.hits - hits,
+            cache_misses=cache.misses - misses,
+        )
+        if metrics.is_best:
+            best = Best(metrics, evaluation, trainer.snapshot())
+        trainer.end_epoch()
+        state.save_if_due(best, device, after_epoch=True)
+        yield metrics
     if checkpoint_dir is not None and best is not None:
-        save_checkpoint(checkpoint_dir, best.weights, make_card(config, built, data, best.metrics))
+        weights = {**network.model.state_dict(), **best.weights}
+        save_checkpoint(checkpoint_dir, weights, make_card(config, network, data, best.metrics))
         write_predictions(checkpoint_dir, best.evaluation)
 
 
-@contextlib.contextmanager
-def _started(
-    config: TrainConfig,
-    built: Network,
-    data: ImageData,
-    device: torch.device,
-    cache: PrefixCache | None,
-) -> Iterator[tuple[NetworkRun | HeadRun, Feed]]:
-    """Make the run that a configuration asks for, with its pictures."""
-    if trains_head_alone(config):
-        prefix = frozen_part(built, config, device)
-        if prefix is not None:
-            with Feed(
-                feature_config(config, len(data.train)), built.preprocessing, data, device
-            ) as feed:
-                features = Features(config, built, data, feed, prefix, cache)
-                yield HeadRun(config, built, data, features), feed
-            return
-    with Feed(config, built.preprocessing, data, device) as feed:
-        if config.head_init == "probe":
-            start_from_probe(config, built, data, feed, cache)
-        run = NetworkRun(config, built, device)
-        if cache is not None and can_share(config, device):
-            run.share(cache, built, data, feed)
-        yield run, feed
+def _epoch_metrics(
+    config: TrainConfig, trainer: Trainer, evaluation: Evaluation, best: Best | None
+) -> EpochMetrics:
+    """Return the figures of the epoch that a trainer has just done."""
+    at = trainer.position
+    if not evaluation.loss < float("inf"):  # NaN, too
+        raise TrainingDiverged(
+            f"the validation loss is no longer finite at epoch {at.epoch}; lower base_lr."
+        )
+    score = evaluation.score(config.monitor)
+    return EpochMetrics(
+        epoch=at.epoch,
+        train_loss=float(trainer.loss_sum) / at.n_images,
+        val_loss=evaluation.loss,
+        val_acc=evaluation.acc,
+        val_balanced_acc=evaluation.balanced_acc,
+        val_macro_f1=evaluation.macro_f1,
+        base_lr=config.base_lr * trainer.lr_factor,
+        head_lr=config.base_lr * config.head_lr_mult * trainer.lr_factor,
+        images_per_s=at.n_images / (at.data_s + at.train_s),
+        data_s=at.data_s,
+        train_s=at.train_s,
+        eval_s=0.0,
+        peak_memory_bytes=0,
+        micro_batch_size=trainer.micro_batch_size,
+        is_best=best is None or score > best.metrics.ranked_by,
+        score=score,
+    )
 
 
 def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Network:
@@ -147,39 +164,8 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Network:
         image_size=config.image_size,
         normalize=config.normalize,
         head_init=config.head_init,
-        channels_last=config.channels_last,
+        channels_last=True,
     )
-
-
-def check_small_size(config: TrainConfig, built: Network) -> None:
-    """Refuse a size of the first epochs' views that the network cannot take.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    size, full = config.small_size, built.preprocessing.image_size
-    if size is None:
-        return
-    if size >= full:
-        raise ValueError(
-            f"small_size must be < {full}, the image_size that {config.backbone} is built for, "
-            f"but got small_size={size!r}. Set it smaller, or leave it and small_epochs out."
-        )
-    network = (config.backbone, full, size)
-    if network in _FIT_FOR_SMALL:
-        return
-    model = built.model.eval()
-    images = next(model.parameters()).new_zeros(1, 3, size, size)
-    try:
-        with torch.no_grad():  # not inference mode: a network may keep what it made
-            model(images)
-    except (AssertionError, RuntimeError, ValueError) as err:  # how networks refuse a size
-        raise ValueError(
-            f"{config.backbone}, built for {full} pixels, cannot take views of "
-            f"small_size={size!r} ({(str(err) or type(err).__name__).splitlines()[0]}). Leave "
-            "small_size and small_epochs out, or take another backbone."
-        ) from err
-    _FIT_FOR_SMALL.add(network)
 
 
 def check_batch(config: TrainConfig, data: ImageData) -> None:
@@ -190,9 +176,27 @@ def check_batch(config: TrainConfig, data: ImageData) -> None:
     """
     if config.batch_size > len(data.train):
         raise ValueError(
-            f"batch_size must be <= the number of training pictures, {len(data.train)}, but got "
+            f"batch_size must be <= the number of training images, {len(data.train)}, but got "
             f"batch_size={config.batch_size!r}. Set it smaller."
         )
+
+
+def _start_from_probe(
+    config: TrainConfig,
+    network: Network,
+    data: ImageData,
+    cache: ArrayCache,
+    pulse: Callable[[], None],
+) -> None:
+    """Set a network's head to the logistic regression on its frozen features."""
+    features, val_features = evaluation_features(network, config, data, cache, pulse)
+    labels, val_labels = (torch.from_numpy(s.labels) for s in (data.train, data.val))
+    found = probe_head(features, labels, val_features, val_labels, len(data.classes))
+    layer = network.model.get_submodule(network.head[0])
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        for own, value in zip((layer.weight, layer.bias), found, strict=True):
+            own.copy_(value)
 
 
 def _mixed(seed: int, *rest: int) -> int:
@@ -200,15 +204,17 @@ def _mixed(seed: int, *rest: int) -> int:
     return int(np.random.SeedSequence((seed, _TAG_DROPOUT, *rest)).generate_state(1, np.uint64)[0])
 
 
-def make_card(config: TrainConfig, built: Network, data: ImageData, metrics: EpochMetrics) -> Card:
+def make_card(
+    config: TrainConfig, network: Network, data: ImageData, metrics: EpochMetrics
+) -> Card:
     """Return what a checkpoint of this run's epoch says of itself."""
     return Card(
         backbone=config.backbone,
         classes=data.classes,
-        preprocessing=built.preprocessing,
+        preprocessing=network.preprocessing,
         config=config,
         metrics=metrics,
-        weights=built.weights,
+        weights=network.weights,
         data={"source": data.source, "fingerprint": data.fingerprint},
         versions=library_versions(),
     )

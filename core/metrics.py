@@ -1,6 +1,14 @@
-"""What an epoch of training tells: one frozen record, free of torch."""
+"""The figures of an epoch, and of an evaluation; free of torch."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.config import Monitor
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,25 +19,22 @@ class EpochMetrics:
         epoch: Counted from 0.
         train_loss: Mean cross-entropy over the training views as they were seen, nats.
         val_loss: Mean cross-entropy on the validation split, nats, without label smoothing.
-        val_acc: Share of validation pictures classified rightly.
-        val_balanced_acc: Mean over classes of the share of the class that was classified rightly.
+        val_acc: Share of validation images classified correctly.
+        val_balanced_acc: Mean over classes of the share of the class classified correctly.
         val_macro_f1: Mean over classes of the F1 score; a class never predicted counts 0.
         base_lr: Backbone's learning rate at the epoch's last step.
         head_lr: Head's learning rate at the epoch's last step.
-        images_per_s: Training pictures per second of the training phase (data and steps).
-        data_s: Time spent waiting for pictures.
+        images_per_s: Training images per second of the training phase (data and steps).
+        data_s: Time spent waiting for inputs.
         train_s: Forward, backward and optimizer.
         eval_s: Evaluation.
         peak_memory_bytes: Largest device memory so far (CUDA), or resident memory of the process.
-        micro_batch_size: Pictures per forward pass; smaller than asked for after an
+        micro_batch_size: Images per forward pass; smaller than asked for after an
             out-of-memory retry.
         is_best: The highest `score` so far, and so the epoch whose weights are kept.
-        saved_s: Seconds that reading shared work saved: what making it had taken.
-        cache_hits: Entries of shared work that were read.
-        cache_misses: Entries that were not there.
-        cache_read_bytes: Bytes that were read, from memory or disk.
-        cache_disk_bytes: Those of them that came from disk.
-        cache_kept_bytes: Bytes of new entries, left for others in memory or on disk.
+        saved_s: Seconds that cached arrays saved: what making them had taken.
+        cache_hits: Cached arrays that were read.
+        cache_misses: Arrays that had to be made.
         score: What epochs and trials are ranked by, in [0, 1], from `Evaluation.score`; None in
             the record of an older version, which ranked by `val_acc`.
     """
@@ -52,9 +57,6 @@ class EpochMetrics:
     saved_s: float = 0.0
     cache_hits: int = 0
     cache_misses: int = 0
-    cache_read_bytes: int = 0
-    cache_disk_bytes: int = 0
-    cache_kept_bytes: int = 0
     score: float | None = None
 
     @property
@@ -65,34 +67,73 @@ class EpochMetrics:
 
 MEASURED = frozenset(
     {"images_per_s", "data_s", "train_s", "eval_s", "peak_memory_bytes", "saved_s"}
-    | {field.name for field in fields(EpochMetrics) if field.name.startswith("cache_")}
+    | {"cache_hits", "cache_misses"}
 )
-"""Figures that a clock, the memory or the cache tells: they are not the same twice."""
+"""Figures of clock, memory and cache: they differ between equal runs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """What a run took from shared work and left there; the fields are `EpochMetrics`' own."""
+class Evaluation:
+    """What a network says about N images of K classes.
 
-    saved_s: float = 0.0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_read_bytes: int = 0
-    cache_disk_bytes: int = 0
-    cache_kept_bytes: int = 0
+    Attributes:
+        labels: True classes, (N,).
+        log_probs: Natural logarithm of each class's probability, (N, K).
+    """
 
-    def share(self, n: int) -> "Shared":
-        """Return one run's part, where n runs read and left it together.
+    labels: IntArray
+    log_probs: FloatArray
 
-        Each of them was served by every entry; seconds and bytes are divided.
+    @property
+    def confusion(self) -> IntArray:
+        """Images by true (row) and predicted (column) class, (K, K)."""
+        n = self.log_probs.shape[1]
+        return np.bincount(self.labels * n + self.predicted, minlength=n * n).reshape(n, n)
+
+    @property
+    def predicted(self) -> IntArray:
+        """The most probable class of each image, (N,)."""
+        return np.asarray(self.log_probs.argmax(axis=1), dtype=np.int64)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats."""
+        return float(-self.log_probs[np.arange(len(self.labels)), self.labels].mean())
+
+    def score(self, monitor: Monitor) -> float:
+        """Return what epochs and trials are ranked by, in [0, 1]; higher is better.
+
+        By `val_acc` the accuracy; by `val_loss` exp(-`loss`), the geometric mean of the
+        probability that the true class is given.
         """
-        return replace(
-            self,
-            saved_s=self.saved_s / n,
-            cache_read_bytes=self.cache_read_bytes // n,
-            cache_disk_bytes=self.cache_disk_bytes // n,
-            cache_kept_bytes=self.cache_kept_bytes // n,
-        )
+        return self.acc if monitor == "val_acc" else float(np.exp(-self.loss))
+
+    @property
+    def n_correct(self) -> int:
+        """Images classified correctly."""
+        return int((self.predicted == self.labels).sum())
+
+    @property
+    def acc(self) -> float:
+        """Share of images classified correctly."""
+        return self.n_correct / len(self.labels)
+
+    @property
+    def balanced_acc(self) -> float:
+        """Mean over the classes that occur of the share classified correctly."""
+        confusion = self.confusion
+        truth = confusion.sum(axis=1)
+        present = truth > 0
+        return float((np.diag(confusion)[present] / truth[present]).mean())
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur or are predicted."""
+        confusion = self.confusion
+        hits = np.diag(confusion)
+        marked = confusion.sum(axis=0) + confusion.sum(axis=1)
+        seen = marked > 0
+        return float((2 * hits[seen] / marked[seen]).mean())
 
 
 class TrainingDiverged(RuntimeError):

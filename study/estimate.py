@@ -117,8 +117,7 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
 
 def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
     """Add up a trial's steps."""
-    epoch_s = len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s
-    return train.epochs * epoch_s
+    return train.epochs * (len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s)
 
 
 def _levels(dimension: Dimension | None, fixed: int) -> list[int]:
@@ -136,8 +135,7 @@ def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> Backbo
     side = built.preprocessing.image_size
     batch = min(train.batch_size, train.micro_batch_size or train.batch_size)
     images = torch.randn(batch, 3, side, side, device=device)
-    if train.channels_last:
-        images = images.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
     model = built.model.to(device)
     full = _seconds(train, model, built, images, 0, device)
     top = _seconds(train, model, built, images, MAX_FREEZE_DEPTH, device)

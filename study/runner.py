@@ -17,14 +17,14 @@ import torch
 from optuna.trial import Trial
 from PIL import Image
 
-from core.checkpoint import PREDICTIONS_FILE
+from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, describe_device
 from core.fit import fit
 from core.metrics import TrainingDiverged
 from core.models.builder import count_parameters
-from core.prefix_cache import PrefixCache
+from core.training.checkpoint import PREDICTIONS_FILE
 from study.progress import CUT_SHORT, Progress
 from study.store import PictureRow, Store, config_hash, params_of
 
@@ -81,7 +81,7 @@ class Work:
     output: Path
     progress: Progress
     stop: threading.Event
-    cache: PrefixCache | None = None
+    cache: ArrayCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,9 @@ def run_trial(
     value, score, best_epoch, epochs_done = None, None, None, 0
     state, reason, fatal = "complete", None, None
     try:
-        with contextlib.closing(fit(config, work.data, folder, work.cache)) as epochs:
+        with contextlib.closing(
+            fit(config, work.data, cache=work.cache, checkpoint_dir=folder)
+        ) as epochs:
             for metrics in epochs:
                 epochs_done = metrics.epoch + 1
                 if metrics.is_best:

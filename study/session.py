@@ -14,15 +14,13 @@ import platformdirs
 import psutil
 from optuna.trial import TrialState
 
+from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.splits import ImageData, load_data
 from core.device import choose_device, describe_device
-from core.disk_entries import DiskEntries
 from core.fit import build_for
-from core.head_runs import check_probe
 from core.models.builder import input_of
 from core.models.sources import library_versions
-from core.prefix_cache import PrefixCache
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
 from study.config.study_config import StudyConfig, config_diff
@@ -33,9 +31,6 @@ from study.store import Store
 # The store keeps pictures this much larger than a network looks at, so that random crops of them
 # still have detail. Assumption.
 _STORE_MARGIN = 1.25
-# Of the memory that is free: training and the system's own cache of pictures need the rest.
-# Assumption.
-_SHARE_OF_FREE = 0.25
 # Of the disk that is free: pictures and checkpoints need it, too. Assumption.
 _SHARE_OF_FREE_DISK = 0.1
 
@@ -100,20 +95,16 @@ def open_session(
             store.end_run(run_id, session.because)
 
 
-def _cache(config: StudyConfig) -> PrefixCache | None:
+def _cache(config: StudyConfig) -> ArrayCache | None:
     """Make room for shared work; None where nothing is to be shared."""
     budget: int | None = config.study.cache
     if budget == 0:
         return None
-    # Beside the decoded pictures, as core.data.splits places them.
-    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "entries"
+    # Beside the decoded images, as core.data.splits places them.
+    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "arrays"
     if budget is None:
-        memory = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
-        on_disk = min(memory, _free_disk(folder))
-    else:
-        on_disk = budget // 2
-        memory = budget - on_disk
-    return PrefixCache(memory, DiskEntries(folder, on_disk) if on_disk else None)
+        budget = _free_disk(folder)
+    return ArrayCache(folder, budget)
 
 
 def _free_disk(folder: Path) -> int:
@@ -203,16 +194,10 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         choose_device(train.device)
         network = (
             train.backbone, train.weights, train.image_size, train.normalize,
-            train.head_init == "probe",
         )  # fmt: skip
         if network not in built:
             built.add(network)
-            made = build_for(train, data.classes)
-            if train.head_init == "probe":
-                try:
-                    check_probe(train, made)
-                except ValueError as err:
-                    raise ConfigError(f"train: {err}") from err
+            build_for(train, data.classes)
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(

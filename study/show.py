@@ -188,17 +188,10 @@ def say_shared(epochs: Sequence[EpochMetrics]) -> str:
     """Say what a trial took from shared work, and what it left for others."""
     if not epochs:
         return "-"
-    hits, misses, read, from_disk, kept = (
-        sum(getattr(row, f"cache_{name}") for row in epochs)
-        for name in ("hits", "misses", "read_bytes", "disk_bytes", "kept_bytes")
-    )
-    told = format_duration(sum(row.saved_s for row in epochs))
-    if hits + misses == 0:
-        return told
-    return (
-        f"{told} ({hits} of {hits + misses} entries were there: {format_bytes(read)}, "
-        f"{format_bytes(from_disk)} of it from disk; {format_bytes(kept)} left for others)"
-    )
+    hits = sum(row.cache_hits for row in epochs)
+    misses = sum(row.cache_misses for row in epochs)
+    saved = format_duration(sum(row.saved_s for row in epochs))
+    return f"{saved} ({hits} of {hits + misses} arrays were there)" if hits + misses else saved
 
 
 def epochs_table(epochs: Sequence[EpochMetrics]) -> Table:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import load_checkpoint
 from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device
-from core.evaluate import Evaluation, evaluate
-from core.feed import Normalizer, eval_batches, view_spec
+from core.metrics import Evaluation
+from core.training.batches import Normalizer, eval_batches, view_spec
+from core.training.checkpoint import load_checkpoint
+from core.training.trainer import evaluate
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.progress import Progress
@@ -127,7 +128,7 @@ def _evaluate(config: StudyConfig, data: ImageData, trial: TrialRow) -> Evaluati
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     train = card.config
     device = choose_device(config.train.device)
-    normalize = Normalizer(card.preprocessing, device, train.channels_last)
+    normalize = Normalizer(card.preprocessing, device)
     spec = view_spec(train, card.preprocessing)
     batches = map(normalize, eval_batches(data.test, spec, device))
     dtype = amp_dtype(train.amp, device)

@@ -1,20 +1,13 @@
 """What several tests need: small folders of real picture files, and the shared photo sets."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from PIL import Image
-
-from core.config import TrainConfig
-from core.heads import Lane
-from core.network_run import NetworkRun
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -60,27 +53,3 @@ def distributions_of(*params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
         else:
             found[name] = CategoricalDistribution(values)
     return found
-
-
-@contextmanager
-def step_losses() -> Iterator[dict[TrainConfig, list[float]]]:
-    """Collect the loss of every training step that is taken meanwhile, by the run's settings."""
-    losses: dict[TrainConfig, list[float]] = defaultdict(list)
-    step, heads_step = NetworkRun._accumulate, Lane._take_step
-
-    def of_network(run: Any, *args: Any) -> Any:
-        loss = step(run, *args)
-        losses[run.config].append(loss.item())
-        return loss
-
-    def of_heads(lane: Any, *args: Any) -> Any:
-        loss = heads_step(lane, *args)
-        for config, value in zip(lane.configs, loss.tolist(), strict=True):
-            losses[config].append(value)
-        return loss
-
-    with (
-        mock.patch.object(NetworkRun, "_accumulate", of_network),
-        mock.patch.object(Lane, "_take_step", of_heads),
-    ):
-        yield losses

@@ -5,8 +5,7 @@ image rows, each output column of image columns. For a batch this is two batched
 products with weights built from the crop boxes, the flip folded into the column weights.
 """
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 from core.data.draws import (
     FloatArray,
     IntArray,
-    batch_positions,
     crop_boxes,
-    epoch_order,
     eval_boxes,
     flips,
     view_draws,
@@ -63,28 +60,17 @@ class DeviceViews:
             image = torch.from_numpy(np.array(split.store.image(index)))
             h, w = self.sizes[row]
             self.pixels[row, :, :h, :w] = image.permute(2, 0, 1).to(device)
-        self.labels = torch.from_numpy(split.labels).to(device)
 
-    def of(self, spec: ViewSpec) -> "DeviceViews":
-        """Return views of another spec on the same images."""
-        if spec == self.spec:
-            return self
-        views = copy.copy(self)
-        views.spec = spec
-        return views
-
-    def epoch(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over an epoch: views float in [0, 255], (B, 3, S, S), and labels (B,)."""
-        order = epoch_order(len(self.split), seed, epoch)
+    def epoch(self, seed: int, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+        """Iterate over views of an epoch at these positions, float in [0, 255], (B, 3, S, S)."""
         boxes, mirrored = self._boxes(seed, epoch)
         # One copy an epoch; whole numbers of pixels and the fractions of a resize fit 32 bits.
-        table = np.concatenate([boxes, mirrored[:, None]], axis=1)[order].astype(np.float32)
-        rows, positions = (torch.from_numpy(a).to(self.device) for a in (table, order))
-        at = 0
-        for batch in batch_positions(order, batch_size):
-            part, which = rows[at : at + len(batch)], positions[at : at + len(batch)]
-            at += len(batch)
-            yield self.views(which, part[:, :4], part[:, 4] > 0), self.labels[which]
+        table = np.concatenate([boxes, mirrored[:, None]], axis=1).astype(np.float32)
+        rows = torch.from_numpy(table).to(self.device)
+        for positions in batches:
+            which = torch.from_numpy(positions).to(self.device)
+            part = rows[which]
+            yield self.views(which, part[:, :4], part[:, 4] > 0)
 
     def _boxes(self, seed: int, epoch: int) -> tuple[FloatArray, FloatArray]:
         if self.spec.augment == "none":

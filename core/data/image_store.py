@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from core.cache import FULL_DISK, prune, size_bytes
 from core.data.decode import UInt8Array, decode_rgb, strict_and_quiet
 from core.data.draws import IntArray
 from core.data.sources import DataError, LabelledImage
 from core.device import usable_cores
-from core.picture_room import prune
 
 Progress = Callable[[int, int], None]
 
@@ -31,7 +32,10 @@ _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
 # These are faults of the machine, not of the image, and must not be kept as the image's.
 _MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Stores may take this share of what the disk has free and what they take already. Assumption.
+_SHARE_OF_DISK = 0.5
+# A store that was used since then may be somebody's: it stays, whatever it takes. Assumption.
+_IN_USE_S = 24 * 3600.0
 
 
 class ImageStore:
@@ -146,11 +150,20 @@ def _build(
     try:
         _decode_all(images, bound, folder, progress)
     except OSError as err:
-        if err.errno not in _FULL_DISK or not prune(folder.parent, 0):
+        if err.errno not in FULL_DISK:
             raise
+        prune(_stores(folder.parent), 0, unused_s=_IN_USE_S)
         _decode_all(images, bound, folder, progress)
-    prune(folder.parent)
+    stores = _stores(folder.parent)
+    free = shutil.disk_usage(folder).free + sum(map(size_bytes, stores))
+    prune(stores, int(_SHARE_OF_DISK * free), unused_s=_IN_USE_S)
     return ImageStore(folder)
+
+
+def _stores(folder: Path) -> list[Path]:
+    """List the stores of a folder; whatever else lies there is left alone."""
+    named = (path for path in folder.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name))
+    return [path for path in named if path.is_dir() and not path.is_symlink()]
 
 
 def _decode_all(
@@ -216,7 +229,7 @@ def _decoded(
 
 def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
     need = 4 * n * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
-    why = "the disk is full" if err.errno in _FULL_DISK else str(err)
+    why = "the disk is full" if err.errno in FULL_DISK else str(err)
     return DataError(
         f"decoded images cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; free "
         "some disk, set data.cache_dir to another folder, or set data.store_size lower."

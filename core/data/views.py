@@ -1,7 +1,7 @@
 """Seeded views: (seed, epoch, position) decides an image's crop, flip and augmentation."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +16,7 @@ from core.config import Augment
 from core.data.draws import (
     FloatArray,
     IntArray,
-    batch_positions,
     crop_boxes,
-    epoch_order,
     flips,
     policy_seeds,
     resized_size,
@@ -152,51 +150,46 @@ def _apply_seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int
 
 _Key = tuple[int, IntArray]
 """A batch: its epoch and its images' positions."""
-Batch = tuple[Tensor, Tensor, IntArray]
 
 
-class _TrainViews(Dataset[Batch]):
+class _TrainViews(Dataset[Tensor]):
     """Makes batches by key; keeps the current epoch's draws."""
 
     def __init__(self, split: Split, spec: ViewSpec, seed: int) -> None:
-        self.split, self.spec, self.seed = split, spec, seed
+        self.split = split
+        self.spec = spec
+        self.seed = seed
         self._epoch = -1
-        self._draws: FloatArray = view_draws(0, seed, 0)
 
-    def __getitem__(self, key: _Key) -> Batch:
+    def __getitem__(self, key: _Key) -> Tensor:
         epoch, positions = key
         if epoch != self._epoch:
             self._epoch = epoch
             self._draws = view_draws(len(self.split), self.seed, epoch)
-        views = train_views(self.split, positions, self.spec, self._draws)
-        return views, torch.from_numpy(self.split.labels[positions]), positions
+        return train_views(self.split, positions, self.spec, self._draws)
 
 
 class Loader:
-    """Batches of training views, made in this process or in worker processes.
+    """Training views by (epoch, positions), made here or by worker processes.
 
-    The numbers do not depend on how many workers there are. Workers live until `close`.
+    The numbers do not depend on how many workers there are. Workers live as long as the loader.
 
     Args:
         split: Images.
-        spec: What a view is.
-        seed: The run's seed.
-        batch_size: Images per batch.
+        spec: How views are made.
+        seed: Seed of the run.
         workers: Loader processes; 0 makes views in this one.
     """
 
-    def __init__(
-        self, split: Split, spec: ViewSpec, seed: int, batch_size: int, workers: int
-    ) -> None:
+    def __init__(self, split: Split, spec: ViewSpec, seed: int, workers: int) -> None:
         self._views = _TrainViews(split, spec, seed)
-        self._batch_size, self._workers = batch_size, workers
+        self._workers = workers
         self._keys: list[_Key] = []  # the epoch's; the loader reads them at each iteration
-        self._loader: DataLoader[Batch] | None = None
+        self._loader: DataLoader[Tensor] | None = None
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Iterate over an epoch: views uint8 (B, 3, S, S), labels (B,), positions (B,)."""
-        order = epoch_order(len(self._views.split), self._views.seed, epoch)
-        self._keys[:] = [(epoch, batch) for batch in batch_positions(order, self._batch_size)]
+    def epoch(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+        """Iterate over views of an epoch at these positions, uint8 (B, 3, S, S)."""
+        self._keys[:] = [(epoch, positions) for positions in batches]
         if not self._workers:
             yield from map(self._views.__getitem__, self._keys)
             return
@@ -205,10 +198,10 @@ class Loader:
             warnings.filterwarnings("ignore", "This DataLoader will create")
             if self._loader is None:
                 self._loader = self._start_workers()
-            batches = iter(self._loader)
-        yield from batches
+            made = iter(self._loader)
+        yield from made
 
-    def _start_workers(self) -> DataLoader[Batch]:
+    def _start_workers(self) -> DataLoader[Tensor]:
         return DataLoader(
             self._views,
             batch_size=None,  # a key is a whole batch already
@@ -221,10 +214,6 @@ class Loader:
             # Else the loader draws its seeds from the generator that dropout uses.
             generator=torch.Generator(),
         )
-
-    def close(self) -> None:
-        """End the workers."""
-        self._loader = None
 
 
 def _unchanged(batch: Any) -> Any:

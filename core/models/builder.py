@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from core.allocator import keep_freed_memory
 from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing
+from core.device import keep_freed_memory
 from core.models import weights as weights_
 from core.models.freeze_stages import Stages, find_stages
 from core.models.sources import Classifier, State, create, find_source, imagenet_classes

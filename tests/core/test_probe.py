@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from core.heads import Coordinates
 from core.probe import _MOST_STEPS, _solve, probe_head
 
 N, F, K = 90, 8, 3
@@ -20,7 +19,7 @@ def _points(seed: int, n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_one_strength_gives_scikit_learn_s_solution() -> None:
     points, labels = _points(0)
-    table = Coordinates.of(points).apply(points).double()
+    table = torch.nn.functional.pad(points.double(), (0, 1), value=1.0)
     hot = torch.nn.functional.one_hot(labels, K).double()
     head = _solve(table, hot, 0.1, torch.zeros(K, F + 1, dtype=torch.float64), _MOST_STEPS)
     reference = LogisticRegression(C=1 / (0.1 * N), tol=1e-8, max_iter=1000)
@@ -35,13 +34,13 @@ def test_the_strength_with_the_lowest_validation_loss_is_taken() -> None:
     val_points, val_labels = _points(2, 60)
     weight, bias = probe_head(points, labels, val_points, val_labels, K)
     chosen = torch.nn.functional.cross_entropy(val_points @ weight.t() + bias, val_labels)
-    coordinates = Coordinates.of(points)
-    table = coordinates.apply(points).double()
+    std, mean = torch.std_mean(points.double(), dim=0, correction=0)
+    table = torch.nn.functional.pad((points.double() - mean) / std, (0, 1), value=1.0)
     hot = torch.nn.functional.one_hot(labels, K).double()
     for strength in (10.0, 0.003):
         head = _solve(table, hot, strength, torch.zeros(K, F + 1, dtype=torch.float64), 200)
-        other_weight, other_bias = coordinates.back(head.float())
-        logits = val_points @ other_weight.t() + other_bias
+        inputs = torch.nn.functional.pad((val_points.double() - mean) / std, (0, 1), value=1.0)
+        logits = inputs @ head.t()
         assert chosen <= torch.nn.functional.cross_entropy(logits, val_labels) + 1e-6
 
 

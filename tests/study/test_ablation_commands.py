@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint import PREDICTIONS_FILE
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
+from core.training.checkpoint import PREDICTIONS_FILE
 from study.__main__ import main
 from study.config.load import load_config
 from study.progress import QuietProgress

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.cache import prune
 from core.data.decode import decode_rgb
 from core.data.image_store import ImageStore, build_store
 from core.data.sources import DataError, LabelledImage
-from core.picture_room import prune
 from support import make_folder
 
 
@@ -178,9 +178,11 @@ def test_a_store_that_a_trial_uses_is_not_pruned(tmp_path: Path) -> None:
     for use in (store.mark_used, lambda: build_store(images, 30, tmp_path / "cache")):
         os.utime(store.folder, (0, 0))
         use()
-        assert prune(store.folder.parent, 0) == 0
+        prune([store.folder], 0, unused_s=24 * 3600)
+        assert store.folder.is_dir()
     os.utime(store.folder, (0, 0))
-    assert prune(store.folder.parent, 0) > 0
+    prune([store.folder], 0, unused_s=24 * 3600)
+    assert not store.folder.is_dir()
     assert _stores(tmp_path) == []
     assert store.image(1).shape[2] == 3  # its map outlives its folder
     assert build_store(images, 30, tmp_path / "cache").is_sound()

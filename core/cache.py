@@ -1,0 +1,229 @@
+"""Arrays that runs share: memory-mapped `.npy` files in one folder, under one budget of bytes."""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PARTIAL = "partial-"
+"""How the names of files and folders begin that are not whole yet."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_log = logging.getLogger(__name__)
+# An array used within the hour is likely to be read again by the study that made it, and views
+# that do not fit would evict each other in a circle. Assumption.
+_IN_USE_S = 3600.0
+# A partial array this old was left by a killed process: writing one takes minutes. Assumption.
+_ABANDONED_S = 24 * 3600.0
+
+
+class ArrayCache:
+    """Arrays by key, one file each; what does not fit the budget is temporary.
+
+    Several processes may use one folder. The system's page cache keeps in memory what is read
+    often, and takes that memory back when it is needed.
+
+    Args:
+        folder: Where the files lie.
+        budget: Most bytes that they take together; 0 makes every array temporary.
+
+    Attributes:
+        hits: Arrays that were there.
+        misses: Arrays that were made.
+        saved_s: Seconds that making the arrays that were there had taken.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder = folder
+        self.budget = budget
+        self.hits, self.misses, self.saved_s = 0, 0, 0.0
+        remove_abandoned(folder, _ABANDONED_S)
+
+    def get(self, key: str, rows: int, make: Callable[[], Iterator[Tensor]]) -> Tensor | None:
+        """Return the array of a key, made where it is not there.
+
+        Args:
+            key: Names everything that decides the array's bits.
+            rows: Its length.
+            make: Gives its rows in order, in chunks on the CPU, bf16, float or integer.
+
+        Returns:
+            The array, (rows, ...), as a private map: writing into it changes no file. None where
+            the disk is full.
+
+        Raises:
+            OSError: The folder cannot be written, for another reason than a full disk.
+        """
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        for path in sorted(self.folder.glob(f"{name}.*.npy")):
+            found = _opened(path, rows)
+            if found is not None:
+                self.hits += 1
+                self.saved_s += int(path.name.split(".")[1]) / 1000
+                return found
+        self.misses += 1
+        try:
+            return self._write(name, rows, make)
+        except OSError as err:
+            if err.errno not in FULL_DISK:
+                raise
+            _log.warning("%s is full: frozen outputs are computed at each step.", self.folder)
+            return None
+
+    def _write(self, name: str, rows: int, make: Callable[[], Iterator[Tensor]]) -> Tensor:
+        begin = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=PARTIAL, dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                size = 0
+                for chunk in make():
+                    values = _stored(chunk)
+                    if not size:
+                        shape = (rows, *values.shape[1:])
+                        _write_header(file, shape, values.dtype)
+                        size = int(np.prod(shape)) * values.itemsize
+                        is_kept = self._make_room(size, is_narrow=values.ndim == 2)
+                    file.write(np.ascontiguousarray(values).data)
+                file.flush()
+                if is_kept:
+                    os.fsync(file.fileno())
+            array = _mapped(Path(partial), rows)
+            if is_kept:
+                spent_ms = round(1000 * (time.perf_counter() - begin))
+                os.replace(partial, self.folder / f"{name}.{spent_ms}.npy")
+            return array
+        finally:  # a temporary array lives on in its map
+            Path(partial).unlink(missing_ok=True)
+
+    def _make_room(self, size: int, *, is_narrow: bool) -> bool:
+        """Say whether a new array may stay, once others made room for it.
+
+        Rows of features save the whole network for a few bytes, so they may evict wider rows
+        that are in use; on the disk these live on as long as they are mapped.
+        """
+        left = self.budget - size
+        arrays = list(self.folder.glob("*.npy"))
+        if left < 0:
+            return False
+        taken = prune(arrays, left, unused_s=_IN_USE_S)
+        if taken > left and is_narrow:
+            wide = [path for path in arrays if path.exists() and _is_wide(path)]
+            others = taken - sum(map(size_bytes, wide))
+            taken = others + prune(wide, left - others, unused_s=0.0)
+        return taken <= left
+
+
+def _opened(path: Path, rows: int) -> Tensor | None:
+    """Return an array that is there and whole, marked as used."""
+    try:
+        array = _mapped(path, rows)
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
+    return array
+
+
+def _mapped(path: Path, rows: int) -> Tensor:
+    values: Any = np.load(path, mmap_mode="c")  # copy on write: nobody can damage the file
+    if len(values) != rows or path.stat().st_size != values.offset + values.nbytes:
+        raise ValueError(f"{path} is not whole")
+    array = torch.from_numpy(values)
+    return array.view(torch.bfloat16) if array.dtype is torch.int16 else array
+
+
+def _stored(chunk: Tensor) -> NDArray[Any]:
+    """Return a chunk as NumPy has it, which knows no bf16."""
+    chunk = chunk.detach()
+    values: NDArray[Any] = (
+        chunk.view(torch.int16) if chunk.dtype is torch.bfloat16 else chunk
+    ).numpy()
+    return values
+
+
+def _write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)  # padded to 64 bytes
+
+
+def _is_wide(path: Path) -> bool:
+    try:
+        return bool(np.load(path, mmap_mode="r").ndim > 2)
+    except (OSError, ValueError):
+        return True
+
+
+def prune(paths: Iterable[Path], budget: int, *, unused_s: float) -> int:
+    """Remove files or folders, the least recently used first, until the rest fits the budget.
+
+    Args:
+        paths: What may go; its time of modification says when it was used.
+        budget: Most bytes that may stay.
+        unused_s: What was used within so many seconds stays, whatever it takes.
+
+    Returns:
+        Bytes of what stays.
+    """
+    sizes = {path: size_bytes(path) for path in paths}
+    taken = sum(sizes.values())
+    for path in sorted(sizes, key=_used_at):
+        if taken <= budget:
+            break
+        # Looked up again: another process may have used it by now.
+        if time.time() - _used_at(path) >= unused_s and _remove(path):
+            taken -= sizes[path]
+    return taken
+
+
+def remove_abandoned(folder: Path, unused_s: float = _ABANDONED_S) -> None:
+    """Remove what killed processes left half written."""
+    prune(folder.glob(f"{PARTIAL}*"), 0, unused_s=unused_s)
+
+
+def size_bytes(path: Path) -> int:
+    """Return what a file takes, or all files of a folder; 0 where it is gone."""
+    try:
+        if path.is_dir():
+            return sum(inner.stat().st_size for inner in path.iterdir())
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _used_at(path: Path) -> float:
+    """Return when something was last used, seconds since 1970; now, where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file or folder, at once for whoever looks for it; False where that is refused."""
+    try:
+        if not path.is_dir():
+            path.unlink()
+            return True
+        aside = path.with_name(f"{PARTIAL}{path.name}-{time.time_ns()}")
+        os.replace(path, aside)
+    except OSError:
+        return not path.exists()  # another process was as fast
+    shutil.rmtree(aside, ignore_errors=True)
+    return True

@@ -1,0 +1,150 @@
+"""What decides an array's bits, as one text that is the same in every process.
+
+A key that left out something that decides bits would serve wrong numbers, so keys hold contents
+(of images as decoded, of frozen weights), never paths or times alone, and all of them name the
+libraries, the processor and Frostline's own source.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.data.splits import Split
+from core.device import kernels_of
+from core.models.builder import Network
+from core.models.sources import library_versions
+from core.models.weights import fingerprint
+
+# Variables by which the mathematical libraries are told to compute differently.
+_DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
+# Lines of /proc/cpuinfo by which libraries choose their kernels and block sizes.
+_CPU_LINES = ("model name", "flags", "Features", "cache size")
+
+
+def key_text(part: object) -> str:
+    """Write numbers, texts, None, and tuples and dataclasses of them as one text.
+
+    Raises:
+        TypeError: A part is something else, whose text would differ between processes.
+    """
+    if part is None or type(part) in (bool, int, float, str):
+        return repr(part)
+    if isinstance(part, tuple):
+        return f"({','.join(map(key_text, part))})"
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        named = [f"{f.name}={key_text(getattr(part, f.name))}" for f in dataclasses.fields(part)]
+        return f"{type(part).__name__}({','.join(named)})"
+    raise TypeError(f"a key must hold numbers and texts, but got a {type(part).__name__}.")
+
+
+def images_key(split: Split) -> str:
+    """Name a split's images as they were decoded, in their order."""
+    found = hashlib.sha256()
+    for part in (split.store.checksums[split.indices], split.store.sizes[split.indices]):
+        found.update(np.ascontiguousarray(part).data)
+    return f"{len(split)} {found.hexdigest()}"
+
+
+def prefix_key(
+    config: TrainConfig,
+    network: Network,
+    device: torch.device,
+    make_prefix: Callable[[], torch.nn.Module],
+) -> str:
+    """Name what a network's frozen layers make of views, with all that surrounds them.
+
+    Args:
+        config: Backbone, freeze level and precision.
+        network: Its network; frozen layers are as they were built.
+        device: Where they compute.
+        make_prefix: Gives the frozen layers.
+    """
+    size, depth = network.preprocessing.image_size, config.freeze_depth
+    origin = _origin(config, network)
+    place = (origin, config.backbone, size, depth)
+    digest = _DIGESTS.get(place) or weights_digest(make_prefix().state_dict())
+    if origin is not None:
+        _DIGESTS[place] = digest
+    return key_text(
+        (
+            config.backbone,
+            depth,
+            digest,
+            network.preprocessing,
+            config.amp,
+            torch.get_num_threads(),
+            kernels_of(device),
+            surroundings(),
+        )
+    )
+
+
+_DIGESTS: dict[Hashable, str] = {}
+"""Digests of frozen weights; hashing 14 MB takes 12 ms, a third of a warm head-only run."""
+
+
+def _origin(config: TrainConfig, network: Network) -> Hashable:
+    """Name where a network's values come from; None where only they themselves say."""
+    if network.weights == "none":
+        head = network.model.get_parameter(f"{network.head[0]}.weight")
+        return ("seed", config.seed, len(head))  # a wider head may draw before the trunk does
+    return fingerprint(config.backbone, network.weights)
+
+
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, types and shapes."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        values = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def source_digest(folder: Path) -> str:
+    """Digest all source of a package: what makes views and cuts networks is somewhere in it."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+# Taken when the source is loaded, since it may be replaced while a study runs.
+SOURCE = source_digest(Path(__file__).parent)
+
+
+@functools.cache
+def surroundings() -> str:
+    """Name what decides bits beside settings: libraries, processor, variables, our source."""
+    variables = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith(_DECIDING))
+    return key_text(
+        (
+            *((name, str(version)) for name, version in library_versions().items()),
+            ("numpy", np.__version__),
+            ("capability", torch.backends.cpu.get_cpu_capability()),
+            ("processor", _processor()),
+            # PyTorch leaves it without types.
+            ("mkldnn", torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
+            ("variables", *variables),
+            ("source", SOURCE),
+        )
+    )
+
+
+def _processor() -> str:
+    """Describe the processor; the first of several, which are alike."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kept = [line for line in lines if line.startswith(_CPU_LINES)]
+    return "\n".join((platform.machine(), *kept))

@@ -1,0 +1,216 @@
+"""A network cut at a freeze level: the frozen prefix, and the part behind it that is trained."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from core.config import TrainConfig
+from core.models.builder import Network
+from core.models.freeze_stages import train_mode
+from core.models.fx_graph import trace_nodes
+
+# Numbers beside the tensor must be the same for both, or they depend on the batch.
+_PROBE_BATCHES = (2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """What is trained of a network: all of it, or what lies behind a cut.
+
+    Attributes:
+        module: The network's own layers, under their own names.
+        set_train_mode: Puts the module in training mode, but for what is frozen.
+        to_evaluate: Gives what a copy of the module does in evaluation, where that is traced
+            apart.
+    """
+
+    module: nn.Module
+    set_train_mode: Callable[[], None]
+    to_evaluate: Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A network cut at a freeze level.
+
+    Attributes:
+        make_prefix: Gives the frozen part, in eval mode: images (N, 3, S, S) to rows (N, ...).
+        suffix: What is trained: rows to logits, (N, K).
+        row_shape: Shape of one row.
+        is_linear: Whether the suffix is one linear layer and nothing else.
+    """
+
+    make_prefix: Callable[[], nn.Module]
+    suffix: Trainable
+    row_shape: tuple[int, ...]
+    is_linear: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where a network is cut: graphs that hold names only, for any network of the build."""
+
+    prefix: fx.Graph
+    train_suffix: fx.Graph
+    eval_suffix: fx.Graph
+    row_shape: tuple[int, ...]
+
+
+_PLANS: dict[Hashable, _Plan | None] = {}
+
+
+def keeps_statistics(config: TrainConfig, network: Network) -> bool:
+    """Say whether the batch norms of trained layers keep the source's statistics."""
+    is_pretrained = network.weights != "none"
+    return config.batch_norm == "frozen" or (config.batch_norm == "auto" and is_pretrained)
+
+
+def whole(network: Network, config: TrainConfig) -> Trainable:
+    """Return the whole network as what is trained; its frozen stages stay in eval mode."""
+
+    def set_train_mode() -> None:
+        train_mode(
+            network.model,
+            network.stages,
+            config.freeze_depth,
+            freeze_statistics=keeps_statistics(config, network),
+        )
+
+    return Trainable(network.model, set_train_mode, lambda module: module)
+
+
+def cut(network: Network, config: TrainConfig) -> Partition | None:
+    """Cut a network at the configuration's freeze level, 1 or more.
+
+    Both parts hold the network's own layers, and together do exactly what it does.
+
+    Returns:
+        None where rows could not be kept: the frozen part differs between training and
+        evaluation, or hands over more than one tensor, or a number that depends on the batch.
+    """
+    model, depth = network.model, config.freeze_depth
+    size = network.preprocessing.image_size
+    limit, keeps = network.stages.limits[depth], keeps_statistics(config, network)
+    key = (config.backbone, size, network.weights == "none", depth, keeps)
+    if key in _PLANS:
+        plan = _PLANS[key]
+    else:
+        # In both modes, since a function such as dropout is traced with its mode.
+        train_mode(model, network.stages, depth, freeze_statistics=keeps)
+        trained = trace_nodes(model)
+        model.eval()
+        plan = _plan(model, trained, trace_nodes(model), limit, size)
+        if plan is None or _holds_for_any(model, plan):
+            _PLANS[key] = plan
+    model.eval()
+    if plan is None:
+        return None
+    module = fx.GraphModule(model, plan.train_suffix)
+
+    def set_train_mode() -> None:
+        module.train()
+        if keeps:
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
+
+    def to_evaluate(suffix: nn.Module) -> nn.Module:
+        return fx.GraphModule(suffix, plan.eval_suffix)
+
+    behind = [node for node in plan.eval_suffix.nodes if node.op not in ("placeholder", "output")]
+    is_linear = [node.op for node in behind] == ["call_module"] and isinstance(
+        model.get_submodule(str(behind[0].target)), nn.Linear
+    )
+    return Partition(
+        lambda: fx.GraphModule(model, plan.prefix).eval(),
+        Trainable(module, set_train_mode, to_evaluate),
+        plan.row_shape,
+        is_linear,
+    )
+
+
+def _plan(
+    model: nn.Module,
+    train_nodes: list[fx.Node],
+    eval_nodes: list[fx.Node],
+    limit: int,
+    image_size: int,
+) -> _Plan | None:
+    prefix, crossing = _before(eval_nodes, limit)
+    if str(_before(train_nodes, limit)[0]) != str(prefix):
+        return None
+    constants, row_shape = _crossing_values(fx.GraphModule(model, prefix), model, image_size)
+    if constants is None:
+        return None
+    at = next(k for k, value in enumerate(constants) if isinstance(value, Tensor))
+    # The one output is the tensor; the rest is written into the suffix.
+    output = next(node for node in prefix.nodes if node.op == "output")
+    output.args = (output.args[0][at],)
+    train_suffix, eval_suffix = (
+        _behind(nodes, limit, constants, at) for nodes in (train_nodes, eval_nodes)
+    )
+    return _Plan(prefix, train_suffix, eval_suffix, row_shape)
+
+
+def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:
+    """Copy what lies before the cut; its outputs are what is used behind it."""
+    graph = fx.Graph()
+    kept: dict[fx.Node, fx.Node] = {}
+    for node in nodes[: limit + 1]:
+        kept[node] = graph.node_copy(node, kept.__getitem__)
+    crossing = _crossing(nodes, limit)
+    graph.output(tuple(kept[node] for node in crossing))
+    return graph, crossing
+
+
+def _crossing(nodes: list[fx.Node], limit: int) -> list[fx.Node]:
+    """List the values that cross; parameters do not, since each part takes its own."""
+    taken = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
+    return [node for node in nodes[: limit + 1] if node in taken and node.op != "get_attr"]
+
+
+def _behind(nodes: list[fx.Node], limit: int, constants: list[Any], at: int) -> fx.Graph:
+    """Copy what lies behind the cut; its one input is the tensor that crosses."""
+    graph = fx.Graph()
+    kept: dict[fx.Node, Any] = dict(zip(_crossing(nodes, limit), constants, strict=True))
+    kept[_crossing(nodes, limit)[at]] = graph.placeholder("rows")
+    taken = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
+    parameters = [n for n in nodes[: limit + 1] if n in taken and n.op == "get_attr"]
+    for node in (*parameters, *nodes[limit + 1 :]):
+        kept[node] = graph.node_copy(node, kept.__getitem__)
+    return graph
+
+
+def _crossing_values(
+    prefix: fx.GraphModule, model: nn.Module, image_size: int
+) -> tuple[list[Any] | None, tuple[int, ...]]:
+    """Run a prefix on two batches; return what crosses, or None where it cannot be kept."""
+    like = next(model.parameters())
+    found = []
+    with torch.no_grad():
+        for n in _PROBE_BATCHES:
+            found.append(list(prefix(like.new_zeros(n, 3, image_size, image_size))))
+    tensors = [[v for v in values if isinstance(v, Tensor)] for values in found]
+    rest = [[v for v in values if not isinstance(v, Tensor)] for values in found]
+    is_rows = all(
+        len(kept) == 1 and kept[0].ndim >= 2 and len(kept[0]) == n
+        for kept, n in zip(tensors, _PROBE_BATCHES, strict=True)
+    )
+    if not is_rows or rest[0] != rest[1]:
+        return None, ()
+    return found[0], tuple(tensors[0][0].shape[1:])
+
+
+def _holds_for_any(model: nn.Module, plan: _Plan) -> bool:
+    """Say whether a plan holds for every network of this build.
+
+    Not where tracing computed a tensor and left it on this one as a constant.
+    """
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    graphs = (plan.prefix, plan.train_suffix, plan.eval_suffix)
+    attributes = [n.target for graph in graphs for n in graph.nodes if n.op == "get_attr"]
+    return all(str(target) in own for target in attributes)

@@ -1,0 +1,161 @@
+"""What the trainer is fed: batches of inputs, ready on the device, from views of images."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.config import Preprocessing, TrainConfig
+from core.data.draws import IntArray, batch_positions, epoch_order
+from core.data.gpu_views import DeviceViews, fits_device
+from core.data.splits import ImageData, Split
+from core.data.views import Loader, ViewSpec, eval_views
+from core.device import usable_cores
+
+# Larger batches evaluate no faster on two cores, and 256 keep an H200 busy at 224 px (assumption).
+_EVAL_BATCH = {"cpu": 64, "cuda": 256}
+# Evaluation views are the same in every epoch; up to this many bytes of them are kept.
+_KEPT_EVAL_BYTES = 1 << 30
+_MOST_WORKERS = 8
+
+
+class BatchSource(Protocol):
+    """Batches of a run, in the order that its seed gives.
+
+    Attributes:
+        steps_per_epoch: Batches of an epoch.
+        val_labels: Labels of the validation split, in the order of `val`.
+    """
+
+    steps_per_epoch: int
+    val_labels: IntArray
+
+    def train(self, epoch: int, first: int, /) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch's inputs (N, ...) and labels (N,) from a batch on."""
+
+    def val(self) -> Iterator[Tensor]:
+        """Iterate over the validation split's inputs in its order."""
+
+
+def view_spec(config: TrainConfig, shown: Preprocessing) -> ViewSpec:
+    """Return how a run's views are made."""
+    return ViewSpec(
+        image_size=shown.image_size,
+        resize_size=shown.resize_size,
+        interpolation=shown.interpolation,
+        augment=config.augment,
+        crop_scale=config.crop_scale,
+        flip=config.flip,
+        rand_magnitude=config.rand_magnitude,
+    )
+
+
+class Normalizer:
+    """Turns uint8 views into a network's input on its device."""
+
+    def __init__(self, shown: Preprocessing, device: torch.device) -> None:
+        mean = torch.tensor(shown.mean, device=device) * 255
+        std = torch.tensor(shown.std, device=device) * 255
+        self.shift = mean.view(1, 3, 1, 1)
+        self.scale = (1 / std).view(1, 3, 1, 1)
+        self.device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise views, (N, 3, H, W), uint8 or already float in [0, 255]."""
+        images = images.to(self.device, non_blocking=True)
+        floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return floats.sub_(self.shift).mul_(self.scale)
+
+
+class Views:
+    """Batches of images through their views.
+
+    On a GPU the training images lie in its memory and views are made there, where they fit and
+    the augmentation can be done in batches; otherwise views are made on the CPU.
+
+    Args:
+        config: The run.
+        shown: How images become the network's input.
+        data: Images.
+        device: Where inputs go.
+    """
+
+    def __init__(
+        self, config: TrainConfig, shown: Preprocessing, data: ImageData, device: torch.device
+    ) -> None:
+        self.spec = view_spec(config, shown)
+        self.device = device
+        self.normalize = Normalizer(shown, device)
+        self.val_labels = data.val.labels
+        self.steps_per_epoch = len(batch_positions(np.arange(len(data.train)), config.batch_size))
+        self.is_made_on_device = fits_device(data.train, self.spec, device)
+        self._data, self._config = data, config
+        self._labels = torch.from_numpy(data.train.labels)
+        self._loader: Loader | None = None
+        self._device_views: DeviceViews | None = None
+        self._kept_val: list[Tensor] = []
+
+    def order(self, epoch: int) -> list[IntArray]:
+        """Return the positions of each of an epoch's batches."""
+        order = epoch_order(len(self._labels), self._config.seed, epoch)
+        return batch_positions(order, self._config.batch_size)
+
+    def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch's inputs (N, 3, S, S) and labels (N,) from a batch on."""
+        batches = self.order(epoch)[first:]
+        for positions, inputs in zip(batches, self.train_inputs(epoch, batches), strict=True):
+            labels = self._labels[torch.from_numpy(positions)]
+            yield inputs, labels.to(self.device, non_blocking=True)
+
+    def train_inputs(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+        """Iterate over the inputs of an epoch's training views at these positions."""
+        split, seed = self._data.train, self._config.seed
+        split.store.mark_used()
+        if self.is_made_on_device:
+            if self._device_views is None:
+                self._device_views = DeviceViews(split, self.spec, self.device)
+            yield from map(self.normalize, self._device_views.epoch(seed, epoch, batches))
+            return
+        if self._loader is None:
+            workers = default_workers(self._config.workers, self.device)
+            self._loader = Loader(split, self.spec, seed, workers)
+        yield from map(self.normalize, self._loader.epoch(epoch, batches))
+
+    def eval_inputs(self, split: Split, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+        """Iterate over the inputs of a split's evaluation views at these positions."""
+        for positions in batches:
+            yield self.normalize(eval_views(split, positions, self.spec))
+
+    def val(self) -> Iterator[Tensor]:
+        """Iterate over the validation split's inputs in its order."""
+        if self._kept_val:
+            yield from map(self.normalize, self._kept_val)
+            return
+        kept = []
+        size = len(self.val_labels) * 3 * self.spec.image_size**2
+        for images in eval_batches(self._data.val, self.spec, self.device):
+            if size <= _KEPT_EVAL_BYTES:
+                images = images.to(self.device)
+                kept.append(images)
+            yield self.normalize(images)
+        self._kept_val = kept
+
+
+def in_order(n: int, size: int) -> list[IntArray]:
+    """Cut n positions, in their order, into batches of a size."""
+    return [np.arange(at, min(at + size, n)) for at in range(0, n, size)]
+
+
+def eval_batches(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[Tensor]:
+    """Iterate over a split's evaluation views, uint8, on the CPU."""
+    for positions in in_order(len(split), _EVAL_BATCH.get(device.type, 64)):
+        yield eval_views(split, positions, spec)
+
+
+def default_workers(workers: int | None, device: torch.device) -> int:
+    """Return how many loader processes to use: none beside a CPU's own training threads."""
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else min(_MOST_WORKERS, max(1, usable_cores() - 1))

@@ -1,0 +1,124 @@
+"""The best epoch on disk: weights as safetensors, and a card that says what they are."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from core.config import Preprocessing, TrainConfig
+from core.metrics import EpochMetrics, Evaluation
+from core.models.sources import create
+from core.models.weights import WeightsError, load
+
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "card.json"
+PREDICTIONS_FILE = "val_predictions.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a checkpoint is, beside its weights.
+
+    Attributes:
+        backbone: torchvision name or `timm:NAME`; the weights load into that library's network
+            with `len(classes)` outputs.
+        classes: Class names in the order of the outputs.
+        preprocessing: How images become its input.
+        config: The run's configuration.
+        metrics: The epoch whose weights these are.
+        weights: Where the run's weights came from.
+        data: Source and fingerprint of the images.
+        versions: Libraries that made it.
+    """
+
+    backbone: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    config: TrainConfig
+    metrics: EpochMetrics
+    weights: str
+    data: dict[str, str]
+    versions: dict[str, str]
+
+
+def save_checkpoint(folder: Path, state: dict[str, Tensor], card: Card) -> None:
+    """Write weights and card; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Channels-last tensors are written in their logical order, so any layout loads them.
+    plain = {name: tensor.contiguous() for name, tensor in state.items()}
+    partial = folder / f"{WEIGHTS_FILE}.partial"
+    safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / WEIGHTS_FILE)
+    partial = folder / f"{CARD_FILE}.partial"
+    text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / CARD_FILE)
+
+
+def read_card(folder: Path) -> Card:
+    """Read a checkpoint's card.
+
+    Raises:
+        WeightsError: No card there, or not one of ours.
+    """
+    try:
+        raw: dict[str, Any] = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        shown = raw["preprocessing"]
+        return Card(
+            backbone=raw["backbone"],
+            classes=tuple(raw["classes"]),
+            preprocessing=Preprocessing(
+                **{**shown, "mean": tuple(shown["mean"]), "std": tuple(shown["std"])}
+            ),
+            config=TrainConfig(**raw["config"]),
+            metrics=EpochMetrics(**raw["metrics"]),
+            weights=raw["weights"],
+            data=raw["data"],
+            versions=raw["versions"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise WeightsError(
+            f"checkpoint {folder} has no readable {CARD_FILE} ({err}). Train the trial again."
+        ) from err
+
+
+def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
+    """Build a checkpoint's network, in eval mode, on the CPU.
+
+    Raises:
+        WeightsError: The checkpoint is missing or damaged.
+    """
+    card = read_card(folder)
+    network = create(
+        card.backbone,
+        card.preprocessing.image_size,
+        len(card.classes),
+        is_pretrained=card.weights != "none",
+    )
+    try:
+        load(network.model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as err:
+        raise WeightsError(
+            f"checkpoint {folder / WEIGHTS_FILE} cannot be read ({err}). Train the trial again."
+        ) from err
+    return network.model.eval(), card
+
+
+def write_predictions(folder: Path, evaluation: Evaluation) -> None:
+    """Keep the best epoch's validation predictions beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.arange(len(evaluation.labels))
+    np.savez_compressed(
+        folder / PREDICTIONS_FILE,
+        labels=evaluation.labels,
+        predicted=evaluation.predicted,
+        probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),
+        confusion=evaluation.confusion,
+    )

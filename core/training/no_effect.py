@@ -1,0 +1,36 @@
+"""Settings that change nothing beside the others of a configuration, each with the reason."""
+
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
+
+NEVER = {
+    "device": "it says where the run is computed",
+    "workers": "it says how many processes make views",
+    "compile": "it changes the speed, and figures by rounding at most",
+    "monitor": "it chooses among epochs, and changes no step of them",
+}
+"""Settings that change no trained weight by themselves, whatever the others are."""
+
+
+def without_effect(config: TrainConfig) -> dict[str, str]:
+    """Return the settings that change no trained weight here, with the reason.
+
+    What depends on the network (batch norms, where it has none) is not among them.
+    """
+    found = dict(NEVER)
+    if config.schedule != "step":
+        found |= dict.fromkeys(("step_epochs", "step_gamma"), "schedule is not step")
+    if config.schedule == "one-cycle":
+        found["warmup_epochs"] = "schedule = one-cycle has a warm-up of its own"
+    if config.weight_decay == 0:
+        found["decay_all"] = "weight_decay is 0"
+    if config.augment == "none":
+        found |= dict.fromkeys(("crop_scale", "flip"), "augment is none")
+    if config.augment != "rand":
+        found["rand_magnitude"] = "augment is not rand"
+    if config.optimizer != "sgd":
+        found["nesterov"] = "optimizer is not sgd"
+    if config.freeze_depth == MAX_FREEZE_DEPTH:
+        found["batch_norm"] = "no batch norm is trained where the head alone is"
+    if config.head_init == "source-classes" and config.weights == "none":
+        found["head_init"] = "there is no source classifier; it starts as default"
+    return found

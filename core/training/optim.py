@@ -1,0 +1,107 @@
+"""Parameter groups, optimizers, and learning-rate schedules as plain functions of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from core.config import TrainConfig
+
+# one-cycle as in Smith & Topin 2018 with PyTorch's defaults: up over 30 % of the run from 1/25 of
+# the peak, then down to 1e-4 of the start, both along a cosine.
+_CYCLE_UP = 0.3
+_CYCLE_START = 1 / 25
+_CYCLE_END = 1e-4 / 25
+
+
+def parameter_groups(
+    module: nn.Module, head: tuple[str, ...], config: TrainConfig
+) -> list[dict[str, object]]:
+    """Sort the trained parameters into groups by learning rate and decay.
+
+    The backbone learns at `base_lr`, the head at `base_lr * head_lr_mult`; norms and biases (every
+    parameter of fewer than two dimensions) are not decayed unless `decay_all`.
+
+    Args:
+        module: What is trained; its frozen parameters want no gradient.
+        head: Names of the head's layers.
+        config: Learning rates and decay.
+
+    Returns:
+        Non-empty groups for an optimizer, each with its `name` and peak learning rate `peak_lr`;
+        together they hold every trained parameter once.
+    """
+    heads = tuple(f"{name}." for name in head)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith(heads), parameter.ndim >= 2 or config.decay_all)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{'head' if is_head else 'backbone'}{'' if is_decayed else ', no decay'}",
+            "lr": (peak := config.base_lr * (config.head_lr_mult if is_head else 1.0)),
+            "peak_lr": peak,
+            "weight_decay": config.weight_decay if is_decayed else 0.0,
+        }
+        for (is_head, is_decayed), parameters in sorted(groups.items())
+    ]
+
+
+def make_optimizer(
+    groups: list[dict[str, object]], config: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Build the optimizer over parameter groups; fused where the device has it."""
+    fused = True if device.type == "cuda" else None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=config.base_lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            fused=fused,
+        )
+    betas = (config.momentum, 0.999)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=betas, fused=fused)
+
+
+def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return what share of its peak a learning rate is at a step.
+
+    Args:
+        config: Schedule, epochs and warm-up.
+        step: Optimizer step, from 0.
+        steps_per_epoch: Optimizer steps in one epoch.
+
+    Returns:
+        A factor in [0, 1]; the same for every group.
+    """
+    total = config.epochs * steps_per_epoch
+    if config.schedule == "one-cycle":
+        return _one_cycle(step / max(1, total - 1))
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        progress = (step - warmup) / max(1, total - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        return config.step_gamma ** (step // steps_per_epoch // config.step_epochs)
+    return 1.0
+
+
+def _one_cycle(progress: float) -> float:
+    if progress < _CYCLE_UP:
+        return _cosine(_CYCLE_START, 1.0, progress / _CYCLE_UP)
+    return _cosine(1.0, _CYCLE_END, (progress - _CYCLE_UP) / (1 - _CYCLE_UP))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

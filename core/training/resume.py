@@ -1,0 +1,156 @@
+"""The state of a run in training: one file, from which it continues at a step, to the bit."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.data.splits import ImageData
+from core.keys import SOURCE
+from core.metrics import EpochMetrics, Evaluation
+from core.models.sources import library_versions
+from core.training.trainer import Trainer
+
+# Inside an epoch the state is written this often: what a kill may cost. Assumption.
+_EVERY_S = 60.0
+# Writing may take this share of the time that was trained since. Assumption.
+_MOST_SHARE = 1 / 20
+# What the first write is taken to cost: a sync, and all that is written for a byte of trained
+# weights (they, the optimizer's memory, the best epoch's) on a slow disk. Assumptions.
+_LEAST_COST_S, _BYTES_PER_S = 0.02, 50e6
+# Where and by how many processes a run is computed does not make it another run.
+_MAY_CHANGE = ("device", "workers")
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best epoch so far.
+
+    Attributes:
+        metrics: Its figures.
+        evaluation: What its weights say about the validation split.
+        weights: What was trained, by its names in the network, on the CPU.
+    """
+
+    metrics: EpochMetrics
+    evaluation: Evaluation
+    weights: dict[str, Tensor]
+
+
+class TrainingState:
+    """A run's state file; one that is missing, damaged or another run's counts as none.
+
+    Args:
+        file: Where it lies; None keeps nothing.
+        config: The run.
+        data: Its images.
+        trainer: What trains it.
+    """
+
+    def __init__(
+        self, file: Path | None, config: TrainConfig, data: ImageData, trainer: Trainer
+    ) -> None:
+        self._file, self._trainer, self._labels = file, trainer, data.val.labels
+        settings = dataclasses.asdict(config)
+        own = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
+        text = json.dumps([own, data.classes, data.fingerprint, library_versions(), SOURCE])
+        self._run = hashlib.sha256(text.encode()).hexdigest()
+        self._saved_at = time.perf_counter()
+        weights = trainer.state_dict()["module"].values()
+        self._cost_s = _LEAST_COST_S + sum(t.nbytes for t in weights) / _BYTES_PER_S
+        self._random: list[Tensor] = []
+
+    def restore(self) -> Best | None:
+        """Bring a trainer, before its first step, to where the file says; give the best epoch."""
+        if self._file is None:
+            return None
+        try:
+            with zipfile.ZipFile(self._file) as parts:  # PyTorch itself compares no checksums
+                if parts.testzip() is not None:
+                    return None
+            state = torch.load(self._file, map_location="cpu", weights_only=True)
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ):
+            return None
+        if not isinstance(state, dict) or state.get("run") != self._run:
+            return None
+        self._trainer.load_state_dict(state["trainer"])
+        if state["trainer"]["position"]["step"]:  # an epoch begins with random numbers of its own
+            self._random = state["random"]
+        best = state["best"]
+        return best and Best(
+            EpochMetrics(**best["metrics"]),
+            Evaluation(self._labels, best["log_probs"].numpy()),
+            best["weights"],
+        )
+
+    def restore_random(self, device: torch.device) -> None:
+        """Continue the random numbers of an unfinished epoch, once."""
+        if self._random:
+            torch.set_rng_state(self._random[0])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(self._random[1], device)
+        self._random = []
+
+    def save(self, best: Best | None, device: torch.device) -> None:
+        """Write the state; the file appears whole or not at all.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self._file is None:
+            return
+        begin = time.perf_counter()
+        state: dict[str, Any] = {
+            "run": self._run,
+            "trainer": self._trainer.state_dict(),
+            "random": [torch.get_rng_state()],
+            "best": best
+            and {
+                "metrics": dataclasses.asdict(best.metrics),
+                "log_probs": torch.from_numpy(best.evaluation.log_probs),
+                "weights": best.weights,
+            },
+        }
+        if device.type == "cuda":
+            state["random"] += [torch.cuda.get_rng_state(device)]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_name(f"{self._file.name}.partial")
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self._file)
+        except RuntimeError as err:  # how PyTorch says that a write failed
+            raise OSError(f"{self._file} cannot be written: {err}") from err
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        self._saved_at = time.perf_counter()
+        self._cost_s = self._saved_at - begin
+
+    def save_if_due(
+        self, best: Best | None, device: torch.device, *, after_epoch: bool = False
+    ) -> None:
+        """Write the state where it is time to, and writing costs little beside training."""
+        trained_s = time.perf_counter() - self._saved_at
+        if (after_epoch or trained_s >= _EVERY_S) and self._cost_s <= _MOST_SHARE * trained_s:
+            self.save(best, device)

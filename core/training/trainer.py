@@ -1,0 +1,269 @@
+"""The one trainer: steps, evaluation and state of whatever is trained of a network."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import random as nprandom
+from numpy.random import Philox
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from core.config import TrainConfig
+from core.device import amp_dtype, synchronize
+from core.metrics import Evaluation, IntArray, TrainingDiverged
+from core.models.partition import Trainable
+from core.training.batches import BatchSource
+from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
+
+# Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
+# and still stops a diverged run within a fraction of a second.
+_FINITE_CHECK_EVERY = 16
+_TAG_MIX = 102
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run has come, with the sums of its unfinished epoch.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        epoch: Epochs done.
+        step: Batches done of the next one.
+        n_images: Images of these batches.
+        data_s: Seconds spent waiting for them.
+        train_s: Seconds spent on their steps.
+    """
+
+    total_steps: int = 0
+    epoch: int = 0
+    step: int = 0
+    n_images: int = 0
+    data_s: float = 0.0
+    train_s: float = 0.0
+
+
+class Trainer:
+    """Trains a module on batches, step by step.
+
+    Args:
+        config: The run.
+        trained: What is trained, on the device; its frozen parameters want no gradient.
+        head: Names of the head's layers.
+        batches: What it is fed.
+        device: Where it computes.
+
+    Attributes:
+        position: How far the run has come.
+        loss_sum: Sum of the losses of the epoch's images so far, ().
+        micro_batch_size: Images per pass; less than asked for once memory ran out.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        trained: Trainable,
+        head: tuple[str, ...],
+        batches: BatchSource,
+        device: torch.device,
+    ) -> None:
+        self.position = Position()
+        self.loss_sum = torch.zeros((), device=device)
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self._config, self._trained, self._device = config, trained, device
+        self._batches = batches
+        module = self._module = trained.module
+        self._optimizer = make_optimizer(parameter_groups(module, head, config), config, device)
+        self._forward: Any = torch.compile(module) if config.compile else module
+        dtype = amp_dtype(config.amp, device)
+        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self._ema: ModelEmaV3 | None = None
+        if config.ema_decay is not None:
+            self._ema = ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
+        self._kept = self._ema.module if self._ema is not None else module
+        self._evaluated = trained.to_evaluate(self._kept)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def lr_factor(self) -> float:
+        """Share of their peaks that the learning rates had at the last step."""
+        last = max(0, self.position.total_steps - 1)
+        return lr_factor(self._config, last, self._batches.steps_per_epoch)
+
+    def train_epoch(self) -> Iterator[None]:
+        """Train the rest of an epoch; gives control back after each step.
+
+        Raises:
+            TrainingDiverged: The loss is not a finite number any more.
+        """
+        at = self.position
+        self._trained.set_train_mode()
+        batches = self._batches.train(at.epoch, at.step)
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            waited = time.perf_counter()
+            if batch is None:
+                break
+            factor = lr_factor(self._config, at.total_steps, self._batches.steps_per_epoch)
+            set_lr(self._optimizer, factor)
+            self.loss_sum += self._train_batch(*batch)
+            at.n_images += len(batch[1])
+            at.step += 1
+            at.total_steps += 1
+            if self._device.type == "cpu" or at.total_steps % _FINITE_CHECK_EVERY == 0:
+                self._check_finite()
+            at.data_s += waited - begin
+            at.train_s += time.perf_counter() - waited
+            yield
+        begin = time.perf_counter()
+        self._check_finite()  # GPU sync
+        synchronize(self._device)
+        at.train_s += time.perf_counter() - begin
+
+    def end_epoch(self) -> None:
+        """Go on to the next epoch."""
+        self.position = Position(self.position.total_steps, self.position.epoch + 1)
+        self.loss_sum = torch.zeros((), device=self._device)
+
+    def _check_finite(self) -> None:
+        if not torch.isfinite(self.loss_sum):
+            raise TrainingDiverged(
+                f"the training loss is no longer finite at epoch {self.position.epoch}, step "
+                f"{self.position.total_steps} (base_lr={self._config.base_lr:g}, "
+                f"head_lr_mult={self._config.head_lr_mult:g}); lower base_lr, or set clip_norm."
+            )
+
+    def _train_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Take one optimizer step; a GPU that runs out of memory gets half as much at a time."""
+        mixed = self._mix(inputs, labels)
+        while True:
+            try:
+                loss = self._accumulate(*mixed)
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batch_size == 1:
+                    raise
+                self._optimizer.zero_grad(set_to_none=True)
+                self.micro_batch_size = (min(self.micro_batch_size, len(labels)) + 1) // 2
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if self._config.clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
+            trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self._config.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update(self._module, step=self.position.total_steps + 1)
+        return loss
+
+    def _accumulate(self, inputs: Tensor, labels: Tensor, partners: Tensor, lam: float) -> Tensor:
+        """Run forward and backward over micro-batches; return the summed loss, (), detached."""
+        n = len(labels)
+        total = torch.zeros((), device=self._device)
+        smoothing = self._config.label_smoothing
+        scale = 1.0 if self._config.loss_reduction == "sum" else 1.0 / n
+        for at in range(0, n, self.micro_batch_size):
+            part = slice(at, at + self.micro_batch_size)
+            with self._autocast:
+                logits = self._forward(inputs[part])
+                loss = lam * cross_entropy(
+                    logits, labels[part], reduction="sum", label_smoothing=smoothing
+                )
+                if lam < 1:
+                    loss = loss + (1 - lam) * cross_entropy(
+                        logits, partners[part], reduction="sum", label_smoothing=smoothing
+                    )
+            torch.autograd.backward(self._scaler.scale(loss * scale))
+            total += loss.detach()
+        return total
+
+    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Blend each image with its mirror in the batch (mixup), or paste a box of it (CutMix).
+
+        The share is drawn from (seed, epoch, step) alone.
+        """
+        alpha = self._config.mixup or self._config.cutmix
+        if not alpha:
+            return images, labels, labels, 1.0
+        at = self.position
+        key = np.random.SeedSequence((self._config.seed, _TAG_MIX, at.epoch, at.total_steps))
+        rng = nprandom.Generator(Philox(key))
+        lam = float(rng.beta(alpha, alpha))
+        if self._config.mixup:
+            images = images.mul(lam).add_(images.flip(0), alpha=1 - lam)
+        else:
+            images, lam = _cut_mix(images, lam, rng)
+        return images, labels, labels.flip(0), lam
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the weights that would be kept on the validation split."""
+        self._kept.eval()
+        with self._autocast:
+            return evaluate(self._evaluated, self._batches.val(), self._batches.val_labels)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copy the weights that were evaluated to the CPU, by their names in the network."""
+        state = self._kept.state_dict()
+        return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that later steps depend on, but for the random state; tensors are live."""
+        return {
+            "module": self._module.state_dict(),
+            "ema": self._ema.module.state_dict() if self._ema is not None else {},
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "micro_batch_size": self.micro_batch_size,
+            "position": dataclasses.asdict(self.position),
+            "loss_sum": float(self.loss_sum),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of an equal run, before the first step."""
+        self._module.load_state_dict(state["module"])
+        if self._ema is not None:
+            self._ema.module.load_state_dict(state["ema"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.micro_batch_size = state["micro_batch_size"]
+        self.position = Position(**state["position"])
+        self.loss_sum = torch.tensor(state["loss_sum"], device=self._device)
+
+
+def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> Evaluation:
+    """Evaluate a network in eval mode; its mode is the caller's to restore.
+
+    Args:
+        model: Network; gives logits (N, K).
+        batches: Ready inputs, together in the order of `labels`.
+        labels: True classes, (N,).
+    """
+    model.eval()
+    with torch.inference_mode():
+        logits = [model(inputs).float() for inputs in batches]
+        log_probs = torch.cat(logits).log_softmax(dim=1).cpu().numpy()  # the one transfer
+    return Evaluation(labels, log_probs)
+
+
+def _cut_mix(images: Tensor, lam: float, rng: nprandom.Generator) -> tuple[Tensor, float]:
+    """Paste a box of the mirrored batch; return the images and the share left uncovered."""
+    height, width = images.shape[-2:]
+    cut = float(np.sqrt(1 - lam))
+    row, column = int(rng.integers(height)), int(rng.integers(width))
+    half_h, half_w = int(height * cut) // 2, int(width * cut) // 2
+    rows = slice(max(0, row - half_h), min(height, row + half_h))
+    columns = slice(max(0, column - half_w), min(width, column + half_w))
+    mixed = images.clone()
+    mixed[..., rows, columns] = images.flip(0)[..., rows, columns]
+    covered = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return mixed, 1 - covered / (height * width)

@@ -1,0 +1,61 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.config import TrainConfig
+from core.fit import build_for
+from core.models.freeze_stages import train_mode
+from core.models.partition import cut
+
+BASE = TrainConfig(weights="none", image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("timm:test_resnet", 32),
+        ("mobilenet_v2", 32),
+        ("squeezenet1_1", 64),
+        ("timm:tf_efficientnet_lite0", 32),
+        ("timm:test_vit", 64),
+    ],
+)
+def test_the_parts_do_exactly_what_the_network_does(backbone: str, size: int) -> None:
+    images = torch.randn(4, 3, size, size).to(memory_format=torch.channels_last)
+    for depth in (2, 3, 5):
+        config = replace(BASE, backbone=backbone, image_size=size, freeze_depth=depth)
+        network = build_for(config, ("a", "b", "c"))
+        part = cut(network, config)
+        assert part is not None
+        twin = copy.deepcopy(network.model)
+        with torch.no_grad():
+            rows = part.make_prefix()(images)
+        assert tuple(rows.shape) == (4, *part.row_shape)
+        evaluated = part.suffix.to_evaluate(part.suffix.module)
+        assert torch.equal(evaluated.eval()(rows), twin.eval()(images))
+        part.suffix.set_train_mode()
+        train_mode(twin, network.stages, depth)
+        torch.manual_seed(1)
+        ours = part.suffix.module(rows)
+        torch.manual_seed(1)
+        assert torch.equal(ours, twin(images))
+        state = twin.state_dict()
+        for name, value in part.suffix.module.state_dict().items():
+            assert torch.equal(value, state[name])  # batch norms moved alike
+
+
+def test_a_head_alone_behind_features_is_told_from_others() -> None:
+    for backbone, is_linear in (("timm:test_resnet", True), ("squeezenet1_1", False)):
+        config = replace(BASE, backbone=backbone, image_size=64, freeze_depth=5)
+        part = cut(build_for(config, ("a", "b")), config)
+        assert part is not None and part.is_linear is is_linear
+
+
+def test_a_cut_that_hands_over_the_batch_size_is_not_kept() -> None:
+    kept = []
+    for depth in range(1, 6):
+        config = replace(BASE, backbone="shufflenet_v2_x0_5", freeze_depth=depth)
+        kept.append(cut(build_for(config, ("a", "b")), config) is not None)
+    assert False in kept and kept[-1]

@@ -1,0 +1,219 @@
+"""Equal settings give equal bits, wherever what frozen layers give comes from."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.cache import ArrayCache
+from core.config import DataConfig, TrainConfig
+from core.data.splits import ImageData, load_data
+from core.fit import build_for, fit
+from core.metrics import MEASURED, EpochMetrics
+from core.training import activations
+from core.training.activations import evaluation_features, kept_partition
+from support import make_folder
+
+BASE = TrainConfig(
+    backbone="timm:test_resnet",
+    weights="none",
+    image_size=32,
+    epochs=2,
+    batch_size=16,
+    base_lr=0.01,
+    device="cpu",
+)
+FAMILIES = {"timm:test_resnet": 32, "timm:test_efficientnet": 32, "timm:test_vit": 64}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("images")
+    make_folder(folder / "photos", {"red": 50, "blue": 40, "green": 30}, side=40)
+    return DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def data(source: DataConfig) -> ImageData:
+    found = load_data(source, 40)
+    assert len(found.train) > activations._CHUNK
+    return found
+
+
+def _figures(metrics: EpochMetrics) -> dict[str, Any]:
+    figures = dataclasses.asdict(metrics)
+    return {name: value for name, value in figures.items() if name not in MEASURED}
+
+
+def _run(config: TrainConfig, data: ImageData, cache: ArrayCache | None) -> list[dict[str, Any]]:
+    return [_figures(metrics) for metrics in fit(config, data, cache=cache)]
+
+
+PROGRAM = """
+import dataclasses, json, sys
+from pathlib import Path
+from core.cache import ArrayCache
+from core.config import DataConfig, TrainConfig
+from core.data.splits import load_data
+from core.fit import fit
+
+configs, source, folder = json.loads(sys.argv[1])
+data = load_data(DataConfig(**source), 40)
+for config in configs:
+    cache = ArrayCache(Path(folder), 1 << 30)
+    epochs = fit(TrainConfig(**config), data, cache=cache)
+    print(json.dumps([[dataclasses.asdict(m) for m in epochs], cache.misses]))
+"""
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_without_cold_warm_and_in_another_process_are_equal_to_the_bit(
+    data: ImageData, source: DataConfig, tmp_path: Path, backbone: str
+) -> None:
+    base = replace(BASE, backbone=backbone, image_size=FAMILIES[backbone])
+    configs = [replace(base, freeze_depth=depth) for depth in range(6)]
+    alone = [_run(config, data, None) for config in configs]
+    n_kept = 0
+    for config, expected in zip(configs, alone, strict=True):
+        cold, warm = (ArrayCache(tmp_path, 1 << 30) for _ in range(2))
+        assert _run(config, data, cold) == expected
+        assert _run(config, data, warm) == expected
+        assert (warm.hits, warm.misses) == (cold.misses, 0)
+        n_kept += cold.misses == 3  # two epochs' views, and the validation split
+    assert n_kept >= 2
+    told = json.dumps(
+        [[dataclasses.asdict(c) for c in configs], dataclasses.asdict(source), str(tmp_path)]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, told],
+        check=True,
+        capture_output=True,
+        text=True,
+        # Another hash seed, since a key must not depend on it.
+        env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    for line, expected in zip(done.stdout.splitlines(), alone, strict=True):
+        epochs, misses = json.loads(line)
+        assert [_figures(EpochMetrics(**m)) for m in epochs] == expected
+        assert misses == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ema_decay": 0.9},
+        {"micro_batch_size": 5, "batch_norm": "frozen"},
+        {"amp": "bf16"},
+        {"batch_size": 7},
+        {"augment": "none"},
+        {"workers": 1},
+        {"optimizer": "adamw", "base_lr": 1e-3, "clip_norm": 0.5},
+    ],
+    ids=str,
+)
+def test_every_way_of_training_reads_arrays_and_gives_the_same_bits(
+    data: ImageData, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = replace(BASE, freeze_depth=4, **settings)
+    alone = _run(config, data, None)
+    for _ in range(2):
+        assert _run(config, data, cache := ArrayCache(tmp_path, 1 << 30)) == alone
+    assert cache.misses == 0 < cache.hits
+
+
+def test_runs_of_other_batch_sizes_and_heads_share_arrays(data: ImageData, tmp_path: Path) -> None:
+    cache = ArrayCache(tmp_path, 1 << 30)
+    config = replace(BASE, freeze_depth=5)
+    _run(config, data, cache)
+    misses = cache.misses
+    for change in ({"batch_size": 5}, {"ema_decay": 0.9}, {"head_init": "zero"}, {"epochs": 1}):
+        _run(replace(config, **change), data, cache)
+    assert cache.misses == misses
+    for change in ({"seed": 1}, {"crop_scale": 0.9}, {"normalize": "none"}, {"amp": "bf16"}):
+        before = cache.misses
+        _run(replace(config, epochs=1, **change), data, cache)
+        assert cache.misses > before, change
+
+
+def test_other_images_are_not_mixed_up(data: ImageData, tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"red": 50, "blue": 40, "green": 30}, side=40, seed=5)
+    other = DataConfig(source=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))
+    others = load_data(other, 40)
+    config = replace(BASE, freeze_depth=5, epochs=1)
+    cache = ArrayCache(tmp_path / "arrays", 1 << 30)
+    for images in (data, others):
+        assert _run(config, images, cache) == _run(config, images, None)
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+@pytest.mark.parametrize("budget", [0, 30_000])
+def test_the_budget_holds_and_figures_stay(
+    data: ImageData, tmp_path: Path, depth: int, budget: int
+) -> None:
+    config = replace(BASE, freeze_depth=depth)
+    assert _run(config, data, ArrayCache(tmp_path, budget)) == _run(config, data, None)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= budget
+
+
+def test_a_full_disk_costs_time_and_no_bit(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(BASE, freeze_depth=4)
+    alone = _run(config, data, None)
+    monkeypatch.setattr(ArrayCache, "get", lambda *_: None)
+    assert _run(config, data, ArrayCache(tmp_path, 1 << 30)) == alone
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+def test_blended_images_go_through_the_whole_network(
+    data: ImageData, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = replace(BASE, freeze_depth=5, epochs=1, **settings)
+    cache = ArrayCache(tmp_path, 1 << 30)
+    assert _run(config, data, cache) == _run(config, data, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cut_is_kept_where_rows_are_small_for_what_they_cost() -> None:
+    kept = []
+    for depth in range(6):
+        config = replace(
+            BASE, backbone="timm:tf_efficientnet_lite0", image_size=224, freeze_depth=depth
+        )
+        kept.append(kept_partition(build_for(config, ("a", "b")), config, CPU) is not None)
+    assert kept == [False, False, False, True, True, True]
+
+
+def test_evaluation_features_are_what_the_head_sees(data: ImageData, tmp_path: Path) -> None:
+    network = build_for(BASE, data.classes)
+    cache = ArrayCache(tmp_path, 1 << 30)
+    train, val = evaluation_features(network, BASE, data, cache)
+    assert (len(train), len(val)) == (len(data.train), len(data.val))
+    again = evaluation_features(network, replace(BASE, augment="none"), data, cache)
+    assert torch.equal(train, again[0]) and torch.equal(val, again[1])
+    assert (cache.hits, cache.misses) == (2, 2)
+
+
+def test_evaluation_features_of_another_kind_of_head_are_refused(data: ImageData) -> None:
+    config = replace(BASE, backbone="squeezenet1_1", image_size=64, head_init="probe")
+    with pytest.raises(ValueError, match="head_init = probe needs a backbone whose head is one"):
+        next(fit(config, data))
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+def test_a_head_that_starts_from_a_probe_is_good_at_once(data: ImageData, depth: int) -> None:
+    config = replace(
+        BASE, freeze_depth=depth, epochs=1, base_lr=1e-6, augment="none", batch_norm="frozen"
+    )
+    plain, probe = (
+        next(fit(replace(config, head_init=how), data)) for how in ("default", "probe")
+    )
+    assert probe.train_loss < plain.train_loss

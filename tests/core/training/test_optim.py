@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
+from core.models.builder import build
+from core.models.freeze_stages import freeze
+from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
+
+
+def _groups(depth: int, **settings: object) -> tuple[list[dict[str, object]], torch.nn.Module]:
+    config = TrainConfig(base_lr=0.01, head_lr_mult=10, weight_decay=1e-3, **settings)
+    built = build("resnet18", "none", ("a", "b"), seed=0, image_size=64)
+    freeze(built.model, built.stages, depth)
+    return parameter_groups(built.model, built.head, config), built.model
+
+
+@pytest.mark.parametrize("depth", range(MAX_FREEZE_DEPTH + 1))
+def test_groups_are_together_exactly_the_trainable_parameters(depth: int) -> None:
+    groups, model = _groups(depth)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trainable = [id(p) for p in model.parameters() if p.requires_grad]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(trainable)
+
+
+def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
+    groups, model = _groups(0)
+    named = {str(group["name"]): group for group in groups}
+    assert set(named) == {"backbone", "backbone, no decay", "head", "head, no decay"}
+    assert named["head"]["lr"] == pytest.approx(0.1)
+    assert named["backbone"]["lr"] == 0.01
+    assert named["backbone, no decay"]["weight_decay"] == 0
+    assert all(p.ndim < 2 for p in named["backbone, no decay"]["params"])
+    assert all(p.ndim >= 2 for p in named["backbone"]["params"])
+    assert [tuple(p.shape) for p in named["head"]["params"]] == [(2, 512)]
+
+
+def test_decay_all_decays_everything() -> None:
+    groups, _ = _groups(0, decay_all=True)
+    assert {group["weight_decay"] for group in groups} == {1e-3}
+
+
+def test_cosine_starts_at_the_peak_and_falls_towards_zero() -> None:
+    config = TrainConfig(epochs=2, schedule="cosine")
+    factors = [lr_factor(config, step, 10) for step in range(20)]
+    assert factors[0] == 1
+    assert factors[10] == pytest.approx(0.5)
+    assert factors[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 19 / 20)))
+
+
+def test_step_schedule_agrees_with_pytorchs_step_lr() -> None:
+    config = TrainConfig(epochs=9, schedule="step", step_epochs=3, step_gamma=0.5)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    reference = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+    for epoch in range(9):
+        assert lr_factor(config, epoch * 4, 4) == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+
+
+def test_one_cycle_agrees_with_pytorchs() -> None:
+    config = TrainConfig(epochs=5, schedule="one-cycle")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=101, cycle_momentum=False
+    )
+    # 101 steps put PyTorch's turning point (0.3 * 101 - 1) a little off ours (0.3 * 100).
+    for step in range(100):
+        assert lr_factor(config, step, 20) == pytest.approx(reference.get_last_lr()[0], abs=0.02)
+        optimizer.step()
+        reference.step()
+
+
+def test_warm_up_rises_linearly_to_the_peak() -> None:
+    config = TrainConfig(epochs=4, schedule="constant", warmup_epochs=1)
+    factors = [lr_factor(config, step, 4) for step in range(6)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+@given(
+    schedule=st.sampled_from(["constant", "cosine", "one-cycle", "step"]),
+    epochs=st.integers(1, 30),
+    per_epoch=st.integers(1, 50),
+    share=st.floats(0, 1),
+    warmup=st.floats(0, 1),
+)
+def test_factor_is_always_between_zero_and_one(
+    schedule: str, epochs: int, per_epoch: int, share: float, warmup: float
+) -> None:
+    config = TrainConfig(epochs=epochs, schedule=schedule, warmup_epochs=warmup)
+    step = min(epochs * per_epoch - 1, int(share * epochs * per_epoch))
+    assert 0 <= lr_factor(config, step, per_epoch) <= 1
+
+
+def test_set_lr_scales_each_groups_own_peak() -> None:
+    groups, _ = _groups(0)
+    optimizer = make_optimizer(groups, TrainConfig(), torch.device("cpu"))
+    set_lr(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.005, 0.05}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_our_optimizers_step_as_pytorchs_own(name: str) -> None:
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(4, 3)
+    theirs = torch.nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    config = TrainConfig(
+        optimizer=name, base_lr=0.05, head_lr_mult=1, weight_decay=0.01, decay_all=True
+    )
+    groups = parameter_groups(ours, ["weight", "bias"], (), config)
+    optimizer = make_optimizer(groups, config, torch.device("cpu"))
+    if name == "sgd":
+        reference: torch.optim.Optimizer = torch.optim.SGD(
+            theirs.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01
+        )
+    else:
+        reference = torch.optim.AdamW(theirs.parameters(), lr=0.05, weight_decay=0.01)
+    images = torch.randn(8, 4)
+    for _ in range(3):
+        for model, opt in ((ours, optimizer), (theirs, reference)):
+            opt.zero_grad()
+            model(images).square().mean().backward()
+            opt.step()
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.bias, theirs.bias)

@@ -1,0 +1,185 @@
+"""Each option of a run changes what is trained, is refused, or is known to do nothing."""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.cache import ArrayCache
+from core.config import MAX_FREEZE_DEPTH, DataConfig, TrainConfig
+from core.data.splits import ImageData, load_data
+from core.fit import fit
+from core.training.no_effect import without_effect
+from core.training.trainer import Trainer
+from support import make_folder
+
+BASE = TrainConfig(
+    backbone="timm:test_resnet",
+    weights="none",
+    image_size=32,
+    epochs=2,
+    batch_size=8,
+    base_lr=0.01,
+    augment="rand",
+    device="cpu",
+)
+# Another value of each field; one that does something wherever the field can.
+CHANGES: dict[str, Any] = {
+    "backbone": "timm:test_efficientnet",
+    "weights": "",  # a file, see below
+    "image_size": 48,
+    "normalize": "none",
+    "freeze_depth": None,  # the next level
+    "head_init": "zero",
+    "epochs": 3,
+    "batch_size": 6,
+    "micro_batch_size": 4,
+    "optimizer": "adamw",
+    "base_lr": 0.02,
+    "head_lr_mult": 5.0,
+    "weight_decay": 0.1,
+    "decay_all": True,
+    "momentum": 0.5,
+    "nesterov": True,
+    "schedule": "constant",
+    "warmup_epochs": 1.0,
+    "step_epochs": 1,
+    "step_gamma": 0.5,
+    "loss_reduction": "sum",
+    "label_smoothing": 0.1,
+    "clip_norm": 0.01,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "ema_decay": 0.9,
+    "batch_norm": "frozen",
+    "monitor": "val_acc",
+    "augment": "standard",
+    "crop_scale": 0.8,
+    "flip": 0.0,
+    "rand_magnitude": 2,
+    "amp": "bf16",
+    "compile": True,
+    "device": "auto",
+    "workers": 1,
+    "seed": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    folder = tmp_path_factory.mktemp("images")
+    make_folder(folder / "photos", {"red": 12, "blue": 12}, side=50)
+    config = DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
+    return load_data(config, 60)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ArrayCache:
+    return ArrayCache(tmp_path_factory.mktemp("arrays"), 1 << 30)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import safetensors.torch
+
+    from core.models.sources import create
+
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        state = create("timm:test_resnet", 32, 2, is_pretrained=True).model.state_dict()
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def _trained(
+    config: TrainConfig, data: ImageData, cache: ArrayCache, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Tensor]:
+    """Return what was trained, after the last epoch."""
+    kept: dict[str, Tensor] = {}
+    snapshot = Trainer.snapshot
+    monkeypatch.setattr(Trainer, "end_epoch", _keeping(Trainer.end_epoch, kept, snapshot))
+    list(fit(config, data, cache=cache))
+    monkeypatch.undo()
+    return kept
+
+
+def _keeping(end_epoch: Any, kept: dict[str, Tensor], snapshot: Any) -> Any:
+    def keeping(trainer: Trainer) -> None:
+        kept.update(snapshot(trainer))
+        end_epoch(trainer)
+
+    return keeping
+
+
+def _differ(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    shared = one.keys() & two.keys()
+    return (
+        any(one[n].shape != two[n].shape or not torch.equal(one[n], two[n]) for n in shared)
+        or not shared
+    )
+
+
+def test_every_field_has_a_change() -> None:
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("depth", range(MAX_FREEZE_DEPTH + 1))
+def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
+    data: ImageData,
+    cache: ArrayCache,
+    weights_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    depth: int,
+) -> None:
+    base = replace(BASE, freeze_depth=depth)
+    plain = _trained(base, data, cache, monkeypatch)
+    assert not _differ(plain, _trained(base, data, cache, monkeypatch))
+    wrong = []
+    for name, value in CHANGES.items():
+        if name in ("compile", "device"):  # minutes; another device may not be there
+            assert name in without_effect(base)
+            continue
+        value = str(weights_file) if name == "weights" else value
+        value = (depth + 1) % (MAX_FREEZE_DEPTH + 1) if name == "freeze_depth" else value
+        try:
+            config = replace(base, **{name: value})
+        except ValueError:  # refused
+            continue
+        changed = _differ(plain, _trained(config, data, cache, monkeypatch))
+        expected = name not in without_effect(base) or name not in without_effect(config)
+        if changed != expected:
+            wrong.append((name, changed, without_effect(config).get(name)))
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        ({"schedule": "step"}, "step_epochs", 1),
+        ({"schedule": "step", "step_epochs": 1}, "step_gamma", 0.5),
+        ({"schedule": "one-cycle"}, "warmup_epochs", 1.0),
+        ({"weight_decay": 0.0}, "decay_all", True),
+        ({"augment": "none"}, "flip", 0.0),
+        ({"augment": "standard"}, "rand_magnitude", 2),
+        ({"optimizer": "adamw", "base_lr": 1e-3}, "momentum", 0.5),
+    ],
+    ids=str,
+)
+def test_what_an_option_does_beside_others_is_known(
+    data: ImageData,
+    cache: ArrayCache,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    name: str,
+    value: Any,
+) -> None:
+    base = replace(BASE, freeze_depth=5, **settings)
+    one, two = (
+        _trained(c, data, cache, monkeypatch) for c in (base, replace(base, **{name: value}))
+    )
+    assert _differ(one, two) is (name not in without_effect(base))
