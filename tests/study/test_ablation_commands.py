@@ -306,7 +306,7 @@ def test_levels_are_tested_once(
         (["report", "bees-ablation", "--beside", "bees"], "study bees is no ablation."),
         (["ablate", "bees", "--from", "9"], "there is no trial 9 in that study"),
         (["ablate", "bees", "--from", "first"], "--from must be best or a trial's number"),
-        (["ablate", "bees", "--design", "ofatt"], "invalid choice: 'ofatt'"),
+        (["ablate", "bees", "--design", "ofatt"], "Did you mean ofat?"),
         (["ablate", "bees", "--factor", "augment"], "--factor: must be KEY=VALUE"),
         (
             ["ablate", "bees", "--factor", "augmnt=none"],
