@@ -126,14 +126,16 @@ def _script(
     """Let a script stand in for training; returns what was trained, as it comes."""
     trained = []
 
-    def scripted(config: TrainConfig, data: ImageData, folder: Path, *_: object):
+    def scripted(config: TrainConfig, data: ImageData, *, checkpoint_dir: Path, **_: object):
         trained.append((config, data))
         acc = accuracy(config)
         for epoch in range(config.epochs):
             figures = (0.5, 0.5, acc, acc, acc, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
-        folder.mkdir(parents=True)
-        np.savez(folder / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels)
+        checkpoint_dir.mkdir(parents=True)
+        np.savez(
+            checkpoint_dir / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels
+        )
 
     monkeypatch.setattr("study.runner.fit", scripted)
     return trained
