@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 
 from core.config import TrainConfig
-from study.ablate import is_done
+from study.ablation.run import is_done
 from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
