@@ -7,7 +7,7 @@ import pytest
 from core.config import TrainConfig
 from core.fit import fit
 from reports.audit import read_audit
-from study.__main__ import main
+from study.cli.main import main
 from study.audit import audit_study
 from study.config.errors import ConfigError
 from study.config.load import load_config
