@@ -7,8 +7,8 @@ import pytest
 from core.config import TrainConfig
 from core.fit import fit
 from reports.audit import read_audit
-from study.cli.main import main
 from study.audit import audit_study
+from study.cli.main import main
 from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.progress import QuietProgress
