@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.cli.main import DEFAULT_STORAGE, cli, main
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
+from study.record.models import Trial
 from study.record.record import Record
-from support import make_folder
+from support import distributions_of, make_folder
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
@@ -48,19 +51,18 @@ def recorded(here: Path) -> Path:
         study_id = store.create_study("ants", StudyConfig().to_record(), data, {})
         run_id = store.begin_run(study_id, command="c", device="cpu", versions={})
         for number, value in enumerate((0.5, 0.75)):
-            key = store.begin_trial(
-                study_id,
-                number,
-                run_id,
+            params = {"base_lr": 0.1 * (number + 1)}
+            store.start_trial(study_id, params, distributions_of(params))
+            trial = Trial(
+                study_id=study_id,
+                number=number,
+                run_id=run_id,
                 origin="sampler",
-                params={"base_lr": 0.1 * (number + 1)},
-                config={"base_lr": 0.1 * (number + 1), "epochs": 1},
+                config=dataclasses.asdict(TrainConfig(**params, epochs=1)),
                 config_hash=str(number),
-                seed=0,
-                backbone="resnet18",
-                freeze_depth=0,
                 device="cpu",
             )
+            key = store.begin_trial(trial)
             figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
             store.add_epoch(key, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
             folder = here / f"trial-{number}"
@@ -323,11 +325,10 @@ def test_delete_removes_the_study_from_optuna_too(
 ) -> None:
     import optuna
 
-    from study.optuna_storage import open_optuna_storage
-
-    optuna.create_study(study_name="ants", storage=open_optuna_storage(DEFAULT_STORAGE))
+    storage = f"sqlite:///{DEFAULT_STORAGE}"
+    assert optuna.get_all_study_names(storage) == ["ants"]
     answered(capsys, "delete", "ants", "--yes")
-    assert optuna.get_all_study_names(open_optuna_storage(DEFAULT_STORAGE)) == []
+    assert optuna.get_all_study_names(storage) == []
     assert (recorded / "trial-0").is_dir()  # no checkpoint of the record
 
 

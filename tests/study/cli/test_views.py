@@ -16,6 +16,7 @@ from study.progress import Counts
 from study.record.models import Test, Trial
 from study.record.record import Record
 from study.search import SearchOutcome
+from support import distributions_of
 
 DATA = {
     "source": "folder:ants",
@@ -57,23 +58,23 @@ def store(tmp_path: Path) -> Record:
     ]
     for number, (state, value, reason) in enumerate(ends):
         lr = 10.0 ** -(number + 1)
-        key = made.begin_trial(
-            study_id,
-            number,
-            run_id,
+        params = {"base_lr": lr}
+        trial = made.start_trial(study_id, params, distributions_of(params))
+        row = Trial(
+            study_id=study_id,
+            number=number,
+            run_id=run_id,
             origin="recipe:linear-probe" if number == 0 else "sampler",
-            params={"base_lr": lr},
             config={"base_lr": lr, "epochs": 2, "clip_norm": None},
             config_hash=str(number),
-            seed=0,
-            backbone="resnet18",
-            freeze_depth=0,
             device="cpu",
             trained_parameters=1234,
             total_parameters=5678,
         )
+        key = made.begin_trial(row)
         if value is not None:
             made.add_epoch(key, epoch_of(value), 1.0)
+            trial.report(value, 1)
         made.end_trial(
             key,
             state,
