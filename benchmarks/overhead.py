@@ -24,7 +24,7 @@ from optuna.trial import TrialState, create_trial
 from core.metrics import EpochMetrics
 from study.config.load import load_config
 from study.config.search_space import distributions
-from study.samplers import make_pruner, make_sampler
+from study.search.samplers import make_pruner, make_sampler
 from study.store import Store
 
 REPORTS = 20

@@ -116,8 +116,9 @@ def fit(
         if metrics.is_best:
             best = Best(metrics, evaluation, trainer.snapshot())
         trainer.end_epoch()
-        state.save_if_due(best, device, after_epoch=True)
         yield metrics
+        # Only now: the caller has recorded the epoch, which the state then counts as done.
+        state.save_if_due(best, device, after_epoch=True)
     if checkpoint_dir is not None and best is not None:
         weights = {**network.model.state_dict(), **best.weights}
         save_checkpoint(checkpoint_dir, weights, make_card(config, network, data, best.metrics))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from study.config.study_config import StudyConfig
-    from study.progress import Progress
-    from study.search import SearchOutcome
+    from study.execution.progress import Progress
+    from study.search.search import SearchOutcome
     from study.store import Store
 
 _OURS = ("core", "study", "reports")
@@ -79,7 +79,7 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
-    from study.progress import choose_progress
+    from study.execution.progress import choose_progress
 
     is_quiet = getattr(args, "quiet", False)
     return contextlib.closing(choose_progress(is_quiet=is_quiet, is_json=args.json))
@@ -87,12 +87,13 @@ def _progress(args: argparse.Namespace) -> "contextlib.closing[Progress]":
 
 def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
     from study.config.formatting import hide_password
-    from study.search import run_search
+    from study.execution.progress import Note
+    from study.search.search import run_search
 
     with _progress(args) as progress:
         where = Path(config.study.output) / config.study.name
         storage = hide_password(config.study.storage)
-        progress.note(f"Study {config.study.name} in {storage}, files in {where}")
+        progress.emit(Note(f"Study {config.study.name} in {storage}, files in {where}"))
         outcome = run_search(
             config,
             progress=progress,
@@ -100,7 +101,6 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
             allow_changes=args.allow_changes,
             take_over=args.take_over,
         )
-        progress.study_ended(outcome)
     is_interrupted = outcome.stopped_because == "interrupted"
     if not args.json:
         _print_summary(config, outcome)
@@ -133,7 +133,7 @@ def _print_summary(config: "StudyConfig", outcome: "SearchOutcome") -> None:
 
 
 def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | None) -> None:
-    from study.search import HALTED
+    from study.search.search import HALTED
     from study.show import next_commands
 
     if report:
@@ -150,15 +150,15 @@ def _print_next(config: "StudyConfig", outcome: "SearchOutcome", report: Path | 
 def _dry_run(config: "StudyConfig", args: argparse.Namespace) -> int:
     from study.config.load import check_backbones
     from study.config.toml import config_text
-    from study.estimate import estimate
-    from study.session import corner_configs, load_pictures, preflight, without_weights
+    from study.execution.session import corner_configs, load_images, preflight, without_weights
+    from study.search.plan import estimate
     from study.show import estimate_view
 
     check_backbones(config)
     if not args.json:
         print(config_text(config))
     with _progress(args) as progress:
-        data = load_pictures(config, progress)
+        data = load_images(config, progress)
     corners = corner_configs(config, with_starts=True)
     preflight([without_weights(train) for train in corners], data)
     found = estimate(config, data)
@@ -303,8 +303,8 @@ def _agreed(question: str) -> bool:
 
 
 def _test(args: argparse.Namespace) -> int:
+    from study.search.final_test import test_study
     from study.show import say_looks, say_test
-    from study.test_split import test_study
 
     with _opened(args) as store, _progress(args) as progress:
         if args.levels:
@@ -413,10 +413,9 @@ def _dict(row: Any) -> dict[str, Any]:
     return {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}
 
 
-def _is_users(err: ValueError) -> bool:
-    """Say whether an error is the user's to mend: one of our own kinds of ValueError."""
-    kind = type(err)
-    return kind is not ValueError and kind.__module__.partition(".")[0] in _OURS
+def _is_users(err: Exception) -> bool:
+    """Say whether an error is the user's to correct: one of our own kinds."""
+    return type(err).__module__.partition(".")[0] in _OURS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -438,13 +437,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the pipe (`| head`) has what it wanted; nothing is to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ValueError as err:
+    except (ValueError, RuntimeError) as err:
         if not _is_users(err):
             raise
         from study.config.formatting import hide_password
 
         print("error:", hide_password(str(err)).replace("\n", "\n  "), file=sys.stderr)
-        return 2
+        return 2 if isinstance(err, ValueError) else 1  # 1: the study halted
     return status
 
 

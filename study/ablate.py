@@ -1,7 +1,6 @@
 """Run an ablation: every cell of a design once a replicate, in the same record as a search."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,27 +10,20 @@ from typing import Any
 import optuna
 
 from core.config import TrainConfig
-from core.data.splits import ImageData, load_data
 from study.ablation_plan import Plan, as_begun_config, cell_configs, n_runs
 from study.baseline import given_factors
 from study.config.load import check_backbones
 from study.config.search_space import apply_params
-from study.config.study_config import StudyConfig
 from study.designs import BASELINE, Cell, candidates, extend_path
-from study.progress import BestTrial, Counts, Progress
-from study.roster import Roster
-from study.runner import (
-    REASON_DIVERGED,
-    REASON_OUT_OF_MEMORY,
-    RERUN_REASONS,
-    Asked,
-    Work,
-    drop_checkpoint,
+from study.execution.progress import Counts, Progress, StudyEnded, StudyStarted
+from study.execution.session import Session, open_session
+from study.execution.trial_engine import (
+    VAL_SEED,
+    TrialEngine,
+    TrialRequest,
     identity,
-    record_answers,
-    run_trial,
+    is_settled,
 )
-from study.session import close_killed, open_session
 from study.store import LEVELS, Store, TrialRow, config_hash
 
 Scores = list[list[float | None]]
@@ -101,12 +93,13 @@ def run_ablation(
             cell_configs(plan),
             progress=progress,
             command=command,
+            resume=f"python -m study ablate {config.study.name}",
             take_over=take_over,
         ) as session:
-            ablation = _Ablation(session.work, config, plan, decide, command, begin)
+            ablation = _Ablation(session, plan, decide, command, begin)
             session.because = ablation.run()
             outcome = ablation.outcome(session.because)
-            progress.study_ended(outcome)
+            progress.emit(StudyEnded(outcome))
             return outcome
 
 
@@ -114,16 +107,10 @@ class _Ablation:
     """One process's part in an ablation."""
 
     def __init__(
-        self,
-        work: Work,
-        config: StudyConfig,
-        plan: Plan,
-        decide: Decide,
-        command: str,
-        begin: float,
+        self, session: Session, plan: Plan, decide: Decide, command: str, begin: float
     ) -> None:
-        self.work = work
-        self.config = config
+        self.session = session
+        self.config = session.config
         self.plan = plan
         self.design = plan.design
         self.decide = decide
@@ -131,7 +118,8 @@ class _Ablation:
         self.begin = begin
         self.chosen: list[str] = []
         self.rows: dict[str, TrialRow] = {}
-        self.pictures_of = functools.lru_cache(maxsize=1)(self._load_pictures_of)
+        keeps_all = plan.baseline.settings.keep_checkpoints
+        self.engine = TrialEngine(session, keep_best=None if keeps_all else 0)
 
     @property
     def settings(self) -> Any:
@@ -140,22 +128,30 @@ class _Ablation:
 
     def run(self) -> str:
         """Run what is missing; return why it ended."""
-        self.pictures_of(self._val_seed(0))  # a source that cannot be split anew shows here
-        self._recover()
+        self.session.images(self._val_seed(0))  # a source that cannot be split again shows here
+        continued = self.engine.recover()
+        for row in self.session.record.trials(self.session.study_id):
+            if is_settled(row):
+                self.rows.setdefault(row.config_hash, row)
         self._put_design()
         best = self._best()
-        self.work.progress.study_started(
-            self.config.study.name,
-            self._n_planned(),
-            self._own_counts(),
-            BestTrial.of(best) if best else None,
+        self.session.progress.emit(
+            StudyStarted(
+                self.config.study.name,
+                self._n_planned(),
+                self._own_counts(),
+                best.value if best else None,
+                best.ranked_by if best else None,
+            )
         )
+        for request in continued:
+            self._run(request)
         for cell, replicate in self._missing():
             because = self._reason_to_stop()
             if because is not None:
                 return because
             self._one(cell, replicate)
-            if self._hash(cell, replicate) not in self.rows:  # cut short
+            if self._hash(cell, replicate) not in self.rows:  # stopped
                 return "interrupted"
         self._put_design()
         return "complete"
@@ -218,58 +214,35 @@ class _Ablation:
         first = self.config.data.split_seed if known is None else known
         return first + 1 + replicate
 
-    def _load_pictures_of(self, val_seed: int | None) -> ImageData:
-        if val_seed is None:
-            return self.work.data
-        data = dataclasses.replace(self.config.data, val_seed=val_seed)
-        size = self.config.data.store_size
-        assert size is not None, "an ablation's pictures have a settled size"
-        # Its warnings are those of the study's own split, which were told.
-        return load_data(data, size, self.work.progress.pictures)
-
     def _one(self, cell: int, replicate: int) -> None:
         config, shown = self._config(cell, replicate), self.design.cells[cell]
         val_seed = self._val_seed(replicate)
-        work = dataclasses.replace(self.work, data=self.pictures_of(val_seed))
         levels = {
             factor.name: shown.levels.get(factor.name, factor.baseline)
             for factor in self.design.factors
         }
-        attrs = {"cell": shown.label, "replicate": replicate, LEVELS: levels}
-        trial = self.work.store.start_trial(self.work.study_id, {}, {}, attrs)
+        attrs = {"cell": shown.label, "replicate": replicate, LEVELS: levels, VAL_SEED: val_seed}
+        record, study_id = self.session.record, self.session.study_id
+        trial = record.start_trial(study_id, {}, {}, attrs)
         factor, level = _place(shown)
-        asked = Asked(
-            trial,
-            f"{shown.label}, replicate {replicate + 1}",
-            factor,
-            level,
-            replicate,
-            run_identity(config, val_seed),
+        self._run(
+            TrialRequest(
+                number=trial.number,
+                config=config,
+                origin=f"{shown.label}, replicate {replicate + 1}",
+                params=levels,
+                val_seed=val_seed,
+                factor=factor,
+                level=level,
+                replicate=replicate,
+                identity=run_identity(config, val_seed),
+            )
         )
 
-        result = run_trial(work, asked, config)
-        if result.state == "complete":
-            record_answers(self.work, trial.number)
-            if not self.settings.keep_checkpoints:
-                drop_checkpoint(self.work, trial.number)
-        row = self.work.store.trial(self.work.study_id, trial.number)
-        # An error of the moment (a full disk, say) is tried again by the next run of the command.
-        if row.reason not in RERUN_REASONS:
+    def _run(self, request: TrialRequest) -> None:
+        if self.engine.run(request).state != "stopped":
+            row = self.session.record.trial(self.session.study_id, request.number)
             self.rows[row.config_hash] = row
-
-    def _recover(self) -> None:
-        """Close what a killed process left open, and see what is done."""
-        close_killed(self.work)
-        for row in self.work.store.trials(self.work.study_id):
-            if is_done(row):
-                self.rows.setdefault(row.config_hash, row)
-                self._complete_record(row)
-
-    def _complete_record(self, row: TrialRow) -> None:
-        """Add the answers of a run whose process died just before it could."""
-        is_kept = row.checkpoint is not None and Path(row.checkpoint).is_dir()
-        if is_kept and not self.work.store.has_predictions(row.id, "val"):
-            record_answers(self.work, row.number)
 
     def _put_design(self) -> None:
         """Bring the design in the record up to date."""
@@ -294,11 +267,13 @@ class _Ablation:
                 "resplit": self.settings.resplit,
             }
         )
-        self.work.store.put_design(self.work.study_id, key, self.design.kind, spec, self.command)
+        self.session.record.put_design(
+            self.session.study_id, key, self.design.kind, spec, self.command
+        )
 
     def _reason_to_stop(self) -> str | None:
         timeout = self.config.study.timeout
-        if self.work.stop.is_set():
+        if self.session.stop.is_set():
             return "interrupted"
         if timeout is not None and time.monotonic() - self.begin > timeout:
             return "timeout"
@@ -328,7 +303,7 @@ class _Ablation:
         return AblationOutcome(
             study_name=self.config.study.name,
             stopped_because=because,
-            counts=Roster(self.work).counts(),
+            counts=Counts.of(self.session.record.trials(self.session.study_id)),
             n_done=self._n_done(),
             n_planned=self._n_planned(),
             best_number=best.number if best else None,
@@ -342,17 +317,6 @@ def run_identity(config: TrainConfig, val_seed: int | None) -> str:
     """Return the hash by which two runs are the same: settings, seed, and split."""
     own = identity(config)
     return own if val_seed is None else config_hash({"run": own, "val_seed": val_seed})
-
-
-def is_done(row: TrialRow) -> bool:
-    """Say whether a run need not be done again: it is complete, or fails for a reason of its own.
-
-    A setting that diverges or does not fit into memory does so every time; that is its result.
-    """
-    if row.state == "complete":
-        return True
-    own = (REASON_DIVERGED, REASON_OUT_OF_MEMORY)
-    return row.state == "failed" and (row.reason or "").startswith(own)
 
 
 def _place(cell: Cell) -> tuple[str | None, str | None]:

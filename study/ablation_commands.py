@@ -15,8 +15,8 @@ from study.config.errors import ConfigError
 from study.config.formatting import format_duration, hide_password
 from study.config.load import check_backbones
 from study.designs import BASELINE, make_design
+from study.execution.progress import Note, Progress
 from study.factors import named, read_flags
-from study.progress import Progress
 from study.show import make_table, print_json, print_view
 from study.store import Store
 
@@ -35,7 +35,7 @@ def ablate(args: argparse.Namespace, progress: Progress) -> int:
     if not args.json:
         _print_plan(plan)
     for warning in _foreseen(plan):
-        progress.note(warning)
+        progress.emit(Note(warning))
     if args.dry_run:
         return _dry_run(plan, args, progress)
     outcome = run_ablation(
@@ -151,10 +151,10 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _dry_run(plan: Plan, args: argparse.Namespace, progress: Progress) -> int:
-    from study.estimate import estimate_runs
-    from study.session import load_pictures, preflight
+    from study.execution.session import load_images, preflight
+    from study.search.plan import estimate_runs
 
-    data = load_pictures(plan.baseline.config, progress)
+    data = load_images(plan.baseline.config, progress)
     preflight(cell_configs(plan), data)
     check_begun(plan)
     seconds, size = estimate_runs(cell_configs(plan), data)
@@ -288,7 +288,7 @@ def report_ablation(args: argparse.Namespace, store: Store) -> int:
 
 def test_levels(args: argparse.Namespace, store: Store, progress: Progress) -> int:
     """Test every replicate of chosen levels, and of the baseline, on the test split."""
-    from study.test_split import test_trials
+    from study.search.final_test import test_trials
 
     numbers = _numbers_of(store, args.study, args.levels)
     rows = test_trials(store, args.study, numbers, progress=progress, command=args.line)
@@ -347,7 +347,7 @@ def _label(cell: Mapping[str, Any]) -> str:
 def audit(args: argparse.Namespace, store: Store, progress: Progress) -> int:
     """Train a sample of a search's pruned trials to the end, and say what pruning cost."""
     from reports.audit import audited_grid, rank_grid, read_audit
-    from study.audit import audit_study
+    from study.search.audit import audit_study
 
     if args.sample < 0:
         raise ConfigError(f"--sample must be >= 0, but got {args.sample}.")

@@ -11,7 +11,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.designs import Design
-from study.session import corner_configs, picture_size
+from study.execution.session import corner_configs, stored_side
 from study.store import Store
 
 # A later look has half as many replicates again: few looks, so that little error is spent on each.
@@ -89,7 +89,7 @@ def settled_config(plan: Plan) -> StudyConfig:
     if config.data.store_size is not None:
         return config
     trains = corner_configs(source) if source else cell_configs(plan)
-    data = dataclasses.replace(config.data, store_size=picture_size(trains))
+    data = dataclasses.replace(config.data, store_size=stored_side(trains))
     return config.model_copy(update={"data": data})
 
 

@@ -23,12 +23,12 @@ from study.config.formatting import (
     hide_password,
     json_text,
 )
-from study.progress import Outcome
+from study.execution.progress import Outcome
 
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
-    from study.estimate import Estimate
     from study.rows import StudyRow, StudySummary, TestRow, TrialRow
+    from study.search.plan import Estimate
 
 _SUMMARY_ROWS = 5
 # Above this many trials, `show` lists the best ones only.

@@ -31,9 +31,9 @@ WITHOUT_TORCH = (
     "study/config/load.py",
     "study/config/toml.py",
     "study/parser.py",
-    "study/progress.py",
+    "study/execution/progress.py",
     "study/show.py",
-    "study/terminal.py",
+    "study/execution/terminal.py",
 )
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import optuna
@@ -20,13 +21,13 @@ from optuna.trial import TrialState
 from core.config import DataConfig, TrainConfig
 from core.data.sources import DataError
 from core.data.splits import ImageData, load_data
-from core.fit import fit
+from core.fit import Interrupted, fit
 from core.metrics import EpochMetrics
 from core.training.checkpoint import PREDICTIONS_FILE
 from reports.ablation import read_ablations
 from reports.ablation_tables import effects_csv, failures_grid
 from reports.effects import Rules, open_levels
-from study.ablate import AblationOutcome, Scores, is_done, run_ablation, run_identity
+from study.ablate import AblationOutcome, Scores, run_ablation, run_identity
 from study.ablation_plan import (
     Plan,
     cell_configs,
@@ -39,9 +40,10 @@ from study.baseline import factors_of, find_baseline
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.designs import make_design
-from study.progress import QuietProgress
+from study.execution.progress import EpochEnded, Event, QuietProgress, TrialEnded
+from study.execution.session import StudyHalted
+from study.execution.trial_engine import identity, is_settled
 from study.read import read_predictions
-from study.runner import identity
 from study.store import Store, TrialRow
 from support import make_folder
 
@@ -123,16 +125,18 @@ def _script(
     """Let a script stand in for training; returns what was trained, as it comes."""
     trained = []
 
-    def scripted(config: TrainConfig, data: ImageData, folder: Path, *_: object):
+    def scripted(config: TrainConfig, data: ImageData, **options: Any):
         trained.append((config, data))
-        acc = accuracy(config)
+        acc, folder = accuracy(config), options["checkpoint_dir"]
         for epoch in range(config.epochs):
+            if options["should_stop"]():
+                raise Interrupted
             figures = (0.5, 0.5, acc, acc, acc, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
         folder.mkdir(parents=True)
         np.savez(folder / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels)
 
-    monkeypatch.setattr("study.runner.fit", scripted)
+    monkeypatch.setattr("study.execution.trial_engine.fit", scripted)
     return trained
 
 
@@ -310,13 +314,14 @@ class _Acts(QuietProgress):
         super().__init__()
         self.number, self.act, self.at_end = number, act, at_end
 
-    def epoch(self, number: int, metrics: EpochMetrics) -> None:
-        if number == self.number and metrics.epoch == 0 and not self.at_end:
-            self.act()
-
-    def trial_ended(self, number: int, *rest: object) -> None:
-        if number == self.number and self.at_end:
-            self.act()
+    def emit(self, event: Event) -> None:
+        match event:
+            case EpochEnded(self.number, metrics):
+                if metrics.epoch == 0 and not self.at_end:
+                    self.act()
+            case TrialEnded(self.number):
+                if self.at_end:
+                    self.act()
 
 
 def _kill_own_process() -> None:
@@ -370,12 +375,12 @@ def test_ctrl_c_leaves_cleanly_and_the_ablation_goes_on(
     assert signal.getsignal(signal.SIGINT) is handler
     rows = _rows(tmp_path)
     assert len(rows) == number + 1
-    assert (rows[-1].state, rows[-1].reason) == ("failed", "interrupted")
+    assert rows[-1].ended_at is None
     with Store.open(str(tmp_path / "s.db")) as store:
         (run,) = store.runs(store.study("tiny").id)
     assert run.outcome == "interrupted"
     outcome = _run(plan)
-    assert (outcome.stopped_because, outcome.n_done, len(_rows(tmp_path))) == ("complete", 6, 7)
+    assert (outcome.stopped_because, outcome.n_done, len(_rows(tmp_path))) == ("complete", 6, 6)
     assert all(row["n_failed"] == "0" for row in _effects(tmp_path))
 
 
@@ -423,9 +428,9 @@ def test_a_full_disk_ends_the_run_and_is_tried_again(
 
     _script(monkeypatch, accuracy)
     plan = _plan(photos, tmp_path)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StudyHalted, match="no space left"):
         _run(plan)
-    assert [row.state for row in _rows(tmp_path)] == ["complete"] * 3 + ["failed"]
+    assert [row.ended_at is None for row in _rows(tmp_path)] == [False] * 3 + [True]
     full[0] = False
     outcome = _run(plan)
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
@@ -685,7 +690,7 @@ def test_a_run_is_done_when_its_result_is_its_own(
     state: str, reason: str | None, expected: bool, finished: Path
 ) -> None:
     row = dataclasses.replace(_rows(finished)[0], state=state, reason=reason)
-    assert is_done(row) is expected
+    assert is_settled(row) is expected
 
 
 def test_a_runs_identity_is_its_settings_seed_and_split() -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from core.config import TrainConfig
+from core.fit import Interrupted
 from core.metrics import EpochMetrics
 from core.training.checkpoint import PREDICTIONS_FILE
 from study.__main__ import main
 from study.config.load import load_config
-from study.progress import QuietProgress
-from study.search import run_search
+from study.execution.progress import EpochEnded, Event, QuietProgress
+from study.search.search import run_search
 from study.store import Store
 from support import make_folder
 
@@ -357,21 +358,24 @@ def test_a_missing_database_is_told_and_not_made(
 def _script(monkeypatch: pytest.MonkeyPatch, accuracy: float = 0.5) -> None:
     """Let a script of two epochs' figures stand in for training."""
 
-    def scripted(config: TrainConfig, data, folder: Path, *_: object):
+    def scripted(config: TrainConfig, data, **options):
+        folder = options["checkpoint_dir"]
         figures = (0.5, 0.5, accuracy, 0.5, 0.5, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
         for epoch in range(config.epochs):
+            if options["should_stop"]():
+                raise Interrupted
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
         folder.mkdir(parents=True)
         np.savez(folder / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels)
 
-    monkeypatch.setattr("study.runner.fit", scripted)
+    monkeypatch.setattr("study.execution.trial_engine.fit", scripted)
 
 
 class _Interrupts(QuietProgress):
     """Presses Ctrl-C in the second trial's first epoch."""
 
-    def epoch(self, number: int, metrics: EpochMetrics) -> None:
-        if (number, metrics.epoch) == (1, 0):
+    def emit(self, event: Event) -> None:
+        if isinstance(event, EpochEnded) and (event.trial, event.metrics.epoch) == (1, 0):
             signal.raise_signal(signal.SIGINT)
 
 
@@ -379,7 +383,7 @@ def test_ctrl_c_ends_with_status_130_and_the_command_to_go_on(
     record: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _script(monkeypatch)
-    monkeypatch.setattr("study.progress.choose_progress", lambda **_: _Interrupts())
+    monkeypatch.setattr("study.execution.progress.choose_progress", lambda **_: _Interrupts())
     line = ["ablate", "bees", "--name", "cut", *FLAGS, "--set", "train.epochs=2"]
     assert main([*line, *record.storage]) == 130
     told = capsys.readouterr().out

@@ -11,9 +11,9 @@ from core.metrics import EpochMetrics
 from study.__main__ import _print_next, main
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
+from study.execution.progress import Counts
 from study.parser import DEFAULT_STORAGE, make_parser
-from study.progress import Counts
-from study.search import SearchOutcome
+from study.search.search import SearchOutcome
 from study.store import Store
 from support import distributions_of, make_folder
 

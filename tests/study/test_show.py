@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from core.metrics import EpochMetrics
 from study.config.study_config import StudyConfig
-from study.progress import Counts
+from study.execution.progress import Counts
 from study.rows import TestRow
 from study.show import (
     best_first,
