@@ -2,44 +2,31 @@
 
 import contextlib
 import dataclasses
-import io
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import optuna
 import torch
-from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
-from PIL import Image
 
 from core.config import TrainConfig
 from core.device import choose_device, describe_device
 from core.fit import Interrupted, fit
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.builder import count_parameters
-from core.training.checkpoint import PREDICTIONS_FILE
 from core.training.resume import epochs_in_state
 from study.config.search_space import ParamValue
-from study.execution.progress import (
-    REASON_KILLED,
-    EpochEnded,
-    Note,
-    TrialEnded,
-    TrialStarted,
-)
+from study.execution.checkpoints import Checkpoints
+from study.execution.progress import REASON_KILLED, EpochEnded, Note, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
-from study.store import PictureRow, TrialRow, config_hash, params_of
+from study.store import TrialRow, config_hash, params_of
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
-# The worst images that a report shows, and the side of their thumbnails in pixels.
-_N_WORST = 16
-_THUMBNAIL = 160
 # So many equal failures in a row have a cause that the next settings will not remove. Assumption.
 _MOST_EQUAL_FAILURES = 3
 
@@ -120,11 +107,6 @@ def is_settled(row: TrialRow) -> bool:
     return row.state == "failed" and (row.reason or "").startswith(own)
 
 
-def checkpoint_folder(output: Path, number: int) -> Path:
-    """Return where a trial's checkpoint lies."""
-    return output / f"trial-{number:04d}"
-
-
 def _never(metrics: EpochMetrics) -> bool:
     return False
 
@@ -152,15 +134,13 @@ class TrialEngine:
 
     Args:
         session: The study that the process works on.
-        keep_best: Checkpoints to keep: those of the best trials, and what the best classified
-            wrongly is recorded; None keeps all of them, 0 none.
+        keep_best: Checkpoints to keep: those of the best trials; None for all, 0 for none.
     """
 
     def __init__(self, session: Session, keep_best: int | None = None) -> None:
         self.session = session
         self._record = session.record
-        self._keep_best = keep_best
-        self._kept: dict[int, tuple[tuple[float, int], int]] = {}  # number -> rank, trial_id
+        self._checkpoints = Checkpoints(session, keep_best)
         self._failures: list[str | None] = []
 
     def recover(self) -> list[TrialRequest]:
@@ -186,8 +166,7 @@ class TrialEngine:
                 continued.append(request)
             else:
                 self._fail_killed(row)
-        self._kept = {row.number: (row.rank, row.id) for row in rows.values() if row.checkpoint}
-        self._drop_checkpoints()
+        self._checkpoints.load(rows.values())
         states = {self._state_file(request.number) for request in continued}
         for file in self.session.output.glob("state/*"):
             if file not in states:
@@ -243,23 +222,11 @@ class TrialEngine:
     ) -> None:
         """Record a trial that is not trained: refused, or with the result of an equal one."""
         trial_id = self._enter(request, "none", None, None)
-        session, number = self.session, request.number
+        self._emit_started(request)
         value, score = (equal.value, equal.score) if equal else (None, None)
-        session.progress.emit(
-            TrialStarted(number, request.origin, request.params, request.config.epochs)
-        )
-        self._record.end_trial(
-            trial_id,
-            state,
-            reason=reason,
-            value=value,
-            best_epoch=equal.best_epoch if equal else None,
-            epochs_done=0,
-            duration_s=0.0,
-            checkpoint=None,
-            score=score,
-        )
-        session.progress.emit(TrialEnded(number, state, value, reason, 0.0, score))
+        best_epoch = equal.best_epoch if equal else None
+        self._close(trial_id, state, reason, value=value, best_epoch=best_epoch, score=score)
+        self.session.progress.emit(TrialEnded(request.number, state, value, reason, 0.0, score))
 
     def _begin(self, request: TrialRequest) -> _Course:
         """Enter a trial as running, or take up the record of one that is continued."""
@@ -284,10 +251,13 @@ class TrialEngine:
             )
             device = describe_device(choose_device(config.device))
             course = _Course(self._enter(request, device, trained, total), begin)
-        session.progress.emit(
+        self._emit_started(request)
+        return course
+
+    def _emit_started(self, request: TrialRequest) -> None:
+        self.session.progress.emit(
             TrialStarted(request.number, request.origin, request.params, request.config.epochs)
         )
-        return course
 
     def _enter(
         self, request: TrialRequest, device: str, trained: int | None, total: int | None
@@ -331,7 +301,7 @@ class TrialEngine:
             request.config,
             session.images(request.val_seed),
             cache=session.cache,
-            checkpoint_dir=checkpoint_folder(session.output, number),
+            checkpoint_dir=self._checkpoints.folder(number),
             state_file=self._state_file(number),
             should_stop=session.stop.is_set,
         )
@@ -351,32 +321,24 @@ class TrialEngine:
         """Close a trial's record, unless it is to be continued."""
         session, number, best = self.session, request.number, course.best
         value, score = (best.val_acc, best.ranked_by) if best else (None, None)
-        folder = checkpoint_folder(session.output, number)
-        is_complete = state == "complete"
-        is_kept = is_complete and self._keep_best != 0
-        rank = -(score or 0.0), number
-        if is_complete:
-            is_best = all(rank < other for other, _ in self._kept.values())
-            # Before it ends: what a kill prevents is then done again.
-            self._record_predictions(course.trial_id, folder, with_mistakes=is_best)
+        checkpoint = None
+        if state == "complete":
+            checkpoint = self._checkpoints.record(course.trial_id, number, score or 0.0)
         duration_s = course.duration_s
         if state != "stopped":
-            self._record.end_trial(
+            self._close(
                 course.trial_id,
                 state,
-                reason=reason,
+                reason,
                 value=value,
                 best_epoch=best.epoch if best else None,
                 epochs_done=len(course.epochs),
                 duration_s=duration_s,
-                checkpoint=str(folder) if is_kept else None,
+                checkpoint=checkpoint,
             )
             self._state_file(number).unlink(missing_ok=True)
-        if is_kept:
-            self._kept[number] = rank, course.trial_id
-            self._drop_checkpoints()
-        elif is_complete:
-            shutil.rmtree(folder, ignore_errors=True)
+        if state == "complete":
+            self._checkpoints.keep(course.trial_id, number, score or 0.0)
         session.progress.emit(TrialEnded(number, state, value, reason, duration_s, score))
         return TrialResult(number, state, value, score, reason, duration_s)
 
@@ -387,54 +349,15 @@ class TrialEngine:
             StudyHalted: They do.
         """
         reason = result.reason if result.state == "failed" else None
-        is_own = reason is not None and reason.startswith(REASON_DIVERGED)
-        self._failures = [*self._failures, None if is_own else reason][-_MOST_EQUAL_FAILURES:]
+        if reason is not None and reason.startswith(REASON_DIVERGED):
+            reason = None
+        self._failures = [*self._failures, reason][-_MOST_EQUAL_FAILURES:]
         if reason is not None and self._failures == [reason] * _MOST_EQUAL_FAILURES:
             self.session.because = "halted"
             raise StudyHalted(
                 f"{_MOST_EQUAL_FAILURES} trials in a row failed for the same reason: {reason} "
                 f"Correct the cause, then continue: {self.session.resume}"
             )
-
-    # Checkpoints, and what they say
-
-    def _drop_checkpoints(self) -> None:
-        if self._keep_best is None:
-            return
-        ranked = sorted(self._kept, key=lambda number: self._kept[number])
-        for number in ranked[self._keep_best :]:
-            _, trial_id = self._kept.pop(number)
-            self._record.set_checkpoint(trial_id, None)
-            shutil.rmtree(checkpoint_folder(self.session.output, number), ignore_errors=True)
-
-    def _record_predictions(self, trial_id: int, folder: Path, *, with_mistakes: bool) -> None:
-        """Record what a trial predicts for each validation image.
-
-        Of a search's best trial so far, record its confusion matrix and its worst images, too.
-        """
-        with np.load(folder / PREDICTIONS_FILE) as saved:
-            labels, predicted = saved["labels"], saved["predicted"]
-            self._record.add_predictions(trial_id, "val", labels.tolist(), predicted.tolist())
-            if not (with_mistakes and self._keep_best):
-                return
-            probability, confusion = saved["probability"], saved["confusion"]
-        self._record.add_confusion(trial_id, "val", confusion.tolist())
-        wrong = np.flatnonzero(labels != predicted)
-        worst = wrong[np.argsort(probability[wrong], kind="stable")][:_N_WORST]
-        split, classes = self.session.data.val, self.session.data.classes
-        rows = [
-            PictureRow(
-                split="val",
-                rank=rank,
-                path=split.paths[i],
-                label=classes[labels[i]],
-                predicted=classes[predicted[i]],
-                probability=float(probability[i]),
-                thumbnail=_thumbnail(split.store.image(int(split.indices[i]))),
-            )
-            for rank, i in enumerate(worst.tolist())
-        ]
-        self._record.add_pictures(trial_id, rows)
 
     # What an earlier process left
 
@@ -474,21 +397,22 @@ class TrialEngine:
         return request
 
     def _fail_killed(self, row: TrialRow) -> None:
-        self._record.end_trial(
+        self._close(
             row.id,
             "failed",
-            reason=REASON_KILLED,
-            value=None,
+            REASON_KILLED,
             best_epoch=row.best_epoch,
             epochs_done=row.epochs_done,
             duration_s=_spent_s(self._record.epochs(row.id)),
-            checkpoint=None,
         )
-        self.session.progress.emit(
-            Note(
-                f"Trial {row.number} was cut short when its process died; its settings are run "
-                "again."
-            )
+        note = f"Trial {row.number} was cut short when its process died; its settings run again."
+        self.session.progress.emit(Note(note))
+
+    def _close(self, trial_id: int, state: str, reason: str | None, **figures: Any) -> None:
+        """End a trial in the record, then for Optuna; figures that are not given are none."""
+        none = {"value": None, "best_epoch": None, "epochs_done": 0, "duration_s": 0.0}
+        self._record.end_trial(
+            trial_id, state, reason=reason, **{**none, "checkpoint": None, **figures}
         )
 
 
@@ -502,11 +426,3 @@ def _described(err: Exception) -> str:
         return str(err)
     where = traceback.extract_tb(err.__traceback__)[-1]
     return f"{type(err).__name__}: {err} ({Path(where.filename).name}:{where.lineno})"
-
-
-def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
-    image = Image.fromarray(np.asarray(pixels))
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return buffer.getvalue()

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from small_study import Listener, config_of, figures_of, make_home, optuna_trials, rows_of, run
 
 from core.fit import fit
+from study.config.study_config import StudyConfig
 from study.execution import trial_engine
 from study.execution.progress import Note
 from study.store import Store
@@ -123,22 +124,29 @@ class _Killed(BaseException):
     """Stands in for a kill: nothing of ours catches it, and nothing more is written."""
 
 
+def _dies_here(config: StudyConfig, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Run a study in this process, on another machine as it seems, until it dies."""
+
+    def dies(*_: object, **__: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        patch.setattr(Store, method, dies)
+        patch.setattr(Store, "end_run", lambda *_: None)
+        run(config, take_over=True)
+
+
 @pytest.mark.parametrize("method", ["begin_trial", "add_epoch", "end_trial"])
 def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
     home: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
-
-        def dies(*_: object, **__: object) -> None:
-            raise _Killed
-
-        patch.setattr(Store, method, dies)
-        patch.setattr(Store, "end_run", lambda *_: None)
-        run(config_of(home, 1, PRUNER))
+    config = config_of(home, 1, PRUNER, "search.recipes=false")
+    _dies_here(config, monkeypatch, method)
     assert [trial.state for trial in optuna_trials(home)][0] is TrialState.RUNNING
-    outcome = run(config_of(home, 1, PRUNER, "search.recipes=false"), allow_changes=True)
+    outcome = run(config, take_over=True)
     assert (outcome.counts.finished, outcome.counts.running) == (1, 0)
-    first, *_, again = [t for t in optuna_trials(home) if t.state is not TrialState.WAITING]
+    first, again = optuna_trials(home)
     assert (first.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE)
     assert (again.params, again.user_attrs["origin"]) == (first.params, "retry of 0")
 
@@ -147,16 +155,8 @@ def test_settings_that_kill_the_process_run_three_more_times_at_most(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(home, 1, PRUNER, "search.recipes=false")
-    with monkeypatch.context() as patch:
-
-        def dies(*_: object, **__: object) -> None:
-            raise _Killed
-
-        patch.setattr(Store, "add_epoch", dies)
-        patch.setattr(Store, "end_run", lambda *_: None)
-        for _ in range(6):
-            with pytest.raises(_Killed):
-                run(config)
+    for _ in range(6):
+        _dies_here(config, monkeypatch, "add_epoch")
     params = [str(row.params) for row in rows_of(home)]
     assert [params.count(text) for text in dict.fromkeys(params)] == [4, 2]
 
