@@ -43,7 +43,7 @@ def fit(
     checkpoint_dir: Path | None = None,
     state_file: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Generator[EpochMetrics]:
+) -> Generator[EpochMetrics, None, None]:
     """Fine-tune a network and yield each epoch's figures.
 
     Equal configuration, data and device give equal figures, with or without cache, and continued

@@ -29,7 +29,6 @@ Result = TypeVar("Result")
 # Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
 BUSY_TIMEOUT_S = 60
 _OPTUNA_TABLES = {"studies", "trials", "trial_params", "alembic_version"}
-_MAGIC = b"SQLite format 3\x00"
 _RETRY_S = 0.05
 _VERSION = select(InfoTable.value).where(InfoTable.key == "schema_version")
 # File systems of other machines: the write-ahead log needs memory that all processes share.
@@ -171,6 +170,11 @@ def is_on_network(path: Path) -> bool:
 
 
 def _check_file(database: str | None, create: bool) -> Path:
+    """Refuse what can be no database of ours, without opening the file.
+
+    SQLite's locks are this process's: closing a file that we opened ourselves drops them all, and
+    the next process to leave the database then removes the log that we go on writing to.
+    """
     if not database or database == ":memory:":
         raise StoreError("storage must be a file, but got an SQLite database in memory.")
     path = Path(database)
@@ -181,12 +185,7 @@ def _check_file(database: str | None, create: bool) -> Path:
             f"storage {path} must lie in a folder that exists, but {path.parent} "
             "does not. Make it, or name another with --storage."
         )
-    if path.exists():
-        with open(path, "rb") as file:
-            head = file.read(len(_MAGIC))
-        if head and head != _MAGIC:
-            raise StoreError(f"{path} is not an SQLite database. Name another with --storage.")
-    elif not create:
+    if not path.exists() and not create:
         raise StoreError(
             f"there is no database {path}. `python -m study run` makes one; --storage names "
             "another."

@@ -291,10 +291,29 @@ def _file(path: Path, kind: str) -> None:
         connection.close()
 
 
+def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    read = (
+        f"import sqlite3; c = sqlite3.connect({str(path)!r}); "
+        "print(c.execute('SELECT name FROM frostline_studies').fetchall()); c.close()"
+    )
+
+    def names_elsewhere() -> str:
+        done = subprocess.run([sys.executable, "-c", read], capture_output=True, check=True)
+        return done.stdout.decode()
+
+    with Store.open(str(path), create=True) as store:
+        _study(store, "first")
+        Store.open(str(path)).close()
+        assert "first" in names_elsewhere()  # the last to leave, were our locks gone
+        _study(store, "second")
+        assert "second" in names_elsewhere()
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("text", "is not an SQLite database"),
+        ("text", "file is not a database"),
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
         ("optuna", "holds plain Optuna studies, not Frostline's"),

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from core.heads.solver import solve_head
+
+
+def make_data(n: int, n_features: int, n_classes: int, distance: float) -> tuple[Tensor, Tensor]:
+    """Draw correlated float64 features around one center per class."""
+    generator = torch.Generator().manual_seed(n)
+    labels = torch.arange(n) % n_classes
+    centers = torch.randn(n_classes, n_features, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(n_features, n_features, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, n_features, generator=generator, dtype=torch.float64)
+    spread = torch.logspace(0, -1, n_features)
+    return (noise + distance * centers[labels]) @ mixing * spread + 1, labels
+
+
+def fit_reference(x: Tensor, y: Tensor, rows: Tensor, c: float) -> np.ndarray:
+    """Fit scikit-learn on some rows of standardised features; return log-probabilities of all."""
+    std = x.std(dim=0, correction=0)
+    z = ((x - x.mean(dim=0)) / torch.where(std > 0, std, 1)).numpy()
+    model = LogisticRegression(C=c, tol=1e-6, max_iter=100_000)
+    return model.fit(z[rows], y[rows].numpy()).predict_log_proba(z)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_features", "n_classes", "distance"),
+    [(200, 20, 2, 0.3), (60, 90, 10, 0.5), (300, 30, 10, 0.5), (200, 20, 100, 0.5)]
+    + [(120, 20, 3, 5.0)],  # nearly separable
+)
+@pytest.mark.parametrize("c", [1e-3, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve_head_agrees_with_scikit_learn(
+    n: int, n_features: int, n_classes: int, distance: float, c: float, dtype: torch.dtype
+) -> None:
+    x, y = make_data(n, n_features, n_classes, distance)
+    x, y = torch.cat([x, x[:20]]), torch.cat([y, y[:20]])  # duplicate rows
+    x[:, 3] = 2  # a constant feature
+    head = solve_head(x.to(dtype), y, n_classes, [1 / (c * len(x))], folds=2)
+    found = (x.to(dtype) @ head.weight.t() + head.bias).softmax(dim=1).numpy()
+    assert head.converged
+    expected = np.exp(fit_reference(x, y, torch.arange(len(x)), c))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_solve_head_out_of_fold_and_choice_equal_separate_fits() -> None:
+    x, y = make_data(120, 15, 3, 0.4)
+    fold_of = torch.arange(120) % 4
+    strengths = [1 / (c * 120) for c in (1e-3, 1e-2, 1e-1, 10.0)]
+    head = solve_head(x, y, 3, strengths, fold_of=fold_of)
+    losses, tables = {}, {}
+    for decay in strengths:
+        table = np.empty((120, 3))
+        for k in range(4):
+            rows = (fold_of != k).nonzero()[:, 0]
+            here = (fold_of == k).numpy()
+            table[here] = fit_reference(x, y, rows, 1 / (decay * 120))[here]
+        tables[decay] = table
+        losses[decay] = -table[np.arange(120), y].mean()
+    assert head.oof_log_loss == pytest.approx(losses, abs=1e-3)
+    assert head.decay == min(losses, key=lambda d: losses[d])
+    np.testing.assert_allclose(head.oof_log_probs.exp(), np.exp(tables[head.decay]), atol=1e-3)
+
+
+def test_solve_head_same_inputs_give_same_bits() -> None:
+    x, y = make_data(90, 12, 3, 0.4)
+    first, second = solve_head(x.float(), y, 3, seed=3), solve_head(x.float(), y, 3, seed=3)
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+    assert torch.equal(first.oof_log_probs, second.oof_log_probs)
+
+
+def test_solve_head_bias_is_not_penalised() -> None:
+    y = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    head = solve_head(torch.ones(100, 4), y, 3, [1e3])
+    np.testing.assert_allclose(head.bias.softmax(dim=0), [0.6, 0.3, 0.1], atol=1e-4)
+
+
+def test_solve_head_path_ends_where_the_loss_rises() -> None:
+    x, y = make_data(100, 30, 3, 0.05)
+    losses = list(solve_head(x, y, 3).oof_log_loss.values())
+    assert losses[-1] > 1.01 * min(losses)
+    assert all(loss <= 1.01 * min(losses[:k]) for k, loss in enumerate(losses[:-1]) if k)
+
+
+def test_solve_head_deals_folds_within_the_subset() -> None:
+    y = torch.arange(20_010) % 2  # every third row is picked
+    x = torch.randn(20_010, 2, generator=torch.Generator().manual_seed(0)) + y[:, None]
+    head = solve_head(x, y, 2, [1 / 20_010], folds=3)
+    assert head.converged
+    assert next(iter(head.oof_log_loss.values())) < 0.6
+
+
+def test_solve_head_takes_a_class_smaller_than_the_folds() -> None:
+    x, y = make_data(60, 8, 3, 0.5)
+    y[y == 2] = 0
+    y[7] = 2
+    head = solve_head(x, y, 4)  # class 3 has no rows at all
+    assert head.weight.shape == (4, 8)
+    assert bool(head.oof_log_probs.isfinite().all())
+
+
+def test_solve_head_chooses_on_a_subset_and_keeps_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = make_data(300, 10, 3, 0.4)
+    monkeypatch.setattr("core.heads.solver._CHOICE_ROWS", 100)
+    head = solve_head(x, y, 3, [1 / (0.1 * 300)], folds=3)
+    found = (x @ head.weight.t() + head.bias).softmax(dim=1).numpy()
+    expected = np.exp(fit_reference(x, y, torch.arange(300), 0.1))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert head.oof_log_probs.shape == (300, 3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_solve_head_refuses_features_that_are_not_finite(bad: float) -> None:
+    x, y = make_data(30, 4, 3, 0.5)
+    x[4, 2] = bad
+    with pytest.raises(ValueError, match="finite"):
+        solve_head(x, y, 3)
+
+
+def test_solve_head_refuses_what_it_cannot_fit() -> None:
+    x, y = make_data(30, 4, 3, 0.5)
+    with pytest.raises(ValueError, match="n_classes is 2"):
+        solve_head(x, y, 2)
+    with pytest.raises(ValueError, match="above 0"):
+        solve_head(x, y, 3, [0.1, 0.0])
+    with pytest.raises(ValueError, match="1 folds"):
+        solve_head(x, y, 3, folds=1)

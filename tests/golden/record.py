@@ -1,0 +1,226 @@
+"""Recorded figures of seven small studies; run by hand.
+
+    python tests/golden/record.py             record them anew
+    python tests/golden/record.py --compare   say which differ from what is recorded
+
+README.md says when a recorded file may change.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+
+from command_line import (  # noqa: E402 (found by the path above)
+    Run,
+    best,
+    kill_after_epoch,
+    read_runs,
+    settings,
+    start,
+    study,
+    without_figures,
+)
+
+HEAD_ONLY = 5
+"""The freeze level at which only the head is trained."""
+SMALL: dict[str, object] = {
+    "data.limit": 64,
+    "data.val_fraction": 0.05,
+    "data.cache_dir": "cache",
+    "train.image_size": 32,
+    "train.batch_size": 16,
+    "train.epochs": 3,
+    "train.flip": 0,
+    "train.crop_scale": 0.7,
+    "train.device": "cpu",
+    "train.workers": 0,
+}
+TINY: dict[str, object] = {"train.backbone": "timm:test_resnet", "train.weights": "none"}
+VIT: dict[str, object] = {
+    "train.backbone": "timm:test_vit",
+    "train.weights": "none",
+    "train.optimizer": "adamw",
+    "train.head_lr_mult": 1,
+}
+VIT_RATES = "base_lr = {low = 1e-5, high = 1e-2, log = true}\n"
+RATES = "base_lr = {low = 1e-3, high = 3e-1, log = true}\n"
+Figures = dict[str, Any]
+
+
+def _run(home: Path, space: str, trials: int, more: dict[str, object]) -> list[str]:
+    """Return the command of a search of study `s` for digits."""
+    (home / "study.toml").write_text(f"[space]\n{space}")
+    given = settings(SMALL | more)
+    return ["run", "--config", "study.toml", "--name", "s", "--trials", str(trials), *given]
+
+
+def _tpe_hyperband(home: Path) -> tuple[str, ...]:
+    space = (
+        "freeze_depth = {low = 0, high = 5}\n"
+        "base_lr = {low = 1e-4, high = 1e-2, log = true}\n"
+        "head_lr_mult = {low = 1.0, high = 30.0, log = true}\n"
+    )
+    study(home, *_run(home, space, 7, {"train.backbone": "timm:tf_efficientnet_lite0"}))
+    return ("s",)
+
+
+def _tpe_median(home: Path) -> tuple[str, ...]:
+    space = "freeze_depth = {low = 0, high = 4}\nweight_decay = [0, 1e-2]\n" + VIT_RATES
+    chosen = VIT | {"search.pruner": "median", "train.epochs": 4}
+    study(home, *_run(home, space, 9, chosen))
+    return ("s",)
+
+
+def _random_none(home: Path) -> tuple[str, ...]:
+    space = "freeze_depth = [3, 5]\nhead_init = ['default', 'zero']\n" + RATES
+    chosen = {"search.sampler": "random", "search.pruner": "none", "search.recipes": False}
+    study(home, *_run(home, space, 8, TINY | chosen))
+    return ("s",)
+
+
+def _grid(home: Path) -> tuple[str, ...]:
+    chosen = VIT | {"train.base_lr": 1e-3, "search.sampler": "grid", "search.pruner": "none"}
+    study(home, *_run(home, "freeze_depth = {low = 0, high = 5}\n", 6, chosen))
+    return ("s",)
+
+
+def _ofat(home: Path) -> tuple[str, ...]:
+    (home / "study.toml").write_text("[space]\n")
+    chosen = settings(SMALL | TINY | {"train.freeze_depth": 3, "train.base_lr": 0.02})
+    factors = ["--factor", "freeze_depth=0,5", "--factor", "augment=none"]
+    study(home, "ablate", "study.toml", "--name", "s", "--replicates", "2", *factors, *chosen)
+    return ("s",)
+
+
+def _audit(home: Path) -> tuple[str, ...]:
+    chosen = {"search.sampler": "random", "search.pruner": "halving", "search.recipes": False}
+    study(home, *_run(home, "freeze_depth = [0, 2, 4]\n" + RATES, 6, TINY | chosen))
+    study(home, "audit", "s", "--sample", "2")
+    return ("s", "s-audit")
+
+
+def _kill_and_resume(home: Path) -> tuple[str, ...]:
+    space = "freeze_depth = {low = 0, high = 4}\n" + VIT_RATES
+    chosen = VIT | {"search.pruner": "median", "train.epochs": 4}
+    kill_after_epoch(start(home, *_run(home, space, 5, chosen), "--json"), trial=4)
+    study(home, "resume", "s")
+    return ("s",)
+
+
+STUDIES: dict[str, Callable[[Path], tuple[str, ...]]] = {
+    "tpe-hyperband": _tpe_hyperband,
+    "tpe-median": _tpe_median,
+    "random-none": _random_none,
+    "grid": _grid,
+    "ofat": _ofat,
+    "audit": _audit,
+    "kill-and-resume": _kill_and_resume,
+}
+"""Each runs in an empty folder and returns the studies to read."""
+
+
+def read_figures(name: str, home: Path, studies: tuple[str, ...]) -> dict[str, Figures]:
+    """Read what studies gave, by file name: levels 0 to 4, and the head alone.
+
+    The best trial of a search is put with the heads where there are any, as they may win.
+    """
+    bodies: Figures = {}
+    heads: Figures = {}
+    found: Figures = {}
+    for known in studies:
+        runs = read_runs(home, known)
+        for place, run in enumerate(runs):
+            is_head = run.config["freeze_depth"] == HEAD_ONLY
+            (heads if is_head else bodies)[f"{known} trial {place}"] = _row(run)
+        if not any(run.level for run in runs):  # of an ablation or audit, none is the best
+            number, value = best(home, known)
+            found[f"{known} best"] = [[run.number for run in runs].index(number), value]
+    if not heads:
+        return {f"{name}.json": bodies | found}
+    return {f"{name}.json": bodies, f"{name}.heads.json": heads | found}
+
+
+def _row(run: Run) -> Figures:
+    return {
+        "params": run.params,
+        "state": run.state,
+        "value": run.value,
+        "val_acc": [epoch["val_acc"] for epoch in run.epochs],
+        "val_loss": [epoch["val_loss"] for epoch in run.epochs],
+    }
+
+
+def measure(name: str) -> dict[str, Figures]:
+    """Run a study in a new folder and read its figures."""
+    with tempfile.TemporaryDirectory() as folder, without_figures():
+        home = Path(folder)
+        return read_figures(name, home, STUDIES[name](home))
+
+
+def recorded(name: str) -> dict[str, Figures]:
+    """Return the recorded figures of a study by file name."""
+    return {p.name: json.loads(p.read_text()) for p in sorted(HERE.glob(f"{name}.*json"))}
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
+    """List the figures that are not equal to the bit: where, before, now."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        pairs = [(f"{at}, {key}".strip(", "), old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{at}[{k}]", *pair) for k, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [(at, old, new)]
+    return [found for where, a, b in pairs for found in differences(a, b, where)]
+
+
+def is_near(old: Any, new: Any, relative: float) -> bool:
+    """Say whether two figures are numbers, and equal but for rounding."""
+    are_numbers = all(isinstance(value, float) for value in (old, new))
+    return are_numbers and abs(old - new) <= relative * max(abs(old), abs(new))
+
+
+def _compare(name: str) -> bool:
+    """Print how a study's figures compare with the recorded ones; say whether they are near."""
+    old, new = recorded(name), measure(name)
+    are_near = True
+    for file in sorted(old.keys() | new.keys()):
+        found = differences(old.get(file, {}), new.get(file, {}))
+        far = [row for row in found if not is_near(*row[1:], relative=1e-6)]
+        word = "equal within 1e-6" if found else "equal to the bit"
+        print(f"{file}: {f'{len(far)} figures differ' if far else word}", flush=True)
+        for where, before, now in far:
+            print(f"  {where}: {before} -> {now}")
+        are_near &= not far
+    return are_near
+
+
+def main() -> int:
+    """Record or compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compare", action="store_true", help="write nothing")
+    parser.add_argument("names", nargs="*", choices=[[], *STUDIES], help="only these studies")
+    args = parser.parse_args()
+    names = args.names or list(STUDIES)
+    if args.compare:
+        return 0 if all([_compare(name) for name in names]) else 1
+    for name in names:
+        for old in recorded(name):
+            (HERE / old).unlink()
+        for file, figures in measure(name).items():
+            (HERE / file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            print(f"wrote {file}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
