@@ -24,8 +24,9 @@ from optuna.trial import TrialState, create_trial
 from core.metrics import EpochMetrics
 from study.config.load import load_config
 from study.config.search_space import distributions
+from study.record.models import Trial
+from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler
-from study.store import Store
 
 REPORTS = 20
 SPACE = distributions(load_config().space)
@@ -104,7 +105,7 @@ def plain_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[],
 
 def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> Callable[[], None]:
     """Return one trial of ours: the record over Optuna's tables, same sampler and pruner."""
-    store = Store.open(str(path), create=True)
+    store = Record.open(str(path), create=True)
     study_id = store.create_study("x", {}, {"fingerprint": "x"}, {})
     run = store.begin_run(study_id, command="benchmark", device="none", versions={})
     study = store.optuna_study(study_id)
@@ -117,10 +118,11 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
             study.sampler = make_sampler("tpe", 0, number, SPACE)
             asked = study.ask(SPACE)
         with clock.phase("record"):
-            key = store.begin_trial(
-                study_id, number, run, origin="sampler", config={"seed": 0},
-                config_hash=str(number), seed=0, backbone="x", freeze_depth=0, device="none",
+            row = Trial(
+                study_id=study_id, number=number, run_id=run, origin="sampler", config={},
+                config_hash=str(number), device="none",
             )  # fmt: skip
+            key = store.begin_trial(row)
         for step in range(1, REPORTS + 1):
             with clock.phase("record"):
                 store.add_epoch(key, metrics(step - 1, 0.9 + step / 1000), 0.1)

@@ -31,7 +31,7 @@ from reports.paired import (
 from study.config.study_config import AblationSection
 from study.designs import make_design
 from study.factors import Factor, Level
-from study.rows import DesignRow, StudyRow
+from study.record.models import Design, Study
 
 SEED_SD = 0.02  # what all settings of a seed share
 RUN_SD = 0.01  # of a run
@@ -211,8 +211,10 @@ def ablation_of(names: Sequence[str], truth: Callable[[set[str]], float], rng: o
         arm = Arm(cell.label, "", "", values, (None,) * 5)
         nothing = np.full(5, math.nan)
         runs.append(Runs(arm, nothing, (None,) * 5, math.nan, cell.levels))
-    study = StudyRow(1, "s", now, {}, {}, {})
-    row_ = DesignRow(1, 1, "k", "factorial", spec, "", now)
+    study = Study(id=1, name="s", config={}, data={}, versions={})
+    row_ = Design(
+        id=1, study_id=1, key="k", kind="factorial", spec=spec, command="", updated_at=now
+    )
     return Ablation(study, row_, tuple(runs), Rules())
 
 

@@ -33,9 +33,9 @@ from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.execution.progress import QuietProgress
 from study.execution.session import load_images
+from study.record.record import Record
 from study.search.final_test import test_study
 from study.search.search import run_search
-from study.store import Store
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Plain values in the space fix its dimensions.
@@ -108,7 +108,7 @@ def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
     progress = QuietProgress()
     run_search(config, progress=progress, command="benchmarks/results.py")
     seconds = time.perf_counter() - begin
-    with Store.open(config.study.storage) as store:
+    with Record.open(config.study.storage) as store:
         study = store.study(config.study.name)
         numbers = [row.number for row in store.trials(study.id) if row.state == "complete"]
         rows = [

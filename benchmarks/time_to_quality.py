@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.data.splits import ImageData
     from core.prefix_cache import PrefixCache
-    from study.store import Store
+    from study.record.record import Record
 
 # One thread on every side; the replay must add in the same order as the run did, too.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -246,9 +246,9 @@ def frostline_record(storage: Path, began: float) -> list[dict[str, Any]]:
     from study.config.study_config import StudyConfig
     from study.execution.progress import QuietProgress
     from study.execution.session import load_images
-    from study.store import Store
+    from study.record.record import Record
 
-    with Store.open(str(storage)) as store:
+    with Record.open(str(storage)) as store:
         study = store.study(_STUDY)
         rows = timeline(store, began)
         trains = {trial.number: trial.config for trial in store.trials(study.id)}
@@ -270,7 +270,7 @@ def frostline_record(storage: Path, began: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _as_written(store: "Store") -> list[tuple[int, int]]:
+def _as_written(store: "Record") -> list[tuple[int, int]]:
     """List trial and epoch in the order in which the study wrote them."""
     from sqlalchemy import text
 
@@ -282,13 +282,13 @@ def _as_written(store: "Store") -> list[tuple[int, int]]:
         return [(int(number), int(epoch)) for number, epoch in connection.execute(text(query))]
 
 
-def timeline(store: "Store", began: float) -> list[dict[str, Any]]:
+def timeline(store: "Record", began: float) -> list[dict[str, Any]]:
     """List all epochs of a study in the order in which they ended.
 
     Epochs of one process cannot overlap, so an epoch ends when its trial's clock says, or as late
     as the epoch before it and its own time ask.
     """
-    from study.read import read_epochs
+    from study.record.frames import read_epochs
 
     trials = {trial.number: trial for trial in store.trials(store.study(_STUDY).id)}
     epochs = {

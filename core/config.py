@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
 
-HeadInit = Literal["default", "xavier", "zero", "source-classes", "probe"]
+HeadInit = Literal["default", "xavier", "zero", "source-classes", "solved"]
+HeadSolver = Literal["logistic", "sgd"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "cosine", "one-cycle", "step"]
 Augment = Literal["none", "standard", "trivial", "rand"]
@@ -107,8 +108,14 @@ class TrainConfig:
     """Backbone stages frozen, counted from the input: 0 trains everything, 5 the head alone."""
     head_init: HeadInit = Field(default="default", json_schema_extra={"neutral": "default"})
     """How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the
-    source classifier's row where a class has the same name), or probe (a logistic regression on
-    what the frozen network makes of the training images)."""
+    source classifier's row where a class has the same name), or solved (the logistic regression
+    that head_solver = logistic fits, on the frozen network's features)."""
+    head_solver: HeadSolver = "logistic"
+    """How a head is fitted where it alone is trained: logistic (logistic regression, solved) or
+    sgd (the optimizer, as for any other layer)."""
+    head_decay: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Penalty of the logistic regression, 1 / (C n) for n images with the bias not penalised; auto
+    chooses it from a path of values by cross-validation."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=32, ge=1)
@@ -199,6 +206,16 @@ class TrainConfig:
                 "warmup_epochs must be <= epochs": self.warmup_epochs <= self.epochs,
             },
         )
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether the head alone is fitted, by logistic regression: no step and no seed in it."""
+        return self.freeze_depth == MAX_FREEZE_DEPTH and self.head_solver == "logistic"
+
+    @property
+    def n_epochs(self) -> int:
+        """How many epochs are recorded: `epochs`, or one for a solved head."""
+        return 1 if self.is_solved else self.epochs
 
 
 def _canonical_source(source: str) -> str:

@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, deterministic, peak_memory_bytes, seeded
+from core.heads.solved_head import fit_solved, solve_layer
 from core.metrics import EpochMetrics, Evaluation, TrainingDiverged
 from core.models.builder import Network, build
 from core.models.freeze_stages import freeze
 from core.models.partition import whole
 from core.models.sources import library_versions
-from core.probe import probe_head
 from core.training.activations import Activations, evaluation_features, kept_partition
 from core.training.batches import Views
 from core.training.checkpoint import Card, save_checkpoint, write_predictions
@@ -81,8 +79,14 @@ def fit(
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
     network = build_for(config, data.classes)
     network.model.to(device)
-    if config.head_init == "probe":
-        _start_from_probe(config, network, data, cache, pulse)
+    if config.is_solved:
+        metrics, evaluation = fit_solved(network, config, data, cache, pulse)
+        yield metrics
+        _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
+        return
+    if config.head_init == "solved":
+        features, _ = evaluation_features(network, config, data, cache, pulse)
+        solve_layer(network, config, data, features)
     freeze(network.model, network.stages, config.freeze_depth)
     views = Views(config, network.preprocessing, data, device)
     part = kept_partition(network, config, device)
@@ -119,10 +123,18 @@ def fit(
         yield metrics
         # Only now: the caller has recorded the epoch, which the state then counts as done.
         state.save_if_due(best, device, after_epoch=True)
-    if checkpoint_dir is not None and best is not None:
+    if best is not None:
+        _save(checkpoint_dir, config, network, data, best)
+
+
+def _save(
+    folder: Path | None, config: TrainConfig, network: Network, data: ImageData, best: Best
+) -> None:
+    """Write the best epoch's weights, card and validation predictions, where they are wanted."""
+    if folder is not None:
         weights = {**network.model.state_dict(), **best.weights}
-        save_checkpoint(checkpoint_dir, weights, make_card(config, network, data, best.metrics))
-        write_predictions(checkpoint_dir, best.evaluation)
+        save_checkpoint(folder, weights, make_card(config, network, data, best.metrics))
+        write_predictions(folder, best.evaluation)
 
 
 def _epoch_metrics(
@@ -180,24 +192,6 @@ def check_batch(config: TrainConfig, data: ImageData) -> None:
             f"batch_size must be <= the number of training images, {len(data.train)}, but got "
             f"batch_size={config.batch_size!r}. Set it smaller."
         )
-
-
-def _start_from_probe(
-    config: TrainConfig,
-    network: Network,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None],
-) -> None:
-    """Set a network's head to the logistic regression on its frozen features."""
-    features, val_features = evaluation_features(network, config, data, cache, pulse)
-    labels, val_labels = (torch.from_numpy(s.labels) for s in (data.train, data.val))
-    found = probe_head(features, labels, val_features, val_labels, len(data.classes))
-    layer = network.model.get_submodule(network.head[0])
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
-        for own, value in zip((layer.weight, layer.bias), found, strict=True):
-            own.copy_(value)
 
 
 def _mixed(seed: int, *rest: int) -> int:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reports.effects import Arm, Effect, Rules, estimate_effects
-from study.rows import chosen_by
-from study.store import DesignRow, Store, StoreError, StudyRow, TrialRow
+from study.record.database import RecordError
+from study.record.models import UNFINISHED, Design, Study, Trial, chosen_by
+from study.record.record import Record
 
 BASELINE = "baseline"
 _CUT_SHORT = ("interrupted", "killed")
@@ -46,8 +47,8 @@ class Ablation:
         rules: How effects are judged.
     """
 
-    study: StudyRow
-    design: DesignRow
+    study: Study
+    design: Design
     runs: tuple[Runs, ...]
     rules: Rules
 
@@ -131,16 +132,16 @@ def _tested(runs: Runs) -> Arm:
     return Arm(arm.label, arm.factor, arm.level, runs.test, tuple(None for _ in runs.test))
 
 
-def read_ablations(store: Store, name: str) -> list[Ablation]:
+def read_ablations(store: Record, name: str) -> list[Ablation]:
     """Read every design of an ablation's study, the last one used first.
 
     Raises:
-        StoreError: There is no such study, or it is no ablation.
+        RecordError: There is no such study, or it is no ablation.
     """
     study = store.study(name)
     designs = store.designs(study.id)
     if not designs:
-        raise StoreError(
+        raise RecordError(
             f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
         )
     trials = _by_identity(store.trials(study.id))
@@ -148,20 +149,20 @@ def read_ablations(store: Store, name: str) -> list[Ablation]:
     return [_read(study, row, trials, tested) for row in reversed(designs)]
 
 
-def _by_identity(rows: Sequence[TrialRow]) -> dict[str, TrialRow]:
+def _by_identity(rows: Sequence[Trial]) -> dict[str, Trial]:
     """Map settings and seed to the run that counts: a complete one, else the last that failed."""
-    found: dict[str, TrialRow] = {}
+    found: dict[str, Trial] = {}
     for row in rows:
         known = found.get(row.config_hash)
-        if row.state != "running" and (known is None or known.state != "complete"):
+        if row.state not in UNFINISHED and (known is None or known.state != "complete"):
             found[row.config_hash] = row
     return found
 
 
 def _read(
-    study: StudyRow,
-    design: DesignRow,
-    trials: Mapping[str, TrialRow],
+    study: Study,
+    design: Design,
+    trials: Mapping[str, Trial],
     tested: Mapping[int, float],
 ) -> Ablation:
     spec = design.spec
@@ -183,7 +184,7 @@ def _read(
 
 def _runs_of(
     levels: Mapping[str, str],
-    rows: Sequence[TrialRow | None],
+    rows: Sequence[Trial | None],
     test_scores: Mapping[int, float],
 ) -> Runs:
     done = [row for row in rows if row is not None and row.state == "complete"]
@@ -210,12 +211,12 @@ def _named(levels: Mapping[str, str]) -> tuple[str, str]:
     return " + ".join(levels), " + ".join(levels.values())
 
 
-def _value(row: TrialRow | None) -> float:
+def _value(row: Trial | None) -> float:
     is_done = row is not None and row.state == "complete" and row.value is not None
     return float(row.value) if is_done and row and row.value is not None else math.nan
 
 
-def _failure(row: TrialRow | None) -> str | None:
+def _failure(row: Trial | None) -> str | None:
     """Return why a run failed by itself; runs that were cut short from outside will come again."""
     if row is None or row.state != "failed" or row.reason in _CUT_SHORT:
         return None

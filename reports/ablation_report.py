@@ -18,7 +18,7 @@ from reports.publish import latex_document, to_markdown
 from reports.templating import render_template
 from reports.words import moment
 from study.config.formatting import hide_password
-from study.store import Store
+from study.record.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class AblationPaths:
 
 
 def write_ablation(
-    store: Store,
+    store: Record,
     name: str,
     out_dir: Path,
     *,
@@ -56,7 +56,7 @@ def write_ablation(
         beside: Further ablations, on other datasets, to be compared in one table.
 
     Raises:
-        StoreError: There is no such study, or it is no ablation.
+        RecordError: There is no such study, or it is no ablation.
     """
     ablations = read_ablations(store, name)
     others = [read_ablations(store, other)[0] for other in beside]

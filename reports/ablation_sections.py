@@ -36,7 +36,7 @@ from reports.methods import methods_paragraph, test_split_words
 from reports.path import path_steps
 from reports.publish import Grid, p_equals, plus_minus
 from reports.words import plural
-from study.store import Store
+from study.record.record import Record
 
 _MOST_MAPS = 6
 _TITLES = {
@@ -84,11 +84,11 @@ class Section:
     drawings: tuple[Drawing, ...] = ()
 
 
-def describe_ablation(store: Store, name: str) -> list[Section]:
+def describe_ablation(store: Record, name: str) -> list[Section]:
     """Analyse every design of an ablation, the last one used first.
 
     Raises:
-        StoreError: There is no such study, or it is no ablation.
+        RecordError: There is no such study, or it is no ablation.
     """
     return [section for _, section in sections_of(read_ablations(store, name))]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from reports.fidelity import EarlyRank, early_rank_correlation
 from reports.intervals import Interval, wilson_interval
 from reports.publish import Grid, number_words, signed
-from reports.record import Audited, Record, read_record
+from reports.record import Audited, SearchRecord, read_record
 from reports.words import percent, plural
-from study.store import Store
+from study.record.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,16 @@ class Audit:
         return told
 
 
-def read_audit(store: Store, name: str) -> Audit:
+def read_audit(store: Record, name: str) -> Audit:
     """Read a search and, where there is one, its audit.
 
     Raises:
-        StoreError: There is no such study.
+        RecordError: There is no such study.
     """
     return audit_of(read_record(store, name))
 
 
-def audit_of(record: Record) -> Audit:
+def audit_of(record: SearchRecord) -> Audit:
     """Say what a search's pruner did, and what its audit found."""
     states, best = record.trials["state"], record.best
     return Audit(

@@ -23,10 +23,11 @@ from reports.plots import (
     plot_early_rank,
     plot_history,
 )
-from reports.record import Record
+from reports.record import SearchRecord
 from reports.setting_plots import plot_depth_lr, plot_importance, plot_slice
 from reports.style import style
 from reports.words import percent
+from study.record.models import UNFINISHED
 
 # A column of a two-column page is about 85 mm; at this width 9-point type is still readable there.
 _WIDTH, _HEIGHT = 4.6, 3.1
@@ -92,7 +93,7 @@ def render(draw: Draw, size: tuple[float, float], kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def draw_figures(record: Record, importance: Importance, early: EarlyRank) -> list[Drawing]:
+def draw_figures(record: SearchRecord, importance: Importance, early: EarlyRank) -> list[Drawing]:
     """Draw all figures of a report, in reading order."""
     return [drawn(plan) for plan in _plans(record, importance, early)]
 
@@ -127,7 +128,7 @@ def drawn(plan: Plan) -> Drawing:
     )
 
 
-def _plans(record: Record, importance: Importance, early: EarlyRank) -> Iterator[Plan]:
+def _plans(record: SearchRecord, importance: Importance, early: EarlyRank) -> Iterator[Plan]:
     yield _importance_plan(importance)
     yield from _confusion_plans(record)
     yield from _history_plans(record)
@@ -137,9 +138,9 @@ def _plans(record: Record, importance: Importance, early: EarlyRank) -> Iterator
     yield _early_plan(early)
 
 
-def _no_accuracy(record: Record) -> str | None:
+def _no_accuracy(record: SearchRecord) -> str | None:
     """Say why nothing can be drawn against accuracy, if so."""
-    scored = record.trials["value"].notna() & (record.trials["state"] != "running")
+    scored = record.trials["value"].notna() & ~record.trials["state"].isin(UNFINISHED)
     if scored.any():
         return None
     states = record.trials["state"].value_counts()
@@ -162,7 +163,7 @@ def _importance_plan(importance: Importance) -> Plan:
     )
 
 
-def _confusion_plans(record: Record) -> Iterator[Plan]:
+def _confusion_plans(record: SearchRecord) -> Iterator[Plan]:
     classes, why = record.classes, None
     matrix = np.zeros((0, 0), dtype=np.int64) if record.confusion is None else record.confusion
     if record.confusion is None:
@@ -183,7 +184,7 @@ def _confusion_plans(record: Record) -> Iterator[Plan]:
     )
 
 
-def _history_plans(record: Record) -> Iterator[Plan]:
+def _history_plans(record: SearchRecord) -> Iterator[Plan]:
     why = _no_accuracy(record)
     history = frames.history_frame(record.trials)
     chosen_by = record.best.chosen_by if record.best else "validation accuracy"
@@ -199,7 +200,7 @@ def _history_plans(record: Record) -> Iterator[Plan]:
     )
 
 
-def _slice_plans(record: Record) -> Iterator[Plan]:
+def _slice_plans(record: SearchRecord) -> Iterator[Plan]:
     used: set[str] = set()
     for dim in record.dims:
         frame = frames.slice_frame(record.trials, dim)
@@ -232,7 +233,7 @@ def _file_name(name: str, used: set[str]) -> str:
     return unique
 
 
-def _depth_lr_plan(record: Record) -> Plan:
+def _depth_lr_plan(record: SearchRecord) -> Plan:
     frame = frames.depth_lr_frame(record.trials)
     dims = {dim.name: dim for dim in record.dims if not dim.is_single}
     missing = [name for name in ("freeze_depth", "base_lr") if name not in dims]
@@ -252,7 +253,7 @@ def _depth_lr_plan(record: Record) -> Plan:
     )
 
 
-def _cost_plan(record: Record) -> Plan:
+def _cost_plan(record: SearchRecord) -> Plan:
     frame = frames.cost_frame(record.trials)
     front = frame[frame["is_front"]].sort_values("duration_s")
     worth = "; ".join(f"trial {r['number']}: {percent(r['value'])}" for _, r in front.iterrows())

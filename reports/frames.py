@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from study.record.models import UNFINISHED
+
 PARAM_PREFIX = "params_"
 """Columns of the trials frame that hold suggested values begin with this."""
 
@@ -198,7 +200,7 @@ def history_frame(trials: pd.DataFrame) -> pd.DataFrame:
     Returns:
         number, state, value, best; sorted by number.
     """
-    ended = trials[trials["state"] != "running"].sort_values("number")
+    ended = trials[~trials["state"].isin(UNFINISHED)].sort_values("number")
     frame = ended[["number", "state", "value"]].astype({"value": float}).reset_index(drop=True)
     finished = frame["value"].where(frame["state"] == "complete")
     ranks = pd.Series(rank_of(ended, "value").to_numpy(), index=frame.index)

@@ -13,12 +13,12 @@ from reports import tables
 from reports.audit import Audit, audit_of, audited_grid, rank_grid
 from reports.figures import Drawing, draw_figures, save_figures
 from reports.importance import Importance, estimate_importance
-from reports.record import Record, read_record
+from reports.record import SearchRecord, read_record
 from reports.summary import summarise
 from reports.templating import render_template
 from reports.words import moment
 from study.config.formatting import hide_password
-from study.store import Store
+from study.record.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ReportPaths:
     figures: tuple[Path, ...]
 
 
-def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
+def write_report(store: Record, study_name: str, out_dir: Path) -> ReportPaths:
     """Write a study's report into a folder, over an earlier one.
 
     Reads the database only. The same record gives the same figures and numbers.
@@ -47,7 +47,7 @@ def write_report(store: Store, study_name: str, out_dir: Path) -> ReportPaths:
         out_dir: Made where it is missing.
 
     Raises:
-        StoreError: There is no such study.
+        RecordError: There is no such study.
     """
     record = read_record(store, study_name)
     rng = np.random.default_rng(_seed(study_name))
@@ -72,7 +72,7 @@ def _seed(name: str) -> int:
 
 
 def _contents(
-    record: Record, importance: Importance, audit: Audit, drawings: list[Drawing]
+    record: SearchRecord, importance: Importance, audit: Audit, drawings: list[Drawing]
 ) -> dict[str, Any]:
     """Collect what the template shows."""
     summary = summarise(record, importance)

@@ -83,7 +83,14 @@ def plot_curves(frame: pd.DataFrame, ax: Axes) -> Axes:
         "failed": {"color": RED, "linewidth": 1.0, "alpha": 0.8, "ls": ":"},
         "running": {"color": PURPLE, "linewidth": 1.0, "alpha": 0.8, "ls": "-."},
     }
-    names = {"complete": "finished", "pruned": "pruned", "failed": "failed", "running": "running"}
+    looks["interrupted"] = looks["running"]
+    names = {
+        "complete": "finished",
+        "pruned": "pruned",
+        "failed": "failed",
+        "running": "running",
+        "interrupted": "interrupted",
+    }
     ends = {"pruned": "x", "failed": "v"}
     entries = []
     for state, look in looks.items():

@@ -8,15 +8,9 @@ import numpy as np
 import pandas as pd
 
 from reports.frames import Dimension, best_number, dimensions
-from study.read import read_confusion, read_epochs, read_pictures, read_trials
-from study.store import (
-    PictureRow,
-    RunRow,
-    Store,
-    StudyRow,
-    TestRow,
-    TrialRow,
-)
+from study.record.frames import read_confusion, read_epochs, read_misclassified, read_trials
+from study.record.models import Misclassified, Run, Study, Test, Trial
+from study.record.record import Record
 
 _AUDIT_SUFFIX = "-audit"
 _AUDIT_FACTOR = "audit"
@@ -42,7 +36,7 @@ class Audited:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SearchRecord:
     """One study as the database knows it.
 
     Attributes:
@@ -58,15 +52,15 @@ class Record:
         audited: Pruned trials that an audit trained to the end, by number.
     """
 
-    study: StudyRow
+    study: Study
     trials: pd.DataFrame
     epochs: pd.DataFrame
     dims: tuple[Dimension, ...]
-    runs: list[RunRow]
-    tests: list[TestRow]
-    best: TrialRow | None
+    runs: list[Run]
+    tests: list[Test]
+    best: Trial | None
     confusion: np.ndarray[Any, np.dtype[np.int64]] | None
-    pictures: list[PictureRow]
+    pictures: list[Misclassified]
     audited: tuple[Audited, ...]
 
     @property
@@ -85,11 +79,11 @@ class Record:
         return int(self.study.data.get("n_test") or 0)
 
 
-def read_record(store: Store, name: str) -> Record:
+def read_record(store: Record, name: str) -> SearchRecord:
     """Read a study.
 
     Raises:
-        StoreError: There is no such study.
+        RecordError: There is no such study.
     """
     study = store.study(name)
     trials = _as_floats(read_trials(store, name), ("value", "duration_s"))
@@ -98,8 +92,8 @@ def read_record(store: Store, name: str) -> Record:
     if number is not None:
         shown = _trained_as(trials, number)
         confusion = read_confusion(store, name, shown)
-        pictures = [row for row in read_pictures(store, name, shown) if row.split == "val"]
-    return Record(
+        pictures = [row for row in read_misclassified(store, name, shown) if row.split == "val"]
+    return SearchRecord(
         study=study,
         trials=trials,
         epochs=_as_floats(read_epochs(store, name), ("val_acc",)),
@@ -113,7 +107,7 @@ def read_record(store: Store, name: str) -> Record:
     )
 
 
-def _audited(store: Store, study: StudyRow) -> tuple[Audited, ...]:
+def _audited(store: Record, study: Study) -> tuple[Audited, ...]:
     audit = store.find_study(study.name + _AUDIT_SUFFIX)
     source = {row.number: row for row in store.trials(study.id)} if audit else {}
     found: dict[int, Audited] = {}

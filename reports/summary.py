@@ -8,7 +8,7 @@ import pandas as pd
 from reports.frames import busy_seconds, is_copy, rank_of
 from reports.importance import Importance
 from reports.intervals import Interval, difference_interval, wilson_interval
-from reports.record import Record
+from reports.record import SearchRecord
 from reports.words import (
     count,
     duration,
@@ -18,7 +18,7 @@ from reports.words import (
     points,
 )
 from study.config.formatting import hide_password
-from study.store import TestRow
+from study.record.models import UNFINISHED, Test
 
 _STORAGE = "studies.db"  # where the command line looks if it is told nothing
 _STATES = (("complete", "finished"), ("pruned", "pruned"), ("failed", "failed"))
@@ -34,7 +34,7 @@ class Look:
         optimism: Validation minus test accuracy, with its 95 % interval; None where unknown.
     """
 
-    row: TestRow
+    row: Test
     accuracy: Interval
     optimism: Interval | None
 
@@ -62,7 +62,7 @@ class Summary:
     next_commands: tuple[str, ...]
 
 
-def summarise(record: Record, importance: Importance) -> Summary:
+def summarise(record: SearchRecord, importance: Importance) -> Summary:
     """Put a study's findings together."""
     accuracy = _validation(record)
     looks = tuple(_look(row, record.n_val) for row in record.tests)
@@ -88,18 +88,18 @@ def summarise(record: Record, importance: Importance) -> Summary:
 
 def _states(trials: pd.DataFrame) -> str:
     counts = trials["state"].value_counts()
-    told = [(*_STATES, ("running", "running"))[i] for i in range(4)]
+    told = (*_STATES, *((state, state) for state in UNFINISHED))
     parts = [f"{counts[state]} {word}" for state, word in told if counts.get(state)]
     return ", ".join(parts) or "no trials yet"
 
 
-def _validation(record: Record) -> Interval | None:
+def _validation(record: SearchRecord) -> Interval | None:
     if record.best is None or record.best.value is None or not record.n_val:
         return None
     return wilson_interval(round(record.best.value * record.n_val), record.n_val)
 
 
-def _look(row: TestRow, n_val: int) -> Look:
+def _look(row: Test, n_val: int) -> Look:
     accuracy = Interval(row.accuracy, row.low, row.high)
     optimism = None
     if row.val_acc is not None and n_val:
@@ -108,7 +108,7 @@ def _look(row: TestRow, n_val: int) -> Look:
     return Look(row, accuracy, optimism)
 
 
-def _best_sentence(record: Record, accuracy: Interval | None) -> str:
+def _best_sentence(record: SearchRecord, accuracy: Interval | None) -> str:
     best = record.best
     if best is None:
         return f"No trial has an accuracy ({_states(record.trials)})."
@@ -125,7 +125,7 @@ def _best_sentence(record: Record, accuracy: Interval | None) -> str:
     )
 
 
-def _gain_sentence(record: Record) -> str | None:
+def _gain_sentence(record: SearchRecord) -> str | None:
     trials, best = record.trials, record.best
     is_recipe = trials["origin"].astype(str).str.startswith("recipe:")
     recipes = trials[is_recipe & (trials["state"] == "complete") & trials["value"].notna()]
@@ -146,7 +146,7 @@ def _gain_sentence(record: Record) -> str | None:
     return f"{told}; the search gained {gain:.1f} points on validation."
 
 
-def _rivals_sentence(record: Record, accuracy: Interval | None) -> str | None:
+def _rivals_sentence(record: SearchRecord, accuracy: Interval | None) -> str | None:
     """Say which finished trials the validation split cannot tell from the best."""
     best, trials = record.best, record.trials
     if best is None or accuracy is None or best.state != "complete":
@@ -225,13 +225,18 @@ def _failed_sentence(trials: pd.DataFrame) -> str | None:
 
 
 def _running_sentence(trials: pd.DataFrame) -> str | None:
-    n = int((trials["state"] == "running").sum())
-    if not n:
-        return None
-    return f"{plural(n, 'trial')} {'was' if n == 1 else 'were'} running when this was written."
+    endings = {
+        "running": "running when this was written",
+        "interrupted": "interrupted; resume deals with it",
+    }
+    told = []
+    for state, words in endings.items():
+        if n := int((trials["state"] == state).sum()):
+            told.append(f"{plural(n, 'trial')} {'was' if n == 1 else 'were'} {words}.")
+    return " ".join(told) or None
 
 
-def _test_line(record: Record) -> str:
+def _test_line(record: SearchRecord) -> str:
     n = len(record.tests)
     if not n:
         if not record.n_test:
@@ -246,7 +251,7 @@ def _test_line(record: Record) -> str:
     )
 
 
-def _next_commands(record: Record) -> tuple[str, ...]:
+def _next_commands(record: SearchRecord) -> tuple[str, ...]:
     name = shlex.quote(record.study.name)
     storage = str(record.study.config.get("study", {}).get("storage", _STORAGE))
     if storage != _STORAGE:
@@ -260,7 +265,7 @@ def _next_commands(record: Record) -> tuple[str, ...]:
     return tuple(commands)
 
 
-def _more_trials(record: Record) -> int:
+def _more_trials(record: SearchRecord) -> int:
     asked = int(record.study.config.get("study", {}).get("trials") or 0)
-    done = int((record.trials["state"] != "running").sum())
+    done = int((~record.trials["state"].isin(UNFINISHED)).sum())
     return asked if done < asked else done + 20

@@ -8,7 +8,7 @@ import pandas as pd
 
 from reports.frames import PARAM_PREFIX, Dimension, confused_pairs
 from reports.importance import Importance
-from reports.record import Record
+from reports.record import SearchRecord
 from reports.summary import Summary
 from reports.words import (
     count,
@@ -52,7 +52,7 @@ def trials_csv(trials: pd.DataFrame) -> str:
     )
 
 
-def trials_table(record: Record) -> Table:
+def trials_table(record: SearchRecord) -> Table:
     """List all trials: how they ended, with which settings, and why."""
     names = [dim.name for dim in record.dims]
     own = record.trials["score"].notna() & (record.trials["score"] != record.trials["value"])
@@ -87,7 +87,7 @@ def _cell(raw: Any, dim: Dimension) -> str:
         return "–"
 
 
-def best_table(record: Record) -> Table:
+def best_table(record: SearchRecord) -> Table:
     """List the best trial's settings and figures."""
     trial = record.best
     if trial is None:
@@ -174,7 +174,7 @@ def importance_basis(importance: Importance) -> str:
     return f"{text} Optuna's own figure is from the {importance.n_completed} finished ones."
 
 
-def confused_table(record: Record) -> Table:
+def confused_table(record: SearchRecord) -> Table:
     """List the commonest mistakes of the best trial."""
     if record.confusion is None or len(record.classes) != len(record.confusion):
         return Table((), ())
@@ -186,7 +186,7 @@ def confused_table(record: Record) -> Table:
     return Table(("True class", "Taken for", "Pictures", "Of the class"), rows, n_text=2)
 
 
-def epochs_table(record: Record) -> Table:
+def epochs_table(record: SearchRecord) -> Table:
     """List the best trial's epochs."""
     header = ("Epoch", "Accuracy", "Balanced", "Macro-F1", "Validation loss", "Training loss",
               "Base LR", "Pictures/s")  # fmt: skip
@@ -211,7 +211,7 @@ def epochs_table(record: Record) -> Table:
     return Table(header, tuple(rows), tuple(kinds), n_text=0)
 
 
-def data_table(record: Record) -> Table:
+def data_table(record: SearchRecord) -> Table:
     """List where the pictures came from, and how many there are."""
     study, data = record.study, record.study.data
     classes = record.classes
@@ -230,7 +230,7 @@ def data_table(record: Record) -> Table:
     return Table(("What", "Value"), pairs, n_text=2)
 
 
-def runs_table(record: Record) -> Table:
+def runs_table(record: SearchRecord) -> Table:
     """List the processes that worked on the study, with their command lines."""
     header = ("Began", "Ended", "Outcome", "Host", "Device", "Command")
     rows = tuple(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from study.config.study_config import StudyConfig
     from study.execution.progress import Progress
+    from study.record.record import Record
     from study.search.search import SearchOutcome
-    from study.store import Store
 
 _OURS = ("core", "study", "reports")
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
@@ -117,17 +117,17 @@ def _search(config: "StudyConfig", args: argparse.Namespace) -> int:
 
 def _written(config: "StudyConfig", folder: Path) -> Path:
     from reports.html import write_report
-    from study.store import Store
+    from study.record.record import Record
 
-    with Store.open(config.study.storage) as store:
+    with Record.open(config.study.storage) as store:
         return write_report(store, config.study.name, folder).html
 
 
 def _print_summary(config: "StudyConfig", outcome: "SearchOutcome") -> None:
+    from study.record.record import Record
     from study.show import summary_view
-    from study.store import Store
 
-    with Store.open(config.study.storage) as store:
+    with Record.open(config.study.storage) as store:
         trials = store.trials(store.study(config.study.name).id)
     _print(summary_view(outcome, trials, outcome.n_val, config.study.trials))
 
@@ -368,7 +368,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 # What the commands share.
 
 
-def _refuse_ablation(store: "Store", name: str, command: str, rest: str) -> None:
+def _refuse_ablation(store: "Record", name: str, command: str, rest: str) -> None:
     """Send the user of an ablation to the command that is meant for it."""
     from study.config.errors import ConfigError
 
@@ -379,7 +379,7 @@ def _refuse_ablation(store: "Store", name: str, command: str, rest: str) -> None
         )
 
 
-def _require_ablation(store: "Store", name: str, flag: str) -> None:
+def _require_ablation(store: "Record", name: str, flag: str) -> None:
     from study.config.errors import ConfigError
 
     if not store.designs(store.study(name).id):
@@ -389,10 +389,10 @@ def _require_ablation(store: "Store", name: str, flag: str) -> None:
         )
 
 
-def _opened(args: argparse.Namespace) -> "Store":
-    from study.store import Store
+def _opened(args: argparse.Namespace) -> "Record":
+    from study.record.record import Record
 
-    return Store.open(args.storage)
+    return Record.open(args.storage)
 
 
 def _print(view: "RenderableType") -> None:

@@ -24,7 +24,8 @@ from study.execution.trial_engine import (
     identity,
     is_settled,
 )
-from study.store import LEVELS, Store, TrialRow, config_hash
+from study.record.models import Trial
+from study.record.record import LEVELS, Record, config_hash
 
 Scores = list[list[float | None]]
 """Validation accuracy by cell and replicate; None where a run failed."""
@@ -78,14 +79,14 @@ def run_ablation(
 
     Raises:
         ConfigError: The ablation of this name has another baseline, or cannot be run.
-        StoreError: The database is not ours, or the study is being run elsewhere.
+        RecordError: The database is not ours, or the study is being run elsewhere.
         ValueError: Pictures, weights, backbone or device cannot be used.
     """
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = plan.baseline.config
     check_backbones(config)
-    with Store.open(config.study.storage, create=True) as store:
+    with Record.open(config.study.storage, create=True) as store:
         config = as_begun_config(store, plan)
         with open_session(
             store,
@@ -117,7 +118,7 @@ class _Ablation:
         self.command = command
         self.begin = begin
         self.chosen: list[str] = []
-        self.rows: dict[str, TrialRow] = {}
+        self.rows: dict[str, Trial] = {}
         keeps_all = plan.baseline.settings.keep_checkpoints
         self.engine = TrialEngine(session, keep_best=None if keeps_all else 0)
 
@@ -293,7 +294,7 @@ class _Ablation:
         states = [self.rows[text].state for text in dict.fromkeys(hashes) if text in self.rows]
         return Counts(complete=states.count("complete"), failed=states.count("failed"))
 
-    def _best(self) -> TrialRow | None:
+    def _best(self) -> Trial | None:
         done = [row for row in self.rows.values() if row.state == "complete"]
         return min(done, key=lambda row: row.rank, default=None)
 

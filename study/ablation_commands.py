@@ -17,8 +17,8 @@ from study.config.load import check_backbones
 from study.designs import BASELINE, make_design
 from study.execution.progress import Note, Progress
 from study.factors import named, read_flags
+from study.record.record import Record
 from study.show import make_table, print_json, print_view
-from study.store import Store
 
 if TYPE_CHECKING:
     from reports.ablation_sections import Section
@@ -54,7 +54,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
     Raises:
         ConfigError: Something is wrong; every fault is told.
-        StoreError: There is no such database, study or trial.
+        RecordError: There is no such database, study or trial.
     """
     factors, faults = read_flags(args.factor)
     if faults:
@@ -89,7 +89,7 @@ def _still_open(plan: Plan) -> Decide:
     study = plan.baseline.config.study
 
     def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
-        with Store.open(study.storage) as store:
+        with Record.open(study.storage) as store:
             n_val = int(store.study(study.name).data["n_val"])
         return open_levels(scores, dataclasses.replace(_rules(plan), resolution=1 / n_val))
 
@@ -187,7 +187,7 @@ def _tell(outcome: AblationOutcome, plan: Plan, args: argparse.Namespace) -> int
 
     study = plan.baseline.config.study
     is_interrupted = outcome.stopped_because == "interrupted"
-    with Store.open(study.storage) as store:
+    with Record.open(study.storage) as store:
         section = describe_ablation(store, study.name)[0]
         folder = Path(study.output) / study.name / "ablation"
         report = None if is_interrupted else write_ablation(store, study.name, folder).html
@@ -263,7 +263,7 @@ def _next(name: str, storage: str, *, is_open: bool) -> list[str]:
     return lines
 
 
-def report_ablation(args: argparse.Namespace, store: Store) -> int:
+def report_ablation(args: argparse.Namespace, store: Record) -> int:
     """Write an ablation's report, or print its methods paragraph."""
     from reports.ablation_report import write_ablation
     from reports.ablation_sections import describe_ablation
@@ -286,7 +286,7 @@ def report_ablation(args: argparse.Namespace, store: Store) -> int:
     return 0
 
 
-def test_levels(args: argparse.Namespace, store: Store, progress: Progress) -> int:
+def test_levels(args: argparse.Namespace, store: Record, progress: Progress) -> int:
     """Test every replicate of chosen levels, and of the baseline, on the test split."""
     from study.search.final_test import test_trials
 
@@ -309,7 +309,7 @@ def test_levels(args: argparse.Namespace, store: Store, progress: Progress) -> i
     return 0
 
 
-def _numbers_of(store: Store, name: str, levels: Sequence[str]) -> list[int]:
+def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
     """Find the complete runs of the chosen levels and of the baseline, in all designs.
 
     Raises:
@@ -344,7 +344,7 @@ def _label(cell: Mapping[str, Any]) -> str:
     return told or BASELINE
 
 
-def audit(args: argparse.Namespace, store: Store, progress: Progress) -> int:
+def audit(args: argparse.Namespace, store: Record, progress: Progress) -> int:
     """Train a sample of a search's pruned trials to the end, and say what pruning cost."""
     from reports.audit import audited_grid, rank_grid, read_audit
     from study.search.audit import audit_study

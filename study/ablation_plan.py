@@ -12,7 +12,7 @@ from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.designs import Design
 from study.execution.session import corner_configs, stored_side
-from study.store import Store
+from study.record.record import Record
 
 # A later look has half as many replicates again: few looks, so that little error is spent on each.
 _LOOK_GROWTH = 1.5
@@ -109,11 +109,11 @@ def check_begun(plan: Plan) -> None:
     """
     storage = plan.baseline.config.study.storage
     if "://" in storage or Path(storage).is_file():
-        with Store.open(storage) as store:
+        with Record.open(storage) as store:
             as_begun_config(store, plan)
 
 
-def as_begun_config(store: Store, plan: Plan) -> StudyConfig:
+def as_begun_config(store: Record, plan: Plan) -> StudyConfig:
     """Take the pictures' size from the record where the ablation has begun; else settle it.
 
     Raises:

@@ -21,7 +21,8 @@ from study.factors import (
     propose,
     recipe_default,
 )
-from study.store import Store, StudyRow, TrialRow
+from study.record.models import Study, Trial
+from study.record.record import Record
 
 _SUFFIX = "-ablation"
 
@@ -69,7 +70,7 @@ def find_baseline(
 
     Raises:
         ConfigError: The file is wrong, or the trial cannot be a baseline.
-        StoreError: There is no such database, study or trial.
+        RecordError: There is no such database, study or trial.
     """
     if base.endswith(".toml"):
         if which != "best":
@@ -84,7 +85,7 @@ def find_baseline(
     storage = storage or "studies.db"
     # The database may have been moved since the record in it was written.
     flags = {**flags, "study.storage": storage}
-    with Store.open(storage) as store:
+    with Record.open(storage) as store:
         row = store.study(base)
         designs = store.designs(row.id)
         if designs:
@@ -103,7 +104,7 @@ def _refuse_other(base: str, which: str, name: str | None) -> None:
         )
 
 
-def _chosen(store: Store, study: StudyRow, which: str) -> TrialRow:
+def _chosen(store: Record, study: Study, which: str) -> Trial:
     if which != "best":
         if not which.isdigit():
             raise ConfigError(f"--from must be best or a trial's number, but got {which!r}.")
@@ -124,8 +125,8 @@ def _chosen(store: Store, study: StudyRow, which: str) -> TrialRow:
 
 
 def _from_trial(
-    study: StudyRow,
-    trial: TrialRow,
+    study: Study,
+    trial: Trial,
     is_best: bool,
     name: str | None,
     overrides: Sequence[str],
@@ -163,7 +164,7 @@ def _from_file(config: StudyConfig, path: str, name: str | None) -> Baseline:
 
 
 def _resumed(
-    study: StudyRow,
+    study: Study,
     spec: Mapping[str, Any],
     overrides: Sequence[str],
     flags: Mapping[str, object],

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from study.store import Store
+from study.record.record import Record
 
 
-def delete_study(store: Store, name: str, *, command: str) -> list[Path]:
+def delete_study(store: Record, name: str, *, command: str) -> list[Path]:
     """Delete a study for good; the report that was written for it stays.
 
     Args:
@@ -18,7 +18,7 @@ def delete_study(store: Store, name: str, *, command: str) -> list[Path]:
         The checkpoint folders that were removed.
 
     Raises:
-        StoreError: There is no such study, or a process is running it.
+        RecordError: There is no such study, or a process is running it.
     """
     study = store.study(name)
     # Entering as the process that works on it keeps others out until it is gone.

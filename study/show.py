@@ -27,7 +27,7 @@ from study.execution.progress import Outcome
 
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
-    from study.rows import StudyRow, StudySummary, TestRow, TrialRow
+    from study.record.models import Study, StudySummary, Test, Trial
     from study.search.plan import Estimate
 
 _SUMMARY_ROWS = 5
@@ -69,7 +69,7 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
     """Show all studies of a database."""
     if not summaries:
         return Text("No study yet; `python -m study run` makes one.")
-    counts = ("complete", "pruned", "failed", "running")
+    counts = ("complete", "pruned", "failed", "running", "interrupted")
     table = make_table(
         "study", "best", "trial", *counts, "updated (UTC)", right=("best", "trial", *counts)
     )
@@ -83,12 +83,13 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
             row.n_pruned,
             row.n_failed,
             row.n_running,
+            row.n_interrupted,
             str(row.updated_at)[:19],
         )
     return table
 
 
-def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
+def best_first(trials: Iterable["Trial"]) -> list["Trial"]:
     """Sort trials: complete ones from the best, then the pruned, and the others."""
     rank = {"complete": 0, "pruned": 1}
     return sorted(
@@ -97,12 +98,12 @@ def best_first(trials: Iterable["TrialRow"]) -> list["TrialRow"]:
     )
 
 
-def _are_scored_alike(trials: Iterable["TrialRow"]) -> bool:
+def _are_scored_alike(trials: Iterable["Trial"]) -> bool:
     """Say whether trials are ranked by their accuracy, so that a score would say it again."""
     return all(row.score is None or row.score == row.value for row in trials)
 
 
-def _ranking_words(trials: Sequence["TrialRow"]) -> str:
+def _ranking_words(trials: Sequence["Trial"]) -> str:
     """Say what trials are ranked by where that is not the accuracy that is shown."""
     if _are_scored_alike(trials):
         return ""
@@ -112,7 +113,7 @@ def _ranking_words(trials: Sequence["TrialRow"]) -> str:
     )
 
 
-def trials_table(trials: Sequence["TrialRow"]) -> Table:
+def trials_table(trials: Sequence["Trial"]) -> Table:
     """Show trials in the given order; the score where it is not the accuracy."""
     more = () if _are_scored_alike(trials) else ("score",)
     right = ("trial", "accuracy", *more, "epochs", "time")
@@ -134,7 +135,7 @@ def trials_table(trials: Sequence["TrialRow"]) -> Table:
 
 
 def study_view(
-    study: "StudyRow", trials: Sequence["TrialRow"], tests: Sequence["TestRow"]
+    study: "Study", trials: Sequence["Trial"], tests: Sequence["Test"]
 ) -> RenderableType:
     """Show a study: its data, its trials, its tests."""
     data: Mapping[str, Any] = study.data
@@ -161,7 +162,7 @@ def study_view(
     return Group(*parts)
 
 
-def trial_view(trial: "TrialRow", epochs: Sequence[EpochMetrics]) -> RenderableType:
+def trial_view(trial: "Trial", epochs: Sequence[EpochMetrics]) -> RenderableType:
     """Show a trial: how it went, its settings, its epochs."""
     best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch + 1})"
     score = None if trial.score is None else f"{trial.score:.4f} (by {trial.chosen_by})"
@@ -218,7 +219,7 @@ def epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
     return table
 
 
-def trial_differences(a: "TrialRow", b: "TrialRow") -> dict[str, tuple[Any, Any]]:
+def trial_differences(a: "Trial", b: "Trial") -> dict[str, tuple[Any, Any]]:
     """Return what differs between two trials: settings first, then results."""
     found = {}
     for key in dict.fromkeys((*a.config, *b.config)):
@@ -237,7 +238,7 @@ def trial_differences(a: "TrialRow", b: "TrialRow") -> dict[str, tuple[Any, Any]
     return found
 
 
-def differences_table(a: "TrialRow", b: "TrialRow") -> RenderableType:
+def differences_table(a: "Trial", b: "Trial") -> RenderableType:
     """Show what differs between two trials."""
     table = make_table("", f"trial {a.number}", f"trial {b.number}")
     for key, pair in trial_differences(a, b).items():
@@ -267,7 +268,7 @@ def selection_bonus(value: float, n_val: int, n_trials: int) -> float:
 
 
 def summary_view(
-    outcome: Outcome, trials: Sequence["TrialRow"], n_val: int, target: int
+    outcome: Outcome, trials: Sequence["Trial"], n_val: int, target: int
 ) -> RenderableType:
     """Show how a run ended: the best trials, and how far to trust the best one."""
     counts = outcome.counts
@@ -331,7 +332,7 @@ def _program(name: str) -> str:
     return name
 
 
-def say_looks(looks: Sequence["TestRow"], told: "TestRow", *, is_new: bool) -> str:
+def say_looks(looks: Sequence["Test"], told: "Test", *, is_new: bool) -> str:
     """Say where a test's result comes from, if not from the one look at the test split.
 
     Args:
@@ -351,7 +352,7 @@ def say_looks(looks: Sequence["TestRow"], told: "TestRow", *, is_new: bool) -> s
     return "\n".join(lines)
 
 
-def say_test(row: "TestRow") -> str:
+def say_test(row: "Test") -> str:
     """Say what the test split said, and how it compares with what validation promised."""
     text = (
         f"Test of trial {row.trial_number}: {format_accuracy(row.accuracy)} of {row.n} pictures "

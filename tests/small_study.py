@@ -8,8 +8,9 @@ from core.metrics import MEASURED, EpochMetrics
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.execution.progress import Event, QuietProgress
+from study.record.models import Trial
+from study.record.record import Record
 from study.search.search import SearchOutcome, run_search
-from study.store import Store, TrialRow
 from support import make_folder
 
 SETTINGS = [
@@ -66,15 +67,15 @@ def run(config: StudyConfig, **options: object) -> SearchOutcome:
     return run_search(config, **({"progress": Listener(), "command": "test"} | options))
 
 
-def rows_of(home: Path, name: str = "photos") -> list[TrialRow]:
+def rows_of(home: Path, name: str = "photos") -> list[Trial]:
     """Return the trials in our record."""
-    with Store.open(str(home / "s.db")) as record:
+    with Record.open(str(home / "s.db")) as record:
         return record.trials(record.study(name).id)
 
 
 def figures_of(home: Path, number: int, name: str = "photos") -> list[dict[str, object]]:
     """Return the figures of a trial's epochs that do not depend on the clock."""
-    with Store.open(str(home / "s.db")) as record:
+    with Record.open(str(home / "s.db")) as record:
         epochs = record.epochs(record.trial(record.study(name).id, number).id)
     names = [key for key in EpochMetrics.__dataclass_fields__ if key not in MEASURED]
     return [{key: getattr(metrics, key) for key in names} for metrics in epochs]

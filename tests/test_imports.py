@@ -11,14 +11,11 @@ OURS = ("core", "study", "reports")
 MODULES = sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
 # What a report may read of the study: the record. Parts of it may be files of their own.
 RECORD = (
-    "study.answers",
     "study.config.formatting",
-    "study.database",
-    "study.read",
-    "study.records",
-    "study.rows",
-    "study.store",
-    "study.tables",
+    "study.record.database",
+    "study.record.frames",
+    "study.record.models",
+    "study.record.record",
 )
 # The command line stands above all three rooms.
 ABOVE = ("study/__main__.py", "study/ablation_commands.py")

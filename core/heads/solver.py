@@ -132,7 +132,7 @@ def _check(
 ) -> None:
     """Refuse what cannot be fitted; see `solve_head`."""
     n = len(features)
-    if not all(bool(part.isfinite().all()) for part in features.split(_CHUNK_ROWS)):
+    if not all(bool(part.isfinite().all()) for part in torch.split(features, _CHUNK_ROWS)):
         raise ValueError("features must be finite: they hold NaN or infinity")
     if n < 2 or len(labels) != n:
         raise ValueError(f"labels must match 2 rows or more: {n} rows, {len(labels)} labels")
@@ -161,7 +161,7 @@ class _Basis:
     def __init__(self, features: Tensor, picked: Tensor) -> None:
         n, n_features = features.shape
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        chunks = features.split(_CHUNK_ROWS)
+        chunks = torch.split(features, _CHUNK_ROWS)
         mean = torch.stack([p.double().sum(dim=0) for p in chunks]).sum(dim=0) / n
         squares = torch.stack([(p.double() - mean).square().sum(dim=0) for p in chunks])
         std = (squares.sum(dim=0) / n).sqrt()
@@ -179,14 +179,14 @@ class _Basis:
         else:
             span = None
             gram = torch.zeros(n_features, n_features, dtype=dtype, device=features.device)
-            for where in picked.split(_CHUNK_ROWS):
+            for where in torch.split(picked, _CHUNK_ROWS):
                 part = standardised(features[where])
                 gram.addmm_(part.t(), part)
         values, turn = torch.linalg.eigh(gram / len(picked))
         self._vectors = turn if span is None else span @ turn
         rank, width = len(values), 16 * (len(values) // 16 + 1)
         self.rows = torch.zeros(n, width, dtype=dtype, device=features.device)
-        for part, target in zip(chunks, self.rows.split(_CHUNK_ROWS), strict=True):
+        for part, target in zip(chunks, torch.split(self.rows, _CHUNK_ROWS), strict=True):
             target[:, :rank] = standardised(part) @ self._vectors
         self.rows[:, -1] = 1
         self.scale = values.new_zeros(width)
@@ -204,7 +204,7 @@ def _out_of_fold(rows: Tensor, heads: Tensor, fold_of: Tensor) -> Tensor:
     """Return each row's log-probabilities, (N, K), by its fold's head of (D, folds, K)."""
     found = rows.new_empty(len(rows), heads.shape[2])
     for k in range(heads.shape[1]):
-        for where in (fold_of == k).nonzero()[:, 0].split(_CHUNK_ROWS):
+        for where in torch.split((fold_of == k).nonzero()[:, 0], _CHUNK_ROWS):
             found[where] = (rows[where] @ heads[:, k]).log_softmax(dim=1)
     return found
 
@@ -231,7 +231,9 @@ def _solve(
     size = max(1, _GROUP_NUMBERS // each)
     solved = [
         _minimise(scale, rows, hot, mask, c, head, tolerance)
-        for mask, head in zip(masks.split(size, dim=1), start.split(size, dim=1), strict=True)
+        for mask, head in zip(
+            torch.split(masks, size, dim=1), torch.split(start, size, dim=1), strict=True
+        )
     ]
     heads, steps, converged = zip(*solved, strict=True)
     return torch.cat(heads, dim=1), max(steps), all(converged)

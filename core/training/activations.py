@@ -74,8 +74,8 @@ def evaluation_features(
     part = cut(network, config)
     if part is None or not part.is_linear:
         raise ValueError(
-            f"head_init = {config.head_init} needs a backbone whose head is one linear layer, but "
-            f"got backbone={config.backbone!r}; use another head_init (--set "
+            "a solved head needs a backbone whose head is one linear layer, but got "
+            f"backbone={config.backbone!r}. Train it by steps (--set train.head_solver=sgd --set "
             "train.head_init=default)."
         )
     device = next(network.model.parameters()).device

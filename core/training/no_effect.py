@@ -1,6 +1,6 @@
 """Settings that change nothing beside the others of a configuration, each with the reason."""
 
-from core.config import MAX_FREEZE_DEPTH, TrainConfig
+from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
 
 NEVER = {
     "device": "it says where the run is computed",
@@ -11,12 +11,33 @@ NEVER = {
 """Settings that change no trained weight by themselves, whatever the others are."""
 
 
+_OF_SOLVED = (
+    "backbone",
+    "weights",
+    "image_size",
+    "normalize",
+    "freeze_depth",
+    "amp",
+    "head_solver",
+    "head_decay",
+)
+
+
 def without_effect(config: TrainConfig) -> dict[str, str]:
     """Return the settings that change no trained weight here, with the reason.
 
     What depends on the network (batch norms, where it has none) is not among them.
     """
     found = dict(NEVER)
+    if config.is_solved:
+        # Without pretrained weights the seed still draws the frozen ones.
+        kept = (*_OF_SOLVED, "seed") if config.weights == "none" else _OF_SOLVED
+        others = {key for key in fields_of(TrainConfig) if key not in kept}
+        return found | dict.fromkeys(sorted(others - set(found)), "the head is solved")
+    if config.freeze_depth != MAX_FREEZE_DEPTH:
+        found["head_solver"] = "more than the head is trained"
+    if config.head_init != "solved":
+        found["head_decay"] = "the head neither is solved nor starts so"
     if config.schedule != "step":
         found |= dict.fromkeys(("step_epochs", "step_gamma"), "schedule is not step")
     if config.schedule == "one-cycle":

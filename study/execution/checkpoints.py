@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.training.checkpoint import PREDICTIONS_FILE
 from study.execution.session import Session
-from study.store import PictureRow, TrialRow
+from study.record.models import Misclassified, Trial
 
 # The worst images that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
@@ -35,7 +35,7 @@ class Checkpoints:
         """Return where a trial's checkpoint lies."""
         return self._session.output / f"trial-{number:04d}"
 
-    def load(self, rows: Iterable[TrialRow]) -> None:
+    def load(self, rows: Iterable[Trial]) -> None:
         """Take over the checkpoints of earlier processes."""
         self._kept = {row.number: (row.rank, row.id) for row in rows if row.checkpoint}
         self._drop()
@@ -83,7 +83,8 @@ class Checkpoints:
         worst = wrong[np.argsort(probability[wrong], kind="stable")][:_N_WORST]
         split, classes = self._session.data.val, self._session.data.classes
         rows = [
-            PictureRow(
+            Misclassified(
+                trial_id=trial_id,
                 split="val",
                 rank=rank,
                 path=split.paths[i],
@@ -94,7 +95,7 @@ class Checkpoints:
             )
             for rank, i in enumerate(worst.tolist())
         ]
-        self._session.record.add_pictures(trial_id, rows)
+        self._session.record.add_misclassified(trial_id, rows)
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:

@@ -12,7 +12,7 @@ from study.config.formatting import json_text
 from study.config.search_space import ParamValue
 
 if TYPE_CHECKING:
-    from study.rows import TrialRow
+    from study.record.models import Trial
 
 REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
@@ -37,7 +37,7 @@ class Counts:
     cut_short: int = 0
 
     @classmethod
-    def of(cls, trials: "Iterable[TrialRow]") -> "Counts":
+    def of(cls, trials: "Iterable[Trial]") -> "Counts":
         """Count the trials of a study."""
         rows = list(trials)
         states = [row.ended_as if row.ended_at else "running" for row in rows]

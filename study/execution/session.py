@@ -28,7 +28,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
-from study.store import Store
+from study.record.record import Record
 
 # Images are stored this much larger than a network's input, so that random crops of them still
 # have detail. Assumption.
@@ -61,7 +61,7 @@ class Session:
         because: Why the process left, for the record; set by whoever runs the trials.
     """
 
-    record: Store
+    record: Record
     study_id: int
     run_id: int
     config: StudyConfig
@@ -92,7 +92,7 @@ class Session:
 
 @contextmanager
 def open_session(
-    record: Store,
+    record: Record,
     config: StudyConfig,
     trains: Sequence[TrainConfig],
     *,
@@ -116,7 +116,7 @@ def open_session(
 
     Raises:
         ConfigError: The configuration differs from the stored one, or cannot be run.
-        StoreError: Another process runs the study.
+        RecordError: Another process runs the study.
         StudyHalted: The disk is full, a file cannot be used, or the device fails.
         ValueError: Images, weights, backbone or device cannot be used.
     """
@@ -264,7 +264,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **library_versions(), **ours}
 
 
-def _refuse_changes(record: Store, config: StudyConfig, allow_changes: bool) -> None:
+def _refuse_changes(record: Record, config: StudyConfig, allow_changes: bool) -> None:
     row = record.find_study(config.study.name)
     if row is None:
         return
@@ -284,7 +284,7 @@ def _refuse_changes(record: Store, config: StudyConfig, allow_changes: bool) -> 
         )
 
 
-def _enter(record: Store, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
+def _enter(record: Record, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
     """Create the study in the record, or check that its images are the same."""
     row = record.find_study(config.study.name)
     if row is None:

@@ -18,12 +18,14 @@ from core.device import choose_device, describe_device
 from core.fit import Interrupted, fit
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.builder import count_parameters
+from core.training.no_effect import without_effect
 from core.training.resume import epochs_in_state
 from study.config.search_space import ParamValue
 from study.execution.checkpoints import Checkpoints
 from study.execution.progress import REASON_KILLED, EpochEnded, Note, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
-from study.store import TrialRow, config_hash, params_of
+from study.record.models import Trial
+from study.record.record import config_hash, params_of
 
 # These settings do not change what a trial learns, so they do not tell two trials apart.
 _NOT_IDENTITY = ("device", "workers")
@@ -96,7 +98,7 @@ def identity(config: TrainConfig) -> str:
     return config_hash({k: v for k, v in settings.items() if k not in _NOT_IDENTITY})
 
 
-def is_settled(row: TrialRow) -> bool:
+def is_settled(row: Trial) -> bool:
     """Return whether equal settings need not run again: complete, or failed because of them.
 
     Settings that diverge or do not fit into memory do so every time; that is their result.
@@ -218,7 +220,7 @@ class TrialEngine:
         return result
 
     def record_untrained(
-        self, request: TrialRequest, state: str, reason: str | None, equal: TrialRow | None
+        self, request: TrialRequest, state: str, reason: str | None, equal: Trial | None
     ) -> None:
         """Record a trial that is not trained: refused, or with the result of an equal one."""
         trial_id = self._enter(request, "none", None, None)
@@ -264,21 +266,21 @@ class TrialEngine:
     ) -> int:
         config = request.config
         return self._record.begin_trial(
-            self.session.study_id,
-            request.number,
-            self.session.run_id,
-            origin=request.origin,
-            config=dataclasses.asdict(config),
-            config_hash=request.identity or identity(config),
-            seed=config.seed,
-            backbone=config.backbone,
-            freeze_depth=config.freeze_depth,
-            device=device,
-            trained_parameters=trained,
-            total_parameters=total,
-            factor=request.factor,
-            level=request.level,
-            replicate=request.replicate,
+            Trial(
+                study_id=self.session.study_id,
+                number=request.number,
+                run_id=self.session.run_id,
+                origin=request.origin,
+                config=dataclasses.asdict(config),
+                config_hash=request.identity or identity(config),
+                device=device,
+                trained_parameters=trained,
+                total_parameters=total,
+                without_effect=list(without_effect(config)),
+                factor=request.factor,
+                level=request.level,
+                replicate=request.replicate,
+            )
         )
 
     def _epochs(
@@ -364,7 +366,7 @@ class TrialEngine:
     def _state_file(self, number: int) -> Path:
         return self.session.output / "state" / f"trial-{number:04d}.pt"
 
-    def _continuation(self, row: TrialRow, trial: FrozenTrial) -> TrialRequest | None:
+    def _continuation(self, row: Trial, trial: FrozenTrial) -> TrialRequest | None:
         """Return the request that continues a trial; None where that cannot be.
 
         Trials whose process was killed are continued a few times only: they may be the cause.
@@ -396,7 +398,7 @@ class TrialEngine:
             taken_up.set_user_attr(RERUNS, reruns)
         return request
 
-    def _fail_killed(self, row: TrialRow) -> None:
+    def _fail_killed(self, row: Trial) -> None:
         self._close(
             row.id,
             "failed",

@@ -13,8 +13,9 @@ from study.config.study_config import StudyConfig
 from study.execution.progress import Counts, Progress, StudyStarted
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import TrialEngine, TrialRequest, is_settled
+from study.record.models import Trial
+from study.record.record import Record
 from study.search.search import SearchOutcome, outcome_of
-from study.store import Store, TrialRow
 
 SUFFIX = "-audit"
 """What the audit's study is called after the search's name."""
@@ -23,7 +24,7 @@ FACTOR = "audit"
 
 
 def audit_study(
-    record: Store,
+    record: Record,
     name: str,
     n_trials: int,
     *,
@@ -49,7 +50,7 @@ def audit_study(
 
     Raises:
         ConfigError: The study is an ablation or an audit.
-        StoreError: There is no such study, or another process runs its audit.
+        RecordError: There is no such study, or another process runs its audit.
     """
     begin = time.monotonic()
     study = record.study(name)
@@ -89,7 +90,7 @@ def _audit_config(source: StudyConfig) -> StudyConfig:
     return source.model_copy(update={"study": named, "data": data})
 
 
-def _run(session: Session, chosen: list[TrialRow]) -> str:
+def _run(session: Session, chosen: list[Trial]) -> str:
     record, study_id = session.record, session.study_id
     space = distributions(session.config.space)
     engine = TrialEngine(session, keep_best=0)

@@ -15,20 +15,21 @@ from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.execution.progress import Progress
 from study.execution.session import load_images
-from study.store import Store, StudyRow, TestRow, TrialRow
+from study.record.models import Study, Test, Trial
+from study.record.record import Record
 
 
 def test_study(
-    record: Store, name: str, number: int | None, *, progress: Progress, command: str
-) -> TestRow:
+    record: Record, name: str, number: int | None, *, progress: Progress, command: str
+) -> Test:
     """Test one trial, as `test_trials` does; None for the best by validation."""
     trial = _chosen(record, record.study(name), number)
     return test_trials(record, name, [trial.number], progress=progress, command=command)[0]
 
 
 def test_trials(
-    record: Store, name: str, numbers: Sequence[int], *, progress: Progress, command: str
-) -> list[TestRow]:
+    record: Record, name: str, numbers: Sequence[int], *, progress: Progress, command: str
+) -> list[Test]:
     """Evaluate trials on the test split and record it; recorded results are returned as they are.
 
     Args:
@@ -43,7 +44,7 @@ def test_trials(
 
     Raises:
         ConfigError: A trial without checkpoint, no test split, or other images.
-        StoreError: No such study or trial.
+        RecordError: No such study or trial.
     """
     study = record.study(name)
     known = {row.trial_number: row for row in record.tests(study.id)}
@@ -57,9 +58,7 @@ def test_trials(
     return [known[number] for number in numbers]
 
 
-def _add(
-    record: Store, study: StudyRow, trial: TrialRow, evaluation: Evaluation, command: str
-) -> None:
+def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, command: str) -> None:
     labels, predicted = evaluation.labels.tolist(), evaluation.predicted.tolist()
     record.add_predictions(trial.id, "test", labels, predicted)
     record.add_test(
@@ -75,7 +74,7 @@ def _add(
     )
 
 
-def _chosen(record: Store, study: StudyRow, number: int | None) -> TrialRow:
+def _chosen(record: Record, study: Study, number: int | None) -> Trial:
     if number is not None:
         trial = record.trial(study.id, number)
     else:
@@ -96,7 +95,7 @@ def _chosen(record: Store, study: StudyRow, number: int | None) -> TrialRow:
     return trial
 
 
-def _test_split(study: StudyRow, data: ImageData) -> Split:
+def _test_split(study: Study, data: ImageData) -> Split:
     if data.fingerprint != study.data["fingerprint"]:
         raise ConfigError(
             f"the images of study {study.name} must be those it was run on, but they have "
@@ -109,7 +108,7 @@ def _test_split(study: StudyRow, data: ImageData) -> Split:
     return data.test
 
 
-def _evaluate(config: StudyConfig, split: Split, trial: TrialRow) -> Evaluation:
+def _evaluate(config: StudyConfig, split: Split, trial: Trial) -> Evaluation:
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     device = choose_device(config.train.device)
     spec = view_spec(card.config, card.preprocessing)

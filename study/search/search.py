@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
 from core.metrics import EpochMetrics
 from study.config.load import check_backbones
@@ -15,8 +15,8 @@ from study.config.study_config import StudyConfig
 from study.execution.progress import REASON_KILLED, Counts, Progress, StudyEnded, StudyStarted
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import MOST_RERUNS, RERUNS, TrialEngine, TrialRequest, identity
+from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
-from study.store import Store
 
 _ORIGIN, _QUEUED = "origin", "queued"
 _COPY, _RECIPE = "same as ", "recipe:"
@@ -70,7 +70,7 @@ def run_search(
 
     Raises:
         ConfigError: The configuration differs from the stored one, or cannot be run.
-        StoreError: The database is not ours, or another process runs the study.
+        RecordError: The database is not ours, or another process runs the study.
         StudyHalted: The study cannot continue until the user has done something.
         ValueError: Images, weights, backbone or device cannot be used.
     """
@@ -78,7 +78,7 @@ def run_search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_backbones(config)
     with (
-        Store.open(config.study.storage, create=True) as record,
+        Record.open(config.study.storage, create=True) as record,
         open_session(
             record,
             config,
@@ -247,7 +247,7 @@ class _Search:
         self.engine.record_untrained(copy, equal.state, equal.reason, equal)
         self.standing.add(equal.state, equal.ranked_by, own)
 
-    def _run(self, request: TrialRequest, trial: Trial) -> None:
+    def _run(self, request: TrialRequest, trial: optuna.Trial) -> None:
         is_recipe = request.origin.startswith(_RECIPE)
 
         def should_prune(_: EpochMetrics) -> bool:
@@ -259,7 +259,7 @@ class _Search:
         if result.state != "stopped":
             self.standing.add(result.state, result.score, identity(request.config))
 
-    def _ask(self) -> Trial:
+    def _ask(self) -> optuna.Trial:
         settings = self.config
         trials = self.study.get_trials(deepcopy=False)
         waiting = (trial.number for trial in trials if trial.state is TrialState.WAITING)

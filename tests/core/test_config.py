@@ -24,6 +24,8 @@ def test_train_config_is_hashable_and_picklable() -> None:
         ({"compile": 1}, "compile"),
         ({"image_size": True}, "image_size"),
         ({"optimizer": "lion"}, "optimizer"),
+        ({"head_solver": "newton"}, "head_solver"),
+        ({"head_init": "probe"}, "head_init"),
     ],
 )
 def test_train_config_refuses(settings: dict[str, object], key: str) -> None:

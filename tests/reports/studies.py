@@ -27,9 +27,9 @@ from study.config.search_space import apply_params
 from study.config.study_config import AblationSection
 from study.designs import Cell, Design, candidates, extend_path, make_design
 from study.factors import Factor, Level
-from study.rows import DesignRow, StudyRow
-from study.store import LEVELS, PictureRow, Store, config_hash
-from study.tables import RunTable, TrialTable
+from study.record.models import Design as RecordedDesign
+from study.record.models import Misclassified, Run, Study, Trial
+from study.record.record import LEVELS, Record, config_hash
 from support import distributions_of
 
 BEGAN = datetime(2026, 3, 1, 20, 0)
@@ -89,9 +89,9 @@ def make_study(
     n_val: int = 340,
     n_test: int = 400,
     warnings: Sequence[str] = (),
-) -> Store:
+) -> Record:
     """Enter the planned trials one after the other, as a run would have."""
-    store = Store.open(str(path), create=True)
+    store = Record.open(str(path), create=True)
     config = {
         "study": {"name": name, "trials": len(plans), "seed": 7, "storage": "studies.db"},
         "data": {"source": "folder:pets"},
@@ -118,15 +118,15 @@ def make_study(
     for number, plan in enumerate(plans):
         now = _enter(store, study_id, run_id, number, plan, now, dimensions)
     store.end_run(run_id, "trials")
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         connection.execute(
-            update(RunTable).where(RunTable.id == run_id).values(started_at=BEGAN, ended_at=now)
+            update(Run).where(Run.id == run_id).values(started_at=BEGAN, ended_at=now)
         )
     return store
 
 
 def _enter(
-    store: Store,
+    store: Record,
     study_id: int,
     run_id: int,
     number: int,
@@ -134,22 +134,22 @@ def _enter(
     now: datetime,
     space: Mapping[str, BaseDistribution],
 ) -> datetime:
-    config = {"epochs": 10, "optimizer": "sgd", **plan.params}
+    config = {"epochs": 10, "optimizer": "sgd", "seed": 7, **plan.params}
+    network = {"backbone": "resnet18", "freeze_depth": 0}
     trial = store.start_trial(study_id, plan.params, space)
-    trial_id = store.begin_trial(
-        study_id,
-        number,
-        run_id,
+    row = Trial(
+        study_id=study_id,
+        number=number,
+        run_id=run_id,
         origin=plan.origin,
-        config=config,
+        config=network | config,
         config_hash=config_hash(config),
-        seed=7,
-        backbone=plan.params.get("backbone", "resnet18"),
-        freeze_depth=plan.params.get("freeze_depth", 0),
         device="cpu",
         trained_parameters=5_130,
         total_parameters=11_181_642,
+        started_at=now,
     )
+    trial_id = store.begin_trial(row)
     best, best_epoch = -1.0, None
     for epoch, val_acc in enumerate(plan.curve):
         is_best = val_acc > best
@@ -177,8 +177,8 @@ def _enter(
             else None,
         )
     times = {"started_at": now, "ended_at": None if plan.state == "running" else ended}
-    with store._engine.begin() as connection:
-        connection.execute(update(TrialTable).where(TrialTable.id == trial_id).values(**times))
+    with store.engine.begin() as connection:
+        connection.execute(update(Trial).where(Trial.id == trial_id).values(**times))
     return ended
 
 
@@ -241,7 +241,7 @@ def thumbnail(seed: int, size: tuple[int, int] = (96, 72)) -> bytes:
 
 
 def add_results(
-    store: Store, name: str, number: int, classes: Sequence[str], n_wrong: int
+    store: Record, name: str, number: int, classes: Sequence[str], n_wrong: int
 ) -> None:
     """Give a trial a confusion matrix and worst pictures, as a finished one has."""
     rng = np.random.default_rng(3)
@@ -257,15 +257,22 @@ def add_results(
         i, j = rng.choice(k, 2, replace=False)
         size = (96, 72) if rank % 2 else (64, 96)
         path = f"val/{classes[i]}/IMG_{rank:04d}.jpg"
-        row = PictureRow(
-            "val", rank, path, classes[i], classes[j], 0.01 * rank, thumbnail(rank, size)
+        row = Misclassified(
+            trial_id=trial.id,
+            split="val",
+            rank=rank,
+            path=path,
+            label=classes[i],
+            predicted=classes[j],
+            probability=0.01 * rank,
+            thumbnail=thumbnail(rank, size),
         )
         rows.append(row)
-    store.add_pictures(trial.id, rows)
+    store.add_misclassified(trial.id, rows)
 
 
 def add_test(
-    store: Store, name: str, number: int, accuracy: float, val_acc: float, n: int = 400
+    store: Record, name: str, number: int, accuracy: float, val_acc: float, n: int = 400
 ) -> None:
     """Enter a reading of the test split."""
     store.add_test(
@@ -394,7 +401,7 @@ def make_ablation(
     command: str = "python -m study ablate pets",
     warnings: Sequence[str] = (),
     origin: str = "trial 4 of study pets, its best",
-) -> Store:
+) -> Record:
     """Enter a simulated ablation, replicate by replicate, as a run would have; add to a database.
 
     Args:
@@ -415,7 +422,7 @@ def make_ablation(
     """
     if settings is None:
         settings = section(design=design.kind, replicates=looks[0], adaptive=len(looks) > 1)
-    store = Store.open(str(path), create=True)
+    store = Record.open(str(path), create=True)
     study_id = _enter_study(store, name, settings, source, n_val, n_test, warnings)
     run_id = store.begin_run(study_id, command=command, device="cpu", versions=VERSIONS)
     number = 0
@@ -435,14 +442,14 @@ def make_ablation(
     return store
 
 
-def repeat_design(store: Store, name: str) -> None:
+def repeat_design(store: Record, name: str) -> None:
     """Enter an ablation's design once more, as a further one."""
     row = store.designs(store.study(name).id)[0]
     store.put_design(row.study_id, "another", row.kind, row.spec, "python -m study again")
 
 
 def _enter_study(
-    store: Store,
+    store: Record,
     name: str,
     settings: AblationSection,
     source: str,
@@ -470,7 +477,7 @@ def _enter_study(
 
 
 def _enter_run(
-    store: Store,
+    store: Record,
     study_id: int,
     run_id: int,
     number: int,
@@ -482,21 +489,19 @@ def _enter_run(
     train = apply_params(TRAIN, cell.overrides)
     config = dataclasses.asdict(dataclasses.replace(train, seed=FIRST_SEED + replicate))
     store.start_trial(study_id, {}, {}, {LEVELS: cell.levels})
-    key = store.begin_trial(
-        study_id,
-        number,
-        run_id,
+    trial = Trial(
+        study_id=study_id,
+        number=number,
+        run_id=run_id,
         origin=f"{cell.label}, replicate {replicate + 1}",
         config=config,
         config_hash=_identity(cell, replicate, settings.resplit),
-        seed=FIRST_SEED + replicate,
-        backbone=train.backbone,
-        freeze_depth=train.freeze_depth,
         device="cpu",
         factor=", ".join(cell.levels) or "baseline",
         level=", ".join(cell.levels.values()) or None,
         replicate=replicate,
     )
+    key = store.begin_trial(trial)
     is_done = isinstance(score, float)
     store.end_trial(
         key,
@@ -541,9 +546,10 @@ def in_memory(
         "first_seed": FIRST_SEED,
         "origin": "a trial",
     }
-    now = datetime(2026, 3, 1)
-    study = StudyRow(1, "pets", now, {}, {"n_val": 400}, {})
-    row = DesignRow(1, 1, "key", design.kind, spec, "", now)
+    study = Study(id=1, name="pets", config={}, data={"n_val": 400}, versions={})
+    row = RecordedDesign(
+        id=1, study_id=1, key="key", kind=design.kind, spec=spec, command="", updated_at=BEGAN
+    )
     runs = tuple(_runs(cell, own) for cell, own in zip(design.cells, values, strict=True))
     rules = Rules(settings.alpha, settings.margin / 100, resolution=resolution)
     return Ablation(study, row, runs, rules)

@@ -18,7 +18,8 @@ from reports.across import compare_across, score_frame
 from reports.effects import Rules, estimate_effects
 from reports.publish import p_words
 from study.designs import Cell, Design
-from study.store import Store, StoreError
+from study.record.database import RecordError
+from study.record.record import Record
 from tests.reports.pages import Page
 from tests.reports.studies import (
     Score,
@@ -66,7 +67,7 @@ def ofat() -> Design:
 TRUTH = {"augment = none": -0.06, "augment = mixup": 0.05, "freeze = 5": 0.008}
 
 
-def report(store: Store, folder: Path, **more: object) -> tuple[AblationPaths, Page, Section]:
+def report(store: Record, folder: Path, **more: object) -> tuple[AblationPaths, Page, Section]:
     with store:
         sections = describe_ablation(store, NAME)
         paths = write_ablation(store, NAME, folder, **more)
@@ -167,7 +168,7 @@ def test_two_reads_give_the_same_bytes(
     levels: tuple[Path, AblationPaths, Page, Section], tmp_path: Path
 ) -> None:
     folder, paths, _, _ = levels
-    with Store.open(str(folder / "studies.db")) as store:
+    with Record.open(str(folder / "studies.db")) as store:
         again = write_ablation(store, NAME, tmp_path)
     pairs = zip([*paths.csv, *paths.figures], [*again.csv, *again.figures], strict=True)
     for first, second in pairs:
@@ -337,9 +338,9 @@ def test_a_database_url_loses_its_password(
 
 def test_a_search_is_no_ablation(tmp_path: Path) -> None:
     with make_study(tmp_path / "s.db", []) as store:
-        with pytest.raises(StoreError, match="no ablation.*python -m study ablate pets"):
+        with pytest.raises(RecordError, match="no ablation.*python -m study ablate pets"):
             write_ablation(store, "pets", tmp_path / "out")
-        with pytest.raises(StoreError, match="nothing"):
+        with pytest.raises(RecordError, match="nothing"):
             describe_ablation(store, "nothing")
     assert not (tmp_path / "out").exists()
 
@@ -414,7 +415,7 @@ def test_a_coded_design_without_a_whole_replicate_claims_nothing(
     assert "no effect is told from noise" not in page.finding("Matters:")
 
 
-def path_store(path: Path, score: Simulator) -> Store:
+def path_store(path: Path, score: Simulator) -> Record:
     design, steps = follow(design_of("path", two_levels("augment", "freeze", "head")), score, 5)
     return make_ablation(path, design, score, steps=steps)
 

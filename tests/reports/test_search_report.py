@@ -11,8 +11,9 @@ from reports.frames import best_number
 from reports.html import ReportPaths, write_report
 from reports.record import read_record
 from reports.tables import trials_table
-from study.read import read_trials
-from study.store import Store, StoreError
+from study.record.database import RecordError
+from study.record.frames import read_trials
+from study.record.record import Record
 from tests.reports.pages import Page
 from tests.reports.studies import (
     SPACE,
@@ -29,13 +30,13 @@ PARAMS = {"freeze_depth": 2, "base_lr": 0.01}
 SMALL = {name: SPACE[name] for name in PARAMS}
 
 
-def report(store: Store, tmp_path: Path, name: str = "pets") -> tuple[ReportPaths, Page]:
+def report(store: Record, tmp_path: Path, name: str = "pets") -> tuple[ReportPaths, Page]:
     with store:
         paths = write_report(store, name, tmp_path / "report")
     return paths, Page(paths.html)
 
 
-def best_of(store: Store, name: str = "pets") -> int:
+def best_of(store: Record, name: str = "pets") -> int:
     number = best_number(read_trials(store, name))
     assert number is not None
     return number
@@ -162,9 +163,12 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
                 "Importance needs at least 8 trials with an accuracy; this study has 1.",
             ),
         ),
-        "one running": (
+        "one interrupted": (
             [Plan(PARAMS, [], "running")],
-            ("1 trial was running when this was written.", "No trial has an accuracy (1 running)"),
+            (
+                "1 trial was interrupted; resume deals with it.",
+                "No trial has an accuracy (1 interrupted)",
+            ),
         ),
         "all failed": (
             [diverged(rng) for _ in range(3)],
@@ -224,7 +228,7 @@ def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
 def test_a_missing_study_is_named(tmp_path: Path) -> None:
     with (
         make_study(tmp_path / "s.db", []) as store,
-        pytest.raises(StoreError, match="there is no study pest in .* There is: pets"),
+        pytest.raises(RecordError, match="there is no study pest in .* There is: pets"),
     ):
         write_report(store, "pest", tmp_path / "report")
     assert not (tmp_path / "report").exists()

@@ -43,8 +43,9 @@ from study.designs import make_design
 from study.execution.progress import EpochEnded, Event, QuietProgress, TrialEnded
 from study.execution.session import StudyHalted
 from study.execution.trial_engine import identity, is_settled
-from study.read import read_predictions
-from study.store import Store, TrialRow
+from study.record.frames import read_predictions
+from study.record.models import Trial
+from study.record.record import Record
 from support import make_folder
 
 # The head alone is trained: a fifth of a second a run.
@@ -100,14 +101,14 @@ def _run(plan: Plan, progress: QuietProgress | None = None, decide=_undecided) -
     return run_ablation(plan, progress=progress or QuietProgress(), command="test", decide=decide)
 
 
-def _rows(home: Path, name: str = "tiny") -> list[TrialRow]:
-    with Store.open(str(home / "s.db")) as store:
+def _rows(home: Path, name: str = "tiny") -> list[Trial]:
+    with Record.open(str(home / "s.db")) as store:
         return store.trials(store.study(name).id)
 
 
 def _effects(home: Path, name: str = "tiny") -> list[dict[str, str]]:
     """Return the effects' CSV, of the last design used, without what a run cost."""
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         ablation = read_ablations(store, name)[0]
     rows = list(csv.DictReader(io.StringIO(effects_csv(ablation, ablation.effects()))))
     for row in rows:
@@ -179,7 +180,7 @@ def test_every_cell_and_replicate_is_run_once_with_paired_seeds(finished: Path) 
 
 def test_a_run_has_the_same_numbers_as_fit_alone(finished: Path, photos: Path) -> None:
     cache = str(photos.parent / "cache")
-    with Store.open(str(finished / "s.db")) as store:
+    with Record.open(str(finished / "s.db")) as store:
         study = store.study("tiny")
         size = study.config["data"]["store_size"]
         data = load_data(DataConfig(source=f"folder:{photos}", cache_dir=cache), size)
@@ -190,7 +191,7 @@ def test_a_run_has_the_same_numbers_as_fit_alone(finished: Path, photos: Path) -
             assert row.value == alone[0][2]
 
 
-def _of(row: TrialRow) -> TrainConfig:
+def _of(row: Trial) -> TrainConfig:
     return TrainConfig(**row.config)
 
 
@@ -211,7 +212,7 @@ def test_an_ablation_is_an_ordinary_optuna_study(finished: Path) -> None:
 
 
 def test_every_runs_answers_are_kept_and_agree_with_its_accuracy(finished: Path) -> None:
-    with Store.open(str(finished / "s.db")) as store:
+    with Record.open(str(finished / "s.db")) as store:
         answers = read_predictions(store, "tiny")
     rows = _rows(finished)
     assert set(answers) == {row.number for row in rows}
@@ -225,7 +226,7 @@ def test_a_finished_ablation_runs_nothing_again(home: Path, photos: Path) -> Non
     outcome = _run(_plan(photos, home, replicates=3))
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 9)
     assert _rows(home) == before
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         assert len(store.designs(store.study("tiny").id)) == 1
 
 
@@ -235,7 +236,7 @@ def test_more_replicates_run_the_new_ones_only(home: Path, photos: Path) -> None
     rows = _rows(home)
     assert rows[:9] == before
     assert [(row.replicate, row.seed) for row in rows[9:]] == [(3, 10)] * 3
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         (design,) = store.designs(store.study("tiny").id)
     assert [len(hashes) for hashes in design.spec["runs"]] == [4, 4, 4]
 
@@ -256,7 +257,7 @@ def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Pa
     assert [(row.factor, row.level) for row in rows[9:]] == [
         ("base_lr, augment", "0.001, none")
     ] * 3
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         designs = store.designs(store.study("tiny").id)
     assert [design.kind for design in designs] == ["ofat", "factorial"]
     assert set(designs[0].spec["runs"][0]) == set(designs[1].spec["runs"][0])
@@ -269,7 +270,7 @@ def test_levels_that_train_the_same_share_their_runs(
     factors = {"augment": ["none"], "view": {"plain": {"augment": "none"}}}
     outcome = _run(_plan(photos, tmp_path, factors=factors))
     assert (outcome.n_done, len(trained)) == (6, 4)
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         others = read_ablations(store, "tiny")[0].others
     assert [runs.arm.label for runs in others] == ["augment = none", "view = plain"]
     assert others[0].numbers == others[1].numbers
@@ -300,7 +301,7 @@ def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
     own, diverged = _effects(home)
     assert (own["n_failed"], diverged["n_failed"]) == ("0", "3")
     assert diverged["verdict"] == "fails"
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         grid = failures_grid(read_ablations(store, "tiny")[0])
     assert grid is not None
     assert [row[:2] for row in grid.rows] == [("base_lr = 1e+30", str(s)) for s in (7, 8, 9)]
@@ -376,7 +377,7 @@ def test_ctrl_c_leaves_cleanly_and_the_ablation_goes_on(
     rows = _rows(tmp_path)
     assert len(rows) == number + 1
     assert rows[-1].ended_at is None
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         (run,) = store.runs(store.study("tiny").id)
     assert run.outcome == "interrupted"
     outcome = _run(plan)
@@ -392,7 +393,7 @@ def test_a_path_that_is_interrupted_takes_no_step_it_has_not_seen(
     plan = _plan(photos, tmp_path, "train.epochs=2", design="path")
     outcome = _run(plan, _Acts(5, _interrupt))
     assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 5)
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         (design,) = store.designs(store.study("tiny").id)
     assert design.spec["steps"] == []
 
@@ -578,7 +579,7 @@ def test_a_path_takes_the_change_with_the_best_mean(photos: Path, tmp_path: Path
         left = frozenset() if row.factor == "baseline" else frozenset(row.factor.split(", "))
         means.setdefault(left, []).append(row.value)
     assert [len(values) for values in means.values()] == [2] * 7
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         (design,) = store.designs(store.study("tiny").id)
     left = frozenset(factors)
     assert len(design.spec["steps"]) == 3
@@ -605,7 +606,7 @@ def test_a_paths_order_is_by_mean_and_a_failed_candidate_comes_last(
     _script(monkeypatch, accuracy)
     factors = {"augment": ["none"], "head_init": ["zero"], "flip": [0.0]}
     _run(_plan(photos, tmp_path, factors=factors, design="path"))
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         (design,) = store.designs(store.study("tiny").id)
     assert design.spec["steps"] == ["flip", "augment", "head_init"]
 
@@ -637,11 +638,11 @@ def test_changed_pictures_are_refused(home: Path, photos: Path, tmp_path: Path) 
 
 
 def test_a_searchs_name_is_refused(photos: Path, tmp_path: Path) -> None:
-    with Store.open(str(tmp_path / "s.db"), create=True) as store:
+    with Record.open(str(tmp_path / "s.db"), create=True) as store:
         store.create_study("photos", StudyConfig().to_record(), {"fingerprint": "f"}, {})
     with pytest.raises(ConfigError, match="study photos is a search, so it cannot hold"):
         _run(_plan(photos, tmp_path, name="photos"))
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         assert store.designs(store.study("photos").id) == []
 
 
@@ -658,7 +659,7 @@ def test_the_size_of_pictures_does_not_depend_on_later_designs(
     _run(first)
     _run(_plan(photos, tmp_path, replicates=1))
     assert len(trained) == 4  # the baseline once
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         assert store.study("tiny").config["data"]["store_size"] == settled
 
 
@@ -670,7 +671,7 @@ def test_a_combination_that_breaks_a_rule_is_named_before_any_run(
         cell_configs(plan)
     with pytest.raises(ConfigError, match="mixup and cutmix must not both be on"):
         _run(plan)
-    with Store.open(str(tmp_path / "s.db")) as store:
+    with Record.open(str(tmp_path / "s.db")) as store:
         assert store.studies() == []
 
 

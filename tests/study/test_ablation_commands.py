@@ -15,8 +15,8 @@ from core.training.checkpoint import PREDICTIONS_FILE
 from study.__main__ import main
 from study.config.load import load_config
 from study.execution.progress import EpochEnded, Event, QuietProgress
+from study.record.record import Record
 from study.search.search import run_search
-from study.store import Store
 from support import make_folder
 
 # Small checkpoints and a tenth of a second a run; what it learns is not asked here.
@@ -36,7 +36,7 @@ FLAGS = ["--factor", "augment=none", "--factor", "head_lr_mult=1", "--replicates
 
 
 @dataclass(frozen=True)
-class Record:
+class Recorded:
     """A search `bees`, its ablation `bees-ablation`, and what the ablation printed.
 
     Attributes:
@@ -54,7 +54,7 @@ class Record:
 
     def trials(self, name: str = "bees-ablation") -> list[object]:
         """List a study's trials."""
-        with Store.open(str(self.home / "s.db")) as store:
+        with Record.open(str(self.home / "s.db")) as store:
             return list(store.trials(store.study(name).id))
 
 
@@ -64,7 +64,7 @@ def _sets(home: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+def record(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     home = tmp_path_factory.mktemp("bees")
     make_folder(home / "photos", {"red": 12, "blue": 12})
     (home / "bees.toml").write_text(TOML)
@@ -84,7 +84,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         line = ["ablate", "bees", *FLAGS, "--storage", str(home / "s.db")]
         assert main(line) == 0
-    return Record(home, printed.getvalue())
+    return Recorded(home, printed.getvalue())
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -104,7 +104,7 @@ def answered(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return capsys.readouterr().out
 
 
-def test_ablate_tells_the_plan_the_results_and_what_is_next(record: Record) -> None:
+def test_ablate_tells_the_plan_the_results_and_what_is_next(record: Recorded) -> None:
     told = record.printed
     assert "Ablation of trial" in told
     assert "of study bees, its best: study bees-ablation" in told
@@ -131,7 +131,7 @@ def test_ablate_tells_the_plan_the_results_and_what_is_next(record: Record) -> N
 
 
 def test_json_is_one_event_a_line_and_ends_with_the_effects(
-    record: Record, capsys: pytest.CaptureFixture[str]
+    record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = record.trials()
     lines = answered(capsys, "ablate", "bees-ablation", "--json", *record.storage).splitlines()
@@ -149,7 +149,7 @@ def test_json_is_one_event_a_line_and_ends_with_the_effects(
 
 
 def test_dry_run_tells_runs_and_cost_and_writes_nothing(
-    record: Record, capsys: pytest.CaptureFixture[str]
+    record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = record.trials()
     dry = ["ablate", "bees", "--name", "other", "--dry-run", *record.storage]
@@ -159,7 +159,7 @@ def test_dry_run_tells_runs_and_cost_and_writes_nothing(
     assert "Runs: 8 (2 replicates, seeds 1 to 2" in told
     assert "About " in told
     assert "of checkpoints" in told
-    with Store.open(str(record.home / "s.db")) as store:
+    with Record.open(str(record.home / "s.db")) as store:
         assert {row.name for row in store.studies()} == {"bees", "bees-ablation"}
         assert len(store.designs(store.study("bees-ablation").id)) == 1
     assert record.trials() == before
@@ -167,7 +167,7 @@ def test_dry_run_tells_runs_and_cost_and_writes_nothing(
 
 
 def test_dry_run_of_a_file_makes_no_database(
-    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = [str(record.home / "bees.toml"), "--data", str(record.home / "photos")]
     storage = ["--storage", str(tmp_path / "new.db")]
@@ -185,7 +185,7 @@ def test_dry_run_of_a_file_makes_no_database(
 
 
 def test_a_fractions_aliasing_is_told_before_it_runs(
-    record: Record, capsys: pytest.CaptureFixture[str]
+    record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     factors = ["augment=none", "head_lr_mult=1", "flip=0", "schedule=constant"]
     flags = [part for text in factors for part in ("--factor", text)]
@@ -208,7 +208,7 @@ def test_a_fractions_aliasing_is_told_before_it_runs(
     ],
 )
 def test_a_run_that_could_decide_little_is_warned_of_before_it_runs(
-    flags: list[str], warning: str, record: Record, capsys: pytest.CaptureFixture[str]
+    flags: list[str], warning: str, record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["ablate", "bees", *FLAGS, *flags, "--dry-run", *record.storage]
     told = " ".join(answered(capsys, *line).split())
@@ -216,14 +216,14 @@ def test_a_run_that_could_decide_little_is_warned_of_before_it_runs(
 
 
 def test_enough_replicates_give_no_warning(
-    record: Record, capsys: pytest.CaptureFixture[str]
+    record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["ablate", "bees", *FLAGS, "--replicates", "10", "--dry-run"]
     assert "warning" not in answered(capsys, *line, *record.storage)
 
 
 def test_methods_is_a_paragraph_and_nothing_else(
-    record: Record, capsys: pytest.CaptureFixture[str]
+    record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = answered(capsys, "report", "bees-ablation", "--methods", *record.storage)
     (paragraph,) = told.splitlines()
@@ -232,7 +232,7 @@ def test_methods_is_a_paragraph_and_nothing_else(
         assert words in paragraph
 
 
-def _other(record: Record) -> None:
+def _other(record: Recorded) -> None:
     """Add an ablation of the same levels on other pictures."""
     make_folder(record.home / "more", {"red": 12, "blue": 12}, seed=9)
     file = [str(record.home / "bees.toml"), "--data", str(record.home / "more")]
@@ -242,7 +242,7 @@ def _other(record: Record) -> None:
 
 
 def test_report_writes_every_file_that_it_names_and_compares_with_another(
-    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _other(record)
     line = ["report", "bees-ablation", "--ablation", "--out", str(tmp_path), *record.storage]
@@ -259,13 +259,13 @@ def test_report_writes_every_file_that_it_names_and_compares_with_another(
 
 
 def test_levels_are_tested_once(
-    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["test", "bees-ablation", "--levels", "augment = none", *record.storage]
     told = answered(capsys, *line)
     assert "Tested 4 runs." in told
     assert "augment = none" in told
-    with Store.open(str(record.home / "s.db")) as store:
+    with Record.open(str(record.home / "s.db")) as store:
         study = store.study("bees-ablation").id
         looks = store.tests(study)
         rows = {row.number: row for row in store.trials(study)}
@@ -276,7 +276,7 @@ def test_levels_are_tested_once(
     assert "The test split was read for 4 runs." in text
     again = json.loads(answered(capsys, *line, "--json"))
     assert [row["trial_number"] for row in again] == [look.trial_number for look in looks]
-    with Store.open(str(record.home / "s.db")) as store:
+    with Record.open(str(record.home / "s.db")) as store:
         assert store.tests(study) == looks
 
 
@@ -332,7 +332,7 @@ def test_levels_are_tested_once(
     ],
 )
 def test_a_users_mistake_is_told_with_status_2_and_changes_nothing(
-    args: list[str], message: str, record: Record, capsys: pytest.CaptureFixture[str]
+    args: list[str], message: str, record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = record.trials()
     assert message in refused(capsys, *args, *record.storage)
@@ -380,7 +380,7 @@ class _Interrupts(QuietProgress):
 
 
 def test_ctrl_c_ends_with_status_130_and_the_command_to_go_on(
-    record: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    record: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _script(monkeypatch)
     monkeypatch.setattr("study.execution.progress.choose_progress", lambda **_: _Interrupts())
@@ -394,7 +394,7 @@ def test_ctrl_c_ends_with_status_130_and_the_command_to_go_on(
 
 
 def test_an_adaptive_ablation_looks_by_the_rules_of_its_report(
-    record: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    record: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # No difference at all, on too few pictures to say so: open to the last look, as reported.
     _script(monkeypatch)
@@ -408,7 +408,7 @@ def test_an_adaptive_ablation_looks_by_the_rules_of_its_report(
 
 
 def test_an_adaptive_plan_tells_its_looks(
-    record: Record, capsys: pytest.CaptureFixture[str]
+    record: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["ablate", "bees", "--factor", "augment=none", "--adaptive", "--replicates", "4"]
     told = answered(capsys, *line, "--dry-run", *record.storage)

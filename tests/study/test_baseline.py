@@ -11,7 +11,9 @@ from study.config.search_space import Choices, Range
 from study.config.study_config import StudyConfig
 from study.designs import make_design
 from study.factors import parse_factors
-from study.store import Store, StoreError
+from study.record.database import RecordError
+from study.record.models import Trial
+from study.record.record import Record
 from support import distributions_of
 
 TOML = """
@@ -44,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with bees.toml and its study of six trials."""
     monkeypatch.chdir(tmp_path)
     Path("bees.toml").write_text(TOML)
-    with Store.open("studies.db", create=True) as store:
+    with Record.open("studies.db", create=True) as store:
         _add_study(store, parse_config(_toml(), "bees.toml"))
         store.create_study("empty", StudyConfig().to_record(), {}, {})
     return tmp_path
@@ -56,25 +58,23 @@ def _toml() -> dict[str, object]:
     return tomllib.loads(TOML)
 
 
-def _add_study(store: Store, config: StudyConfig) -> None:
+def _add_study(store: Record, config: StudyConfig) -> None:
     study = store.create_study(config.study.name, config.to_record(), {}, {})
     run = store.begin_run(study, command="c", device="cpu", versions={})
     for number, (state, value, base_lr, seed) in enumerate(TRIALS):
         train = dataclasses.replace(config.train, base_lr=base_lr, seed=seed)
         params = {"base_lr": base_lr}
         store.start_trial(study, params, distributions_of(params))
-        key = store.begin_trial(
-            study,
-            number,
-            run,
+        trial = Trial(
+            study_id=study,
+            number=number,
+            run_id=run,
             origin="sampler",
             config=dataclasses.asdict(train),
             config_hash=str(number),
-            seed=seed,
-            backbone=train.backbone,
-            freeze_depth=train.freeze_depth,
             device="cpu",
         )
+        key = store.begin_trial(trial)
         if state != "running":
             store.end_trial(
                 key,
@@ -122,7 +122,7 @@ def test_any_complete_trial_can_be_the_baseline(here: Path) -> None:
     assert baseline.config.train.base_lr == 0.005
 
 
-@pytest.mark.parametrize(("number", "state"), [(1, "failed"), (3, "pruned"), (5, "running")])
+@pytest.mark.parametrize(("number", "state"), [(1, "failed"), (3, "pruned"), (5, "interrupted")])
 def test_a_trial_without_result_is_refused(number: int, state: str, here: Path) -> None:
     with pytest.raises(ConfigError) as told:
         _find(which=str(number))
@@ -133,15 +133,15 @@ def test_a_trial_without_result_is_refused(number: int, state: str, here: Path) 
 
 
 def test_a_wrong_trial_or_study_is_told(here: Path) -> None:
-    with pytest.raises(StoreError, match="there is no trial 7 in that study; they go from 0 to 5"):
+    with pytest.raises(RecordError, match="there is no trial 7 .*; they go from 0 to 5"):
         _find(which="7")
     with pytest.raises(ConfigError, match="--from must be best or a trial's number, but got 'la"):
         _find(which="last")
-    with pytest.raises(StoreError, match="there is no study beez in studies.db. There is: bees"):
+    with pytest.raises(RecordError, match="there is no study beez in studies.db. There is: bees"):
         _find("beez")
     with pytest.raises(ConfigError, match="study empty must have a complete trial to be ablated"):
         _find("empty")
-    with pytest.raises(StoreError, match="there is no database other.db"):
+    with pytest.raises(RecordError, match="there is no database other.db"):
         _find(storage="other.db")
 
 
@@ -198,7 +198,7 @@ def _put(baseline: Baseline) -> None:
         "given": given_factors(design.factors),
     }
     config = baseline.config
-    with Store.open("studies.db") as store:
+    with Record.open("studies.db") as store:
         study = store.find_study(config.study.name)
         if study is None:
             store.create_study(config.study.name, config.to_record(), {}, {})

@@ -13,8 +13,9 @@ from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.execution.progress import Counts
 from study.parser import DEFAULT_STORAGE, make_parser
+from study.record.models import Trial
+from study.record.record import Record
 from study.search.search import SearchOutcome
-from study.store import Store
 from support import distributions_of, make_folder
 
 ROOT = Path(__file__).parents[2]
@@ -41,25 +42,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def recorded(here: Path) -> Path:
     """A working folder with one study of two trials; the second one's checkpoint is kept."""
-    with Store.open(DEFAULT_STORAGE, create=True) as store:
+    with Record.open(DEFAULT_STORAGE, create=True) as store:
         data = {"source": "digits", "classes": ["0"], "n_train": 8, "n_val": 4, "n_test": 0}
         study_id = store.create_study("ants", StudyConfig().to_record(), data, {})
         run_id = store.begin_run(study_id, command="c", device="cpu", versions={})
         for number, value in enumerate((0.5, 0.75)):
             params = {"base_lr": 0.1 * (number + 1)}
             store.start_trial(study_id, params, distributions_of(params))
-            key = store.begin_trial(
-                study_id,
-                number,
-                run_id,
+            trial = Trial(
+                study_id=study_id,
+                number=number,
+                run_id=run_id,
                 origin="sampler",
                 config={"base_lr": 0.1 * (number + 1), "epochs": 1},
                 config_hash=str(number),
-                seed=0,
-                backbone="resnet18",
-                freeze_depth=0,
                 device="cpu",
             )
+            key = store.begin_trial(trial)
             figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
             store.add_epoch(key, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
             folder = here / f"trial-{number}"
@@ -314,7 +313,7 @@ def test_delete_does_what_is_answered(
 ) -> None:
     monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
     assert main(["delete", "ants"]) == 0
-    with Store.open(DEFAULT_STORAGE) as store:
+    with Record.open(DEFAULT_STORAGE) as store:
         assert (store.find_study("ants") is None) == is_gone
     assert (recorded / "trial-1").is_dir() != is_gone
 

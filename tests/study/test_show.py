@@ -12,7 +12,8 @@ from rich.console import Console, RenderableType
 from core.metrics import EpochMetrics
 from study.config.study_config import StudyConfig
 from study.execution.progress import Counts
-from study.rows import TestRow
+from study.record.models import Test, Trial
+from study.record.record import Record
 from study.show import (
     best_first,
     differences_table,
@@ -30,7 +31,6 @@ from study.show import (
     trial_differences,
     trial_view,
 )
-from study.store import Store
 from support import distributions_of
 
 DATA = {
@@ -45,9 +45,9 @@ DATA = {
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> Record:
     """A database with one study of four trials."""
-    made = Store.open(str(tmp_path / "studies.db"), create=True)
+    made = Record.open(str(tmp_path / "studies.db"), create=True)
     config = StudyConfig().to_record()
     study_id = made.create_study("ants", config, DATA, {"torch": "2"})
     run_id = made.begin_run(study_id, command="c", device="cpu", versions={})
@@ -61,20 +61,18 @@ def store(tmp_path: Path) -> Store:
         lr = 10.0 ** -(number + 1)
         params = {"base_lr": lr}
         trial = made.start_trial(study_id, params, distributions_of(params))
-        key = made.begin_trial(
-            study_id,
-            number,
-            run_id,
+        row = Trial(
+            study_id=study_id,
+            number=number,
+            run_id=run_id,
             origin="recipe:linear-probe" if number == 0 else "sampler",
             config={"base_lr": lr, "epochs": 2, "clip_norm": None},
             config_hash=str(number),
-            seed=0,
-            backbone="resnet18",
-            freeze_depth=0,
             device="cpu",
             trained_parameters=1234,
             total_parameters=5678,
         )
+        key = made.begin_trial(row)
         if value is not None:
             made.add_epoch(key, epoch_of(value), 1.0)
             trial.report(value, 1)
@@ -106,13 +104,13 @@ def test_an_empty_list_says_what_to_do() -> None:
     assert "python -m study run" in text_of(studies_table([]))
 
 
-def test_studies_are_listed_with_their_best(store: Store) -> None:
+def test_studies_are_listed_with_their_best(store: Record) -> None:
     head, row = text_of(studies_table(store.studies())).splitlines()
     assert head.split()[:4] == ["study", "best", "trial", "complete"]
     assert row.split()[:8] == ["ants", "90.0", "%", "1", "2", "1", "1", "0"]
 
 
-def test_a_study_shows_its_pictures_and_every_trial(store: Store) -> None:
+def test_a_study_shows_its_pictures_and_every_trial(store: Record) -> None:
     study = store.study("ants")
     text = text_of(study_view(study, store.trials(study.id), []))
     assert "folder:ants: 80 train, 20 val, 10 test, 2 classes" in text
@@ -121,7 +119,7 @@ def test_a_study_shows_its_pictures_and_every_trial(store: Store) -> None:
     assert ["3", "-", "0", "2.0", "s", "failed", "sampler", "base_lr=0.0001"] in rows
 
 
-def test_a_trial_shows_reason_epochs_and_configuration(store: Store) -> None:
+def test_a_trial_shows_reason_epochs_and_configuration(store: Record) -> None:
     study = store.study("ants")
     trial = store.trial(study.id, 2)
     text = text_of(trial_view(trial, store.epochs(trial.id)))
@@ -148,12 +146,12 @@ def test_what_a_trial_shared_is_told_in_a_line() -> None:
     assert say_shared([]) == "-"
 
 
-def test_trials_are_ranked_complete_first(store: Store) -> None:
+def test_trials_are_ranked_complete_first(store: Record) -> None:
     trials = store.trials(store.study("ants").id)
     assert [row.number for row in best_first(trials)] == [1, 0, 2, 3]
 
 
-def test_two_trials_differ_in_settings_and_results(store: Store) -> None:
+def test_two_trials_differ_in_settings_and_results(store: Record) -> None:
     study = store.study("ants")
     a, b = store.trial(study.id, 0), store.trial(study.id, 1)
     assert trial_differences(a, b) == {"base_lr": (0.1, 0.01), "value": (0.8, 0.9)}
@@ -163,7 +161,7 @@ def test_two_trials_differ_in_settings_and_results(store: Store) -> None:
     assert "the better one" not in text  # accuracy says it already
 
 
-def test_two_trials_by_loss_are_told_apart_by_it(store: Store) -> None:
+def test_two_trials_by_loss_are_told_apart_by_it(store: Record) -> None:
     study = store.study("ants")
     a, b = (
         dataclasses.replace(row, score=score, config={**row.config, "monitor": "val_loss"})
@@ -187,7 +185,7 @@ class Ended:
 
 
 def test_a_test_that_is_not_the_one_look_says_so() -> None:
-    def look(number: int) -> TestRow:
+    def look(number: int) -> Test:
         when = datetime(2026, 3, 4, 5, 6)
         return dataclasses.replace(looked_at(0.8), trial_number=number, created_at=when)
 
@@ -199,7 +197,7 @@ def test_a_test_that_is_not_the_one_look_says_so() -> None:
     assert both.startswith("The test split has been read 2 times (trials 1, 7)")
 
 
-def test_the_summary_names_the_best_and_how_it_flatters_itself(store: Store) -> None:
+def test_the_summary_names_the_best_and_how_it_flatters_itself(store: Record) -> None:
     trials = store.trials(store.study("ants").id)
     text = text_of(summary_view(Ended(), trials, 20, 30))
     assert "Time is up (study.timeout). Study ants: 4 of 30 trials, 2 complete" in text
@@ -209,7 +207,7 @@ def test_the_summary_names_the_best_and_how_it_flatters_itself(store: Store) -> 
     assert numbers[-2:] == ["1", "0"]
 
 
-def test_the_summary_of_failures_says_why(store: Store) -> None:
+def test_the_summary_of_failures_says_why(store: Record) -> None:
     trials = store.trials(store.study("ants").id)[3:]
     ended = Ended(best_number=None, best_value=None, checkpoint=None)
     text = text_of(summary_view(ended, trials, 20, 30))
@@ -225,10 +223,10 @@ def test_the_selection_bonus_is_what_equally_good_trials_would_show() -> None:
     assert math.isclose(selection_bonus(1.0, 400, 5), 0)
 
 
-def looked_at(val_acc: float | None) -> TestRow:
+def looked_at(val_acc: float | None) -> Test:
     row = dict(id=1, study_id=1, trial_number=4, created_at=None, n=100, n_correct=80)
     rest = dict(accuracy=0.8, low=0.71, high=0.87, balanced_acc=0.8, macro_f1=0.8)
-    return TestRow(**row, **rest, val_acc=val_acc, confusion=[], command="c")  # type: ignore[arg-type]
+    return Test(**row, **rest, val_acc=val_acc, confusion=[], command="c")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Each option of a run changes what is trained, is refused, or is known to do nothing."""
 
 import dataclasses
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ CHANGES: dict[str, Any] = {
     "normalize": "none",
     "freeze_depth": None,  # the next level
     "head_init": "zero",
+    "head_solver": "sgd",
+    "head_decay": 0.5,
     "epochs": 3,
     "batch_size": 6,
     "micro_batch_size": 4,
@@ -84,8 +88,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ArrayCache:
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import safetensors.torch
-
     from core.models.sources import create
 
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
@@ -100,6 +102,10 @@ def _trained(
     config: TrainConfig, data: ImageData, cache: ArrayCache, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
     """Return what was trained, after the last epoch."""
+    if config.is_solved:
+        with tempfile.TemporaryDirectory() as folder:
+            list(fit(config, data, cache=cache, checkpoint_dir=Path(folder)))
+            return safetensors.torch.load_file(Path(folder) / "model.safetensors")
     kept: dict[str, Tensor] = {}
     snapshot = Trainer.snapshot
     monkeypatch.setattr(Trainer, "end_epoch", _keeping(Trainer.end_epoch, kept, snapshot))
@@ -128,15 +134,18 @@ def test_every_field_has_a_change() -> None:
     assert set(CHANGES) == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-@pytest.mark.parametrize("depth", range(MAX_FREEZE_DEPTH + 1))
+@pytest.mark.parametrize(
+    ("depth", "head_solver"), [*((k, "logistic") for k in range(MAX_FREEZE_DEPTH + 1)), (5, "sgd")]
+)
 def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
     data: ImageData,
     cache: ArrayCache,
     weights_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     depth: int,
+    head_solver: str,
 ) -> None:
-    base = replace(BASE, freeze_depth=depth)
+    base = replace(BASE, freeze_depth=depth, head_solver=head_solver)
     plain = _trained(base, data, cache, monkeypatch)
     assert not _differ(plain, _trained(base, data, cache, monkeypatch))
     wrong = []
@@ -145,6 +154,7 @@ def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
             assert name in without_effect(base)
             continue
         value = str(weights_file) if name == "weights" else value
+        value = "logistic" if name == "head_solver" and head_solver == "sgd" else value
         value = (depth + 1) % (MAX_FREEZE_DEPTH + 1) if name == "freeze_depth" else value
         try:
             config = replace(base, **{name: value})
@@ -178,7 +188,7 @@ def test_what_an_option_does_beside_others_is_known(
     name: str,
     value: Any,
 ) -> None:
-    base = replace(BASE, freeze_depth=5, **settings)
+    base = replace(BASE, freeze_depth=5, head_solver="sgd", **settings)
     one, two = (
         _trained(c, data, cache, monkeypatch) for c in (base, replace(base, **{name: value}))
     )

@@ -17,7 +17,7 @@ from core.fit import fit
 from study.config.study_config import StudyConfig
 from study.execution import trial_engine
 from study.execution.progress import Note
-from study.store import Store
+from study.record.record import Record
 
 PRUNER = 'search.pruner="none"'
 EPOCHS = "train.epochs=4"
@@ -48,16 +48,16 @@ KILLED_BETWEEN_THE_COMMITS = """
 import os, sys
 from pathlib import Path
 from small_study import config_of, run
-from study.store import Store
+from study.record.record import Record
 
-whole = Store.tell
+whole = Record.tell
 
 def die_at_the_second(store, study_id, number, *args, **more):
     if number == 1:
         os._exit(9)
     whole(store, study_id, number, *args, **more)
 
-Store.tell = die_at_the_second
+Record.tell = die_at_the_second
 run(config_of(Path(sys.argv[1]), int(sys.argv[2]), 'search.pruner="none"', "train.epochs=4"))
 """
 
@@ -137,8 +137,8 @@ def _dies_here(config: StudyConfig, monkeypatch: pytest.MonkeyPatch, method: str
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr("socket.gethostname", lambda: f"elsewhere {next(_MACHINES)}")
-        patch.setattr(Store, method, dies)
-        patch.setattr(Store, "end_run", lambda *_: None)
+        patch.setattr(Record, method, dies)
+        patch.setattr(Record, "end_run", lambda *_: None)
         run(config, take_over=True)
 
 
@@ -214,5 +214,5 @@ def test_the_command_line_stops_at_once_and_resumes(home: Path) -> None:
     assert process.returncode == 130
     ended = [json.loads(line) for line in out.splitlines() if '"trial_ended"' in line]
     assert [(e["state"], e["reason"]) for e in ended] == [("stopped", "interrupted")]
-    with Store.open(str(home / "s.db")) as record:
+    with Record.open(str(home / "s.db")) as record:
         assert record.runs(record.study("photos").id)[0].outcome == "interrupted"

@@ -24,7 +24,8 @@ from study.execution.session import (
     stored_side,
     versions,
 )
-from study.store import Store, StoreError
+from study.record.database import RecordError
+from study.record.record import Record
 from support import make_folder
 
 
@@ -34,8 +35,8 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def record(home: Path) -> Iterator[Store]:
-    with Store.open(str(home / "s.db"), create=True) as record:
+def record(home: Path) -> Iterator[Record]:
+    with Record.open(str(home / "s.db"), create=True) as record:
         yield record
 
 
@@ -43,14 +44,14 @@ def _config(home: Path, *settings: str) -> StudyConfig:
     return config_of(home, 20, *settings)
 
 
-def _open(record: Store, config: StudyConfig, **more: object):
+def _open(record: Record, config: StudyConfig, **more: object):
     return open_session(
         record, config, [config.train], progress=Listener(), command="test", **more
     )
 
 
 def test_a_session_enters_the_study_and_signs_off_with_its_reason(
-    home: Path, record: Store
+    home: Path, record: Record
 ) -> None:
     config = _config(home)
     with _open(record, config) as session:
@@ -66,7 +67,7 @@ def test_a_session_enters_the_study_and_signs_off_with_its_reason(
 
 
 def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
-    home: Path, record: Store
+    home: Path, record: Record
 ) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyError), _open(record, _config(home)):
@@ -80,7 +81,7 @@ def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_wish_to_stop(
-    number: signal.Signals, home: Path, record: Store
+    number: signal.Signals, home: Path, record: Record
 ) -> None:
     with _open(record, _config(home)) as session:
         assert not session.stop.is_set()
@@ -90,7 +91,7 @@ def test_the_first_signal_is_a_wish_to_stop(
 
 @pytest.mark.parametrize(("setting", "budget"), [("8GB", 8 * 10**9), ("0", None), (None, -1)])
 def test_the_cache_has_the_budget_of_the_study_or_a_tenth_of_the_free_disk(
-    home: Path, record: Store, setting: str | None, budget: int | None
+    home: Path, record: Record, setting: str | None, budget: int | None
 ) -> None:
     settings = [f"study.cache={setting}"] if setting else []
     with _open(record, _config(home, *settings)) as session:
@@ -105,19 +106,19 @@ def test_the_cache_has_the_budget_of_the_study_or_a_tenth_of_the_free_disk(
 
 
 def test_another_process_at_work_is_refused_and_nothing_of_the_study_changes(
-    home: Path, record: Store
+    home: Path, record: Record
 ) -> None:
     with _open(record, _config(home)):
         before = record.study("photos")
         with (
-            pytest.raises(StoreError, match="is being run by process"),
+            pytest.raises(RecordError, match="is being run by process"),
             _open(record, _config(home, "study.trials=99")),
         ):
             raise AssertionError("two sessions at once")
         assert record.study("photos") == before
 
 
-def test_another_configuration_is_refused_with_the_difference(home: Path, record: Store) -> None:
+def test_another_configuration_is_refused_with_the_difference(home: Path, record: Record) -> None:
     with _open(record, _config(home)):
         pass
     with (
@@ -131,7 +132,7 @@ def test_another_configuration_is_refused_with_the_difference(home: Path, record
     assert record.study("photos").config["train"]["epochs"] == 3
 
 
-def test_keys_that_change_no_result_may_change(home: Path, record: Store) -> None:
+def test_keys_that_change_no_result_may_change(home: Path, record: Record) -> None:
     with _open(record, _config(home)):
         pass
     free = ["study.trials=50", "train.workers=0", "ablation.replicates=9"]
@@ -141,7 +142,7 @@ def test_keys_that_change_no_result_may_change(home: Path, record: Store) -> Non
     assert (record["study"]["trials"], record["ablation"]["replicates"]) == (50, 9)
 
 
-def test_changed_images_are_refused_with_counts(home: Path, record: Store) -> None:
+def test_changed_images_are_refused_with_counts(home: Path, record: Record) -> None:
     with _open(record, _config(home)):
         pass
     make_folder(home / "photos", {"red": 15}, seed=3)
@@ -160,7 +161,7 @@ def test_changed_images_are_refused_with_counts(home: Path, record: Store) -> No
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_study_is_entered(
-    setting: str, error: type[ValueError], told: str, home: Path, record: Store
+    setting: str, error: type[ValueError], told: str, home: Path, record: Record
 ) -> None:
     with pytest.raises(error, match=told), _open(record, _config(home, setting)):
         raise AssertionError("it began")
@@ -239,7 +240,7 @@ def test_warnings_about_images_are_shown(home: Path) -> None:
 
 
 def test_a_validation_split_of_its_own_has_the_same_images_and_test_split(
-    home: Path, record: Store
+    home: Path, record: Record
 ) -> None:
     with _open(record, _config(home)) as session:
         other = session.images(7)

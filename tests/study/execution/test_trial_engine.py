@@ -20,8 +20,8 @@ from study.execution import trial_engine
 from study.execution.progress import EpochEnded, Event, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, open_session, outside_cause
 from study.execution.trial_engine import TrialEngine, TrialRequest, TrialResult, identity
-from study.read import read_pictures
-from study.store import Store
+from study.record.frames import read_pictures
+from study.record.record import Record
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def home(tmp_path: Path) -> Path:
 def opened(home: Path, *settings: str) -> Iterator[Session]:
     config = config_of(home, 1, *settings)
     with (
-        Store.open(str(home / "s.db"), create=True) as record,
+        Record.open(str(home / "s.db"), create=True) as record,
         open_session(
             record, config, [config.train], progress=Listener(), command="test"
         ) as session,
@@ -117,7 +117,7 @@ def test_the_same_failure_three_times_in_a_row_halts_the_study_and_is_named(
         run(config_of(home, 9))
     rows = rows_of(home)
     assert [row.state for row in rows] == ["failed"] * 3
-    with Store.open(str(home / "s.db")) as record:
+    with Record.open(str(home / "s.db")) as record:
         assert record.runs(record.study("photos").id)[0].outcome == "halted"
     assert main(["resume", "photos", "--storage", str(home / "s.db"), "--json"]) == 1
     assert "python -m study resume photos" in capsys.readouterr().err
@@ -171,11 +171,11 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
         patch.setattr("socket.gethostname", lambda: "elsewhere")  # it may not have signed off
         run(config, progress=Fills(disk / "ballast"))
     (disk / "ballast").unlink()
-    with Store.open(storage) as record:
+    with Record.open(storage) as record:
         (row,) = record.trials(record.study("photos").id)
     assert row.ended_at is None
     assert main(["resume", "photos", "--storage", storage, "--json", "--take-over"]) == 0
-    with Store.open(storage) as record:
+    with Record.open(storage) as record:
         rows = record.trials(record.study("photos").id)
     assert [row.state for row in rows if row.reason != "killed"] == ["complete"]
 

@@ -11,7 +11,7 @@ import pytest
 from optuna_dashboard import wsgi
 from small_study import config_of, make_home, optuna_trials, rows_of, run
 
-from study.store import Store
+from study.record.record import Record
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def _agree(home: Path) -> None:
     """Assert that a reader of our record and one of Optuna's tables see the same trials."""
     trials = optuna_trials(home)
     rows = rows_of(home)
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         epochs = {row.number: store.epochs(row.id) for row in rows}
     names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
     for row in rows:
@@ -53,7 +53,7 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(home:
     assert [trial["state"].upper() for trial in shown] == [
         trial.state.name for trial in optuna_trials(home)
     ]
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         store.delete_study("photos")
     with sqlite3.connect(home / "s.db") as connection:
         assert connection.execute("SELECT * FROM trials").fetchall() == []

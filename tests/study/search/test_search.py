@@ -6,8 +6,9 @@ from small_study import config_of, make_home, optuna_trials, rows_of, run
 
 from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
+from study.record.database import RecordError
+from study.record.record import Record
 from study.search.final_test import test_study as read_test_split
-from study.store import Store, StoreError
 from support import make_folder
 
 SPACE = """
@@ -47,7 +48,7 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
 ) -> None:
     outcome = run(config_of(home, 6, f"train.monitor={monitor}", 'search.pruner="none"'))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         trials = store.trials(store.study("photos").id)
         epochs = {row.number: store.epochs(row.id) for row in trials}
         (summary,) = store.studies()
@@ -152,13 +153,13 @@ def test_a_batch_larger_than_the_data_is_refused_before_any_trial(home: Path) ->
 def test_weights_are_checked_before_any_trial(home: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         run(config_of(home, 2, 'train.weights="nowhere.pth"'))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         assert store.studies() == []
 
 
 def test_the_test_split_is_read_once_and_recorded(home: Path) -> None:
     outcome = run(config_of(home, 2))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         options = {"progress": QuietProgress(), "command": "study test photos"}
         row = read_test_split(store, "photos", None, **options)
         assert row.trial_number == outcome.best_number
@@ -171,7 +172,7 @@ def test_the_test_split_is_read_once_and_recorded(home: Path) -> None:
 
 def test_a_removed_checkpoint_cannot_be_tested(home: Path) -> None:
     run(config_of(home, 3, "study.keep_checkpoints=1", 'search.pruner="none"'))
-    with Store.open(str(home / "s.db")) as store:
+    with Record.open(str(home / "s.db")) as store:
         rows = store.trials(store.study("photos").id)
         gone = next(row.number for row in rows if row.checkpoint is None)
         with pytest.raises(ConfigError, match="must have its checkpoint"):
@@ -190,6 +191,6 @@ def test_the_database_is_untouched_when_it_is_not_ours(home: Path) -> None:
         connection.execute("CREATE TABLE theirs (id INTEGER)")
     connection.close()
     before = (home / "s.db").read_bytes()
-    with pytest.raises(StoreError, match="another program"):
+    with pytest.raises(RecordError, match="another program"):
         run(config_of(home, 1))
     assert (home / "s.db").read_bytes() == before

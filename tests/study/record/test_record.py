@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import sqlite3
 import subprocess
@@ -14,16 +15,19 @@ import pytest
 import sqlalchemy
 
 from core.metrics import EpochMetrics
-from study.read import read_confusion, read_epochs, read_pictures, read_trials
-from study.store import (
-    PictureRow,
-    Store,
-    StoreError,
-    config_hash,
+from study.record.database import RecordError
+from study.record.frames import (
+    read_confusion,
+    read_epochs,
+    read_misclassified,
+    read_predictions,
+    read_trials,
 )
-from study.tables import Base
+from study.record.models import Base, Misclassified, Trial
+from study.record.record import Record, config_hash
 from support import distributions_of
 
+CONFIG = {"seed": 3, "backbone": "resnet18", "freeze_depth": 2}
 DATA = {"source": "folder:x", "classes": ["a", "b"], "fingerprint": "f", "n_train": 8}
 
 
@@ -33,31 +37,23 @@ def _epoch(epoch: int, acc: float, is_best: bool = True) -> EpochMetrics:
     )
 
 
-def _study(store: Store, name: str = "photos") -> tuple[int, int]:
+def _study(store: Record, name: str = "photos") -> tuple[int, int]:
     study = store.create_study(name, {"study": {"name": name}}, DATA, {"torch": "2"})
     return study, store.begin_run(study, command="test", device="cpu", versions={})
 
 
-def _trial(store: Store, study: int, run: int, number: int, **more: object) -> int:
+def _trial(store: Record, study: int, run: int, number: int) -> int:
     params = {"base_lr": 0.1 * (number + 1), "backbone": "resnet18"}
     trial = store.start_trial(study, params, distributions_of(params))
     assert trial.number == number
-    return store.begin_trial(
-        study,
-        number,
-        run,
-        origin="sampler",
-        config={"seed": 0},
-        config_hash=f"hash{number}",
-        seed=0,
-        backbone="resnet18",
-        freeze_depth=2,
-        device="cpu",
-        **more,
-    )
+    row = Trial(
+        study_id=study, number=number, run_id=run, origin="sampler", config=CONFIG,
+        config_hash=f"hash{number}", device="cpu",
+    )  # fmt: skip
+    return store.begin_trial(row)
 
 
-def _epochs(store: Store, study: int, trial: int, number: int, *values: float) -> None:
+def _epochs(store: Record, study: int, trial: int, number: int, *values: float) -> None:
     """Enter epochs, in both tables."""
     best = max(values)
     for epoch, value in enumerate(values):
@@ -66,45 +62,34 @@ def _epochs(store: Store, study: int, trial: int, number: int, *values: float) -
         store.take_up_trial(study, number).report(value, epoch + 1)
 
 
-def _end(store: Store, trial: int, state: str, value: float | None, **more: object) -> None:
+def _end(store: Record, trial: int, state: str, value: float | None, **more: object) -> None:
     facts = {"reason": None, "best_epoch": 1, "epochs_done": 2, "duration_s": 1.5}
     store.end_trial(trial, state, value=value, checkpoint=None, **{**facts, **more})
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(str(tmp_path / "s.db"), create=True)
+def store(tmp_path: Path) -> Record:
+    return Record.open(str(tmp_path / "s.db"), create=True)
 
 
-def test_what_is_written_is_read_back(store: Store) -> None:
-    study, run = _study(store)
-    trial = _trial(store, study, run, 0, trained_parameters=5, total_parameters=9)
-    _epochs(store, study, trial, 0, 0.5, 0.8)
-    running = store.trial(study, 0)
-    assert (running.state, running.value, running.epochs_done) == ("running", 0.8, 2)
-    _end(store, trial, "complete", 0.8)
-    row = store.trial(study, 0)
-    assert (row.state, row.value, row.best_epoch, row.trained_parameters) == (
-        "complete",
-        0.8,
-        1,
-        5,
-    )
-    assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
-    assert row.ended_at is not None
-    assert row.ended_at >= row.started_at
-    assert store.epochs(trial) == [_epoch(0, 0.5, is_best=False), _epoch(1, 0.8)]
-    assert store.study("photos").data == DATA
-
-
-def test_a_later_epoch_that_is_not_better_keeps_the_value(store: Store) -> None:
+def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0)
     _epochs(store, study, trial, 0, 0.8, 0.5)
-    assert store.trial(study, 0).value == 0.8
+    running = store.trial(study, 0)
+    assert (running.state, running.value, running.epochs_done) == ("running", 0.8, 2)
+    assert (running.seed, running.backbone, running.freeze_depth) == (3, "resnet18", 2)
+    _end(store, trial, "complete", 0.8, best_epoch=0)
+    row = store.trial(study, 0)
+    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 0)
+    assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
+    assert row.ended_at is not None
+    assert row.ended_at >= row.started_at
+    assert store.epochs(trial) == [_epoch(0, 0.8), _epoch(1, 0.5, is_best=False)]
+    assert store.study("photos").data == DATA
 
 
-def test_frames_have_a_row_a_trial_and_a_row_an_epoch(store: Store) -> None:
+def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     study, run = _study(store)
     for number in range(3):
         trial = _trial(store, study, run, number)
@@ -121,13 +106,13 @@ def test_frames_have_a_row_a_trial_and_a_row_an_epoch(store: Store) -> None:
     assert epochs["val_acc"].tolist() == [0.5] * 6
 
 
-def test_frames_of_an_empty_study_have_their_columns(store: Store) -> None:
+def test_frames_of_an_empty_study_have_their_columns(store: Record) -> None:
     _study(store)
     assert read_trials(store, "photos").empty
     assert "val_acc" in read_epochs(store, "photos").columns
 
 
-def test_summaries_count_states_and_name_the_best_complete_trial(store: Store) -> None:
+def test_studies_counts_states_and_names_the_best_complete_trial(store: Record) -> None:
     study, run = _study(store)
     ends = [("complete", 0.5), ("complete", 0.9), ("pruned", 0.95), ("failed", None)]
     for number, (state, value) in enumerate(ends):
@@ -141,7 +126,7 @@ def test_summaries_count_states_and_name_the_best_complete_trial(store: Store) -
     assert (oldest.best_value, oldest.best_number) == (0.9, 1)
 
 
-def test_equal_settings_are_found_only_when_they_were_finished(store: Store) -> None:
+def test_find_finished_takes_only_complete_and_pruned_trials(store: Record) -> None:
     study, run = _study(store)
     ends = {"running": False, "failed": False, "pruned": True, "complete": True}
     for number, state in enumerate(ends):
@@ -152,26 +137,33 @@ def test_equal_settings_are_found_only_when_they_were_finished(store: Store) -> 
     assert [row is not None for row in found] == [*ends.values(), False]
 
 
-def test_hash_does_not_depend_on_the_order_of_keys() -> None:
+def test_config_hash_does_not_depend_on_the_order_of_keys() -> None:
     assert config_hash({"a": 1, "b": None}) == config_hash({"b": None, "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 2})
 
 
-def test_pictures_and_confusions_replace_earlier_ones(store: Store) -> None:
+def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0)
-    row = PictureRow("val", 0, "a/1.jpg", "a", "b", 0.1, b"jpeg")
-    for _ in range(2):
+    row = Misclassified(
+        trial_id=trial, split="val", rank=0, path="a/1.jpg", label="a", predicted="b",
+        probability=0.1, thumbnail=b"jpeg",
+    )  # fmt: skip
+    for labels in ([0, 1, 1], [70_000, 1, 0]):
         store.add_confusion(trial, "val", [[3, 1], [0, 4]])
-        store.add_pictures(trial, [row])
-    assert read_pictures(store, "photos", 0) == [row]
+        store.add_misclassified(trial, [dataclasses.replace(row)])
+        store.add_predictions(trial, "val", labels, [0, 0, 1])
+    ((true, predicted),) = read_predictions(store, "photos").values()
+    assert (true.tolist(), predicted.tolist()) == ([70_000, 1, 0], [0, 0, 1])
+    assert [store.has_predictions(trial, split) for split in ("val", "test")] == [True, False]
+    assert read_misclassified(store, "photos", 0) == [row]
     confusion = read_confusion(store, "photos", 0)
     assert confusion is not None
     assert confusion.tolist() == [[3, 1], [0, 4]]
     assert read_confusion(store, "photos", 0, "test") is None
 
 
-def test_a_test_has_its_wilson_interval(store: Store) -> None:
+def test_add_test_adds_the_wilson_interval(store: Record) -> None:
     study, _ = _study(store)
     store.add_test(
         study, 3, n=200, n_correct=170, balanced_acc=0.85, macro_f1=0.85, val_acc=0.9,
@@ -184,7 +176,7 @@ def test_a_test_has_its_wilson_interval(store: Store) -> None:
     assert row.high == pytest.approx(0.8928, abs=1e-4)
 
 
-def test_deleting_removes_everything_of_the_study_and_nothing_else(store: Store) -> None:
+def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
     for name in ("photos", "other"):
         study, run = _study(store, name)
         trial = _trial(store, study, run, 0)
@@ -199,24 +191,24 @@ def test_deleting_removes_everything_of_the_study_and_nothing_else(store: Store)
             assert n.scalar() in (0, 1), table.name
 
 
-def test_missing_names_and_numbers_tell_what_there_is(store: Store) -> None:
+def test_missing_names_and_numbers_are_refused_with_what_there_is(store: Record) -> None:
     study, run = _study(store)
-    with pytest.raises(StoreError, match="there is no study photo in .* There is: photos"):
+    with pytest.raises(RecordError, match="there is no study photo in .* There is: photos"):
         store.study("photo")
-    with pytest.raises(StoreError, match="it has none yet"):
+    with pytest.raises(RecordError, match="it has none yet"):
         store.trial(study, 5)
     _trial(store, study, run, 0)
-    with pytest.raises(StoreError, match="they go from 0 to 0"):
+    with pytest.raises(RecordError, match="they go from 0 to 0"):
         store.trial(study, 5)
 
 
-def test_a_second_live_process_is_refused(store: Store) -> None:
+def test_begin_run_refuses_a_second_live_process(store: Record) -> None:
     study, _ = _study(store)
-    with pytest.raises(StoreError, match=r"is being run by process \d+ on .* another --name"):
+    with pytest.raises(RecordError, match=r"is being run by process \d+ on .* another --name"):
         store.begin_run(study, command="second", device="cpu", versions={})
 
 
-def test_of_processes_that_begin_at_once_one_gets_the_study(store: Store) -> None:
+def test_begin_run_lets_one_of_many_processes_in(store: Record) -> None:
     # Threads stand in for processes: this process is alive, so each must refuse the others.
     study = store.create_study("photos", {}, DATA, {})
     barrier = Barrier(6)
@@ -225,7 +217,7 @@ def test_of_processes_that_begin_at_once_one_gets_the_study(store: Store) -> Non
         barrier.wait()
         try:
             store.begin_run(study, command="x", device="cpu", versions={})
-        except StoreError:
+        except RecordError:
             return False
         return True
 
@@ -234,35 +226,35 @@ def test_of_processes_that_begin_at_once_one_gets_the_study(store: Store) -> Non
     assert len(store.runs(study)) == 1
 
 
-def test_a_name_is_given_once(store: Store) -> None:
+def test_create_study_refuses_a_name_twice(store: Record) -> None:
     _study(store)
-    with pytest.raises(StoreError, match=r"must be new, but .* has a study photos\. Use another"):
+    with pytest.raises(RecordError, match=r"must be new, but .* has a study photos\. Use another"):
         _study(store)
 
 
-def test_a_dead_process_is_no_hindrance_and_its_trials_are_told(tmp_path: Path) -> None:
+def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     script = (
-        "import sys; from study.store import Store\n"
-        f"store = Store.open({str(path)!r}, create=True)\n"
-        f"study = store.create_study('photos', {{}}, {DATA!r}, {{}})\n"
-        "run = store.begin_run(study, command='x', device='cpu', versions={})\n"
-        "store.start_trial(study, {}, {})\n"
-        "store.begin_trial(study, 0, run, origin='sampler', config={},"
-        " config_hash='h', seed=0, backbone='b', freeze_depth=0, device='cpu')\n"
+        f"import sys; sys.path += {[str(Path(__file__).parents[i]) for i in (0, 2)]!r}\n"
+        "from test_record import Record, _study, _trial\n"
+        f"store = Record.open({str(path)!r}, create=True)\n"
+        "_trial(store, *_study(store), 0)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-    with Store.open(str(path)) as store:
+    with Record.open(str(path)) as store:
         study = store.study("photos").id
+        assert [row.state for row in store.trials(study)] == ["interrupted"]
+        (summary,) = store.studies()
+        assert (summary.n_running, summary.n_interrupted) == (0, 1)
         store.begin_run(study, command="y", device="cpu", versions={})
         assert [row.state for row in store.trials(study)] == ["running"]
 
 
-def test_a_process_of_another_machine_must_be_taken_over(store: Store) -> None:
+def test_begin_run_takes_over_another_machine_only_when_told(store: Record) -> None:
     study, run = _study(store)
     with store.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET host = 'elsewhere'"))
-    with pytest.raises(StoreError, match="If that machine is gone, add --take-over"):
+    with pytest.raises(RecordError, match="If that machine is gone, add --take-over"):
         store.begin_run(study, command="x", device="cpu", versions={})
     assert store.begin_run(study, command="x", device="cpu", versions={}, take_over=True) > run
 
@@ -272,18 +264,14 @@ def _file(path: Path, kind: str) -> None:
         path.write_text("this is no database, but it is long enough")
     elif kind == "folder":
         path.mkdir()
-    elif kind in ("foreign", "optuna", "newer", "odd"):
+    elif kind in ("foreign", "newer", "older"):
         statements = {
             "foreign": ["CREATE TABLE photos (id INTEGER)"],
-            "optuna": [
-                f"CREATE TABLE {name} (id INTEGER)"
-                for name in ("studies", "trials", "trial_params", "alembic_version")
-            ],
             "newer": [
-                "CREATE TABLE frostline_info (key TEXT, value TEXT)",
-                "INSERT INTO frostline_info VALUES ('schema_version', '99')",
+                "CREATE TABLE frostline_schema (number INTEGER)",
+                "INSERT INTO frostline_schema VALUES (99)",
             ],
-            "odd": ["CREATE TABLE frostline_info (key TEXT, value TEXT)"],
+            "older": ["CREATE TABLE frostline_info (key TEXT, value TEXT)"],
         }[kind]
         with sqlite3.connect(path) as connection:
             for statement in statements:
@@ -302,9 +290,9 @@ def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Pat
         done = subprocess.run([sys.executable, "-c", read], capture_output=True, check=True)
         return done.stdout.decode()
 
-    with Store.open(str(path), create=True) as store:
+    with Record.open(str(path), create=True) as store:
         _study(store, "first")
-        Store.open(str(path)).close()
+        Record.open(str(path)).close()
         assert "first" in names_elsewhere()  # the last to leave, were our locks gone
         _study(store, "second")
         assert "second" in names_elsewhere()
@@ -316,20 +304,19 @@ def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Pat
         ("text", "file is not a database"),
         ("folder", "must be a file, but .* is a folder"),
         ("foreign", r"belongs to another program \(tables photos\)"),
-        ("optuna", "holds plain Optuna studies, not Frostline's"),
-        ("newer", r"written by another version of Frostline \(schema 99; this one knows 7\)"),
-        ("odd", r"written by another version of Frostline \(schema None; this one"),
+        ("newer", "written by a newer version of Frostline, .* another with --storage"),
+        ("older", "written by an older version of Frostline, .* another with --storage"),
         ("missing", "there is no database"),
     ],
 )
-def test_databases_that_are_not_ours_are_refused_and_left_as_they_are(
+def test_open_refuses_what_is_not_ours_and_leaves_it_unchanged(
     tmp_path: Path, kind: str, message: str
 ) -> None:
     path = tmp_path / "s.db"
     _file(path, kind)
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(StoreError, match=message):
-        Store.open(str(path), create=kind != "missing")
+    with pytest.raises(RecordError, match=message):
+        Record.open(str(path), create=kind != "missing")
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
@@ -341,9 +328,9 @@ def test_databases_that_are_not_ours_are_refused_and_left_as_they_are(
         ("nonsense://x", "cannot be opened: Can't load plugin"),
     ],
 )
-def test_storages_that_cannot_be_are_told(storage: str, message: str) -> None:
-    with pytest.raises(StoreError, match=message):
-        Store.open(storage, create=True)
+def test_open_refuses_a_storage_that_cannot_be(storage: str, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        Record.open(storage, create=True)
 
 
 @contextlib.contextmanager
@@ -360,10 +347,10 @@ def _without_power() -> Iterator[None]:
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
 @pytest.mark.parametrize("mode", [0o555, 0o777], ids=["closed folder", "open folder"])
-def test_a_database_that_may_not_be_written_is_read(mode: int) -> None:
+def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder, path = Path(name), Path(name) / "s.db"
-        with Store.open(str(path), create=True) as store:
+        with Record.open(str(path), create=True) as store:
             study, run = _study(store)
             trial = _trial(store, study, run, 0)
             _epochs(store, study, trial, 0, 0.5)
@@ -371,19 +358,19 @@ def test_a_database_that_may_not_be_written_is_read(mode: int) -> None:
         path.chmod(0o444)
         folder.chmod(mode)
         with _without_power():
-            with Store.open(str(path)) as store:
+            with Record.open(str(path)) as store:
                 (row,) = store.trials(store.study("photos").id)
                 assert (row.state, row.value) == ("complete", 0.5)
-                with pytest.raises(StoreError, match="cannot be written"):
+                with pytest.raises(RecordError, match="cannot be written"):
                     store.begin_run(study, command="x", device="cpu", versions={})
             if mode == 0o555:
-                with pytest.raises(StoreError, match="cannot be opened: unable to open database"):
-                    Store.open(str(folder / "new.db"), create=True)
+                with pytest.raises(RecordError, match="cannot be opened: unable to open database"):
+                    Record.open(str(folder / "new.db"), create=True)
         folder.chmod(0o755)
 
 
 def _journal(path: Path) -> tuple[str, int]:
-    with Store.open(str(path), create=True) as store, store.engine.connect() as connection:
+    with Record.open(str(path), create=True) as store, store.engine.connect() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
         return mode, connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
 
@@ -391,7 +378,7 @@ def _journal(path: Path) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("kind", "settings"), [("ext4", ("wal", 1)), ("nfs4", ("delete", 2)), ("cifs", ("delete", 2))]
 )
-def test_the_journal_suits_the_file_system(
+def test_journal_mode_suits_the_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: tuple[str, int]
 ) -> None:
     mounts = [SimpleNamespace(mountpoint="/", fstype="ext4")]

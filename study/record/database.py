@@ -1,0 +1,271 @@
+"""Open the database: whose it is, which layout, how SQLite behaves, and who works on a study."""
+
+import functools
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import psutil
+from optuna.storages import RDBStorage
+from sqlalchemy import Engine, create_engine, inspect, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.orm import Session
+
+from study.record.models import PREFIX, SCHEMA, Base, Run, Schema
+
+Result = TypeVar("Result")
+
+# Longer than any write of ours or Optuna's takes, on a slow disk and with many workers.
+_BUSY_TIMEOUT_S = 60
+_RETRY_S = 0.05
+# Two readings of a process's start differ by rounding only.
+_SAME_START_S = 2.0
+_ANOTHER = "Name another with --storage."
+# File systems of other machines, on which the write-ahead log does not work.
+# https://www.sqlite.org/wal.html, and the names that /proc/mounts, macOS and Windows give them.
+_NETWORK = {
+    "nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afpfs", "afs", "9p", "ceph", "lustre",
+    "gpfs", "beegfs", "glusterfs", "davfs", "webdav", "virtiofs", "vboxsf", "drvfs",
+}  # fmt: skip
+
+
+class RecordError(ValueError):
+    """The database cannot be used, or does not hold what was asked for."""
+
+
+class Database(NamedTuple):
+    """An open database: our engine, Optuna's storage in it, and whether it may be changed."""
+
+    engine: Engine
+    optuna: RDBStorage
+    is_writable: bool
+
+
+def open_database(storage: str, *, create: bool) -> Database:
+    """Open a database of ours; an SQLite file that cannot be written is opened for reading.
+
+    Args:
+        storage: SQLAlchemy URL or path of an SQLite file.
+        create: Create it where there is none.
+
+    Raises:
+        RecordError: Missing, not a database, another program's, or of another layout.
+    """
+    url, options, is_writable = _database_url(storage), {}, True
+    if url.get_backend_name() == "sqlite":
+        path = _check_file(url.database, create)
+        is_writable = not path.exists() or (_may_write(path) and _may_write(path.parent))
+        options = {"creator": functools.partial(_connect, path, is_writable=is_writable)}
+    try:
+        # Not with our settings: switching to the write-ahead log changes the file.
+        _check_owner(create_engine(url, **({} if is_writable else options)), storage, create)
+        engine = create_engine(url, **options)
+        if is_writable:
+            _with_patience(lambda: _create_tables(engine))
+        text = url.render_as_string(hide_password=False)
+        optuna = _with_patience(
+            lambda: RDBStorage(text, options, skip_table_creation=not is_writable)
+        )
+    except ModuleNotFoundError as err:
+        raise RecordError(
+            f"database {storage} needs the package {err.name}, which is not installed. Install it "
+            '(for PostgreSQL: pip install "psycopg[binary]"), or name another with --storage.'
+        ) from err
+    except (DatabaseError, NoSuchModuleError) as err:
+        why = str(getattr(err, "orig", None) or err).splitlines()[0]
+        raise RecordError(
+            f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
+            "name another with --storage."
+        ) from err
+    return Database(engine, optuna, is_writable)
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Session]:
+    """Begin a transaction in which nobody else writes between our reading and our writing.
+
+    Python's SQLite driver begins one only before data is changed, so it is begun here.
+    """
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        if engine.dialect.name == "sqlite":
+            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+        yield session
+
+
+def process_start(pid: int) -> float:
+    """Return when a process was started, seconds since 1970.
+
+    Raises:
+        psutil.Error: There is no such process.
+    """
+    return float(psutil.Process(pid).create_time())
+
+
+def is_alive(run: Run, take_over: bool = False) -> bool:
+    """Return whether a process still works on its study; one elsewhere does until it signs off.
+
+    Args:
+        run: The process.
+        take_over: Count a process of another machine as dead.
+    """
+    if run.ended_at is not None:
+        return False
+    if run.host != socket.gethostname():
+        return not take_over
+    try:
+        return abs(process_start(run.pid) - run.pid_started) < _SAME_START_S
+    except psutil.Error:
+        return False
+
+
+def check_dead(run: Run, take_over: bool) -> None:
+    """Refuse a study that another process works on.
+
+    Raises:
+        RecordError: It does; says which process, and what the user can do.
+    """
+    if is_alive(run, take_over):
+        remedy = "Wait for it, stop it, or use another --name."
+        if run.host != socket.gethostname():
+            remedy += " If that machine is gone, add --take-over."
+        raise RecordError(
+            f"the study is being run by process {run.pid} on {run.host} since "
+            f"{run.started_at:%Y-%m-%d %H:%M} UTC. {remedy}"
+        )
+
+
+def _database_url(storage: str) -> URL:
+    try:
+        if "://" in storage:
+            return make_url(storage)
+        return URL.create("sqlite", database=str(Path(storage).expanduser()))
+    except ArgumentError as err:
+        raise RecordError(
+            f"storage must be a file or a database URL such as sqlite:///studies.db, but got "
+            f"{storage!r}."
+        ) from err
+
+
+def _check_file(database: str | None, create: bool) -> Path:
+    """Refuse what can be no database of ours, without opening the file.
+
+    SQLite's locks belong to the process: closing a file that we opened ourselves would drop them
+    all, and the next process to leave the database would remove the log that we still write to.
+    """
+    if not database or database == ":memory:":
+        raise RecordError("storage must be a file, but got an SQLite database in memory.")
+    path = Path(database)
+    if path.is_dir():
+        raise RecordError(f"storage must be a file, but {path} is a folder.")
+    if not path.parent.is_dir():
+        raise RecordError(
+            f"storage {path} must lie in a folder that exists, but {path.parent} does not. "
+            "Create it, or name another with --storage."
+        )
+    if not path.exists() and not create:
+        raise RecordError(
+            f"there is no database {path}. `python -m study run` makes one; --storage names "
+            "another."
+        )
+    return path
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _connect(path: Path, *, is_writable: bool) -> sqlite3.Connection:
+    """Connect to an SQLite file.
+
+    On a local disk with a write-ahead log, which does not wait for the disk: the last
+    transactions may be lost when the power fails, and nothing when a process is killed.
+    """
+    if not is_writable:
+        # Without a log next to it the file is complete, and needs no lock that cannot be written.
+        is_whole = not path.with_name(path.name + "-wal").exists()
+        uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_whole else ''}"
+        return sqlite3.connect(uri, _BUSY_TIMEOUT_S, uri=True, check_same_thread=False)
+    connection = sqlite3.connect(path, _BUSY_TIMEOUT_S, check_same_thread=False)
+    connection.execute("PRAGMA foreign_keys = ON")
+    if _is_on_network(path):
+        connection.execute("PRAGMA journal_mode = DELETE")
+    else:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+@functools.cache
+def _is_on_network(path: Path) -> bool:
+    """Return whether a file lies on another machine, as far as the system tells."""
+    where = path.resolve()
+    mounts = [
+        part for part in psutil.disk_partitions(all=True) if where.is_relative_to(part.mountpoint)
+    ]
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype.lower() if mounts else ""
+    return kind in _NETWORK or kind.startswith("fuse.")
+
+
+def _with_patience(action: Callable[[], Result]) -> Result:
+    """Repeat an action while other processes create the same tables.
+
+    SQLite does not wait by itself for the lock that a change to the write-ahead log takes.
+    """
+    last = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            return action()
+        except (OperationalError, IntegrityError) as err:
+            is_race = any(word in str(err.orig) for word in ("already exists", "locked", "UNIQUE"))
+            if not is_race or time.monotonic() > last:
+                raise
+            time.sleep(_RETRY_S)
+
+
+def _check_owner(engine: Engine, storage: str, create: bool) -> None:
+    """Refuse another program's database and another layout of ours; nothing is written."""
+    try:
+        tables = set(inspect(engine).get_table_names())
+        is_ours = any(name.startswith(PREFIX) for name in tables)
+        found = None
+        if Schema.__tablename__ in tables:
+            with Session(engine) as session:
+                found = session.scalar(select(Schema.number))
+    finally:
+        engine.dispose()
+    if is_ours and found != SCHEMA:
+        age = "a newer" if found is not None and found > SCHEMA else "an older"
+        raise RecordError(
+            f"database {storage} was written by {age} version of Frostline, which this one cannot "
+            f"read. {_ANOTHER}"
+        )
+    if tables and not is_ours:
+        shown = ", ".join(sorted(tables)[:3])
+        raise RecordError(
+            f"database {storage} belongs to another program (tables {shown}). {_ANOTHER}"
+        )
+    if not tables and not create:
+        raise RecordError(
+            f"database {storage} is empty. `python -m study run` fills it; --storage names "
+            "another."
+        )
+
+
+def _create_tables(engine: Engine) -> None:
+    """Create our tables where there are none; all or none of them."""
+    with writing(engine) as session:
+        if not inspect(session.connection()).has_table(Schema.__tablename__):
+            Base.metadata.create_all(session.connection())
+            session.add(Schema(SCHEMA))

@@ -1,0 +1,95 @@
+"""The record as data frames and arrays, for reports."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from study.record.models import EPOCHS, Confusion, Misclassified, Prediction, Trial
+from study.record.record import EPOCH_FIELDS, Record, unpack_classes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FROM_CONFIG = ("seed", "backbone", "freeze_depth")
+_DICTS = ("params", "config", "without_effect")
+
+
+def read_trials(store: Record, name: str) -> "pd.DataFrame":
+    """Read a study's trials: one row each, its hyperparameters as columns `params_NAME`.
+
+    Raises:
+        RecordError: There is no such study.
+    """
+    import pandas as pd
+
+    rows = store.trials(store.study(name).id)
+    columns = [f.name for f in dataclasses.fields(Trial) if f.name not in _DICTS]
+    columns += _FROM_CONFIG
+    frame = pd.DataFrame([[getattr(row, c) for c in columns] for row in rows], columns=columns)
+    for key in dict.fromkeys(key for row in rows for key in row.params):
+        values = [row.params.get(key) for row in rows]
+        is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        frame[f"params_{key}"] = pd.Series(values, dtype=None if is_number else object)
+    return frame
+
+
+def read_epochs(store: Record, name: str) -> "pd.DataFrame":
+    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order.
+
+    Raises:
+        RecordError: There is no such study.
+    """
+    import pandas as pd
+
+    columns = (*EPOCH_FIELDS, "seconds_since_start")
+    query = (
+        select(Trial.number, *(EPOCHS.c[column] for column in columns))
+        .join(Trial, Trial.id == EPOCHS.c.trial_id)
+        .where(Trial.study_id == store.study(name).id)
+        .order_by(Trial.number, EPOCHS.c.epoch)
+    )
+    with Session(store.engine) as session:
+        rows = [tuple(row) for row in session.execute(query)]
+    return pd.DataFrame(rows, columns=["number", *columns])
+
+
+def read_confusion(
+    store: Record, name: str, number: int, split: str = "val"
+) -> NDArray[np.int64] | None:
+    """Read a trial's confusion matrix, (K, K), rows the truth; None if it was not kept."""
+    trial = store.trial(store.study(name).id, number)
+    with Session(store.engine) as session:
+        row = session.get(Confusion, (trial.id, split))
+    return None if row is None else np.array(row.matrix, dtype=np.int64)
+
+
+def read_misclassified(store: Record, name: str, number: int) -> list[Misclassified]:
+    """Read the images that a trial classified wrongly, the worst first."""
+    trial = store.trial(store.study(name).id, number)
+    query = select(Misclassified).where(Misclassified.trial_id == trial.id)
+    with Session(store.engine) as session:
+        return list(session.scalars(query.order_by(Misclassified.split, Misclassified.rank)))
+
+
+def read_predictions(
+    store: Record, name: str, split: str = "val"
+) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Read what a study's trials predict for each image of a split.
+
+    Returns:
+        Trial number -> true and predicted class numbers, (N,) each; trials without are left out.
+    """
+    query = (
+        select(Trial.number, Prediction.labels, Prediction.predicted)
+        .join(Trial, Trial.id == Prediction.trial_id)
+        .where(Trial.study_id == store.study(name).id, Prediction.split == split)
+    )
+    with Session(store.engine) as session:
+        return {
+            number: (np.array(unpack_classes(labels)), np.array(unpack_classes(predicted)))
+            for number, labels, predicted in session.execute(query)
+        }

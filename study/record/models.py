@@ -1,0 +1,383 @@
+"""The tables of the record. An instance is a row, and what `Record` returns; times are UTC."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import NoneType
+from typing import Annotated, Any, get_args
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Table,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+
+from core.metrics import EpochMetrics
+
+SCHEMA = 1
+"""Number of this layout. Another one is refused; there are no migrations."""
+PREFIX = "frostline_"
+
+Json = dict[str, Any]
+
+
+UNFINISHED = ("running", "interrupted")
+"""States of a trial that has not ended."""
+
+
+def now() -> datetime:
+    """Return the time in UTC without a zone: SQLite stores none."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+class Base(MappedAsDataclass, DeclarativeBase):
+    """All tables of ours; their names begin with `PREFIX`."""
+
+    type_annotation_map = {Json: JSON, list[list[int]]: JSON, list[str]: JSON}
+
+
+class Schema(Base):
+    """The layout's number, in the only row."""
+
+    __tablename__ = f"{PREFIX}schema"
+    number: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Study(Base, kw_only=True):
+    """A study.
+
+    Attributes:
+        id: Key.
+        name: Unique.
+        created_at: When it was created.
+        config: Resolved `StudyConfig`.
+        data: Source, classes, counts per split, fingerprint, warnings.
+        versions: Versions of the libraries it was created with.
+    """
+
+    __tablename__ = f"{PREFIX}studies"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(default_factory=now)
+    config: Mapped[Json]
+    data: Mapped[Json]
+    versions: Mapped[Json]
+
+
+OfStudy = Annotated[int, mapped_column(ForeignKey(Study.id, ondelete="CASCADE"), index=True)]
+
+
+class Run(Base, kw_only=True):
+    """A process that worked on a study.
+
+    Attributes:
+        id: Key.
+        study_id: Key of the study.
+        host: Its machine.
+        pid: Its number there.
+        pid_started: When it was started, seconds since 1970: tells it from a later one of that
+            number.
+        started_at: When it began to work on the study.
+        ended_at: When it signed off; None while it runs, or after a kill.
+        outcome: Why it ended.
+        command: Command line.
+        device: What it trained on.
+        versions: Versions of its libraries.
+    """
+
+    __tablename__ = f"{PREFIX}runs"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    study_id: Mapped[OfStudy]
+    host: Mapped[str]
+    pid: Mapped[int]
+    pid_started: Mapped[float]
+    started_at: Mapped[datetime] = mapped_column(default_factory=now)
+    ended_at: Mapped[datetime | None] = mapped_column(default=None)
+    outcome: Mapped[str | None] = mapped_column(default=None)
+    command: Mapped[str]
+    device: Mapped[str]
+    versions: Mapped[Json]
+
+
+def chosen_by(train: Mapping[str, Any]) -> str:
+    """Return in words what a training configuration's `monitor` is."""
+    return "validation loss" if train.get("monitor") == "val_loss" else "validation accuracy"
+
+
+class Trial(Base, kw_only=True):
+    """A trial: what Optuna has no column for, joined with what stands in its tables alone.
+
+    Attributes:
+        id: Key.
+        study_id: Key of the study.
+        number: Its number in the study, as in Optuna.
+        run_id: The process that ran it.
+        reason: Why it was pruned or failed; None for a complete one.
+        origin: `recipe:NAME`, `sampler`, `retry of N` or `same as N`.
+        config: Full `TrainConfig`.
+        config_hash: Equal for equal settings and seed.
+        device: What it ran on.
+        started_at: When it began.
+        ended_at: When it ended; None while it runs.
+        duration_s: Wall time.
+        epochs_done: Finished epochs.
+        best_epoch: Epoch with the highest score, from 0.
+        score: That epoch's score, as in `EpochMetrics`; trials are ranked by it.
+        trained_parameters: Number of trained scalars.
+        total_parameters: Number of scalars of the network.
+        without_effect: Settings that did nothing in this trial.
+        checkpoint: Folder of the best epoch's weights, while it is kept.
+        factor: What an ablation varied; None in a search.
+        level: Its setting of the factor.
+        replicate: Number among equal runs.
+        state: From Optuna: `running`, `complete`, `pruned` or `failed`; `interrupted` where it
+            is running for Optuna but no process works on the study.
+        params: From Optuna: hyperparameters that the search chose, or an ablation's levels.
+        value: From Optuna: validation accuracy of the best epoch so far, in [0, 1].
+    """
+
+    __tablename__ = f"{PREFIX}trials"
+    __table_args__ = (UniqueConstraint("study_id", "number"),)
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    study_id: Mapped[OfStudy]
+    number: Mapped[int]
+    run_id: Mapped[int] = mapped_column(ForeignKey(Run.id, ondelete="CASCADE"))
+    reason: Mapped[str | None] = mapped_column(default=None)
+    origin: Mapped[str]
+    config: Mapped[Json]
+    config_hash: Mapped[str] = mapped_column(index=True)
+    device: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(default_factory=now)
+    ended_at: Mapped[datetime | None] = mapped_column(default=None)
+    duration_s: Mapped[float | None] = mapped_column(default=None)
+    epochs_done: Mapped[int] = mapped_column(default=0)
+    best_epoch: Mapped[int | None] = mapped_column(default=None)
+    score: Mapped[float | None] = mapped_column(default=None)
+    trained_parameters: Mapped[int | None] = mapped_column(default=None)
+    total_parameters: Mapped[int | None] = mapped_column(default=None)
+    without_effect: Mapped[list[str]] = mapped_column(default_factory=list)
+    checkpoint: Mapped[str | None] = mapped_column(default=None)
+    factor: Mapped[str | None] = mapped_column(default=None)
+    level: Mapped[str | None] = mapped_column(default=None)
+    replicate: Mapped[int | None] = mapped_column(default=None)
+    # Not columns.
+    state: str = "running"
+    params: Json = dataclasses.field(default_factory=dict)
+    value: float | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.config["seed"])
+
+    @property
+    def backbone(self) -> str:
+        """Name of the backbone."""
+        return str(self.config["backbone"])
+
+    @property
+    def freeze_depth(self) -> int:
+        """Freeze level."""
+        return int(self.config["freeze_depth"])
+
+    @property
+    def chosen_by(self) -> str:
+        """What chose its best epoch and ranks it, in words."""
+        return chosen_by(self.config)
+
+    @property
+    def ended_as(self) -> str:
+        """State that follows from `reason`, once it has ended for us."""
+        if self.reason is None:
+            return "complete"
+        return "pruned" if self.reason.startswith("pruned") else "failed"
+
+    @property
+    def ranked_by(self) -> float | None:
+        """Score, or accuracy where the trial has no epochs of its own."""
+        return self.value if self.score is None else self.score
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Sort key among trials of one state: the lowest is the best, of equals the earlier."""
+        return (-(self.ranked_by or 0.0), self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class StudySummary:
+    """A study in one line.
+
+    Attributes:
+        name: Its name.
+        created_at: When it was created.
+        updated_at: When its last trial began or ended; `created_at` where it has none.
+        n_complete: Trials that reached their last epoch.
+        n_pruned: Trials that the pruner stopped.
+        n_failed: Trials that diverged, raised an error, or were cut short.
+        n_running: Trials of a process that works on the study.
+        n_interrupted: Trials whose process died, and that the next one will deal with.
+        best_value: Validation accuracy of the best complete trial, in [0, 1].
+        best_number: That trial.
+    """
+
+    name: str
+    created_at: datetime
+    updated_at: datetime
+    n_complete: int
+    n_pruned: int
+    n_failed: int
+    n_running: int
+    n_interrupted: int
+    best_value: float | None
+    best_number: int | None
+
+    @classmethod
+    def of(cls, study: Study, trials: Sequence[Trial]) -> "StudySummary":
+        """Sum up a study."""
+        states = ("complete", "pruned", "failed", "running", "interrupted")
+        counts = {f"n_{name}": sum(row.state == name for row in trials) for name in states}
+        complete = [row for row in trials if row.state == "complete"]
+        best = min(complete, key=lambda row: row.rank, default=None)
+        times = [row.ended_at or row.started_at for row in trials]
+        return cls(
+            name=study.name,
+            created_at=study.created_at,
+            updated_at=max(times, default=study.created_at),
+            best_value=best.value if best else None,
+            best_number=best.number if best else None,
+            **counts,
+        )
+
+
+_TYPES = {int: BigInteger, float: Float, bool: Boolean}
+OfTrial = Annotated[int, mapped_column(ForeignKey(Trial.id, ondelete="CASCADE"))]
+
+
+def _column(field: dataclasses.Field[Any]) -> Column[Any]:
+    """Make the column of a field of `EpochMetrics`."""
+    kinds = get_args(field.type) or (field.type,)
+    is_key = field.name == "epoch"
+    return Column(field.name, _TYPES[kinds[0]], primary_key=is_key, nullable=NoneType in kinds)
+
+
+EPOCHS = Table(
+    f"{PREFIX}epochs",
+    Base.metadata,
+    Column("trial_id", ForeignKey(Trial.id, ondelete="CASCADE"), primary_key=True),
+    *map(_column, dataclasses.fields(EpochMetrics)),
+    Column("seconds_since_start", Float, nullable=False),
+)
+"""One row per epoch of a trial; the columns are the fields of `EpochMetrics`, which is the row."""
+
+
+class Confusion(Base, kw_only=True):
+    """A trial's confusion matrix on a split, (K, K): rows are true, columns predicted classes."""
+
+    __tablename__ = f"{PREFIX}confusions"
+    trial_id: Mapped[OfTrial] = mapped_column(primary_key=True)
+    split: Mapped[str] = mapped_column(primary_key=True)
+    matrix: Mapped[list[list[int]]]
+
+
+class Prediction(Base, kw_only=True):
+    """What a trial predicts for every image of a split: class numbers, packed."""
+
+    __tablename__ = f"{PREFIX}predictions"
+    trial_id: Mapped[OfTrial] = mapped_column(primary_key=True)
+    split: Mapped[str] = mapped_column(primary_key=True)
+    labels: Mapped[bytes]
+    predicted: Mapped[bytes]
+
+
+class Misclassified(Base, kw_only=True):
+    """An image that a trial classified wrongly.
+
+    Attributes:
+        trial_id: Key of the trial.
+        split: `val` or `test`.
+        rank: 0 is the worst.
+        path: The image.
+        label: Its class.
+        predicted: The class that the network chose.
+        probability: What the network gave the true class, in [0, 1].
+        thumbnail: JPEG.
+    """
+
+    __tablename__ = f"{PREFIX}misclassified"
+    trial_id: Mapped[OfTrial] = mapped_column(primary_key=True)
+    split: Mapped[str] = mapped_column(primary_key=True)
+    rank: Mapped[int] = mapped_column(primary_key=True)
+    path: Mapped[str]
+    label: Mapped[str]
+    predicted: Mapped[str]
+    probability: Mapped[float]
+    thumbnail: Mapped[bytes]
+
+
+class Test(Base, kw_only=True):
+    """A trial's result on the test split.
+
+    Attributes:
+        id: Key.
+        study_id: Key of the study.
+        trial_number: The trial.
+        created_at: When the split was read.
+        n: Number of test images.
+        n_correct: Number classified rightly.
+        accuracy: Their share, in [0, 1].
+        low: Lower end of its 95 % Wilson interval.
+        high: Upper end.
+        balanced_acc: Mean over classes of the share classified rightly.
+        macro_f1: Mean F1 over classes.
+        val_acc: Validation accuracy of the tested epoch.
+        confusion: Images by true (row) and predicted (column) class.
+        command: Command line.
+    """
+
+    __test__ = False  # pytest would take the name for a test class
+    __tablename__ = f"{PREFIX}tests"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    study_id: Mapped[OfStudy]
+    trial_number: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(default_factory=now)
+    n: Mapped[int]
+    n_correct: Mapped[int]
+    accuracy: Mapped[float]
+    low: Mapped[float]
+    high: Mapped[float]
+    balanced_acc: Mapped[float]
+    macro_f1: Mapped[float]
+    val_acc: Mapped[float | None]
+    confusion: Mapped[list[list[int]]]
+    command: Mapped[str]
+
+
+class Design(Base, kw_only=True):
+    """An ablation's design.
+
+    Attributes:
+        id: Key.
+        study_id: Key of the ablation's study.
+        key: Unique within the study.
+        kind: `ofat`, `loco`, `factorial`, `path` or `screen`.
+        spec: Factors, cells and rules, as `Design.to_record` returns them.
+        command: Command line that used it last.
+        updated_at: When that was.
+    """
+
+    __tablename__ = f"{PREFIX}designs"
+    __table_args__ = (UniqueConstraint("study_id", "key"),)
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    study_id: Mapped[OfStudy]
+    key: Mapped[str]
+    kind: Mapped[str]
+    spec: Mapped[Json]
+    command: Mapped[str]
+    updated_at: Mapped[datetime] = mapped_column(default_factory=now)

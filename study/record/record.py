@@ -1,0 +1,487 @@
+"""The record: every study, run, trial, epoch and test, written and read back by name."""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import socket
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from core.metrics import EpochMetrics
+from study.record.database import (
+    RecordError,
+    check_dead,
+    is_alive,
+    open_database,
+    process_start,
+    writing,
+)
+from study.record.models import (
+    EPOCHS,
+    Base,
+    Confusion,
+    Design,
+    Json,
+    Misclassified,
+    Prediction,
+    Run,
+    Study,
+    StudySummary,
+    Test,
+    Trial,
+    now,
+)
+
+LEVELS = "levels"
+"""The user attribute that holds an ablation run's levels: they may change from one design to the
+next, which Optuna allows no categorical parameter."""
+EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics))
+_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+}
+_STATE_NAMES = {state: name for name, state in _STATES.items()}
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of settings, hexadecimal; their order does not count."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def params_of(trial: FrozenTrial | optuna.Trial) -> dict[str, Any]:
+    """Return a trial's hyperparameters, or the levels of an ablation's run."""
+    return dict(trial.user_attrs.get(LEVELS, trial.params))
+
+
+class Record(AbstractContextManager["Record"]):
+    """The record in one database; read its rows freely, write by these methods alone.
+
+    A trial's number, hyperparameters, state and reported values stand in Optuna's tables and
+    nowhere else; ours hang off its study and number. At a trial's end ours are written first, so
+    that a trial which is running for Optuna and ended for us is one whose process died in between.
+    """
+
+    def __init__(self, storage: str, *, create: bool) -> None:
+        self.engine, self._optuna, self._is_writable = open_database(storage, create=create)
+        self.storage = storage
+        self._studies: dict[int, optuna.Study] = {}  # by our key
+
+    @classmethod
+    def open(cls, storage: str, *, create: bool = False) -> Self:
+        """Open the record.
+
+        Args:
+            storage: SQLAlchemy URL, or path of an SQLite file.
+            create: Create it where there is none.
+
+        Raises:
+            RecordError: Missing, not a database, another program's, or of another version.
+        """
+        return cls(storage, create=create)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+        self._optuna.remove_session()
+        self._optuna.engine.dispose()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Studies
+
+    def create_study(
+        self, name: str, config: Json, data: Json, versions: Mapping[str, str]
+    ) -> int:
+        """Add a study and return its key.
+
+        Raises:
+            RecordError: There is one of that name.
+        """
+        study = Study(name=name, config=config, data=data, versions=dict(versions))
+        try:
+            self._add(study)
+        except IntegrityError as err:
+            raise RecordError(
+                f"a study's name must be new, but {self.storage} has a study {name}. Use another "
+                "--name, or resume that one."
+            ) from err
+        self.optuna_study(study.id)
+        return study.id
+
+    def optuna_study(self, study_id: int) -> optuna.Study:
+        """Return Optuna's study, the same object each time; created where it is missing."""
+        if study_id not in self._studies:
+            found: dict[str, Any] = {
+                "study_name": self._all(select(Study).where(Study.id == study_id))[0].name,
+                "storage": self._optuna,
+                "sampler": optuna.samplers.RandomSampler(),
+                "pruner": optuna.pruners.NopPruner(),
+            }
+            try:
+                study = optuna.load_study(**found)
+            except KeyError:
+                study = optuna.create_study(**found, direction="maximize", load_if_exists=True)
+            self._studies[study_id] = study
+        return self._studies[study_id]
+
+    def find_study(self, name: str) -> Study | None:
+        """Return a study, or None."""
+        rows = self._all(select(Study).where(Study.name == name))
+        return rows[0] if rows else None
+
+    def study(self, name: str) -> Study:
+        """Return a study.
+
+        Raises:
+            RecordError: There is none of that name; names the nearest.
+        """
+        row = self.find_study(name)
+        if row is not None:
+            return row
+        names = [row.name for row in self._all(select(Study))]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+        known = f" There is: {', '.join(near)}." if near else " It holds no study yet."
+        raise RecordError(f"there is no study {name} in {self.storage}.{known}")
+
+    def studies(self) -> list[StudySummary]:
+        """List all studies, the newest first."""
+        rows = self._all(select(Study).order_by(Study.id.desc()))
+        return [StudySummary.of(row, self.trials(row.id)) for row in rows]
+
+    def update_study(self, study_id: int, config: Json, data: Json) -> None:
+        """Replace a study's configuration and description of its images."""
+        self._update(Study, study_id, config=config, data=data)
+
+    def delete_study(self, name: str) -> None:
+        """Remove a study with all that belongs to it, from Optuna's tables too.
+
+        Raises:
+            RecordError: There is none of that name.
+        """
+        row = self.study(name)
+        with contextlib.suppress(KeyError):  # a kill came between the two
+            optuna.delete_study(study_name=name, storage=self._optuna)
+        self._studies.pop(row.id, None)
+        with self._writing() as session:
+            session.execute(delete(Study).where(Study.id == row.id))
+
+    # Runs
+
+    def begin_run(
+        self,
+        study_id: int,
+        *,
+        command: str,
+        device: str,
+        versions: Mapping[str, str],
+        take_over: bool = False,
+    ) -> int:
+        """Enter this process as the one that works on a study; return the run's key.
+
+        With `take_over` even if a process of another machine has not signed off.
+
+        Raises:
+            RecordError: Another process works on it.
+        """
+        run = Run(
+            study_id=study_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pid_started=process_start(os.getpid()),
+            command=command,
+            device=device,
+            versions=dict(versions),
+        )
+        with self._writing() as session:
+            # The lock where SQLite's own does not serve.
+            session.execute(select(Study.id).where(Study.id == study_id).with_for_update())
+            for other in session.scalars(select(Run).where(Run.study_id == study_id)):
+                check_dead(other, take_over)
+            session.add(run)
+        return run.id
+
+    def end_run(self, run_id: int, outcome: str) -> None:
+        """Sign a process off."""
+        self._update(Run, run_id, ended_at=now(), outcome=outcome)
+
+    def runs(self, study_id: int) -> list[Run]:
+        """List the processes that worked on a study, oldest first."""
+        return self._all(select(Run).where(Run.study_id == study_id).order_by(Run.id))
+
+    # Trials
+
+    def start_trial(
+        self,
+        study_id: int,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        user_attrs: Mapping[str, Any] | None = None,
+    ) -> optuna.Trial:
+        """Begin a trial of Optuna's with given hyperparameters; nothing is sampled."""
+        study = self.optuna_study(study_id)
+        number = len(study.get_trials(deepcopy=False))
+        running = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions={name: distributions[name] for name in params},
+            user_attrs=dict(user_attrs or {}),
+        )
+        study.add_trial(running)
+        return self.take_up_trial(study_id, number)
+
+    def take_up_trial(self, study_id: int, number: int) -> optuna.Trial:
+        """Return a running trial, of this process or of one that died, to report its epochs."""
+        study = self.optuna_study(study_id)
+        key = self._optuna.get_study_id_from_name(study.study_name)
+        return optuna.Trial(
+            study, self._optuna.get_trial_id_from_study_id_trial_number(key, number)
+        )
+
+    def begin_trial(self, trial: Trial) -> int:
+        """Enter our part of a trial that is running for Optuna; return its key."""
+        self._add(trial)
+        return trial.id
+
+    def add_epoch(self, trial_id: int, metrics: EpochMetrics, seconds_since_start: float) -> None:
+        """Add an epoch, and bring the trial's own figures up to date with it.
+
+        Its accuracy must be reported to Optuna as well.
+        """
+        values = {name: getattr(metrics, name) for name in EPOCH_FIELDS}
+        values |= {"trial_id": trial_id, "seconds_since_start": seconds_since_start}
+        so_far: Json = {"epochs_done": metrics.epoch + 1}
+        if metrics.is_best:
+            so_far |= {"best_epoch": metrics.epoch, "score": metrics.ranked_by}
+        with self._writing() as session:
+            session.execute(insert(EPOCHS), values)
+            session.execute(update(Trial).where(Trial.id == trial_id).values(so_far))
+
+    def end_trial(
+        self,
+        trial_id: int,
+        state: str,
+        *,
+        reason: str | None,
+        value: float | None,
+        best_epoch: int | None,
+        epochs_done: int,
+        duration_s: float,
+        checkpoint: str | None,
+        score: float | None = None,
+    ) -> None:
+        """Close a trial with its last figures, and tell Optuna its state.
+
+        Its score is the one that came with its epochs, unless another is given.
+        """
+        with self._writing() as session:
+            trial = session.get_one(Trial, trial_id)
+            trial.reason = reason
+            trial.best_epoch = best_epoch
+            trial.epochs_done = epochs_done
+            trial.duration_s = duration_s
+            trial.checkpoint = checkpoint
+            trial.ended_at = now()
+            trial.score = trial.score if score is None else score
+        self.tell(trial.study_id, trial.number, state, value)
+
+    def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:
+        """Tell Optuna how a trial ended; a pruned one keeps its last report as its value."""
+        is_complete = state == "complete"
+        self.optuna_study(study_id).tell(
+            number, value if is_complete else None, state=_STATES[state]
+        )
+
+    def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
+        """Note where a trial's weights lie, or that they were removed."""
+        self._update(Trial, trial_id, checkpoint=checkpoint)
+
+    def trials(self, study_id: int) -> list[Trial]:
+        """List a study's trials by number."""
+        return self._trials(study_id)
+
+    def trial(self, study_id: int, number: int) -> Trial:
+        """Return a trial.
+
+        Raises:
+            RecordError: The study has no trial of that number.
+        """
+        rows = self._trials(study_id, Trial.number == number)
+        if not rows:
+            last = select(func.max(Trial.number)).where(Trial.study_id == study_id)
+            top = self._all(last)[0]
+            range_ = "it has none yet" if top is None else f"they go from 0 to {top}"
+            raise RecordError(f"there is no trial {number} in that study; {range_}.")
+        return rows[0]
+
+    def find_finished(self, study_id: int, config_hash: str) -> Trial | None:
+        """Return the first complete or pruned trial of equal settings, if any."""
+        alike = self._trials(study_id, Trial.config_hash == config_hash)
+        return next((row for row in alike if row.state in ("complete", "pruned")), None)
+
+    def _trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
+        """Read trials and join them with what Optuna's tables hold of them."""
+        query = select(Trial).where(Trial.study_id == study_id, *conditions)
+        rows = self._all(query.order_by(Trial.number))
+        optunas = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
+        for row in rows:
+            # Optuna's is missing where a kill came in the middle of `delete_study`.
+            if row.number < len(optunas):
+                _join(row, optunas[row.number])
+        running = [row for row in rows if row.state == "running"]
+        if running and not any(map(is_alive, self.runs(study_id))):
+            for row in running:
+                row.state = "interrupted"
+        return rows
+
+    def epochs(self, trial_id: int) -> list[EpochMetrics]:
+        """List a trial's epochs in order."""
+        query = select(*(EPOCHS.c[name] for name in EPOCH_FIELDS))
+        query = query.where(EPOCHS.c.trial_id == trial_id).order_by(EPOCHS.c.epoch)
+        with Session(self.engine) as session:
+            return [EpochMetrics(*row) for row in session.execute(query)]
+
+    # Predictions and tests
+
+    def add_confusion(self, trial_id: int, split: str, matrix: list[list[int]]) -> None:
+        """Keep a trial's confusion matrix on a split; it replaces an earlier one."""
+        with self._writing() as session:
+            session.merge(Confusion(trial_id=trial_id, split=split, matrix=matrix))
+
+    def add_misclassified(self, trial_id: int, rows: Sequence[Misclassified]) -> None:
+        """Keep the images that a trial classified wrongly; they replace earlier ones."""
+        with self._writing() as session:
+            session.execute(delete(Misclassified).where(Misclassified.trial_id == trial_id))
+            session.add_all(rows)
+
+    def add_predictions(
+        self, trial_id: int, split: str, labels: Sequence[int], predicted: Sequence[int]
+    ) -> None:
+        """Keep what a trial predicts for each image of a split; it replaces an earlier answer.
+
+        Args:
+            trial_id: The trial.
+            split: `val` or `test`.
+            labels: True class numbers, (N,), in the split's order.
+            predicted: Predicted class numbers, (N,).
+        """
+        packed = {"labels": _pack(labels), "predicted": _pack(predicted)}
+        with self._writing() as session:
+            session.merge(Prediction(trial_id=trial_id, split=split, **packed))
+
+    def has_predictions(self, trial_id: int, split: str) -> bool:
+        """Return whether a trial's predictions on a split are kept."""
+        with Session(self.engine) as session:
+            return session.get(Prediction, (trial_id, split)) is not None
+
+    def add_test(
+        self,
+        study_id: int,
+        trial_number: int,
+        *,
+        n: int,
+        n_correct: int,
+        balanced_acc: float,
+        macro_f1: float,
+        val_acc: float | None,
+        confusion: list[list[int]],
+        command: str,
+    ) -> int:
+        """Record a result on the test split, with its 95 % Wilson interval; return its key."""
+        from scipy.stats import binomtest
+
+        interval = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
+        test = Test(
+            study_id=study_id,
+            trial_number=trial_number,
+            n=n,
+            n_correct=n_correct,
+            accuracy=n_correct / n,
+            low=float(interval.low),
+            high=float(interval.high),
+            balanced_acc=balanced_acc,
+            macro_f1=macro_f1,
+            val_acc=val_acc,
+            confusion=confusion,
+            command=command,
+        )
+        self._add(test)
+        return test.id
+
+    def tests(self, study_id: int) -> list[Test]:
+        """List a study's results on the test split, oldest first."""
+        return self._all(select(Test).where(Test.study_id == study_id).order_by(Test.id))
+
+    # Designs
+
+    def put_design(self, study_id: int, key: str, kind: str, spec: Json, command: str) -> None:
+        """Keep an ablation's design, in place of the one with the same key."""
+        design = Design(study_id=study_id, key=key, kind=kind, spec=spec, command=command)
+        with self._writing() as session:
+            session.execute(delete(Design).where(Design.study_id == study_id, Design.key == key))
+            session.add(design)
+
+    def designs(self, study_id: int) -> list[Design]:
+        """List a study's designs, the last one used at the end."""
+        query = select(Design).where(Design.study_id == study_id)
+        return self._all(query.order_by(Design.updated_at, Design.id))
+
+    # One transaction each
+
+    def _writing(self) -> AbstractContextManager[Session]:
+        if not self._is_writable:
+            raise RecordError(
+                f"database {self.storage} cannot be written. Change its permissions, or name "
+                "another with --storage."
+            )
+        return writing(self.engine)
+
+    def _add(self, row: Base) -> None:
+        with self._writing() as session:
+            session.add(row)
+
+    def _update(self, table: type[Any], key: int, **values: Any) -> None:
+        with self._writing() as session:
+            session.execute(update(table).where(table.id == key).values(values))
+
+    def _all(self, query: Select[Any]) -> list[Any]:
+        with Session(self.engine) as session:
+            return list(session.scalars(query))
+
+
+def _join(row: Trial, trial: FrozenTrial) -> None:
+    """Fill in what a trial's row takes from Optuna.
+
+    Its value is the accuracy of its best epoch; of a complete trial that is what Optuna was told.
+    """
+    value = trial.value if trial.state is TrialState.COMPLETE else None
+    if value is None and row.best_epoch is not None:
+        value = trial.intermediate_values.get(row.best_epoch + 1)
+    row.state, row.params, row.value = _STATE_NAMES[trial.state], params_of(trial), value
+
+
+def _pack(numbers: Sequence[int]) -> bytes:
+    """Write class numbers as compressed 32-bit integers, little-endian."""
+    return zlib.compress(struct.pack(f"<{len(numbers)}i", *numbers))
+
+
+def unpack_classes(packed: bytes) -> tuple[int, ...]:
+    """Read the class numbers of a `Prediction`."""
+    raw = zlib.decompress(packed)
+    return struct.unpack(f"<{len(raw) // 4}i", raw)
