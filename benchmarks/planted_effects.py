@@ -28,9 +28,8 @@ from reports.paired import (
     spread,
     t_interval,
 )
-from study.config.study_config import AblationSection
-from study.designs import make_design
-from study.factors import Factor, Level
+from study.ablation.designs import Factorial
+from study.ablation.factors import Factor, Level
 from study.record.models import Design, Study
 
 SEED_SD = 0.02  # what all settings of a seed share
@@ -59,7 +58,7 @@ def fixed(rng: np.random.Generator, truth: Sequence[float], n: int, rules: Rules
 def adaptive(
     rng: np.random.Generator, truth: Sequence[float], rules: Rules
 ) -> tuple[list[Effect], int]:
-    """Run a study look by look, as `study.ablate` does; return its effects and its runs."""
+    """Run a study look by look, as an ablation does; return its effects and its runs."""
     baseline, arms = draw(rng, truth, rules.looks[-1])
     every = [baseline, *arms]
     done = [0] * len(every)
@@ -201,7 +200,7 @@ def ablation_of(names: Sequence[str], truth: Callable[[set[str]], float], rng: o
         Factor(name, "off", (Level("on", {key: 1e-3}),))
         for name, key in zip(names, keys, strict=False)
     ]
-    design = make_design(factors, AblationSection(design="factorial"))
+    design = Factorial(factors)
     spec = {**design.to_record(), "looks": [5], "first_seed": 0, "steps": []}
     now = datetime(2026, 3, 1)
     shared = 0.8 + rng.normal(0, SEED_SD, 5)

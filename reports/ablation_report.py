@@ -93,7 +93,7 @@ def _write_csv(pairs: Sequence[tuple[Ablation, Section]], out_dir: Path) -> Iter
             text = tables.effects_csv(ablation, section.effects)
             path.write_text(text, encoding="utf-8", newline="")
             yield path
-        if ablation.kind in ("factorial", "screen"):
+        if ablation.spec["coded"]:
             path = out_dir / f"{section.name}-effects.csv"
             text = tables.contrasts_csv(estimate_contrasts(ablation))
             path.write_text(text, encoding="utf-8", newline="")

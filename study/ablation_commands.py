@@ -4,19 +4,17 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.ablate import AblationOutcome, Decide, Scores, run_ablation
-from study.ablation_plan import Plan, cell_configs, check_begun, make_plan, n_runs
-from study.baseline import factors_of, find_baseline
+from study.ablation.baseline import find_baseline, read_flags
+from study.ablation.designs import BASELINE, Decide, Scores, cell_label
+from study.ablation.run import AblationOutcome, Plan, check_begun, make_plan, run_ablation
 from study.config.errors import ConfigError
 from study.config.formatting import format_duration, hide_password
 from study.config.load import check_backbones
-from study.designs import BASELINE, make_design
 from study.execution.progress import Note, Progress
-from study.factors import named, read_flags
 from study.record.record import Record
 from study.show import make_table, print_json, print_view
 
@@ -71,7 +69,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     }
     given = {key: value for key, value in flags.items() if value is not None}
     baseline = find_baseline(args.storage, args.base, args.which, args.name, args.set, given)
-    return make_plan(baseline, make_design(factors_of(baseline), baseline.settings))
+    return make_plan(baseline)
 
 
 def _rules(plan: Plan) -> "Rules":
@@ -100,16 +98,7 @@ def _foreseen(plan: Plan) -> list[str]:
     """Say before a run what its replicates could decide."""
     from reports.effects import foresee
 
-    design = plan.design
-    if design.kind in ("ofat", "loco"):
-        n_tests = len(design.cells) - 1
-    elif design.kind == "path":
-        n_tests = len(design.factors)
-    else:
-        n_tests = _n_effects(plan)
-        if plan.baseline.settings.replicates < 2 and design.kind == "screen":
-            return []  # Lenth's method needs no replicates
-    return foresee(plan.looks[-1], n_tests, _rules(plan))
+    return foresee(plan.looks[-1], plan.n_tests, _rules(plan))
 
 
 def _seeds(first: int, n: int) -> str:
@@ -118,18 +107,11 @@ def _seeds(first: int, n: int) -> str:
     return f"{n} replicates, seeds {first} to {first + n - 1}"
 
 
-def _n_effects(plan: Plan) -> int:
-    """Count the effects that a factorial or a screening design tells apart."""
-    k, resolution = len(plan.design.factors), plan.design.resolution
-    is_clear = plan.design.kind == "factorial" and (resolution is None or resolution >= 5)
-    return k + (k * (k - 1) // 2 if is_clear else 0)
-
-
 def _print_plan(plan: Plan) -> None:
     baseline, design, settings = plan.baseline, plan.design, plan.baseline.settings
     print(f"Ablation of {baseline.origin}: study {baseline.config.study.name}")
     print(f"Design: {design.construction}")
-    table = make_table("factor", "baseline", "levels" if design.kind != "path" else "start")
+    table = make_table("factor", "baseline", "start" if design.grows else "levels")
     for factor in design.factors:
         table.add_row(
             factor.name, factor.baseline, ", ".join(level.label for level in factor.levels)
@@ -137,11 +119,11 @@ def _print_plan(plan: Plan) -> None:
     print_view(table)
     for line in design.aliasing:
         print(f"Aliasing: {line}")
-    most = "at most " if settings.adaptive or design.kind == "path" else ""
+    most = "at most " if settings.adaptive or design.grows else ""
     first = baseline.config.train.seed
     again = ", each with a validation split of its own" if settings.resplit else ""
     print(
-        f"Runs: {most}{n_runs(plan)} ({_seeds(first, plan.looks[-1])}, the same for every "
+        f"Runs: {most}{plan.n_runs} ({_seeds(first, plan.looks[-1])}, the same for every "
         f"setting{again})"
     )
     if settings.adaptive:
@@ -155,17 +137,17 @@ def _dry_run(plan: Plan, args: argparse.Namespace, progress: Progress) -> int:
     from study.search.plan import estimate_runs
 
     data = load_images(plan.baseline.config, progress)
-    preflight(cell_configs(plan), data)
+    preflight(plan.configs(), data)
     check_begun(plan)
-    seconds, size = estimate_runs(cell_configs(plan), data)
-    total = sum(seconds) / len(seconds) * n_runs(plan)
-    kept = size * n_runs(plan) if plan.baseline.settings.keep_checkpoints else 0
+    seconds, size = estimate_runs(plan.configs(), data)
+    total = sum(seconds) / len(seconds) * plan.n_runs
+    kept = size * plan.n_runs if plan.baseline.settings.keep_checkpoints else 0
     progress.close()
     if args.json:
         print_json(
             {
                 "design": plan.design.to_record(),
-                "n_runs": n_runs(plan),
+                "n_runs": plan.n_runs,
                 "total_s": total,
                 "checkpoint_bytes": kept,
             }
@@ -174,7 +156,7 @@ def _dry_run(plan: Plan, args: argparse.Namespace, progress: Progress) -> int:
     from study.show import format_bytes
 
     print(
-        f"About {format_duration(total / n_runs(plan))} a run, {format_duration(total)} in all "
+        f"About {format_duration(total / plan.n_runs)} a run, {format_duration(total)} in all "
         f"(loading of pictures not counted); {format_bytes(kept)} of checkpoints "
         "(ablation.keep_checkpoints = false keeps none)."
     )
@@ -318,7 +300,7 @@ def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
     study = store.study(name)
     specs = [design.spec for design in store.designs(study.id)]
     cells = [
-        (_label(cell), hashes)
+        (cell_label(cell["levels"]), hashes)
         for spec in specs
         for cell, hashes in zip(spec["cells"], spec["runs"], strict=True)
     ]
@@ -332,16 +314,11 @@ def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
     done = {
         row.config_hash: row.number for row in store.trials(study.id) if row.state == "complete"
     }
-    wanted = {"baseline", *(labels if "all" in levels else levels)}
+    wanted = {BASELINE, *(labels if "all" in levels else levels)}
     numbers = [
         done[text] for label, hashes in cells if label in wanted for text in hashes if text in done
     ]
     return list(dict.fromkeys(numbers))
-
-
-def _label(cell: Mapping[str, Any]) -> str:
-    told = ", ".join(named(factor, level) for factor, level in cell["levels"].items())
-    return told or BASELINE
 
 
 def audit(args: argparse.Namespace, store: Record, progress: Progress) -> int:

@@ -200,8 +200,8 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--design",
-        choices=("ofat", "loco", "factorial", "path", "screen"),
-        help="which settings are run (default ofat: one factor at a time)",
+        metavar="DESIGN",
+        help="which settings are run: ofat (default), loco, factorial, path or screen",
     )
     add(
         "--factor",

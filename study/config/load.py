@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from core.config import TrainConfig, fields_of
+from study.ablation.factors import parse_factors
 from study.config.errors import ConfigError, Fault, explain, near
 from study.config.search_space import (
     DEFAULT_SPACE,
@@ -20,7 +21,6 @@ from study.config.search_space import (
 )
 from study.config.study_config import EXHAUSTIVE, SECTIONS, SearchSection, StudyConfig
 from study.config.toml import read_file, read_value
-from study.factors import parse_factors
 
 _KEYS = {name: list(fields_of(section)) for name, section in SECTIONS.items()} | {
     "space": list(fields_of(TrainConfig))

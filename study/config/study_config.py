@@ -4,12 +4,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from core.config import SECTION, DataConfig, OrNone, TrainConfig, fields_of
+from study.ablation.designs import DESIGNS
 from study.config.search_space import (
     DEFAULT_SPACE,
     RECIPES,
@@ -22,7 +23,10 @@ from study.config.search_space import (
 
 Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
 Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
-DesignKind = Literal["ofat", "loco", "factorial", "path", "screen"]
+if TYPE_CHECKING:
+    DesignKind = str
+else:
+    DesignKind = Literal[tuple(DESIGNS)]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -111,10 +115,12 @@ class SearchSection:
 class AblationSection:
     """What `study ablate` varies about a baseline, how often, and how it judges."""
 
-    design: DesignKind = "ofat"
-    """Which settings are run: ofat (one factor at a time), loco (each component of the baseline
-    removed), factorial (all combinations, or a stated fraction), path (from one setting to
-    another, the best change first), screen (many factors in few runs)."""
+    design: DesignKind = Field(
+        default="ofat",
+        description="Which settings are run: "
+        + ", ".join(f"{kind} ({design.summary})" for kind, design in DESIGNS.items())
+        + ".",
+    )
     replicates: int = Field(default=5, ge=1)
     """Runs of every setting, with seeds paired over the settings; with adaptive, those of the
     first look."""

@@ -23,10 +23,11 @@ from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from reports.ablation import Ablation, Runs
 from reports.effects import Arm, Rules
+from study.ablation.designs import DESIGNS, Cell, Design
+from study.ablation.designs import Path as PathDesign
+from study.ablation.factors import Factor, Level
 from study.config.search_space import apply_params
 from study.config.study_config import AblationSection
-from study.designs import Cell, Design, candidates, extend_path, make_design
-from study.factors import Factor, Level
 from study.record.models import Design as RecordedDesign
 from study.record.models import Misclassified, Run, Study, Trial
 from study.record.record import LEVELS, Record, config_hash
@@ -337,25 +338,22 @@ def two_levels(*names: str) -> list[Factor]:
 
 
 def design_of(kind: str, factors: Sequence[Factor], **settings: Any) -> Design:
-    return make_design(factors, section(design=kind, **settings))
+    return DESIGNS[kind](factors, **settings)
 
 
 def section(**settings: Any) -> AblationSection:
     return AblationSection(**{"replicates": 5, **settings})
 
 
-def follow(design: Design, score: Simulator, n: int) -> tuple[Design, list[str]]:
-    """Walk a path as `study.ablate` does: every candidate is run, the best mean is kept."""
-    chosen: list[str] = []
-    while steps := candidates(design, chosen):
+def follow(design: PathDesign, score: Simulator, n: int) -> tuple[PathDesign, list[str]]:
+    """Run a path to its end, the candidates one after the other; return it with its steps."""
+    while candidates := design.candidates():
         means = {}
-        for name, cell in steps.items():
-            values = [score(design.cells[cell], r) for r in range(n)]
-            done = [v for v in values if isinstance(v, float)]
+        for name, cell in candidates.items():
+            done = [v for r in range(n) if isinstance(v := score(cell, r), float)]
             means[name] = sum(done) / n if len(done) == n else -1.0
-        chosen.append(max(means, key=lambda name: means[name]))
-        design = extend_path(design, chosen)
-    return design, chosen
+        design.take(max(means, key=lambda name: means[name]))
+    return design, design.steps
 
 
 def spec_of(
@@ -365,11 +363,10 @@ def spec_of(
     steps: Sequence[str] = (),
     origin: str = "trial 4 of study pets, its best",
 ) -> dict[str, Any]:
-    """Write a design as `study.ablate` does."""
+    """Write a design as an ablation does."""
     return design.to_record() | {
         "origin": origin,
         "settings": dataclasses.asdict(settings) | {"factors": None},
-        "given": {},
         "looks": list(looks),
         "steps": list(steps),
         "first_seed": FIRST_SEED,

@@ -17,7 +17,8 @@ from reports.ablation_sections import Section, describe_ablation
 from reports.across import compare_across, score_frame
 from reports.effects import Rules, estimate_effects
 from reports.publish import p_words
-from study.designs import Cell, Design
+from study.ablation.designs import Cell, Design
+from study.ablation.designs import Path as PathDesign
 from study.record.database import RecordError
 from study.record.record import Record
 from tests.reports.pages import Page
@@ -416,7 +417,7 @@ def test_a_coded_design_without_a_whole_replicate_claims_nothing(
 
 
 def path_store(path: Path, score: Simulator) -> Record:
-    design, steps = follow(design_of("path", two_levels("augment", "freeze", "head")), score, 5)
+    design, steps = follow(PathDesign(two_levels("augment", "freeze", "head")), score, 5)
     return make_ablation(path, design, score, steps=steps)
 
 

@@ -34,7 +34,7 @@ from reports.paired import (
 )
 from tests.reports.studies import RUN_SD, draw_study, make_arm
 
-# What `study.ablation_plan.looks_of(5, 20)` gives.
+# The interim analyses from 5 to 20 replicates.
 LOOKS = (5, 8, 12, 20)
 PAIR_SD = RUN_SD * math.sqrt(2)
 NAN = math.nan
@@ -67,7 +67,7 @@ def slack(share: float, n: int) -> float:
 def run_adaptively(
     rng: np.random.Generator, effects: Sequence[float], rules: Rules
 ) -> tuple[list[Effect], int]:
-    """Run a study look by look, as `study.ablate` does; return its effects and number of runs."""
+    """Run a study look by look, as an ablation does; return its effects and number of runs."""
     baseline, arms = draw_study(rng, effects, rules.looks[-1])
     whole = [baseline.values, *(arm.values for arm in arms)]
     done = [0] * len(whole)

@@ -20,7 +20,7 @@ from reports.factorial import (
     interaction_means,
     main_effect_means,
 )
-from study.designs import Design
+from study.ablation.designs import Design
 from tests.reports.studies import bracketed, design_of, in_memory, make_factors, two_levels
 
 NAN = math.nan

@@ -8,8 +8,8 @@ from scipy import stats
 
 from reports.ablation import Ablation
 from reports.path import path_steps
-from study.designs import Cell, extend_path
-from tests.reports.studies import design_of, follow, in_memory, two_levels
+from study.ablation.designs import Cell, Path
+from tests.reports.studies import follow, in_memory, two_levels
 
 NAMES = ("augment", "freeze", "schedule", "mixup")
 GAINS = dict(zip(NAMES, (0.02, 0.12, 0.0, 0.06), strict=True))
@@ -17,7 +17,7 @@ NAN = math.nan
 
 
 def walk(gains: dict[str, float], seed: int = 0, n: int = 5, sd: float = 0.01) -> Ablation:
-    """Run a path as `study.ablate` does; return it as read."""
+    """Run a path as an ablation does; return it as read."""
     rng = np.random.default_rng(seed)
     seeds = rng.normal(0, 0.02, n)
     drawn: dict[frozenset[str], np.ndarray] = {}
@@ -29,8 +29,7 @@ def walk(gains: dict[str, float], seed: int = 0, n: int = 5, sd: float = 0.01) -
             drawn[left] = mean + seeds + rng.normal(0, sd, n)
         return drawn[left]
 
-    path = design_of("path", two_levels(*gains))
-    design, steps = follow(path, lambda cell, r: float(values(cell)[r]), n)
+    design, steps = follow(Path(two_levels(*gains)), lambda cell, r: float(values(cell)[r]), n)
     return in_memory(design, [values(cell) for cell in design.cells], steps=steps)
 
 
@@ -76,7 +75,9 @@ def test_the_chosen_steps_interval_covers_its_gain_as_often_as_it_says(
 
 
 def unfinished(values: dict[frozenset[str], list[float]], steps: list[str]) -> Ablation:
-    design = extend_path(design_of("path", two_levels("a", "b")), steps)
+    design = Path(two_levels("a", "b"))
+    for step in steps:
+        design.take(step)
     scores = [values.get(frozenset(cell.levels), [NAN, NAN]) for cell in design.cells]
     return in_memory(design, scores, steps=steps)
 

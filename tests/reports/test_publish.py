@@ -28,7 +28,7 @@ from reports.publish import (
     to_markdown,
 )
 from reports.words import duration, markdown_text, setting, shorten
-from study.designs import Cell
+from study.ablation.designs import Cell
 from tests.reports.pages import Page
 from tests.reports.studies import design_of, factors_of, make_ablation
 

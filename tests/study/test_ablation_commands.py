@@ -307,7 +307,7 @@ def test_levels_are_tested_once(
         (["report", "bees-ablation", "--beside", "bees"], "study bees is no ablation."),
         (["ablate", "bees", "--from", "9"], "there is no trial 9 in that study"),
         (["ablate", "bees", "--from", "first"], "--from must be best or a trial's number"),
-        (["ablate", "bees", "--design", "ofatt"], "invalid choice: 'ofatt'"),
+        (["ablate", "bees", "--design", "ofatt"], "Did you mean ofat?"),
         (["ablate", "bees", "--factor", "augment"], "--factor: must be KEY=VALUE"),
         (
             ["ablate", "bees", "--factor", "augmnt=none"],
@@ -358,15 +358,16 @@ def test_a_missing_database_is_told_and_not_made(
 def _script(monkeypatch: pytest.MonkeyPatch, accuracy: float = 0.5) -> None:
     """Let a script of two epochs' figures stand in for training."""
 
-    def scripted(config: TrainConfig, data, **options):
-        folder = options["checkpoint_dir"]
+    def scripted(config: TrainConfig, data, *, checkpoint_dir: Path, should_stop, **_: object):
         figures = (0.5, 0.5, accuracy, 0.5, 0.5, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
         for epoch in range(config.epochs):
-            if options["should_stop"]():
+            if should_stop():
                 raise Interrupted
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
-        folder.mkdir(parents=True)
-        np.savez(folder / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels)
+        checkpoint_dir.mkdir(parents=True)
+        np.savez(
+            checkpoint_dir / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels
+        )
 
     monkeypatch.setattr("study.execution.trial_engine.fit", scripted)
 

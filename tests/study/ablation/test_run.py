@@ -10,7 +10,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,24 +26,22 @@ from core.training.checkpoint import PREDICTIONS_FILE
 from reports.ablation import read_ablations
 from reports.ablation_tables import effects_csv, failures_grid
 from reports.effects import Rules, open_levels
-from study.ablate import AblationOutcome, Scores, run_ablation, run_identity
-from study.ablation_plan import (
+from study.ablation.baseline import find_baseline
+from study.ablation.designs import Scores
+from study.ablation.run import (
+    AblationOutcome,
     Plan,
-    cell_configs,
-    looks_of,
     make_plan,
-    n_runs,
+    run_ablation,
     settled_config,
 )
-from study.baseline import factors_of, find_baseline
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
-from study.designs import make_design
 from study.execution.progress import EpochEnded, Event, QuietProgress, TrialEnded
 from study.execution.session import StudyHalted
-from study.execution.trial_engine import identity, is_settled
+from study.execution.trial_engine import is_settled
 from study.record.frames import read_predictions
-from study.record.models import Trial
+from study.record.models import Design, Trial
 from study.record.record import Record
 from support import make_folder
 
@@ -90,7 +87,7 @@ def _plan(
     baseline = find_baseline(
         str(home / "s.db"), str(home / "study.toml"), "best", name, overrides, flags
     )
-    return make_plan(baseline, make_design(factors_of(baseline), baseline.settings))
+    return make_plan(baseline)
 
 
 def _undecided(scores: Scores, looks: Sequence[int]) -> set[int]:
@@ -116,6 +113,11 @@ def _effects(home: Path, name: str = "tiny") -> list[dict[str, str]]:
     return rows
 
 
+def _designs(home: Path) -> list[Design]:
+    with Record.open(str(home / "s.db")) as store:
+        return store.designs(store.study("tiny").id)
+
+
 def _optuna_trials(home: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="tiny", storage=f"sqlite:///{home}/s.db").trials
 
@@ -126,16 +128,18 @@ def _script(
     """Let a script stand in for training; returns what was trained, as it comes."""
     trained = []
 
-    def scripted(config: TrainConfig, data: ImageData, **options: Any):
+    def scripted(config: TrainConfig, data: ImageData, *, checkpoint_dir: Path, **options: Any):
         trained.append((config, data))
-        acc, folder = accuracy(config), options["checkpoint_dir"]
+        acc = accuracy(config)
         for epoch in range(config.epochs):
             if options["should_stop"]():
                 raise Interrupted
             figures = (0.5, 0.5, acc, acc, acc, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
-        folder.mkdir(parents=True)
-        np.savez(folder / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels)
+        checkpoint_dir.mkdir(parents=True)
+        np.savez(
+            checkpoint_dir / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels
+        )
 
     monkeypatch.setattr("study.execution.trial_engine.fit", scripted)
     return trained
@@ -221,31 +225,19 @@ def test_every_runs_answers_are_kept_and_agree_with_its_accuracy(finished: Path)
         assert row.value == np.mean(labels == predicted)
 
 
-def test_a_finished_ablation_runs_nothing_again(home: Path, photos: Path) -> None:
+def test_only_what_is_missing_is_run(home: Path, photos: Path) -> None:
     before = _rows(home)
     outcome = _run(_plan(photos, home, replicates=3))
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 9)
+    outcome = _run(_plan(photos, home, replicates=2))
+    assert (outcome.n_done, outcome.n_planned) == (6, 6)
     assert _rows(home) == before
-    with Record.open(str(home / "s.db")) as store:
-        assert len(store.designs(store.study("tiny").id)) == 1
-
-
-def test_more_replicates_run_the_new_ones_only(home: Path, photos: Path) -> None:
-    before = _rows(home)
     assert _run(_plan(photos, home, replicates=4)).n_done == 12
     rows = _rows(home)
     assert rows[:9] == before
     assert [(row.replicate, row.seed) for row in rows[9:]] == [(3, 10)] * 3
-    with Record.open(str(home / "s.db")) as store:
-        (design,) = store.designs(store.study("tiny").id)
+    (design,) = _designs(home)
     assert [len(hashes) for hashes in design.spec["runs"]] == [4, 4, 4]
-
-
-def test_fewer_replicates_run_nothing_and_count_what_they_ask_for(
-    home: Path, photos: Path
-) -> None:
-    outcome = _run(_plan(photos, home, replicates=2))
-    assert (outcome.n_done, outcome.n_planned, len(_rows(home))) == (6, 6, 9)
 
 
 def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Path) -> None:
@@ -254,36 +246,20 @@ def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Pa
     assert (outcome.n_done, outcome.n_planned) == (12, 12)
     rows = _rows(home)
     assert rows[:9] == before
-    assert [(row.factor, row.level) for row in rows[9:]] == [
-        ("base_lr, augment", "0.001, none")
-    ] * 3
-    with Record.open(str(home / "s.db")) as store:
-        designs = store.designs(store.study("tiny").id)
+    assert [(r.factor, r.level) for r in rows[9:]] == [("base_lr, augment", "0.001, none")] * 3
+    designs = _designs(home)
     assert [design.kind for design in designs] == ["ofat", "factorial"]
     assert set(designs[0].spec["runs"][0]) == set(designs[1].spec["runs"][0])
 
 
-def test_levels_that_train_the_same_share_their_runs(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = _script(monkeypatch, lambda config: 0.5)
+def test_levels_that_train_the_same_share_their_runs(photos: Path, tmp_path: Path) -> None:
     factors = {"augment": ["none"], "view": {"plain": {"augment": "none"}}}
     outcome = _run(_plan(photos, tmp_path, factors=factors))
-    assert (outcome.n_done, len(trained)) == (6, 4)
+    assert (outcome.n_done, len(_rows(tmp_path))) == (6, 4)
     with Record.open(str(tmp_path / "s.db")) as store:
         others = read_ablations(store, "tiny")[0].others
     assert [runs.arm.label for runs in others] == ["augment = none", "view = plain"]
     assert others[0].numbers == others[1].numbers
-
-
-def test_a_factor_may_get_other_levels_later(home: Path, photos: Path) -> None:
-    plan = _plan(photos, home, factors={"augment": ["trivial", "none"]}, replicates=1)
-    assert _run(plan).n_done == 3
-    trials = _optuna_trials(home)
-    assert len(trials) == 10
-    assert trials[9].user_attrs["levels"] == {"augment": "trivial"}
-    assert _run(_plan(photos, home, replicates=3)).n_done == 9
-    assert len(_rows(home)) == 10
 
 
 def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
@@ -334,7 +310,7 @@ def _run_until_killed(photos: Path, home: Path, number: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_ablation_goes_on_and_ends_with_the_same_effects(
+def test_a_killed_ablation_continues_and_ends_with_the_same_effects(
     photos: Path, tmp_path: Path
 ) -> None:
     cut, whole = tmp_path / "cut", tmp_path / "whole"
@@ -364,38 +340,34 @@ def _interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [1, 5])
-def test_ctrl_c_leaves_cleanly_and_the_ablation_goes_on(
-    number: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _script(monkeypatch, lambda config: config.base_lr)
+def test_an_interrupted_ablation_continues(photos: Path, tmp_path: Path) -> None:
     plan = _plan(photos, tmp_path, "train.epochs=2")
     handler = signal.getsignal(signal.SIGINT)
-    outcome = _run(plan, _Acts(number, _interrupt))
-    assert (outcome.stopped_because, outcome.n_done) == ("interrupted", number)
+    outcome = _run(plan, _Acts(4, _interrupt))
+    assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 4)
     assert signal.getsignal(signal.SIGINT) is handler
     rows = _rows(tmp_path)
-    assert len(rows) == number + 1
+    assert len(rows) == 5
     assert rows[-1].ended_at is None
-    with Record.open(str(tmp_path / "s.db")) as store:
-        (run,) = store.runs(store.study("tiny").id)
-    assert run.outcome == "interrupted"
     outcome = _run(plan)
     assert (outcome.stopped_because, outcome.n_done, len(_rows(tmp_path))) == ("complete", 6, 6)
     assert all(row["n_failed"] == "0" for row in _effects(tmp_path))
 
 
-def test_a_path_that_is_interrupted_takes_no_step_it_has_not_seen(
+def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The second candidate is the better one; its last replicate is cut short.
     _script(monkeypatch, lambda c: {"none": 0.9}.get(c.augment, 0.5) - c.base_lr * 100)
-    plan = _plan(photos, tmp_path, "train.epochs=2", design="path")
-    outcome = _run(plan, _Acts(5, _interrupt))
+    settings, design = ("train.epochs=2",), "path"
+    outcome = _run(_plan(photos, tmp_path, *settings, design=design), _Acts(5, _interrupt))
     assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 5)
-    with Record.open(str(tmp_path / "s.db")) as store:
-        (design,) = store.designs(store.study("tiny").id)
-    assert design.spec["steps"] == []
+    assert [design.spec["steps"] for design in _designs(tmp_path)] == [[]]
+    outcome = _run(_plan(photos, tmp_path, *settings, design=design))
+    assert (outcome.stopped_because, outcome.n_done, outcome.n_planned) == ("complete", 8, 8)
+    (recorded,) = _designs(tmp_path)
+    assert recorded.spec["steps"] == ["augment", "base_lr"]
+    assert len(recorded.spec["cells"]) == len(recorded.spec["runs"]) == 4
 
 
 def _fail() -> None:
@@ -403,10 +375,9 @@ def _fail() -> None:
 
 
 def test_a_process_that_dies_between_two_writes_loses_nothing(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path
 ) -> None:
-    # The run is complete in our record, and unknown to Optuna.
-    _script(monkeypatch, lambda config: config.base_lr)
+    # The run is complete in our tables, and has not ended for Optuna or is without predictions.
     plan = _plan(photos, tmp_path)
     with pytest.raises(RuntimeError, match="between two writes"):
         _run(plan, _Acts(2, _fail, at_end=True))
@@ -414,7 +385,9 @@ def test_a_process_that_dies_between_two_writes_loses_nothing(
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
     rows, trials = _rows(tmp_path), _optuna_trials(tmp_path)
     assert [row.number for row in rows] == [trial.number for trial in trials]
-    assert sum(row.state == "complete" for row in rows) == 6
+    assert [row.state for row in rows] == ["complete"] * 6
+    with Record.open(str(tmp_path / "s.db")) as store:
+        assert len(read_predictions(store, "tiny")) == 6
 
 
 def test_a_full_disk_ends_the_run_and_is_tried_again(
@@ -438,21 +411,10 @@ def test_a_full_disk_ends_the_run_and_is_tried_again(
     assert all(row["n_failed"] == "0" for row in _effects(tmp_path))
 
 
-def test_a_timeout_begins_no_further_run_and_the_ablation_goes_on(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-
-    def accuracy(config: TrainConfig) -> float:
-        now[0] += 10
-        return 0.5
-
-    _script(monkeypatch, accuracy)
-    monkeypatch.setattr("study.ablate.time", SimpleNamespace(monotonic=lambda: now[0]))
-    outcome = _run(_plan(photos, tmp_path, "study.timeout=25"))
-    assert (outcome.stopped_because, outcome.n_done, outcome.duration_s) == ("timeout", 3, 30)
-    outcome = _run(_plan(photos, tmp_path))
-    assert (outcome.stopped_because, outcome.n_done, len(_rows(tmp_path))) == ("complete", 6, 6)
+def test_a_timeout_begins_no_further_run(home: Path, photos: Path) -> None:
+    outcome = _run(_plan(photos, home, "study.timeout=1e-3", replicates=4))
+    assert (outcome.stopped_because, outcome.n_done, outcome.n_planned) == ("timeout", 9, 12)
+    assert len(_rows(home)) == 9
 
 
 def test_resplit_draws_a_validation_split_a_replicate_and_leaves_the_test_split(
@@ -519,96 +481,43 @@ def test_adaptive_stops_where_the_effect_is_huge_and_goes_on_where_it_is_open(
     assert float(huge["p_family"]) <= 0.05 < float(unclear["p_family"])
 
 
-def test_adaptive_ends_at_the_first_look_where_all_is_settled(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = _script(monkeypatch, lambda c: 0.9 if c.augment == "standard" else 0.1)
-    plan = _plan(photos, tmp_path, "ablation.adaptive=true", factors={"augment": ["none"]})
-    outcome = _run(plan, decide=lambda scores, looks: set())
-    assert (outcome.stopped_because, len(trained)) == ("complete", 4)
-
-
 @pytest.mark.parametrize(
-    ("replicates", "most", "looks"),
-    [(5, 20, (5, 8, 12, 20)), (2, 4, (2, 4)), (5, 5, (5,)), (2, 3, (2, 3))],
+    ("first", "most", "looks"),
+    [(5, 20, (5, 8, 12, 20)), (2, 4, (2, 4)), (2, 3, (2, 3))],
 )
-def test_looks_grow_by_half_up_to_the_most(
-    replicates: int, most: int, looks: tuple[int, ...]
+def test_an_adaptive_ablation_looks_after_half_as_many_replicates_again(
+    first: int, most: int, looks: tuple[int, ...], photos: Path, tmp_path: Path
 ) -> None:
-    assert looks_of(replicates, most) == looks
+    adaptive = ("ablation.adaptive=true", f"ablation.max_replicates={most}")
+    assert _plan(photos, tmp_path, *adaptive, replicates=first).looks == looks
 
 
 @pytest.mark.parametrize(
-    ("settings", "design", "replicates", "told"),
+    ("most", "design", "replicates", "told"),
     [
-        ([], "factorial", 2, "needs --design ofat or loco, but got design='factorial'"),
-        ([], "ofat", 1, "must begin with at least 2 replicates .* but got 1 and 20"),
-        (["ablation.max_replicates=4"], "ofat", 4, "at least 2 replicates .* but got 4 and 4"),
+        (20, "factorial", 2, "needs --design ofat or loco, but got design='factorial'"),
+        (20, "ofat", 1, "got 1 and 20"),
+        (4, "ofat", 4, "got 4 and 4"),
     ],
 )
-def test_an_adaptive_ablation_has_its_rules(
-    settings: list[str], design: str, replicates: int, told: str, photos: Path, tmp_path: Path
+def test_an_ablation_that_cannot_be_adaptive_is_refused(
+    most: int, design: str, replicates: int, told: str, photos: Path, tmp_path: Path
 ) -> None:
-    adaptive = ["ablation.adaptive=true", *settings]
+    adaptive = ("ablation.adaptive=true", f"ablation.max_replicates={most}")
     with pytest.raises(ConfigError, match=told):
         _plan(photos, tmp_path, *adaptive, design=design, replicates=replicates)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_checkpoints_are_kept_or_leave_no_folder(keep: bool, photos: Path, tmp_path: Path) -> None:
-    keeping = f"ablation.keep_checkpoints={str(keep).lower()}"
-    _run(_plan(photos, tmp_path, keeping, factors={"augment": ["none"]}, replicates=1))
-    rows = _rows(tmp_path)
-    folders = sorted((tmp_path / "runs" / "tiny").glob("*"))
-    if keep:
-        assert [folder.name for folder in folders] == ["trial-0000", "trial-0001"]
-        assert [Path(row.checkpoint or "") for row in rows] == folders
-        assert all((folder / "model.safetensors").is_file() for folder in folders)
-    else:
-        assert folders == []
-        assert [row.checkpoint for row in rows] == [None, None]
-
-
-def test_a_path_takes_the_change_with_the_best_mean(photos: Path, tmp_path: Path) -> None:
-    factors = {"base_lr": [1e-6], "augment": ["none"], "head_init": ["zero"]}
-    plan = _plan(photos, tmp_path, factors=factors, design="path")
-    outcome = _run(plan)
-    assert outcome.n_done == outcome.n_planned == n_runs(plan) == 14
-    means: dict[frozenset[str], list[float]] = {}
-    for row in _rows(tmp_path):
-        left = frozenset() if row.factor == "baseline" else frozenset(row.factor.split(", "))
-        means.setdefault(left, []).append(row.value)
-    assert [len(values) for values in means.values()] == [2] * 7
-    with Record.open(str(tmp_path / "s.db")) as store:
-        (design,) = store.designs(store.study("tiny").id)
-    left = frozenset(factors)
-    assert len(design.spec["steps"]) == 3
-    for name in design.spec["steps"]:
-        score = {other: sum(means[left - {other}]) for other in left}
-        assert score[name] == max(score.values())
-        left -= {name}
-    _run(plan)
-    assert len(_rows(tmp_path)) == 14
-
-
-def test_a_paths_order_is_by_mean_and_a_failed_candidate_comes_last(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_checkpoints_are_kept_or_leave_no_folder(
+    finished: Path, photos: Path, tmp_path: Path
 ) -> None:
-    def accuracy(config: TrainConfig) -> float:
-        if config.augment == "standard" and config.flip == 0 and config.seed == 8:
-            raise ValueError("this setting breaks")
-        gains = {"augment": 0.4 * (config.augment == "standard")}
-        gains["head_init"] = 0.2 * (config.head_init == "default")
-        # The seeds disagree; the mean decides: 0.3.
-        gains["flip"] = (0.6 if config.seed == 7 else 0.0) * (config.flip > 0)
-        return sum(gains.values()) / 2
-
-    _script(monkeypatch, accuracy)
-    factors = {"augment": ["none"], "head_init": ["zero"], "flip": [0.0]}
-    _run(_plan(photos, tmp_path, factors=factors, design="path"))
-    with Record.open(str(tmp_path / "s.db")) as store:
-        (design,) = store.designs(store.study("tiny").id)
-    assert design.spec["steps"] == ["flip", "augment", "head_init"]
+    assert list((finished / "runs").rglob("trial-*")) == []
+    assert {row.checkpoint for row in _rows(finished)} == {None}
+    keep = "ablation.keep_checkpoints=true"
+    _run(_plan(photos, tmp_path, keep, factors={"augment": ["none"]}, replicates=1))
+    folders = [Path(row.checkpoint or "") for row in _rows(tmp_path)]
+    assert sorted((tmp_path / "runs" / "tiny").glob("*")) == folders
+    assert all((folder / "model.safetensors").is_file() for folder in folders)
 
 
 def test_another_baseline_under_the_same_name_is_refused_with_what_differs(
@@ -646,21 +555,16 @@ def test_a_searchs_name_is_refused(photos: Path, tmp_path: Path) -> None:
         assert store.designs(store.study("photos").id) == []
 
 
-def test_the_size_of_pictures_does_not_depend_on_later_designs(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = _script(monkeypatch, lambda config: 0.5)
+def test_the_size_of_images_does_not_depend_on_later_designs(photos: Path, tmp_path: Path) -> None:
     first = _plan(photos, tmp_path, factors={"image_size": [64]}, replicates=1)
-    settled = settled_config(first).data.store_size
-    assert (
-        settled == settled_config(_plan(photos, tmp_path, "train.image_size=64")).data.store_size
-    )
-    assert settled != settled_config(_plan(photos, tmp_path)).data.store_size
+    size = settled_config(first).data.store_size
+    assert size == settled_config(_plan(photos, tmp_path, "train.image_size=64")).data.store_size
+    assert size != settled_config(_plan(photos, tmp_path)).data.store_size
     _run(first)
     _run(_plan(photos, tmp_path, replicates=1))
-    assert len(trained) == 4  # the baseline once
+    assert len(_rows(tmp_path)) == 4  # the baseline once
     with Record.open(str(tmp_path / "s.db")) as store:
-        assert store.study("tiny").config["data"]["store_size"] == settled
+        assert store.study("tiny").config["data"]["store_size"] == size
 
 
 def test_a_combination_that_breaks_a_rule_is_named_before_any_run(
@@ -668,7 +572,7 @@ def test_a_combination_that_breaks_a_rule_is_named_before_any_run(
 ) -> None:
     plan = _plan(photos, tmp_path, factors={"mixup": [0.2], "cutmix": [1.0]}, design="factorial")
     with pytest.raises(ConfigError, match=r"^mixup = 0.2, cutmix = 1: mixup and cutmix must not"):
-        cell_configs(plan)
+        plan.configs()
     with pytest.raises(ConfigError, match="mixup and cutmix must not both be on"):
         _run(plan)
     with Record.open(str(tmp_path / "s.db")) as store:
@@ -692,13 +596,3 @@ def test_a_run_is_done_when_its_result_is_its_own(
 ) -> None:
     row = dataclasses.replace(_rows(finished)[0], state=state, reason=reason)
     assert is_settled(row) is expected
-
-
-def test_a_runs_identity_is_its_settings_seed_and_split() -> None:
-    config = TrainConfig()
-    assert run_identity(config, None) == identity(config)
-    other = dataclasses.replace(config, seed=1)
-    found = [run_identity(c, v) for c in (config, other) for v in (None, 0, 1)]
-    assert len(set(found)) == 6
-    moved = dataclasses.replace(config, device="cpu", workers=0)
-    assert run_identity(moved, 1) == run_identity(config, 1)

@@ -1,0 +1,1 @@
+"""Ablations: factors, baseline, designs, and running them."""

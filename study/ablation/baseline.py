@@ -1,0 +1,195 @@
+"""What an ablation compares against: a study's best trial, one of its trials, or a file."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.config import TrainConfig
+from study.ablation.designs import DESIGNS
+from study.ablation.factors import Factor, Levels, make_factors, parse_factors
+from study.config.errors import ConfigError
+from study.config.load import load_config, parse_config
+from study.config.search_space import Space
+from study.config.study_config import AblationSection, StudyConfig
+from study.config.toml import read_value
+from study.record.models import Study, Trial
+from study.record.record import Record
+
+_SUFFIX = "-ablation"
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A baseline, ready to be ablated.
+
+    Attributes:
+        config: The ablation's own study: `train` is the baseline with the first replicate's seed,
+            and nothing is searched.
+        origin: Where it comes from, in words.
+        space: What was searched where it was found; empty for a file's fixed settings.
+        source: The study whose images it must see at the same size; None for a file.
+    """
+
+    config: StudyConfig
+    origin: str
+    space: Space
+    source: StudyConfig | None = None
+
+    @property
+    def settings(self) -> AblationSection:
+        """Return how it is ablated."""
+        return self.config.ablation
+
+
+def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
+    """Read `--factor key=v1,v2` flags; values are TOML, or texts where they are not.
+
+    Returns:
+        Key -> list of values, and faults.
+    """
+    found: dict[str, list[object]] = {}
+    faults = []
+    for text in texts:
+        key, _, written = text.partition("=")
+        if not key.strip() or not written.strip():
+            faults.append(
+                f"--factor: must be KEY=VALUE or KEY=VALUE,VALUE, but got {text!r}; for example "
+                "--factor head_lr_mult=1,100."
+            )
+            continue
+        values = [read_value(part.strip()) for part in written.strip("[]").split(",")]
+        found.setdefault(key.strip().removeprefix("train."), []).extend(values)
+    return dict(found), faults
+
+
+def find_baseline(
+    storage: str | None,
+    base: str,
+    which: str,
+    name: str | None,
+    overrides: Sequence[str],
+    flags: Mapping[str, object],
+) -> Baseline:
+    """Find the baseline that a user named.
+
+    Args:
+        storage: Database; None for the file's own, or the default.
+        base: A study's name, or the path of a TOML file.
+        which: `best`, or a trial's number.
+        name: Name of the ablation's study; None for that of the base with `-ablation`.
+        overrides: `section.key=value` of --set.
+        flags: Key with its section -> value.
+
+    Raises:
+        ConfigError: The file is wrong, or the trial cannot be a baseline.
+        RecordError: There is no such database, study or trial.
+    """
+    if base.endswith(".toml"):
+        if which != "best":
+            raise ConfigError(
+                f"--from takes a trial of a study, but {base} is a file. Leave --from out, or "
+                "name the study."
+            )
+        given = {"study.storage": storage, "study.name": name}
+        given = {key: value for key, value in given.items() if value}
+        return _from_file(load_config(Path(base), overrides, {**flags, **given}), base, name)
+    storage = storage or StudyConfig().study.storage
+    # The database may have been moved since the record in it was written.
+    flags = {**flags, "study.storage": storage}
+    with Record.open(storage) as store:
+        study = store.study(base)
+        designs = store.designs(study.id)
+        if not designs:
+            trial = _choose(store, study, which)
+            best = ", its best" if which == "best" else ""
+            origin = f"trial {trial.number} of study {base}{best}"
+            return _from_trial(study, trial, origin, name or base + _SUFFIX, overrides, flags)
+    if which != "best" or name not in (None, base):
+        raise ConfigError(
+            f"{base} is an ablation, which continues with its own baseline under its own name. "
+            "Leave --from and --name out, or name the search or the file that it came from."
+        )
+    return _resume(study, designs[-1].spec, overrides, flags)
+
+
+def _choose(store: Record, study: Study, which: str) -> Trial:
+    if which == "best":
+        complete = [row for row in store.trials(study.id) if row.state == "complete"]
+        if not complete:
+            raise ConfigError(
+                f"study {study.name} must have a complete trial to be ablated, but has none. "
+                f"Continue it: python -m study resume {study.name}"
+            )
+        return min(complete, key=lambda row: row.rank)
+    if not which.isdigit():
+        raise ConfigError(f"--from must be best or a trial's number, but got {which!r}.")
+    trial = store.trial(study.id, int(which))
+    if trial.state != "complete":
+        raise ConfigError(
+            f"a baseline must be a complete trial, but trial {which} of {study.name} is "
+            f"{trial.state}. Choose another: python -m study show {study.name}"
+        )
+    return trial
+
+
+def _from_trial(
+    study: Study,
+    trial: Trial,
+    origin: str,
+    name: str,
+    overrides: Sequence[str],
+    flags: Mapping[str, object],
+) -> Baseline:
+    source = StudyConfig.from_record(study.config)
+    # The trial was chosen because it did well with its own seed, so its baseline gets new ones.
+    train = dataclasses.replace(TrainConfig(**trial.config), seed=trial.seed + 1)
+    record = source.to_record()
+    record |= {"train": dataclasses.asdict(train), "space": {}}
+    record["study"] |= {"name": name, "timeout": None}
+    config = parse_config(record, f"study {study.name}", overrides, flags)
+    return Baseline(config, origin, source.space, source)
+
+
+def _from_file(config: StudyConfig, path: str, name: str | None) -> Baseline:
+    study = dataclasses.replace(config.study, name=name or config.study.name + _SUFFIX)
+    space = {key: dim for key, dim in config.space.items() if key != "seed"}
+    made = config.model_copy(update={"study": study, "space": {}})
+    return Baseline(made, f"the settings of {Path(path).name}", space)
+
+
+def _resume(
+    study: Study,
+    spec: Mapping[str, Any],
+    overrides: Sequence[str],
+    flags: Mapping[str, object],
+) -> Baseline:
+    """Continue an ablation by its own name: its last design, but for what is given now."""
+    record = dict(study.config)
+    record["ablation"] = {**record["ablation"], **spec["settings"]}
+    if "ablation.factors" not in flags and "ablation.design" not in flags:
+        record["ablation"]["factors"] = {
+            factor["name"]: {level["label"]: level["overrides"] for level in factor["levels"]}
+            for factor in spec["factors"]
+        }
+    config = parse_config(record, f"study {study.name}", overrides, flags)
+    return Baseline(config, spec["origin"], {})
+
+
+def factors_of(baseline: Baseline) -> list[Factor]:
+    """Return the factors of an ablation: those given, or a set that suits the design.
+
+    Raises:
+        ConfigError: Levels break a rule, or do not differ from the baseline.
+    """
+    train, settings = baseline.config.train, baseline.settings
+    levels: Levels
+    if settings.factors:
+        levels = parse_factors(settings.factors)[0]
+    else:
+        levels = DESIGNS[settings.design].propose(train, baseline.space)
+    factors, faults = make_factors(train, levels)
+    if faults:
+        raise ConfigError(*(f"ablation.{fault.key}: {fault.text}" for fault in faults))
+    return factors

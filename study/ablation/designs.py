@@ -1,0 +1,444 @@
+"""Ablation designs: which settings are run, in which order, and what can be told from them."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from core.config import TrainConfig
+from study.ablation.factors import Factor, Levels, components, propose_levels, recipe_levels
+from study.config.errors import ConfigError
+from study.config.search_space import ParamValue, Space
+
+BASELINE = "baseline"
+"""Label of the baseline's own cell."""
+_HIGHEST_RESOLUTION = 5
+
+Scores = list[list[float | None]]
+"""Validation accuracy by cell and replicate, as far as they are done; None = the run failed."""
+Decide = Callable[[Scores, Sequence[int]], set[int]]
+"""Given the scores and the interim analyses so far, the cells whose question is still open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One setting of a design.
+
+    Attributes:
+        levels: Factor -> label of its level; factors at the baseline's level are left out.
+        overrides: Training keys that differ from the baseline's configuration.
+    """
+
+    levels: dict[str, str]
+    overrides: dict[str, ParamValue]
+
+    @property
+    def label(self) -> str:
+        """Name the cell for tables and dashboards."""
+        return cell_label(self.levels)
+
+
+Done = Callable[[Cell], Mapping[int, float | None]]
+"""The runs of a cell that are done: replicate -> validation accuracy, None = the run failed."""
+
+
+def cell_label(levels: Mapping[str, str]) -> str:
+    """Name a cell by those of its levels that are not the baseline's."""
+    return ", ".join(f"{factor} = {level}" for factor, level in levels.items()) or BASELINE
+
+
+class Design(ABC):
+    """What an ablation runs: every cell once per replicate.
+
+    A new design is a subclass here, in `DESIGNS`, and its section of the report.
+
+    Args:
+        factors: What is varied, at least one.
+        max_cells: Most cells of a design that can be reduced to a fraction.
+        resolution: Resolution of that fraction; None for the highest that fits.
+
+    Attributes:
+        kind: Its name, which users and the record give it.
+        summary: What it runs, in a few words.
+        combines_factors: A cell may have several factors at levels other than the baseline's.
+        grows: Which cells follow depends on the results of earlier ones.
+        cells: The settings; the baseline, where it is one of them, comes first.
+        coded: Of factorials and screening designs: level of every factor in every cell as a
+            number, -1 and 1 (0 for the middle of three), or its position; shape (cells, factors).
+        resolution: Of a fractional factorial; None for a full one and other designs.
+        aliasing: What cannot be told apart, one sentence each.
+        construction: How the design was made, in words.
+        steps: Of a path: the factors that have taken over the baseline's level, in order.
+
+    Raises:
+        ConfigError: The factors do not suit the design; says what does.
+    """
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    combines_factors: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
+    construction: str
+
+    def __init__(
+        self, factors: Sequence[Factor], *, max_cells: int = 64, resolution: int | None = None
+    ) -> None:
+        if not factors:
+            raise ConfigError(
+                "an ablation needs at least one factor, but the baseline differs from none of the "
+                "proposed levels. Name some: --factor head_lr_mult=1,100."
+            )
+        self.factors = tuple(factors)
+        self.cells: list[Cell] = []
+        self.coded: list[tuple[int, ...]] = []
+        self.resolution: int | None = None
+        self.aliasing: list[str] = []
+        self.steps: list[str] = []
+        if self.combines_factors:
+            self._check_apart()
+        self._make(max_cells, resolution)
+
+    @classmethod
+    def propose(cls, baseline: TrainConfig, space: Space) -> Levels:
+        """Propose levels where the user named none: one per factor, to keep the cells few."""
+        return {name: levels[:1] for name, levels in propose_levels(baseline, space).items()}
+
+    @abstractmethod
+    def _make(self, max_cells: int, resolution: int | None) -> None:
+        """Set the cells, and what else is known of them."""
+
+    def n_tests(self, replicates: int) -> int:
+        """Count the effects that are tested over replicates: one per factor."""
+        return len(self.factors)
+
+    def n_runs(self, replicates: int) -> int:
+        """Count the runs, all steps of a path included."""
+        return len(self.cells) * replicates
+
+    def missing(
+        self, looks: Sequence[int], done: Done, decide: Decide
+    ) -> Iterator[tuple[Cell, int]]:
+        """Give the runs to do, in order; `done` is asked again after each.
+
+        Args:
+            looks: Replicates at each interim analysis, the last one's at the end.
+            done: What is known.
+            decide: Asked at each interim analysis: cells that it does not name get no more runs.
+        """
+        active = set(range(len(self.cells)))
+        for k, n in enumerate(looks, start=1):
+            yield from _undone([self.cells[i] for i in sorted(active)], n, done)
+            if k == len(looks):
+                return
+            known = [done(cell) for cell in self.cells]
+            scores = [[runs[r] for r in range(n) if r in runs] for runs in known]
+            active = decide(scores, looks[:k])
+            if not active:
+                return
+            active |= {0}
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "kind": self.kind,
+            "factors": [
+                {**asdict(factor), "levels": [asdict(level) for level in factor.levels]}
+                for factor in self.factors
+            ],
+            "cells": [asdict(cell) for cell in self.cells],
+            "coded": [list(row) for row in self.coded],
+            "resolution": self.resolution,
+            "aliasing": list(self.aliasing),
+            "construction": self.construction,
+            "steps": list(self.steps),
+        }
+
+    def _check_apart(self) -> None:
+        """Refuse factors that set the same key: their levels could not be combined."""
+        owner: dict[str, str] = {}
+        for factor in self.factors:
+            for key in sorted({key for level in factor.levels for key in level.overrides}):
+                if key in owner:
+                    raise ConfigError(
+                        f"factors of a {self.kind} design must not share a setting, but "
+                        f"{owner[key]} and {factor.name} both set {key}. Drop one, or use "
+                        "--design ofat."
+                    )
+                owner[key] = factor.name
+
+    def _cell(self, labels: Iterable[str]) -> Cell:
+        """Combine one level of every factor."""
+        pairs = list(zip(self.factors, labels, strict=True))
+        levels = {factor.name: label for factor, label in pairs if label != factor.baseline}
+        overrides: dict[str, ParamValue] = {}
+        for factor, label in pairs:
+            overrides |= factor.overrides(label)
+        return Cell(levels, overrides)
+
+
+def _undone(cells: Sequence[Cell], n: int, done: Done) -> Iterator[tuple[Cell, int]]:
+    """Give the missing ones of the first n replicates, one whole replicate after the other."""
+    for replicate in range(n):
+        for cell in cells:
+            if replicate not in done(cell):
+                yield cell, replicate
+
+
+class OneFactorAtATime(Design):
+    """The baseline, and each level of each factor alone."""
+
+    kind = "ofat"
+    summary = "one factor at a time"
+    combines_factors = False
+    construction = "one factor at a time: the baseline, and each level with all else as in it"
+
+    @classmethod
+    def propose(cls, baseline: TrainConfig, space: Space) -> Levels:
+        """Propose all levels that are worth a comparison."""
+        return propose_levels(baseline, space)
+
+    def _make(self, max_cells: int, resolution: int | None) -> None:
+        self.cells = [Cell({}, {})]
+        for factor in self.factors:
+            for level in factor.levels:
+                self.cells.append(Cell({factor.name: level.label}, dict(level.overrides)))
+
+    def n_tests(self, replicates: int) -> int:
+        """Count the levels, each of which is compared with the baseline."""
+        return len(self.cells) - 1
+
+
+class LeaveOneComponentOut(OneFactorAtATime):
+    """The baseline, and the baseline without each of its components."""
+
+    kind = "loco"
+    summary = "each component of the baseline removed"
+    construction = "leave one component out: the baseline, and each of its components removed"
+
+    @classmethod
+    def propose(cls, baseline: TrainConfig, space: Space) -> Levels:
+        """Propose to take out each component that the baseline has."""
+        return components(baseline)
+
+
+class Factorial(Design):
+    """All combinations of levels, or the fraction of them that still separates what matters."""
+
+    kind = "factorial"
+    summary = "all combinations, or a stated fraction"
+
+    def _make(self, max_cells: int, resolution: int | None) -> None:
+        counts = [len(factor.labels) for factor in self.factors]
+        size = math.prod(counts)
+        if size <= max_cells and resolution is None:
+            self.coded = list(itertools.product(*(range(n) for n in counts)))
+            self.construction = f"full factorial, {size} combinations"
+        else:
+            self._check_two_levels(size, max_cells)
+            self._make_fraction(size, max_cells, resolution)
+        self.cells = [
+            self._cell(factor.labels[k] for factor, k in zip(self.factors, row, strict=True))
+            for row in self.coded
+        ]
+
+    def _check_two_levels(self, size: int, max_cells: int) -> None:
+        many = ", ".join(factor.name for factor in self.factors if len(factor.levels) > 1)
+        if many:
+            raise ConfigError(
+                f"a fraction of a factorial needs two levels per factor, but {many} has more, and "
+                f"the full design has {size} combinations (ablation.max_cells is {max_cells}). "
+                "Give one level beside the baseline's for each, fewer factors, or a larger "
+                "--set ablation.max_cells."
+            )
+
+    def _make_fraction(self, size: int, max_cells: int, asked: int | None) -> None:
+        import pydoe
+
+        n = len(self.factors)
+        for resolution in [asked] if asked else range(_HIGHEST_RESOLUTION, 2, -1):
+            if resolution > n:
+                continue
+            table = pydoe.fracfact_by_res(n, resolution)
+            if asked or len(table) <= max_cells:
+                break
+        else:
+            raise ConfigError(
+                f"a fraction of {n} two-level factors needs more than {max_cells} combinations, "
+                "or the resolution is larger than the number of factors. Raise --set "
+                "ablation.max_cells, lower the resolution, or use --design screen."
+            )
+        self.coded = sorted({tuple(int(value > 0) for value in row) for row in table})
+        self.resolution = resolution
+        self.aliasing = _aliases(self.coded, [factor.name for factor in self.factors])
+        n_left_out = n - (len(self.coded).bit_length() - 1)
+        self.construction = (
+            f"2^({n}-{n_left_out}) fractional factorial of resolution {resolution}: "
+            f"{len(self.coded)} of {size} combinations (pyDOE)"
+        )
+
+    def n_tests(self, replicates: int) -> int:
+        """Count the main effects, and the interactions of two where they are clear of those."""
+        n = len(self.factors)
+        is_clear = self.resolution is None or self.resolution >= _HIGHEST_RESOLUTION
+        return n + (math.comb(n, 2) if is_clear else 0)
+
+
+def _aliases(coded: Sequence[Sequence[int]], names: Sequence[str]) -> list[str]:
+    """Say which main effects and two-factor interactions of a two-level design are mixed up."""
+    positions = range(len(names))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for some in [*itertools.combinations(positions, 1), *itertools.combinations(positions, 2)]:
+        column = [math.prod(2 * row[k] - 1 for k in some) for row in coded]
+        # A column and its negative say the same.
+        key = tuple(value * column[0] for value in column)
+        groups.setdefault(key, []).append(" × ".join(names[k] for k in some))
+    return [" = ".join(group) for group in groups.values() if len(group) > 1]
+
+
+class Path(Design):
+    """From the factors' other levels to the baseline, the best change first.
+
+    Each step takes over from the baseline the one setting that helps most, when really trained
+    (Fawcett & Hoos 2016, doi:10.1007/s10732-014-9275-9).
+    """
+
+    kind = "path"
+    summary = "from one setting to another, the best change first"
+    grows = True
+    construction = (
+        "ablation path (Fawcett & Hoos 2016): from the start, at each step every remaining change "
+        "towards the baseline is trained, and the one with the best mean accuracy is kept"
+    )
+
+    @classmethod
+    def propose(cls, baseline: TrainConfig, space: Space) -> Levels:
+        """Propose to begin at the recipes' values of what was searched."""
+        return recipe_levels(baseline, space)
+
+    def _make(self, max_cells: int, resolution: int | None) -> None:
+        many = ", ".join(factor.name for factor in self.factors if len(factor.levels) > 1)
+        if many:
+            raise ConfigError(
+                "a path leads from one setting to the baseline, so each factor has one level "
+                f"beside the baseline's, but got more for {many}."
+            )
+        self.cells = [self._at(()), *self.candidates().values()]
+
+    def _at(self, taken: Iterable[str]) -> Cell:
+        """Return the cell in which these factors have the baseline's level already."""
+        names = set(taken)
+        return self._cell(factor.labels[factor.name not in names] for factor in self.factors)
+
+    def candidates(self) -> dict[str, Cell]:
+        """Return the changes that the next step may take, and the cells that they lead to."""
+        left = [factor.name for factor in self.factors if factor.name not in self.steps]
+        return {name: self._at([*self.steps, name]) for name in left}
+
+    def take(self, name: str) -> None:
+        """Take a step; the candidates of the next one become cells."""
+        self.steps.append(name)
+        self.cells += [cell for cell in self.candidates().values() if cell not in self.cells]
+
+    def missing(
+        self, looks: Sequence[int], done: Done, decide: Decide
+    ) -> Iterator[tuple[Cell, int]]:
+        """Give the runs of one step after the other, from wherever the path is."""
+        n = looks[-1]
+        yield from _undone(self.cells[:1], n, done)
+        while candidates := self.candidates():
+            yield from _undone(list(candidates.values()), n, done)
+            means = {name: _mean(done(cell), n) for name, cell in candidates.items()}
+            self.take(max(means, key=lambda name: means[name]))
+
+    def n_runs(self, replicates: int) -> int:
+        """Count the runs of the start and of every step's candidates."""
+        n = len(self.factors)
+        return (1 + n * (n + 1) // 2) * replicates
+
+
+def _mean(runs: Mapping[int, float | None], n: int) -> float:
+    """Return the mean accuracy; a cell of which a run failed comes last."""
+    values = [value for r in range(n) if (value := runs[r]) is not None]
+    return sum(values) / n if len(values) == n else -1.0
+
+
+class Screening(Design):
+    """Many factors in few runs.
+
+    Definitive screening (Jones & Nachtsheim 2011) where a factor has a level on each side of the
+    baseline's, so that curvature shows; Plackett-Burman where every factor has one other level.
+    """
+
+    kind = "screen"
+    summary = "many factors in few runs"
+
+    def _make(self, max_cells: int, resolution: int | None) -> None:
+        import pydoe
+
+        if len(self.factors) < 3:
+            raise ConfigError(
+                "a screening design needs at least three factors, but got "
+                f"{len(self.factors)}. Name more, or use --design factorial."
+            )
+        three = [factor for factor in self.factors if _is_bracketed(factor)]
+        two = [factor for factor in self.factors if len(factor.levels) == 1]
+        if len(three) + len(two) < len(self.factors):
+            wrong = ", ".join(f.name for f in self.factors if f not in three and f not in two)
+            raise ConfigError(
+                "a factor of a screening design must have one level beside the baseline's, or "
+                f"two numbers, one below and one above it; this does not hold for {wrong}. Use "
+                "--design ofat for factors with more levels."
+            )
+        if three:
+            table = pydoe.definitive_screening_design(len(three), n_cat=len(two))
+            name = "definitive screening design (Jones & Nachtsheim 2011, by pyDOE)"
+            told = "main effects are free of two-factor interactions and of squares"
+            if two:
+                told = (
+                    "main effects of three-level factors are free of squares; with two-level "
+                    "factors, main effects are partly mixed with interactions"
+                )
+        else:
+            table = pydoe.pbdesign(len(two))
+            name = "Plackett-Burman design (pyDOE)"
+            told = "every main effect is mixed with parts of the interactions of other factors"
+        self.factors = (*three, *two)
+        self.coded = [tuple(round(value) for value in row) for row in table]
+        self.aliasing = [told]
+        self.construction = f"{name}: {len(table)} settings for {len(self.factors)} factors"
+        self.cells = [
+            self._cell(_coded_label(f, code) for f, code in zip(self.factors, row, strict=True))
+            for row in self.coded
+        ]
+
+    def n_tests(self, replicates: int) -> int:
+        """Count the main effects; Lenth's method judges one replicate without a test."""
+        return super().n_tests(replicates) if replicates > 1 else 0
+
+
+def _is_bracketed(factor: Factor) -> bool:
+    """Say whether a factor has two numbers, one on each side of the baseline's."""
+    values = [level.overrides.get(factor.name) for level in factor.levels]
+    numbers = sorted(value for value in values if isinstance(value, int | float))
+    try:
+        own = float(factor.baseline.partition(" ")[0])
+    except ValueError:
+        return False
+    return len(values) == len(numbers) == 2 and numbers[0] < own < numbers[1]
+
+
+def _coded_label(factor: Factor, code: int) -> str:
+    """Read a code: of three levels -1, 0, 1 are low, baseline, high; of two, -1 is baseline."""
+    if len(factor.levels) == 1:
+        return factor.labels[code > 0]
+    low, high = sorted(factor.levels, key=lambda level: float(str(level.overrides[factor.name])))
+    return {-1: low.label, 0: factor.baseline, 1: high.label}[code]
+
+
+DESIGNS: dict[str, type[Design]] = {
+    design.kind: design
+    for design in (OneFactorAtATime, LeaveOneComponentOut, Factorial, Path, Screening)
+}
+"""The designs by name."""

@@ -1,0 +1,367 @@
+"""Run an ablation: every cell of a design once per replicate, in the same record as a search."""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+
+from core.config import TrainConfig
+from study.ablation.baseline import Baseline, factors_of
+from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
+from study.config.errors import ConfigError
+from study.config.load import check_backbones
+from study.config.search_space import apply_params
+from study.config.study_config import StudyConfig, config_diff
+from study.execution.progress import Counts, Progress, StudyEnded, StudyStarted
+from study.execution.session import Session, corner_configs, open_session, stored_side
+from study.execution.trial_engine import (
+    VAL_SEED,
+    TrialEngine,
+    TrialRequest,
+    identity,
+    is_settled,
+)
+from study.record.models import Trial
+from study.record.record import LEVELS, Record, config_hash
+
+# Each interim analysis comes after half as many replicates again: few, so that little of the
+# allowed error is spent on each.
+_LOOK_GROWTH = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an ablation is to do, settled before its first run.
+
+    Attributes:
+        baseline: What is compared against.
+        design: Its cells; those of a path grow while it runs.
+        looks: Replicates at each interim analysis, the last one's at the end; one alone unless
+            the ablation is adaptive.
+    """
+
+    baseline: Baseline
+    design: Design
+    looks: tuple[int, ...]
+
+    @property
+    def n_runs(self) -> int:
+        """Count the runs: all that an adaptive ablation may need, all steps of a path."""
+        return self.design.n_runs(self.looks[-1])
+
+    @property
+    def n_tests(self) -> int:
+        """Count the effects that are tested."""
+        return self.design.n_tests(self.looks[-1])
+
+    def configs(self) -> list[TrainConfig]:
+        """Return what each cell trains, with the first replicate's seed.
+
+        Raises:
+            ConfigError: A combination of levels breaks a rule.
+        """
+        found = []
+        for cell in self.design.cells:
+            try:
+                found.append(apply_params(self.baseline.config.train, cell.overrides))
+            except ValueError as err:
+                raise ConfigError(f"{cell.label}: {err}") from err
+        return found
+
+
+def make_plan(baseline: Baseline) -> Plan:
+    """Make the design that a baseline's settings ask for.
+
+    Raises:
+        ConfigError: The factors do not suit the design, or it cannot be adaptive.
+    """
+    settings = baseline.settings
+    first, most = settings.replicates, settings.max_replicates
+    design = DESIGNS[settings.design](
+        factors_of(baseline), max_cells=settings.max_cells, resolution=settings.resolution
+    )
+    if not settings.adaptive:
+        return Plan(baseline, design, (first,))
+    if design.combines_factors:
+        alone = " or ".join(kind for kind, each in DESIGNS.items() if not each.combines_factors)
+        raise ConfigError(
+            f"--adaptive adds replicates to single levels, so it needs --design {alone}, but got "
+            f"design={design.kind!r}."
+        )
+    if first < 2 or most <= first:
+        raise ConfigError(
+            "an adaptive ablation must begin with at least 2 replicates and may end with more "
+            f"(ablation.max_replicates), but got {first} and {most}."
+        )
+    looks = [first]
+    while looks[-1] < most:
+        step = math.ceil(looks[-1] * _LOOK_GROWTH)
+        # None that the last one follows closely: it would spend error and see little.
+        looks.append(most if step * _LOOK_GROWTH > most else step)
+    return Plan(baseline, design, tuple(looks))
+
+
+def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
+    """Return the ablation's configuration with the size at which images are kept.
+
+    What a run sees must not depend on the other cells of the design, so the size is that of the
+    ablation in the record, or of the study that found the baseline, or enough for every cell.
+
+    Args:
+        plan: What is to be run.
+        store: The record, if there is one.
+
+    Raises:
+        ConfigError: The study of this name is a search, or has another baseline.
+    """
+    config, source = plan.baseline.config, plan.baseline.source
+    row = store.find_study(config.study.name) if store else None
+    if row is not None and row.config["space"]:
+        raise ConfigError(
+            f"study {row.name} is a search, so it cannot hold an ablation too. Use another --name."
+        )
+    if config.data.store_size is None:
+        if row is not None:
+            size = row.config["data"]["store_size"]
+        else:
+            size = stored_side(corner_configs(source) if source else plan.configs())
+        data = dataclasses.replace(config.data, store_size=size)
+        config = config.model_copy(update={"data": data})
+    if row is not None and (changes := config_diff(StudyConfig.from_record(row.config), config)):
+        raise ConfigError(
+            f"ablation {row.name} is already in {config.study.storage} with another baseline:\n  "
+            + "\n  ".join(changes)
+            + f"\nUse another --name, or continue that one: python -m study ablate {row.name}"
+        )
+    return config
+
+
+def check_begun(plan: Plan) -> None:
+    """Refuse, before a run, what the database has under the ablation's name, if it is another.
+
+    Raises:
+        ConfigError: The study of this name is a search, or has another baseline.
+    """
+    storage = plan.baseline.config.study.storage
+    if "://" in storage or Path(storage).is_file():
+        with Record.open(storage) as store:
+            settled_config(plan, store)
+
+
+@dataclass(frozen=True, slots=True)
+class AblationOutcome:
+    """How an ablation ended.
+
+    Attributes:
+        study_name: The ablation's study.
+        stopped_because: `complete`, `timeout` or `interrupted`.
+        counts: Trials of the study by state.
+        n_done: Runs of this design that are done.
+        n_planned: Runs of this design in all, as far as it is known.
+        best_number: The best complete trial, if any.
+        best_value: Its validation accuracy, in [0, 1].
+        duration_s: Wall time of this run.
+        checkpoint: Always None: an ablation chooses nothing.
+    """
+
+    study_name: str
+    stopped_because: str
+    counts: Counts
+    n_done: int
+    n_planned: int
+    best_number: int | None
+    best_value: float | None
+    duration_s: float
+    checkpoint: Path | None = None
+
+
+def run_ablation(
+    plan: Plan,
+    *,
+    progress: Progress,
+    command: str,
+    decide: Decide,
+    take_over: bool = False,
+) -> AblationOutcome:
+    """Run or continue an ablation.
+
+    Args:
+        plan: What to run.
+        progress: What the user sees.
+        command: Command line, for the record.
+        decide: Says which cells are still open; asked by adaptive ablations only.
+        take_over: Begin although a process of another machine has not signed off.
+
+    Raises:
+        ConfigError: The ablation of this name has another baseline, or cannot be run.
+        RecordError: The database is not ours, or the study is being run elsewhere.
+        ValueError: Images, weights, backbone or device cannot be used.
+    """
+    begin = time.monotonic()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_backbones(plan.baseline.config)
+    with Record.open(plan.baseline.config.study.storage, create=True) as store:
+        config = settled_config(plan, store)
+        with open_session(
+            store,
+            config,
+            plan.configs(),
+            progress=progress,
+            command=command,
+            resume=f"python -m study ablate {config.study.name}",
+            take_over=take_over,
+        ) as session:
+            ablation = _Ablation(plan, session)
+            session.because = ablation.run(command, decide, begin)
+            outcome = ablation.outcome(session.because, time.monotonic() - begin)
+            progress.emit(StudyEnded(outcome))
+            return outcome
+
+
+class _Ablation:
+    """One process's part in an ablation: which runs are to be done, and which are."""
+
+    def __init__(self, plan: Plan, session: Session) -> None:
+        self.plan = plan
+        self.design = plan.design
+        self.session = session
+        self.config = session.config
+        keeps_all = self.config.ablation.keep_checkpoints
+        self.engine = TrialEngine(session, keep_best=None if keeps_all else 0)
+        self.rows: dict[str, Trial] = {}  # by identity
+        self._known: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        self._recorded: dict[str, object] = {}
+
+    def run(self, command: str, decide: Decide, begin: float) -> str:
+        """Run what is missing; return why it ended."""
+        self.session.images(self._val_seed(0))  # a source that cannot be split again shows here
+        continued = self.engine.recover()
+        for row in self.session.record.trials(self.session.study_id):
+            if is_settled(row):
+                self.rows.setdefault(row.config_hash, row)
+        self._record_design(command)
+        best = self._best()
+        self.session.progress.emit(
+            StudyStarted(
+                self.config.study.name,
+                self.plan.n_runs,
+                self._counts(),
+                best.value if best else None,
+                best.ranked_by if best else None,
+            )
+        )
+        for request in continued:
+            self._run(request)
+        for cell, replicate in self.design.missing(self.plan.looks, self._done, decide):
+            self._record_design(command)  # a path may have taken a step
+            if self.session.stop.is_set():
+                return "interrupted"
+            timeout = self.config.study.timeout
+            if timeout is not None and time.monotonic() - begin > timeout:
+                return "timeout"
+            if not self._run(self._request(cell, replicate)):
+                return "interrupted"
+        self._record_design(command)
+        return "complete"
+
+    def _run(self, request: TrialRequest) -> bool:
+        """Run a trial; return whether it ended."""
+        if self.engine.run(request).state == "stopped":
+            return False
+        row = self.session.record.trial(self.session.study_id, request.number)
+        self.rows[row.config_hash] = row
+        return True
+
+    def _request(self, cell: Cell, replicate: int) -> TrialRequest:
+        """Begin a trial of Optuna's for a run, and return its request."""
+        val_seed = self._val_seed(replicate)
+        levels = {f.name: cell.levels.get(f.name, f.baseline) for f in self.design.factors}
+        attrs = {"cell": cell.label, "replicate": replicate, LEVELS: levels, VAL_SEED: val_seed}
+        trial = self.session.record.start_trial(self.session.study_id, {}, {}, attrs)
+        return TrialRequest(
+            number=trial.number,
+            config=self._train(cell, replicate),
+            origin=f"{cell.label}, replicate {replicate + 1}",
+            params=levels,
+            val_seed=val_seed,
+            factor=", ".join(cell.levels) or BASELINE,
+            level=", ".join(cell.levels.values()) or None,
+            replicate=replicate,
+            identity=self._identity(cell, replicate),
+        )
+
+    def _train(self, cell: Cell, replicate: int) -> TrainConfig:
+        train = apply_params(self.config.train, cell.overrides)
+        return dataclasses.replace(train, seed=train.seed + replicate)
+
+    def _identity(self, cell: Cell, replicate: int) -> str:
+        """Return the hash by which two runs are the same: settings, seed, and split."""
+        own, val_seed = identity(self._train(cell, replicate)), self._val_seed(replicate)
+        return own if val_seed is None else config_hash({"run": own, "val_seed": val_seed})
+
+    def _val_seed(self, replicate: int) -> int | None:
+        """Return the seed of a replicate's own validation split; None for the study's.
+
+        The study's own split is not among them: a search has chosen the baseline on it.
+        """
+        if not self.config.ablation.resplit:
+            return None
+        known = self.config.data.val_seed
+        return (self.config.data.split_seed if known is None else known) + 1 + replicate
+
+    def _identities(self, cell: Cell) -> list[str]:
+        """Return the identities of a cell's replicates."""
+        key = tuple(cell.levels.items())
+        if key not in self._known:
+            self._known[key] = [self._identity(cell, r) for r in range(self.plan.looks[-1])]
+        return self._known[key]
+
+    def _done(self, cell: Cell) -> dict[int, float | None]:
+        rows = {r: self.rows.get(text) for r, text in enumerate(self._identities(cell))}
+        return {
+            r: row.value if row.state == "complete" else None for r, row in rows.items() if row
+        }
+
+    def _record_design(self, command: str) -> None:
+        """Bring the design in the record up to date."""
+        baseline = self.plan.baseline
+        spec = self.design.to_record() | {
+            "origin": baseline.origin,
+            "settings": dataclasses.asdict(self.config.ablation) | {"factors": None},
+            "looks": list(self.plan.looks),
+            "first_seed": self.config.train.seed,
+            "runs": [self._identities(cell) for cell in self.design.cells],
+        }
+        if spec == self._recorded:
+            return
+        self._recorded = spec
+        parts = {name: spec[name] for name in ("kind", "factors", "coded")}
+        key = config_hash(parts | {"resplit": self.config.ablation.resplit})
+        self.session.record.put_design(self.session.study_id, key, self.design.kind, spec, command)
+
+    def _counts(self) -> Counts:
+        """Count the runs of this design that are done."""
+        values = [value for cell in self.design.cells for value in self._done(cell).values()]
+        n_failed = values.count(None)
+        return Counts(complete=len(values) - n_failed, failed=n_failed)
+
+    def _best(self) -> Trial | None:
+        done = [row for row in self.rows.values() if row.state == "complete"]
+        return min(done, key=lambda row: row.rank, default=None)
+
+    def outcome(self, because: str, duration_s: float) -> AblationOutcome:
+        """Sum up after this run."""
+        best, done = self._best(), self._counts()
+        return AblationOutcome(
+            study_name=self.config.study.name,
+            stopped_because=because,
+            counts=Counts.of(self.session.record.trials(self.session.study_id)),
+            n_done=done.complete + done.failed,
+            n_planned=self.plan.n_runs,
+            best_number=best.number if best else None,
+            best_value=best.value if best else None,
+            duration_s=duration_s,
+        )
