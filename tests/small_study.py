@@ -20,6 +20,7 @@ SETTINGS = [
     "train.epochs=2",
     "train.batch_size=8",
     'train.device="cpu"',
+    'train.head_solver="sgd"',
 ]
 HEADS = """
 [train]

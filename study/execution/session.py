@@ -160,7 +160,7 @@ def outside_cause(err: Exception) -> str | None:
         cause = err.__cause__
     text = " ".join(str(getattr(cause, "orig", cause)).split())
     if isinstance(cause, OSError | DBAPIError):
-        is_full = "disk is full" in text
+        is_full = "disk is full" in text or "No space left" in text
         while cause is not None and not is_full:
             is_full = isinstance(cause, OSError) and cause.errno in _FULL_DISK
             cause = cause.__cause__ or cause.__context__

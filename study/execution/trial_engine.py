@@ -201,7 +201,7 @@ class TrialEngine:
         try:
             with contextlib.closing(self._epochs(request, course, trial)) as epochs:
                 for metrics in epochs:
-                    if on_epoch(metrics) and metrics.epoch + 1 < request.config.epochs:
+                    if on_epoch(metrics) and metrics.epoch + 1 < request.config.n_epochs:
                         state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
                         break
         except Interrupted:
@@ -258,7 +258,7 @@ class TrialEngine:
 
     def _emit_started(self, request: TrialRequest) -> None:
         self.session.progress.emit(
-            TrialStarted(request.number, request.origin, request.params, request.config.epochs)
+            TrialStarted(request.number, request.origin, request.params, request.config.n_epochs)
         )
 
     def _enter(

@@ -112,7 +112,7 @@ def test_another_process_at_work_is_refused_and_nothing_of_the_study_changes(
         before = record.study("photos")
         with (
             pytest.raises(RecordError, match="is being run by process"),
-            _open(record, _config(home, "study.trials=99")),
+            _open(record, config_of(home, 99)),
         ):
             raise AssertionError("two sessions at once")
         assert record.study("photos") == before
@@ -135,8 +135,7 @@ def test_another_configuration_is_refused_with_the_difference(home: Path, record
 def test_keys_that_change_no_result_may_change(home: Path, record: Record) -> None:
     with _open(record, _config(home)):
         pass
-    free = ["study.trials=50", "train.workers=0", "ablation.replicates=9"]
-    with _open(record, _config(home, *free)):
+    with _open(record, config_of(home, 50, "train.workers=0", "ablation.replicates=9")):
         pass
     record = record.study("photos").config
     assert (record["study"]["trials"], record["ablation"]["replicates"]) == (50, 9)

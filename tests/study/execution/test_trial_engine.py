@@ -20,7 +20,7 @@ from study.execution import trial_engine
 from study.execution.progress import EpochEnded, Event, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, open_session, outside_cause
 from study.execution.trial_engine import TrialEngine, TrialRequest, TrialResult, identity
-from study.record.frames import read_pictures
+from study.record.frames import read_misclassified
 from study.record.record import Record
 
 
@@ -59,7 +59,7 @@ def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
         result = TrialEngine(session, keep_best=1).run(request)
         row = session.record.trial(session.study_id, 0)
         epochs = session.record.epochs(row.id)
-        images = read_pictures(session.record, "photos", 0)
+        images = read_misclassified(session.record, "photos", 0)
         assert session.record.has_predictions(row.id, "val")
         alone = [m.val_acc for m in fit(request.config, session.data)]
     assert [m.val_acc for m in epochs] == alone
@@ -88,6 +88,15 @@ def test_the_caller_may_stop_a_trial_but_not_after_its_last_epoch(home: Path) ->
         whole = engine.run(_request(session, epochs=2), stop)
     assert (pruned.state, pruned.reason) == ("pruned", "pruned after epoch 2")
     assert (whole.state, asked) == ("complete", [0, 1, 0, 1])
+
+
+def test_a_solved_head_is_one_epoch_that_cannot_be_pruned(home: Path) -> None:
+    with opened(home) as session:
+        request = _request(session, epochs=5, head_solver="logistic")
+        result = TrialEngine(session).run(request, lambda _: True)
+        row = session.record.trial(session.study_id, 0)
+    assert (result.state, row.epochs_done) == ("complete", 1)
+    assert "base_lr" in row.without_effect
 
 
 @pytest.mark.parametrize(("keep_best", "kept"), [(None, 3), (1, 1), (0, 0)])
@@ -132,10 +141,10 @@ def test_trials_that_diverge_do_not_halt_a_study(home: Path) -> None:
 
 @pytest.fixture
 def disk(home: Path) -> Iterator[Path]:
-    """A disk of 24 MB."""
+    """A disk of 100 MB: two checkpoints."""
     folder = home / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a small disk can be mounted by root only")
     yield folder
