@@ -31,6 +31,7 @@ class AblationPaths:
         latex: Every table, and the methods, in a document that compiles.
         csv: Effects and runs, unrounded.
         figures: PNG, SVG and PDF of each.
+        sections: What it says of each design, the last one used first.
     """
 
     html: Path
@@ -38,6 +39,7 @@ class AblationPaths:
     latex: Path
     csv: tuple[Path, ...]
     figures: tuple[Path, ...]
+    sections: tuple[Section, ...]
 
 
 def write_ablation(
@@ -78,6 +80,7 @@ def write_ablation(
         latex=out_dir / "tables.tex",
         csv=tuple(_write_csv(pairs, out_dir)),
         figures=save_figures(drawings, out_dir / "figures"),
+        sections=tuple(sections),
     )
     paths.html.write_text(render_template("ablation.html", told), encoding="utf-8")
     paths.markdown.write_text("\n\n".join(map(to_markdown, grids)) + "\n", encoding="utf-8")

@@ -25,6 +25,9 @@ SETTINGS = [
 HEADS = """
 [train]
 freeze_depth = 5
+[search]
+pruner = "none"
+recipes = false
 [space]
 base_lr = {low = 1e-4, high = 1e-1, log = true}
 """

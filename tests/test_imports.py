@@ -18,18 +18,18 @@ RECORD = (
     "study.record.record",
 )
 # The command line stands above all three rooms.
-ABOVE = ("study/__main__.py", "study/ablation_commands.py")
+ABOVE = ("study/cli/main.py", "study/cli/ablation.py")
 HEAVY = ("torch", "torchvision", "timm")
 # These answer before torch is loaded, or run where it is not needed.
 WITHOUT_TORCH = (
     "core/config.py",
     "core/metrics.py",
+    "study/cli/main.py",
+    "study/cli/views.py",
     "study/config/formatting.py",
     "study/config/load.py",
     "study/config/toml.py",
-    "study/parser.py",
     "study/execution/progress.py",
-    "study/show.py",
     "study/execution/terminal.py",
 )
 
@@ -94,12 +94,3 @@ def test_light_modules_load_nothing_heavy(file: str) -> None:
             if room(module) in OURS and module not in seen:
                 seen.add(module)
                 todo.append(ROOT / f"{module.replace('.', '/')}.py")
-
-
-def test_the_command_line_loads_only_the_standard_library_and_its_parser() -> None:
-    ours = [
-        module
-        for module in imports(ROOT / "study" / "__main__.py", at_top_only=True)
-        if room(module) in OURS
-    ]
-    assert ours == ["study.parser"]

@@ -4,8 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from core.metrics import EpochMetrics
 from study.config.formatting import json_text
@@ -49,25 +48,6 @@ class Counts:
     def finished(self) -> int:
         """Return how many trials ended by themselves, as the study's target counts them."""
         return self.complete + self.pruned + self.failed - self.cut_short
-
-
-class Outcome(Protocol):
-    """What the display needs of how a run of a study ended."""
-
-    @property
-    def study_name(self) -> str: ...  # noqa: D102
-    @property
-    def stopped_because(self) -> str: ...  # noqa: D102
-    @property
-    def counts(self) -> Counts: ...  # noqa: D102
-    @property
-    def best_number(self) -> int | None: ...  # noqa: D102
-    @property
-    def best_value(self) -> float | None: ...  # noqa: D102
-    @property
-    def checkpoint(self) -> Path | None: ...  # noqa: D102
-    @property
-    def duration_s(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +125,9 @@ class DataProgress:
 
 @dataclass(frozen=True, slots=True)
 class StudyEnded:
-    """A run of a study has ended."""
+    """A run of a study has ended; the outcome is a search's or an ablation's."""
 
-    outcome: Outcome
+    outcome: object
 
 
 Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress | StudyEnded

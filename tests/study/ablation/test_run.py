@@ -55,6 +55,7 @@ SETTINGS = [
     "train.batch_size=8",
     "train.seed=7",
     'train.device="cpu"',
+    'train.head_solver="sgd"',
     "ablation.keep_checkpoints=false",
 ]
 FACTORS = {"base_lr": [0.001], "augment": ["none"]}
@@ -322,7 +323,7 @@ def test_a_killed_ablation_continues_and_ends_with_the_same_effects(
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert [row.state for row in _rows(cut)] == ["complete"] * 3 + ["running"]
+    assert [row.state for row in _rows(cut)] == ["complete"] * 3 + ["interrupted"]
     outcome = _run(_plan(photos, cut, "train.epochs=2"))
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
     states = [(row.state, row.reason) for row in _rows(cut)]

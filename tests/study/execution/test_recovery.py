@@ -19,7 +19,6 @@ from study.execution import trial_engine
 from study.execution.progress import Note
 from study.record.record import Record
 
-PRUNER = 'search.pruner="none"'
 EPOCHS = "train.epochs=4"
 # Arguments: home, trials, and after how many saved states the process dies.
 KILLED_IN_AN_EPOCH = """
@@ -42,7 +41,7 @@ resume.TrainingState.save = save_and_die
 resume._EVERY_S = resume._LEAST_COST_S = 0.0
 resume._MOST_SHARE = 1e9
 home = Path(sys.argv[1])
-run(config_of(home, int(sys.argv[2]), 'search.pruner="none"', "train.epochs=4"))
+run(config_of(home, int(sys.argv[2]), "train.epochs=4"))
 """
 KILLED_BETWEEN_THE_COMMITS = """
 import os, sys
@@ -58,7 +57,7 @@ def die_at_the_second(store, study_id, number, *args, **more):
     whole(store, study_id, number, *args, **more)
 
 Record.tell = die_at_the_second
-run(config_of(Path(sys.argv[1]), int(sys.argv[2]), 'search.pruner="none"', "train.epochs=4"))
+run(config_of(Path(sys.argv[1]), int(sys.argv[2]), "train.epochs=4"))
 """
 
 
@@ -95,12 +94,12 @@ def test_a_trial_killed_in_an_epoch_is_continued_and_equals_the_uninterrupted_on
     home: Path, tmp_path_factory: pytest.TempPathFactory, n_saved: int
 ) -> None:
     whole = make_home(tmp_path_factory.mktemp("whole"))
-    run(config_of(whole, 2, PRUNER, EPOCHS))
+    run(config_of(whole, 2, EPOCHS))
     _dies(KILLED_IN_AN_EPOCH, home, 2, n_saved)
     assert [trial.state for trial in optuna_trials(home)][0] is TrialState.RUNNING
     assert (home / "runs" / "photos" / "state" / "trial-0000.pt").is_file()
     listener = Listener()
-    outcome = run(config_of(home, 2, PRUNER, EPOCHS), progress=listener)
+    outcome = run(config_of(home, 2, EPOCHS), progress=listener)
     assert outcome.counts.finished == 2
     assert any("continued after epoch" in e.text for e in listener.events if isinstance(e, Note))
     _assert_equal_studies(home, whole)
@@ -112,11 +111,11 @@ def test_a_trial_killed_between_its_last_two_commits_is_reported_and_counted_onc
     home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = make_home(tmp_path_factory.mktemp("whole"))
-    run(config_of(whole, 3, PRUNER, EPOCHS))
+    run(config_of(whole, 3, EPOCHS))
     _dies(KILLED_BETWEEN_THE_COMMITS, home, 3)
     assert optuna_trials(home)[1].state is TrialState.RUNNING
     ended = rows_of(home)[1].ended_at
-    outcome = run(config_of(home, 3, PRUNER, EPOCHS))
+    outcome = run(config_of(home, 3, EPOCHS))
     assert (outcome.counts.finished, outcome.counts.complete) == (3, 3)
     assert rows_of(home)[1].ended_at == ended
     _assert_equal_studies(home, whole)
@@ -146,7 +145,7 @@ def _dies_here(config: StudyConfig, monkeypatch: pytest.MonkeyPatch, method: str
 def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
     home: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    config = config_of(home, 1, PRUNER, "search.recipes=false")
+    config = config_of(home, 1)
     _dies_here(config, monkeypatch, method)
     assert [trial.state for trial in optuna_trials(home)][0] is TrialState.RUNNING
     shutil.rmtree(home / "runs" / "photos" / "state", ignore_errors=True)  # from a slow epoch
@@ -160,7 +159,7 @@ def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
 def test_settings_that_kill_the_process_run_three_more_times_at_most(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(home, 1, PRUNER, "search.recipes=false")
+    config = config_of(home, 1)
     for _ in range(6):
         _dies_here(config, monkeypatch, "add_epoch")
     params = [str(row.params) for row in rows_of(home)]
@@ -171,7 +170,7 @@ def test_a_stopped_trial_is_continued_under_its_number(
     home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_home(tmp_path_factory.mktemp("whole"))
-    run(config_of(whole, 2, PRUNER, EPOCHS))
+    run(config_of(whole, 2, EPOCHS))
     asked = 0
 
     def fit_until_told(*args: object, **options: object):
@@ -186,10 +185,10 @@ def test_a_stopped_trial_is_continued_under_its_number(
 
     with monkeypatch.context() as patch:
         patch.setattr(trial_engine, "fit", fit_until_told)
-        outcome = run(config_of(home, 2, PRUNER, EPOCHS))
+        outcome = run(config_of(home, 2, EPOCHS))
     assert outcome.stopped_because == "interrupted"
     assert optuna_trials(home)[outcome.counts.finished].state is TrialState.RUNNING
-    assert run(config_of(home, 2, PRUNER, EPOCHS)).counts.finished == 2
+    assert run(config_of(home, 2, EPOCHS)).counts.finished == 2
     _assert_equal_studies(home, whole)
 
 

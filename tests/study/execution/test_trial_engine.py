@@ -170,9 +170,8 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
     home: Path, disk: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = str(home / place / "s.db")
-    settings = ['search.pruner="none"', "search.recipes=false"]
     flags = {"study.storage": storage, "study.output": str(disk / "runs")}
-    config = config_of(home, 1, *settings, **flags)
+    config = config_of(home, 1, **flags)
     with (
         monkeypatch.context() as patch,
         pytest.raises(StudyHalted, match=r"disk is full .*Free space .*study resume photos"),

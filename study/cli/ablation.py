@@ -1,0 +1,255 @@
+"""What the commands about ablations do: plan, run, describe, report and test."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reports.ablation_report import write_ablation
+from reports.ablation_sections import describe_ablation
+from reports.effects import Rules, foresee, open_levels
+from study.ablation.baseline import find_baseline, read_flags
+from study.ablation.designs import BASELINE, Scores, cell_label
+from study.ablation.run import AblationOutcome, Plan, check_begun, make_plan, run_ablation
+from study.cli.views import (
+    format_bytes,
+    grid_table,
+    make_table,
+    print_json,
+    print_next,
+    print_view,
+    study_command,
+)
+from study.config.errors import ConfigError
+from study.config.formatting import format_duration
+from study.config.load import check_backbones
+from study.execution.progress import Progress
+from study.execution.session import load_images, preflight
+from study.record.record import Record
+from study.search.final_test import test_trials
+from study.search.plan import estimate_runs
+
+if TYPE_CHECKING:
+    from reports.ablation_sections import Section
+    from reports.effects import Effect
+
+
+def plan_ablation(
+    base: str,
+    which: str,
+    factors: Sequence[str],
+    overrides: Sequence[str],
+    flags: Mapping[str, Any],
+) -> Plan:
+    """Settle baseline, factors and design.
+
+    Args:
+        base: A study's name, or the path of a TOML file.
+        which: `best`, or a trial's number.
+        factors: `KEY=V1,V2` of --factor.
+        overrides: `section.key=value` of --set.
+        flags: Key with its section -> value.
+
+    Raises:
+        ConfigError: Something is wrong; it lists every fault.
+        RecordError: There is no such database, study or trial.
+    """
+    levels, faults = read_flags(factors)
+    if faults:
+        raise ConfigError(*faults)
+    if levels:
+        flags = {**flags, "ablation.factors": levels}
+    storage, name = (flags.get(f"study.{key}") for key in ("storage", "name"))
+    baseline = find_baseline(storage, base, which, name, overrides, flags)
+    plan = make_plan(baseline)
+    check_backbones(baseline.config)
+    return plan
+
+
+def print_plan(plan: Plan) -> None:
+    """Print what an ablation will run."""
+    baseline, design, settings = plan.baseline, plan.design, plan.baseline.settings
+    print(f"Ablation of {baseline.origin}: study {baseline.config.study.name}")
+    print(f"Design: {design.construction}")
+    header = ("factor", "baseline", "start" if design.grows else "levels")
+    rows = (
+        (factor.name, factor.baseline, ", ".join(level.label for level in factor.levels))
+        for factor in design.factors
+    )
+    print_view(make_table(header, rows))
+    for line in design.aliasing:
+        print(f"Aliasing: {line}")
+    most = "at most " if settings.adaptive or design.grows else ""
+    n, first = plan.looks[-1], baseline.config.train.seed
+    seeds = f"{n} replicates, seeds {first} to {first + n - 1}"
+    seeds = f"1 replicate, seed {first}" if n == 1 else seeds
+    splits = ", each with its own validation split" if settings.resplit else ""
+    print(f"Runs: {most}{plan.n_runs} ({seeds}, the same for every setting{splits})")
+    if settings.adaptive:
+        interim = ", ".join(str(n) for n in plan.looks)
+        print(f"Adaptive: analysed after {interim} replicates; decided levels get no more.")
+    sys.stdout.flush()
+
+
+def foresee_plan(plan: Plan) -> list[str]:
+    """Say before a run what its replicates can decide."""
+    return foresee(plan.looks[-1], plan.n_tests, _rules(plan))
+
+
+def _rules(plan: Plan, resolution: float = 0.0) -> Rules:
+    settings = plan.baseline.settings
+    looks = plan.looks if len(plan.looks) > 1 else ()
+    return Rules(settings.alpha, settings.margin / 100, resolution=resolution, looks=looks)
+
+
+def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
+    """Print the runs of an ablation and what they would cost."""
+    data = load_images(plan.baseline.config, progress)
+    preflight(plan.configs(), data)
+    check_begun(plan)
+    seconds, size = estimate_runs(plan.configs(), data)
+    n, mean = plan.n_runs, sum(seconds) / len(seconds)
+    kept = size * n if plan.baseline.settings.keep_checkpoints else 0
+    facts = {"n_runs": n, "total_s": mean * n, "checkpoint_bytes": kept}
+    progress.close()
+    if as_json:
+        print_json({"design": plan.design.to_record(), **facts})
+        return
+    print(
+        f"About {format_duration(mean)} per run, {format_duration(mean * n)} in all (without "
+        f"loading of images); {format_bytes(kept)} of checkpoints "
+        "(ablation.keep_checkpoints = false keeps none)."
+    )
+
+
+def run_plan(
+    plan: Plan, progress: Progress, *, command: str, take_over: bool, as_json: bool
+) -> str:
+    """Run an ablation, print its results and write its report; return why it stopped."""
+    study = plan.baseline.config.study
+
+    def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
+        """Decide as the report will: no difference is finer than one image's share."""
+        with Record.open(study.storage) as store:
+            n_val = int(store.study(study.name).data["n_val"])
+        return open_levels(scores, _rules(plan, resolution=1 / n_val))
+
+    outcome = run_ablation(
+        plan, progress=progress, command=command, decide=decide, take_over=take_over
+    )
+    progress.close()
+    with Record.open(study.storage) as store:
+        if outcome.stopped_because == "interrupted":  # drawing takes seconds
+            section, report = describe_ablation(store, study.name)[0], None
+        else:
+            folder = Path(study.output) / study.name / "ablation"
+            paths = write_ablation(store, study.name, folder)
+            section, report = paths.sections[0], paths.html
+    if as_json:
+        _print_record(outcome, section, report)
+        return outcome.stopped_because
+    _print_results(outcome, section)
+    if report:
+        print(f"\nReport: {report}")
+    where = study.name, study.storage
+    methods = study_command("report", *where, "--methods")
+    if outcome.stopped_because == "complete":
+        print_next([methods, study_command("test", *where, "--levels all")])
+    else:
+        print_next([study_command("ablate", *where), methods])
+    return outcome.stopped_because
+
+
+def _print_results(outcome: AblationOutcome, section: "Section") -> None:
+    done = f"{outcome.n_done} of {outcome.n_planned} runs are done"
+    print(f"\nAblation {outcome.study_name}: {done} ({format_duration(outcome.duration_s)})")
+    print_view(grid_table(section.grids[0]))
+    for finding in section.findings:
+        print(f"{finding.head} {finding.text}")
+
+
+def _print_record(outcome: AblationOutcome, section: "Section", report: Path | None) -> None:
+    print_json(
+        {
+            "event": "ablation_ended",
+            "study": outcome.study_name,
+            "stopped_because": outcome.stopped_because,
+            "n_done": outcome.n_done,
+            "n_planned": outcome.n_planned,
+            "findings": [f"{finding.head} {finding.text}" for finding in section.findings],
+            "effects": [_effect_record(effect) for effect in section.effects],
+            "report": report,
+        }
+    )
+
+
+def _effect_record(effect: "Effect") -> dict[str, Any]:
+    return {
+        "factor": effect.arm.factor,
+        "level": effect.arm.level,
+        "n": effect.n,
+        "n_failed": effect.arm.n_failed,
+        "accuracy": effect.arm.accuracy.estimate,
+        "difference": effect.difference.estimate,
+        "low": effect.difference.low,
+        "high": effect.difference.high,
+        "p": effect.p,
+        "p_family": effect.p_family,
+        "verdict": effect.verdict,
+        "n_needed": effect.n_needed,
+    }
+
+
+def print_methods(store: Record, name: str) -> None:
+    """Print an ablation's paragraph for a paper, one per design."""
+    sections = describe_ablation(store, name)
+    for section in sections:
+        # One paragraph is ready to be pasted; several need their titles.
+        print(f"{section.title}: {section.methods}\n" if sections[1:] else section.methods)
+
+
+def test_levels(
+    store: Record,
+    name: str,
+    levels: Sequence[str],
+    progress: Progress,
+    *,
+    command: str,
+    as_json: bool,
+) -> None:
+    """Test every replicate of chosen levels, and of the baseline, on the test split."""
+    numbers = _numbers_of(store, name, levels)
+    rows = test_trials(store, name, numbers, progress=progress, command=command)
+    progress.close()
+    if as_json:
+        print_json(rows)
+        return
+    folder = Path(store.study(name).config["study"]["output"]) / name / "ablation"
+    paths = write_ablation(store, name, folder)
+    for grid in paths.sections[0].grids:
+        if grid.name.endswith("-test"):
+            print_view(grid_table(grid))
+    print(f"Tested {len(rows)} runs. Report: {paths.html}")
+
+
+def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
+    """Find the complete runs of the chosen levels and of the baseline, in all designs.
+
+    Raises:
+        ConfigError: A level is none of the designs'.
+    """
+    study = store.study(name)
+    runs: dict[str, list[str]] = {}
+    for design in store.designs(study.id):
+        for cell, hashes in zip(design.spec["cells"], design.spec["runs"], strict=True):
+            runs.setdefault(cell_label(cell["levels"]), []).extend(hashes)
+    unknown = [level for level in levels if level not in (*runs, "all")]
+    if unknown:
+        raise ConfigError(
+            f"--levels must be all or levels of {name}, but got {', '.join(unknown)}. They are: "
+            f"{'; '.join(runs)}."
+        )
+    wanted = runs if "all" in levels else (BASELINE, *levels)
+    hashes = {text for label in wanted for text in runs[label]}
+    complete = (row for row in store.trials(study.id) if row.state == "complete")
+    return list({r.config_hash: r.number for r in complete if r.config_hash in hashes}.values())

@@ -1,0 +1,582 @@
+"""The command line, `python -m study` or `frostline`: every command with its options.
+
+Only click is imported at the top: help and mistyped options are answered at once.
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from study.config.study_config import StudyConfig
+    from study.execution.progress import Progress
+    from study.record.record import Record
+    from study.search.search import SearchOutcome
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_STORAGE = "studies.db"
+"""The database where no other is named; the configuration's default is the same."""
+_INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
+_PACKAGES = ("core", "study", "reports")
+_LISTS = ("--levels", "--beside")  # options that take several values
+_CONFIG_KEYS = {
+    "data": "data.source",
+    **{name: f"study.{name}" for name in ("name", "trials", "timeout", "storage", "cache")},
+    **{name: f"ablation.{name}" for name in ("design", "replicates", "resplit", "adaptive")},
+}
+"""Options that set a key of the configuration."""
+
+
+class _Group(click.Group):
+    """Commands in the order in which they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Group,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 99},
+)
+def cli() -> None:
+    """Search how to fine-tune a pretrained image classifier on your own images."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    Args:
+        argv: Arguments; None for the process's own.
+    """
+    # Before anything loads torch: OpenMP threads that wait otherwise spin, and take the cores from
+    # whatever runs at the same time. Measured, ResNet-18 step on two cores with a busy neighbour:
+    # 3.3 to 7 times slower with spinning, no clear difference on a quiet machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = list(sys.argv[1:] if argv is None else argv)
+    line = shlex.join(["python", "-m", "study", *given])
+    try:
+        with cli.make_context("python -m study", _repeat_lists(given), obj=line) as context:
+            status: int | None = cli.invoke(context)
+        sys.stdout.flush()
+        return status or 0
+    except click.exceptions.Exit as end:  # after --help
+        return end.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("Interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the pipe (`| head`) has what it wanted; nothing is to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.ClickException as err:
+        path = err.ctx.command_path if isinstance(err, click.UsageError) and err.ctx else ""
+        return _refuse(err.format_message() + (f" See {path} --help" if path else ""))
+    except (PermissionError, NotADirectoryError, FileExistsError) as err:
+        return _refuse(f"{err.filename}: {err.strerror}.")
+    except (ValueError, RuntimeError) as err:
+        # One of our own kinds is about what the user gave, or what halts a study; any other is a
+        # bug.
+        if type(err).__module__.partition(".")[0] not in _PACKAGES:
+            raise
+        status = _refuse(str(err))
+        return status if isinstance(err, ValueError) else 1
+
+
+def _repeat_lists(words: Sequence[str]) -> list[str]:
+    """Write `--levels A B` as click reads it: `--levels A --levels B`."""
+    written: list[str] = []
+    option = ""
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-"):
+            option = word if word in _LISTS else ""
+        elif option and before != option:
+            written.append(option)
+        written.append(word)
+    return written
+
+
+def _refuse(message: str) -> int:
+    from study.config.formatting import hide_password
+
+    print("error:", hide_password(message).replace("\n", "\n  "), file=sys.stderr)
+    return 2
+
+
+# What the commands share.
+
+
+def _given(name: str) -> Any:
+    """Return the value of an option of the running command; None where it has none."""
+    return click.get_current_context().params.get(name)
+
+
+def _command_line() -> str:
+    return str(click.get_current_context().find_root().obj)
+
+
+def _flags() -> dict[str, Any]:
+    """Return the keys of the configuration that options set, with their values."""
+    flags = {key: _given(name) for name, key in _CONFIG_KEYS.items() if _given(name) is not None}
+    return {**flags, "study.cache": 0} if _given("no_sharing") else flags
+
+
+def _open(storage: str | None = None) -> "Record":
+    from study.record.record import Record
+
+    return Record.open(storage or _given("storage"))
+
+
+def _progress() -> "contextlib.closing[Progress]":
+    from study.execution.progress import choose_progress
+
+    progress = choose_progress(is_quiet=bool(_given("quiet")), is_json=_given("as_json"))
+    return contextlib.closing(progress)
+
+
+def _print(view: Any, record: object) -> None:
+    """Print what a command found, as JSON where that is asked for."""
+    from study.cli.views import print_json, print_view
+
+    if _given("as_json"):
+        print_json(record)
+    else:
+        print_view(view)
+
+
+def _is_ablation(store: "Record", name: str) -> bool:
+    return bool(store.designs(store.study(name).id))
+
+
+def _no_best(name: str, command: str) -> click.ClickException:
+    return click.ClickException(
+        f"study {name} is an ablation, of which no run is the best. Use: python -m study {command}"
+    )
+
+
+def _output(store: "Record", name: str) -> Path:
+    return Path(store.study(name).config["study"]["output"]) / name
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Join options that several commands have."""
+    return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
+
+
+_flag = functools.partial(click.option, is_flag=True)
+_many = functools.partial(click.option, multiple=True)
+_path = click.Path(path_type=Path)
+_study = click.argument("study")
+_json = _flag("--json", "as_json", help="Print JSON.")
+_quiet = _flag("--quiet", help="Print warnings and the summary only.")
+_take_over = _flag("--take-over", help="Continue where a process on a lost machine left off.")
+_dry_run = _flag("--dry-run", help="Print the settings, time and disk that it needs; run nothing.")
+_database = functools.partial(
+    click.option,
+    "--storage",
+    metavar="DB",
+    help=f"Database: a file or an SQLAlchemy URL (default {DEFAULT_STORAGE}).",
+)
+_storage = _database(default=DEFAULT_STORAGE)
+_settings = _options(
+    click.option("--timeout", metavar="TIME", help="Time limit of this run: seconds, 90m, 2h."),
+    _many("--set", "overrides", metavar="KEY=VALUE", help="Override a key; may be repeated."),
+    click.option("--cache", metavar="SIZE", help="Most bytes for shared work, such as 8GB."),
+    _flag("--no-sharing", help="Share no work between trials; the results are the same."),
+    _take_over,
+    _quiet,
+    _json,
+)
+_search_settings = _options(
+    click.option("--trials", type=int, metavar="N", help="Finished trials in total."),
+    _settings,
+    _flag("--allow-changes", help="Continue although the configuration or the images changed."),
+)
+
+
+# Search.
+
+
+@cli.command()
+@click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
+@click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
+@click.option("--name", help="Name of the study (default: that of the data folder).")
+@_dry_run
+@_search_settings
+@_database()
+def run(
+    path: Path | None, data: str | None, overrides: Sequence[str], dry_run: bool, **_: Any
+) -> int:
+    """Run a study, or continue it; without options, the demo."""
+    from study.config.load import check_source, load_config, parse_config
+
+    if path is None and data is None:
+        import tomllib
+
+        from study.config.toml import demo_text
+
+        if Path("study.toml").exists():
+            print("This is the demo. For study.toml add --config study.toml.", file=sys.stderr)
+        config = parse_config(tomllib.loads(demo_text()), "the demo", overrides, _flags())
+    else:
+        config = load_config(path, overrides, _flags())
+    check_source(config)
+    return _estimate(config) if dry_run else _search(config)
+
+
+@cli.command()
+@_study
+@_search_settings
+@_storage
+def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
+    """Continue a study as it was configured."""
+    from study.config.load import check_source, parse_config
+
+    with _open() as store:
+        row = store.study(study)
+        if _is_ablation(store, study):
+            raise _no_best(study, f"ablate {shlex.quote(study)}")
+    config = parse_config(row.config, f"study {study}", overrides, _flags())
+    check_source(config)
+    return _search(config)
+
+
+def _search(config: "StudyConfig") -> int:
+    from study.config.formatting import hide_password
+    from study.execution.progress import Note
+    from study.search.search import run_search
+
+    with _progress() as progress:
+        folder = Path(config.study.output) / config.study.name
+        storage = hide_password(config.study.storage)
+        progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
+        outcome = run_search(
+            config,
+            progress=progress,
+            command=_command_line(),
+            allow_changes=_given("allow_changes"),
+            take_over=_given("take_over"),
+        )
+    _print_outcome(config, outcome, folder / "report")
+    if outcome.stopped_because == "interrupted":
+        return _INTERRUPTED
+    return 0 if outcome.best_number is not None else 1
+
+
+def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path) -> None:
+    """Print how a search ended and what to do next, and write its report."""
+    from study.cli import views
+    from study.search.search import HALTED
+
+    name, storage, report = config.study.name, config.study.storage, None
+    with _open(storage) as store:
+        if not _given("as_json"):
+            trials = store.trials(store.study(name).id)
+            views.print_view(views.summary_view(outcome, trials, config.study.trials))
+        if outcome.stopped_because != "interrupted":  # drawing takes seconds
+            from reports.html import write_report
+
+            report = write_report(store, name, folder).html
+    if _given("as_json"):
+        facts = {key: getattr(outcome, key) for key in outcome.__dataclass_fields__}
+        views.print_json({"event": "study_ended", **facts, "report": report})
+        return
+    if report:
+        print(f"Report: {report}")
+    first = "resume" if outcome.stopped_because in HALTED else "show"
+    commands = [first] if outcome.best_number is None else [first, "test"]
+    lines = [views.study_command(command, name, storage) for command in commands]
+    views.print_next([*lines, views.dashboard_command(storage)])
+
+
+def _estimate(config: "StudyConfig") -> int:
+    from study.cli.views import estimate_view
+    from study.config.load import check_backbones
+    from study.config.toml import config_text
+    from study.execution.session import corner_configs, load_images, preflight, without_weights
+    from study.search.plan import estimate
+
+    check_backbones(config)
+    if not _given("as_json"):
+        print(config_text(config))
+    with _progress() as progress:
+        data = load_images(config, progress)
+    preflight([without_weights(train) for train in corner_configs(config, with_starts=True)], data)
+    found = estimate(config, data)
+    _print(estimate_view(found), {"config": config.to_record(), "estimate": found})
+    return 0
+
+
+# Ablation and audit.
+
+
+@cli.command()
+@click.argument("base", metavar="STUDY|FILE")
+@click.option("--from", "which", default="best", metavar="TRIAL", help="Baseline (default best).")
+@click.option(
+    "--design",
+    type=click.Choice(("ofat", "loco", "factorial", "path", "screen")),
+    help="Which settings are run (default ofat: one factor at a time).",
+)
+@_many("--factor", "factors", metavar="KEY=V1,V2", help="A key and its levels; may be repeated.")
+@click.option("--replicates", type=int, metavar="R", help="Runs of every setting (default 5).")
+@_flag("--resplit", default=None, help="Draw a new validation split for each replicate.")
+@_flag("--adaptive", default=None, help="Add replicates where a result is inconclusive.")
+@click.option("--name", help="Name of the ablation's study (default: STUDY-ablation).")
+@click.option("--data", metavar="PATH", help="Images, where a file is ablated.")
+@_dry_run
+@_settings
+@_database()
+def ablate(
+    base: str, which: str, factors: Sequence[str], overrides: Sequence[str], **given: Any
+) -> int:
+    """Ablate a study's best trial, or a configuration."""
+    from study.cli import ablation
+    from study.execution.progress import Note
+
+    plan = ablation.plan_ablation(base, which, factors, overrides, _flags())
+    if not given["as_json"]:
+        ablation.print_plan(plan)
+    with _progress() as progress:
+        for warning in ablation.foresee_plan(plan):
+            progress.emit(Note(warning))
+        if given["dry_run"]:
+            ablation.estimate_plan(plan, progress, as_json=given["as_json"])
+            return 0
+        because = ablation.run_plan(
+            plan,
+            progress,
+            command=_command_line(),
+            take_over=given["take_over"],
+            as_json=given["as_json"],
+        )
+    return _INTERRUPTED if because == "interrupted" else 0
+
+
+@cli.command()
+@_study
+@click.option("--sample", type=click.IntRange(0), default=10, help="Trials to train (default 10).")
+@_take_over
+@_storage
+@_quiet
+@_json
+def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> int:
+    """Audit a search's pruner: train a sample of its pruned trials."""
+    from reports.audit import audited_grid, rank_grid, read_audit
+    from study.cli.views import grid_table, print_json, print_view
+    from study.search.audit import audit_study
+
+    outcome = None
+    with _open() as store:
+        with _progress() as progress:
+            if sample:
+                line = _command_line()
+                outcome = audit_study(
+                    store, study, sample, progress=progress, command=line, take_over=take_over
+                )
+        found = read_audit(store, study)
+    if as_json:
+        print_json(found)
+        return 0
+    for grid in (rank_grid(found), audited_grid(found)):
+        if grid.rows:
+            print_view(grid.title)
+            print_view(grid_table(grid))
+            print(f"{grid.note}\n")
+    none = "" if found.n_pruned else "No trial of this study was pruned; nothing to audit."
+    print(*filter(None, (found.early.why_empty, none, *found.findings)), sep="\n")
+    return _INTERRUPTED if outcome and outcome.stopped_because == "interrupted" else 0
+
+
+# The record.
+
+
+@cli.command("list")
+@_storage
+@_json
+def list_studies(**_: Any) -> None:
+    """List the studies of a database."""
+    from study.cli.views import studies_table
+
+    with _open() as store:
+        summaries = store.studies()
+    _print(studies_table(summaries), summaries)
+
+
+@cli.command()
+@_study
+@click.option("--trial", type=int, metavar="N", help="Show this trial in full.")
+@_storage
+@_json
+def show(study: str, trial: int | None, **_: Any) -> None:
+    """Show a study, or one of its trials."""
+    from study.cli import views
+
+    with _open() as store:
+        row = store.study(study)
+        if trial is None:
+            trials, tests = store.trials(row.id), store.tests(row.id)
+            view = views.study_view(row, trials, tests)
+            _print(view, views.study_record(row, trials, tests))
+        else:
+            found = store.trial(row.id, trial)
+            epochs = store.epochs(found.id)
+            view = views.trial_view(found, epochs)
+            _print(view, {**views.trial_record(found), "epochs": epochs})
+
+
+@cli.command()
+@_study
+@click.option("--trials", type=int, nargs=2, metavar="A B", required=True, help="Their numbers.")
+@_storage
+@_json
+def diff(study: str, trials: tuple[int, int], **_: Any) -> None:
+    """Show what differs between two trials."""
+    from study.cli.views import differences_view, trial_differences
+
+    with _open() as store:
+        row = store.study(study)
+        a, b = (store.trial(row.id, number) for number in trials)
+    _print(differences_view(a, b), trial_differences(a, b))
+
+
+@cli.command()
+@_study
+@_flag("--yes", help="Do not ask.")
+@_storage
+def delete(study: str, yes: bool, **_: Any) -> None:
+    """Delete a study and its checkpoints."""
+    from study.cli.delete import delete_study
+
+    with _open() as store:
+        n_trials = len(store.trials(store.study(study).id))
+        if not yes and not sys.stdin.isatty():
+            message = "delete must be confirmed, but there is no terminal; add --yes."
+            raise click.ClickException(message)
+        question = f"Delete study {study}, {n_trials} trials, with its checkpoints?"
+        if not yes and not click.confirm(question):
+            print("Nothing deleted.")
+            return
+        folders = delete_study(store, study, command=_command_line())
+    print(f"Deleted study {study}: {n_trials} trials, {len(folders)} checkpoints.")
+
+
+@cli.command()
+@_study
+@click.option("--trial", type=int, metavar="N", help="This trial instead of the best.")
+@_many("--levels", metavar="LEVEL ...", help="Of an ablation: all, or 'weights = none' ...")
+@_storage
+@_json
+def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **_: Any) -> None:
+    """Evaluate the best trial on the test split, once."""
+    from study.cli.views import describe_use
+    from study.search.final_test import test_study
+
+    with _open() as store, _progress() as progress:
+        is_ablation, folder = _is_ablation(store, study), _output(store, study)
+        line = _command_line()
+        if levels:
+            from study.cli.ablation import test_levels
+
+            if not is_ablation:
+                raise click.ClickException(
+                    f"--levels is for ablations, but study {study} is a search. Leave it out, or "
+                    f"make an ablation of it: python -m study ablate {shlex.quote(study)}"
+                )
+            test_levels(store, study, levels, progress, command=line, as_json=as_json)
+            return
+        if is_ablation and trial is None:
+            raise _no_best(study, f"test {shlex.quote(study)} --levels all")
+        study_id = store.study(study).id
+        n_before = len(store.tests(study_id))
+        row = test_study(store, study, trial, progress=progress, command=line)
+        tests = store.tests(study_id)
+        if (folder / "report" / "report.html").exists():  # what it says of the test has changed
+            from reports.html import write_report
+
+            write_report(store, study, folder / "report")
+    _print(describe_use(row, tests, is_new=len(tests) > n_before), row)
+
+
+@cli.command()
+@_study
+@click.option("--out", type=_path, metavar="FOLDER", help="Where to write it.")
+@_flag("--ablation", help="The report of an ablation.")
+@_many("--beside", metavar="STUDY ...", help="Ablations on other datasets to compare with.")
+@_flag("--methods", help="Print the paragraph for a paper, nothing else.")
+@_storage
+def report(study: str, out: Path | None, beside: Sequence[str], methods: bool, **_: Any) -> None:
+    """Write the report: a page, CSV, plots."""
+    with _open() as store:
+        folder = _output(store, study)
+        if methods:
+            from study.cli.ablation import print_methods
+
+            print_methods(store, study)
+        elif _given("ablation") or beside or _is_ablation(store, study):
+            from reports.ablation_report import write_ablation
+
+            made = write_ablation(store, study, out or folder / "ablation", beside=beside)
+            print(made.html, made.markdown, made.latex, *made.csv, sep="\n")
+        else:
+            from reports.html import write_report
+
+            paths = write_report(store, study, out or folder / "report")
+            print(paths.html, paths.csv, sep="\n")
+
+
+# Configuration and backbones.
+
+
+@cli.command()
+@click.argument("file", type=_path, default="study.toml")
+@click.option("--data", metavar="PATH", help="Folder of images to write into it.")
+@_flag("--demo", help="Write the demo's configuration.")
+@_flag("--force", help="Replace the file.")
+def init(file: Path, data: str | None, demo: bool, force: bool) -> None:
+    """Write a commented study.toml."""
+    from study.config.load import load_config
+    from study.config.toml import demo_text, template, write_new
+
+    config = load_config(flags=_flags())
+    write_new(file, demo_text() if demo else template(config), may_replace=force)
+    todo = "Next:" if data or demo else "Set data.source in it to your images (now the digits):"
+    print(f"Wrote {file}. {todo}\n  python -m study run --config {shlex.quote(str(file))}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of study.toml."""
+    import json
+
+    from study.config.toml import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json
+def backbones(name: str | None, **_: Any) -> None:
+    """List backbones, or the freeze levels of one."""
+    from core.models.builder import stages_of
+    from core.models.freeze_stages import describe_levels
+    from core.models.sources import backbone_names, find_source
+    from study.cli.views import levels_view
+
+    names = backbone_names()
+    if name in names:
+        levels = describe_levels(*stages_of(name))
+        _print(levels_view(name, levels), levels)
+        return
+    found = [known for known in names if name is None or name in known]
+    if name and not found:
+        find_source(name)  # raises, with the nearest names
+    _print("\n".join(found), found)

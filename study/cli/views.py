@@ -1,0 +1,432 @@
+"""What the commands print: tables and sentences about studies, trials, tests and costs."""
+
+import math
+import os
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from core.metrics import EpochMetrics
+from study.config.formatting import (
+    format_accuracy,
+    format_duration,
+    format_params,
+    format_value,
+    hide_password,
+    json_text,
+)
+
+if TYPE_CHECKING:
+    from core.models.freeze_stages import Level
+    from reports.publish import Grid
+    from study.record.models import Study, StudySummary, Test, Trial
+    from study.search.plan import Estimate
+    from study.search.search import SearchOutcome
+
+_SUMMARY_ROWS = 5
+# Above this many trials, `show` lists the best ones only.
+_SHOWN_TRIALS = 50
+_STOPPED = {
+    "trials": "All trials are done.",
+    "timeout": "The time limit is reached (study.timeout).",
+    "patience": "No improvement for study.patience trials.",
+    "space exhausted": "Every setting of the search space has been tried.",
+    "interrupted": "Interrupted; the record is complete up to here.",
+}
+_STUDY_FIELDS = ("id", "name", "created_at", "config", "data", "versions")
+_TRIAL_FIELDS = (
+    *("id", "study_id", "number", "run_id", "state", "reason", "origin", "params", "config"),
+    *("config_hash", "seed", "backbone", "freeze_depth", "device", "started_at", "ended_at"),
+    *("duration_s", "epochs_done", "value", "best_epoch", "score", "trained_parameters"),
+    *("total_parameters", "checkpoint", "factor", "level", "replicate"),
+)
+
+
+# How anything is printed.
+
+
+def print_view(view: RenderableType) -> None:
+    """Print a table or a text."""
+    # A pipe gets whole lines, whatever the width that a terminal would have.
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False).print(view)
+
+
+def print_json(value: object) -> None:
+    """Print a value as a line of JSON."""
+    print(json_text(value))
+
+
+def make_table(
+    header: Sequence[str], rows: Iterable[Iterable[object]], *, right: Collection[str] = ()
+) -> Table:
+    """Make a table of plain texts: brackets are not markup, None is a dash.
+
+    Args:
+        header: Column names; without any name no header is shown.
+        rows: Cells.
+        right: Columns that are aligned to the right.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
+    for name in header:
+        is_right = name in right
+        table.add_column(Text(name), justify="right" if is_right else "left", no_wrap=is_right)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def _cell(value: object) -> Text:
+    return value if isinstance(value, Text) else Text("-" if value is None else str(value))
+
+
+def _facts(pairs: Iterable[tuple[str, object]]) -> Table:
+    return make_table(("", ""), ((Text(name, "bold"), value) for name, value in pairs))
+
+
+def grid_table(grid: "Grid") -> Table:
+    """Show a table of a report."""
+    end = len(grid.header) - grid.is_last_text
+    return make_table(grid.header, grid.rows, right=grid.header[grid.n_text : end])
+
+
+def format_bytes(size: float) -> str:
+    """Write a number of bytes in the unit that suits it."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+# Studies and trials.
+
+
+def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
+    """Show all studies of a database."""
+    if not summaries:
+        return Text("There is no study yet; `python -m study run` makes one.")
+    right = ("best", "trial", "complete", "pruned", "failed", "running", "interrupted")
+    rows = (
+        (
+            *(row.name, format_accuracy(row.best_value), row.best_number),
+            *(row.n_complete, row.n_pruned, row.n_failed, row.n_running, row.n_interrupted),
+            str(row.updated_at)[:19],
+        )
+        for row in summaries
+    )
+    return make_table(("study", *right, "updated (UTC)"), rows, right=right)
+
+
+def study_record(
+    study: "Study", trials: Sequence["Trial"], tests: Sequence["Test"]
+) -> dict[str, Any]:
+    """Return a study as `show --json` prints it."""
+    facts = {name: getattr(study, name) for name in _STUDY_FIELDS}
+    return {**facts, "trials": [trial_record(row) for row in trials], "tests": tests}
+
+
+def study_view(
+    study: "Study", trials: Sequence["Trial"], tests: Sequence["Test"]
+) -> RenderableType:
+    """Show a study: its data, its trials, its tests."""
+    data = study.data
+    images = ", ".join(f"{data[f'n_{split}']} {split}" for split in ("train", "val", "test"))
+    facts = _facts(
+        [
+            ("study", study.name),
+            ("images", f"{data['source']}: {images}, {len(data['classes'])} classes"),
+            ("created", f"{str(study.created_at)[:19]} UTC"),
+            ("output", Path(study.config["study"]["output"]) / study.name),
+        ]
+    )
+    parts: list[RenderableType] = [facts]
+    ranked = best_first(trials)
+    if ranked and ranked[0].state == "complete":
+        best = f"Best trial: {ranked[0].number}, {format_accuracy(ranked[0].value)}."
+        parts += [Text(f"{best} {_ranking_words(trials)}".strip())]
+    if len(trials) > _SHOWN_TRIALS:
+        parts += [Text(f"\nThe best {_SHOWN_TRIALS} of {len(trials)} trials:")]
+        parts += [trials_table(ranked[:_SHOWN_TRIALS])]
+    else:
+        parts += [Text(""), trials_table(trials)]
+    parts += [Text(f"\n{describe_test(row)}") for row in tests]
+    return Group(*parts)
+
+
+def best_first(trials: Iterable["Trial"]) -> list["Trial"]:
+    """Sort trials: complete ones from the best, then the pruned, and the others."""
+    order = {"complete": 0, "pruned": 1}
+    return sorted(trials, key=lambda row: (order.get(row.state, 2), row.value is None, *row.rank))
+
+
+def _are_ranked_by_accuracy(trials: Iterable["Trial"]) -> bool:
+    return all(row.score is None or row.score == row.value for row in trials)
+
+
+def _ranking_words(trials: Sequence["Trial"]) -> str:
+    """Say what trials are ranked by where that is not the accuracy that is shown."""
+    if _are_ranked_by_accuracy(trials):
+        return ""
+    return (
+        f"Trials are ranked by {trials[0].chosen_by} (score = exp(-loss)), since accuracy on "
+        "few images is noisy."
+    )
+
+
+def trials_table(trials: Sequence["Trial"]) -> Table:
+    """Show trials in the given order; the score where it is not the accuracy."""
+    score = () if _are_ranked_by_accuracy(trials) else ("score",)
+    right = ("trial", "accuracy", *score, "epochs", "time")
+    rows = (
+        (
+            *(row.number, format_accuracy(row.value)),
+            *("" if row.ranked_by is None else f"{row.ranked_by:.4f}" for _ in score),
+            *(row.epochs_done, format_duration(row.duration_s), row.state, row.origin),
+            format_params(row.params) or "as configured",
+        )
+        for row in trials
+    )
+    return make_table((*right, "state", "from", "settings"), rows, right=right)
+
+
+def trial_record(trial: "Trial") -> dict[str, Any]:
+    """Return a trial as `show --json` prints it."""
+    return {name: getattr(trial, name) for name in _TRIAL_FIELDS}
+
+
+def trial_view(trial: "Trial", epochs: Sequence[EpochMetrics]) -> RenderableType:
+    """Show a trial: how it went, its settings, its epochs."""
+    best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch + 1})"
+    trained, total = trial.trained_parameters, trial.total_parameters
+    facts = [
+        ("trial", trial.number),
+        ("state", f"{trial.state}: {trial.reason}" if trial.reason else trial.state),
+        ("from", trial.origin),
+        ("accuracy", f"{format_accuracy(trial.value)}{best}"),
+        ("score", None if trial.score is None else f"{trial.score:.4f} (by {trial.chosen_by})"),
+        ("time", format_duration(trial.duration_s)),
+        ("saved by the cache", _cache_words(epochs)),
+        ("trained parameters", None if trained is None else f"{trained:,} of {total:,}"),
+        ("device", trial.device),
+        ("checkpoint", trial.checkpoint or "not kept"),
+        ("settings", format_params(trial.params) or "as configured"),
+    ]
+    config = [(key, format_value(value)) for key, value in trial.config.items()]
+    head = Text("\nConfiguration:")
+    return Group(_facts(facts), Text(""), _epochs_table(epochs), head, _facts(config))
+
+
+def _cache_words(epochs: Sequence[EpochMetrics]) -> str | None:
+    """Say what a trial took from work that is shared between trials."""
+    if not epochs:
+        return None
+    saved = format_duration(sum(row.saved_s for row in epochs))
+    hits = sum(row.cache_hits for row in epochs)
+    n = hits + sum(row.cache_misses for row in epochs)
+    return f"{saved} ({hits} of {n} arrays were cached)" if n else saved
+
+
+def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
+    """Show a trial's epochs; a star marks the best ones so far."""
+    score = ("score",) if any(row.score not in (None, row.val_acc) for row in epochs) else ()
+    header = ("epoch", "train loss", "val loss", "accuracy", *score, "balanced", "base_lr")
+    header = (*header, "images/s")
+    rows = []
+    for row in epochs:
+        star = " *" if row.is_best else "  "
+        accuracy = format_accuracy(row.val_acc)
+        rows.append(
+            (
+                *(row.epoch + 1, f"{row.train_loss:.4f}", f"{row.val_loss:.4f}"),
+                *((accuracy, f"{row.ranked_by:.4f}{star}") if score else (accuracy + star,)),
+                *(format_accuracy(row.val_balanced_acc), f"{row.base_lr:.3g}"),
+                f"{row.images_per_s:.0f}",
+            )
+        )
+    return make_table(header, rows, right=header)
+
+
+def trial_differences(a: "Trial", b: "Trial") -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two trials: settings first, then results."""
+    pairs = {key: (a.config.get(key), b.config.get(key)) for key in {**a.config, **b.config}}
+    score = () if _are_ranked_by_accuracy((a, b)) else ("score",)
+    results = ("best_epoch", "epochs_done", "trained_parameters", "duration_s")
+    for key in ("state", "value", *score, *results):
+        pairs[key] = getattr(a, key), getattr(b, key)
+    # Epochs are counted from 1 wherever they are shown.
+    first, second = (None if row.best_epoch is None else row.best_epoch + 1 for row in (a, b))
+    pairs["best_epoch"] = first, second
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def differences_view(a: "Trial", b: "Trial") -> RenderableType:
+    """Show what differs between two trials."""
+    rows = (
+        (key, *(format_value(value) for value in pair))
+        for key, pair in trial_differences(a, b).items()
+    )
+    table = make_table(("", f"trial {a.number}", f"trial {b.number}"), rows)
+    if a.value is None or b.value is None:
+        return table
+    gain = 100 * (b.value - a.value)
+    text = f"\nTrial {b.number} differs from trial {a.number} by {gain:+.1f} points of accuracy."
+    if not _are_ranked_by_accuracy((a, b)) and a.ranked_by != b.ranked_by:
+        better = min((a, b), key=lambda row: row.rank)
+        text += f" By {better.chosen_by}, trial {better.number} is better."
+    return Group(table, Text(text))
+
+
+# The end of a run.
+
+
+def selection_bias(value: float, n_val: int, n_trials: int) -> float:
+    """Return how far the accuracy of the best of many trials is too high at most.
+
+    If all trials were equally good and their validation errors independent, the best one would
+    lie this far above the truth: the expected largest of `n_trials` normal draws (Blom 1958)
+    times the standard error of an accuracy on `n_val` images. Trials share the images and are
+    not equally good, so the bias is smaller.
+    """
+    if n_trials < 2 or n_val < 1:
+        return 0.0
+    largest = statistics.NormalDist().inv_cdf((n_trials - 0.375) / (n_trials + 0.25))
+    return largest * math.sqrt(value * (1 - value) / n_val)
+
+
+def summary_view(
+    outcome: "SearchOutcome", trials: Sequence["Trial"], target: int
+) -> RenderableType:
+    """Show how a run ended: the best trials, and how far to trust the best one."""
+    counts = outcome.counts
+    head = Text(
+        f"\n{_STOPPED.get(outcome.stopped_because, outcome.stopped_because)} Study "
+        f"{outcome.study_name}: {counts.finished} of {target} trials, {counts.complete} complete, "
+        f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
+    )
+    best = [row for row in best_first(trials) if row.state == "complete"][:_SUMMARY_ROWS]
+    if not best or outcome.best_value is None:
+        failed = next((row for row in reversed(trials) if row.state == "failed"), None)
+        why = f" The last one failed: {failed.reason}." if failed else ""
+        return Group(head, Text(f"No trial is complete.{why}"))
+    lines = [_ranking_words(best)]
+    n_seen = counts.complete + counts.pruned
+    bias = selection_bias(outcome.best_value, outcome.n_val, n_seen)
+    if bias > 0:
+        lines.append(
+            f"Selected from {n_seen} trials on {outcome.n_val} validation images, the best "
+            f"accuracy may be up to {100 * bias:.1f} points too high. The test split decides."
+        )
+    kept = outcome.checkpoint / "model.safetensors" if outcome.checkpoint else "not kept"
+    lines.append(f"Best checkpoint: {kept}")
+    return Group(head, trials_table(best), *(Text(line) for line in lines if line))
+
+
+def study_command(command: str, name: str, storage: str, *flags: str) -> str:
+    """Return a command about a study, ready to be pasted but for a password."""
+    words = [_program("python"), "-m study", command, shlex.quote(name)]
+    if storage != "studies.db":
+        words += ["--storage", shlex.quote(hide_password(storage))]
+    return " ".join([*words, *flags])
+
+
+def dashboard_command(storage: str) -> str:
+    """Return the command that shows a database in Optuna's dashboard."""
+    url = hide_password(storage) if "://" in storage else f"sqlite:///{storage}"
+    return f"{_program('optuna-dashboard')} {shlex.quote(url)}"
+
+
+def _program(name: str) -> str:
+    """Return how to call a program of this environment: by its path where it is not activated."""
+    folder = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found is None or Path(found).parent != folder:
+        return shlex.quote(os.path.relpath(folder / name))
+    return name
+
+
+def print_next(commands: Iterable[str]) -> None:
+    """Print the commands to try next."""
+    print("\nNext:", *commands, sep="\n  ")
+
+
+# Tests.
+
+
+def describe_test(row: "Test") -> str:
+    """Say what a test gave, and how it compares with validation."""
+    text = (
+        f"Test accuracy of trial {row.trial_number}: {format_accuracy(row.accuracy)} on {row.n} "
+        f"images (95 % interval {format_accuracy(row.low)} to {format_accuracy(row.high)})."
+    )
+    if row.val_acc is None:
+        return text
+    gap = 100 * (row.val_acc - row.accuracy)
+    word = f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'}" if gap else "the same"
+    validation = f"Validation accuracy was {format_accuracy(row.val_acc)}, {word}"
+    return f"{text} {validation} (the report says how much chance alone can give)."
+
+
+def describe_use(row: "Test", tests: Sequence["Test"], *, is_new: bool) -> str:
+    """Say what a test gave, and whether it is the only use of the test split.
+
+    Args:
+        row: The test.
+        tests: All tests of the study, oldest first.
+        is_new: Whether it was made just now.
+    """
+    lines = [describe_test(row)]
+    if not is_new:
+        lines.append(f"(From the record: tested on {str(row.created_at)[:16]} UTC.)")
+    if len(tests) > 1:
+        numbers = ", ".join(str(test.trial_number) for test in tests)
+        lines.append(
+            f"The test split has been used {len(tests)} times (trials {numbers}): only the first "
+            "result is independent of the others."
+        )
+    return "\n".join(lines)
+
+
+# Backbones and costs.
+
+
+def levels_view(backbone: str, levels: Sequence["Level"]) -> RenderableType:
+    """Show a backbone's freeze levels."""
+    right = ("freeze_depth", "trained parameters", "forward frozen")
+    rows = (
+        (
+            *(row.depth, f"{row.trained_parameters:,}", f"{100 * row.frozen_flops_share:.0f} %"),
+            ", ".join(row.newly_frozen) or "nothing",
+        )
+        for row in levels
+    )
+    table = make_table((*right, "freezes, beyond the level above"), rows, right=right)
+    return Group(Text(backbone, style="bold"), table)
+
+
+def estimate_view(estimate: "Estimate") -> RenderableType:
+    """Show what a study would cost."""
+    right = ("size", "all trained", "head alone", "checkpoint")
+    rows = (
+        (
+            *(cost.backbone, f"{cost.image_size} px"),
+            *(f"{1 / cost.train_s[depth]:.0f} images/s" for depth in (0, -1)),
+            format_bytes(cost.weights_bytes),
+        )
+        for cost in estimate.costs
+    )
+    total = (
+        f"{estimate.n_trials} trials on {estimate.device}, {estimate.n_train} training and "
+        f"{estimate.n_val} validation images: about {format_duration(estimate.trial_s)} per "
+        f"trial, {format_duration(estimate.total_s)} if none is pruned, "
+        f"{format_bytes(estimate.checkpoint_bytes)} of checkpoints."
+    )
+    return Group(make_table(("backbone", *right), rows, right=right), Text(total))

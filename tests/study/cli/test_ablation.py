@@ -1,0 +1,322 @@
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from study.cli.main import main
+from study.record.record import Record
+from support import make_folder
+
+ROOT = Path(__file__).parents[3]
+# Small checkpoints and a tenth of a second per run; what it learns does not matter here.
+SETTINGS = (
+    *("train.backbone=squeezenet1_1", "train.weights=none", "train.image_size=32"),
+    *("train.epochs=1", "train.batch_size=8", "train.device=cpu"),
+)
+TOML = """
+[space]
+freeze_depth = {low = 3, high = 5}
+"""
+FLAGS = ["--factor", "augment=none", "--factor", "head_lr_mult=1", "--replicates", "2"]
+
+
+@dataclass(frozen=True)
+class Bees:
+    """A search `bees`, its ablation `bees-ablation`, and what the ablation printed.
+
+    Attributes:
+        home: Folder of images, database and output.
+        printed: By the command that made the ablation.
+    """
+
+    home: Path
+    printed: str
+
+    @property
+    def storage(self) -> list[str]:
+        """Return the options that name the database."""
+        return ["--storage", str(self.home / "s.db")]
+
+    def file(self, images: str) -> list[str]:
+        """Return a configuration file and its options, on a folder of images."""
+        return [str(self.home / "bees.toml"), "--data", str(self.home / images), *_sets(self.home)]
+
+    def trials(self) -> list[Any]:
+        """List the ablation's trials."""
+        with Record.open(str(self.home / "s.db")) as store:
+            return list(store.trials(store.study("bees-ablation").id))
+
+
+def _sets(home: Path) -> list[str]:
+    texts = [*SETTINGS, f"data.cache_dir={home / 'cache'}", f"study.output={home / 'runs'}"]
+    return [part for text in texts for part in ("--set", text)]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Bees:
+    home = tmp_path_factory.mktemp("bees")
+    make_folder(home / "photos", {"red": 12, "blue": 12})
+    (home / "bees.toml").write_text(TOML)
+    storage = ["--storage", str(home / "s.db")]
+    search = ["run", "--config", str(home / "bees.toml"), "--data", str(home / "photos")]
+    search += ["--name", "bees", *_sets(home), "--set", "search.recipes=false", "--trials", "2"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([*search, "--set", "search.pruner=none", "--quiet", *storage]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["ablate", "bees", *FLAGS, *storage]) == 0
+    return Bees(home, printed.getvalue())
+
+
+def answered(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(args) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that must be refused with status 2; return its message."""
+    assert main(args) == 2
+    return capsys.readouterr().err
+
+
+def test_ablate_prints_plan_results_and_next_commands(record: Bees) -> None:
+    plan, _, results = record.printed.partition("Ablation bees-ablation: 6 of 6 runs are done")
+    assert "study bees, its best: study bees-ablation" in plan
+    assert "Runs: 6 (2 replicates, seeds 1 to 2" in plan
+    rows = [line.split() for line in plan.splitlines()]
+    assert ["augment", "standard", "none"] in rows
+    assert ["head_lr_mult", "10", "1"] in rows
+    baseline, *effects = [line.split()[:3] for line in results.splitlines()[2:5]]
+    assert baseline[0] == "baseline"
+    assert effects == [["augment", "(standard)", "none"], ["head_lr_mult", "(10)", "1"]]
+    report = record.home / "runs" / "bees-ablation" / "ablation" / "ablation.html"
+    assert f"Report: {report}" in results
+    assert report.is_file()
+    storage = " ".join(record.storage)
+    assert f"-m study report bees-ablation {storage} --methods" in results
+    assert f"-m study test bees-ablation {storage} --levels all" in results
+
+
+def test_an_ablation_that_is_done_runs_nothing_and_gives_its_effects_as_json(
+    record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = record.trials()
+    lines = answered(capsys, "ablate", "bees-ablation", "--json", *record.storage).splitlines()
+    *events, last = map(json.loads, lines)
+    assert all("event" in event for event in events)
+    assert set(last) == {
+        *("event", "study", "stopped_because", "n_done", "n_planned", "findings", "effects"),
+        "report",
+    }
+    assert (last["event"], last["stopped_because"]) == ("ablation_ended", "complete")
+    assert (last["study"], last["n_done"], last["n_planned"]) == ("bees-ablation", 6, 6)
+    effects = [(e["factor"], e["level"], e["n"], e["n_failed"]) for e in last["effects"]]
+    assert effects == [("augment", "none", 2, 0), ("head_lr_mult", "1", 2, 0)]
+    assert set(last["effects"][0]) == {
+        *("factor", "level", "n", "n_failed", "accuracy", "difference", "low", "high", "p"),
+        *("p_family", "verdict", "n_needed"),
+    }
+    assert Path(last["report"]).is_file()
+    assert record.trials() == before
+
+
+def test_dry_run_prints_runs_and_cost_and_writes_nothing(
+    record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry = ["ablate", "bees", "--name", "other", "--dry-run", *record.storage]
+    shown = answered(capsys, *dry, *FLAGS, "--design", "factorial")
+    for part in (
+        "study other",
+        "Runs: 8 (2 replicates, seeds 1 to 2",
+        "per run",
+        "of checkpoints",
+    ):
+        assert part in shown
+    with Record.open(str(record.home / "s.db")) as store:
+        assert "other" not in {row.name for row in store.studies()}
+        assert len(store.designs(store.study("bees-ablation").id)) == 1
+    assert not (record.home / "runs" / "other").exists()
+
+
+def test_dry_run_of_a_file_makes_no_database(
+    record: Bees, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["ablate", *record.file("photos"), "--storage", str(tmp_path / "new.db"), *FLAGS]
+    keep = ["--set", "ablation.keep_checkpoints=false"]
+    found = json.loads(answered(capsys, *line, *keep, "--json", "--dry-run").splitlines()[-1])
+    assert (found["n_runs"], found["checkpoint_bytes"]) == (6, 0)
+    assert found["total_s"] > 0
+    assert [cell["levels"] for cell in found["design"]["cells"]] == [
+        {},
+        {"augment": "none"},
+        {"head_lr_mult": "1"},
+    ]
+    assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--factor", "augment=none", "--replicates", "1"], ["warning: ", "Runs: 2 (1 replicate"]),
+        ([*FLAGS, "--replicates", "3"], ["warning: at 3 replicates"]),
+        (
+            ["--factor", "augment=none", "--adaptive", "--replicates", "4"],
+            ["Runs: at most 40 (20 replicates, seeds 1 to 20", "after 4, 6, 9, 20 replicates"],
+        ),
+        (
+            [
+                *("--design", "factorial", "--set", "ablation.max_cells=8"),
+                *("--factor", "augment=none", "--factor", "head_lr_mult=1"),
+                *("--factor", "flip=0", "--factor", "schedule=constant"),
+            ],
+            ["8 of 16 combinations", "Aliasing: augment × head_lr_mult = flip × schedule"],
+        ),
+        (
+            ["--factor", "augment=none", "--replicates", "2", "--resplit"],
+            ["each with its own validation split"],
+        ),
+    ],
+)
+def test_the_plan_says_what_it_can_decide(
+    flags: list[str], parts: list[str], record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = answered(capsys, "ablate", "bees", *flags, "--dry-run", *record.storage)
+    assert all(part in " ".join(shown.split()) for part in parts)
+
+
+def test_enough_replicates_give_no_warning(
+    record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["ablate", "bees", *FLAGS, "--replicates", "10", "--dry-run"]
+    assert "warning" not in answered(capsys, *line, *record.storage)
+
+
+def test_methods_is_a_paragraph_and_nothing_else(
+    record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (paragraph,) = answered(
+        capsys, "report", "bees-ablation", "--methods", *record.storage
+    ).splitlines()
+    assert all(part in paragraph for part in ("squeezenet1_1", "2 replicates (seeds 1 to 2"))
+
+
+def test_report_names_its_files_and_compares_with_other_ablations(
+    record: Bees, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(record.home / "more", {"red": 12, "blue": 12}, seed=9)
+    for name in ("wasps", "flies"):
+        line = ["ablate", *record.file("more"), *FLAGS, "--replicates", "1", *record.storage]
+        answered(capsys, *line, "--name", name, "--quiet")
+    report = ["report", "bees-ablation", "--out", str(tmp_path), *record.storage]
+    files = [Path(text) for text in answered(capsys, *report).splitlines()]
+    assert files[0] == tmp_path / "ablation.html"
+    assert all(path.stat().st_size > 0 for path in files)
+    assert "wasps" not in files[0].read_text()
+    answered(capsys, *report, "--beside", "wasps", "flies", "--ablation")
+    assert all(name in files[0].read_text() for name in ("wasps", "flies"))
+
+
+def test_levels_are_tested_once_with_the_baseline(
+    record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["test", "bees-ablation", "--levels", "augment = none", *record.storage]
+    shown = answered(capsys, *line)
+    assert "Tested 4 runs." in shown
+    with Record.open(str(record.home / "s.db")) as store:
+        study = store.study("bees-ablation").id
+        tests = store.tests(study)
+        rows = {row.number: row for row in store.trials(study)}
+        tested = {(rows[t.trial_number].factor, rows[t.trial_number].seed) for t in tests}
+        assert tested == {("baseline", 1), ("baseline", 2), ("augment", 1), ("augment", 2)}
+        again = json.loads(answered(capsys, *line, "--json"))
+        assert [row["trial_number"] for row in again] == [test.trial_number for test in tests]
+        assert store.tests(study) == tests
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["test", "bees-ablation"], ["python -m study test bees-ablation --levels all"]),
+        (["resume", "bees-ablation"], ["python -m study ablate bees-ablation"]),
+        (["test", "bees", "--levels", "all"], ["--levels", "bees is a search"]),
+        (
+            ["test", "bees-ablation", "--levels", "augment=none", "flip = 1"],
+            ["augment=none, flip = 1", "baseline; augment = none; head_lr_mult = 1."],
+        ),
+        (["report", "bees", "--ablation"], ["bees is no ablation"]),
+        (["report", "bees", "--methods"], ["bees is no ablation"]),
+        (["report", "bees-ablation", "--beside", "bees"], ["bees is no ablation"]),
+        (["ablate", "bees", "--from", "9"], ["no trial 9"]),
+        (["ablate", "bees", "--from", "first"], ["--from", "first"]),
+        (["ablate", "bees", "--design", "ofatt"], ["--design", "'ofatt'", "'ofat'"]),
+        (["ablate", "bees", "--factor", "augment"], ["--factor: must be KEY=VALUE"]),
+        (["ablate", "bees", "--factor", "augmnt=none"], ["ablation.factors.augmnt", "augment?"]),
+        (["ablate", "bees", "--factor", "freeze_depth=9"], ["ablation.factors.freeze_depth"]),
+        (["ablate", "bees", "--factor", "augment=standard"], ["ablation.factors.augment"]),
+        (["ablate", "bees", "--replicates", "0"], ["ablation.replicates"]),
+        (["ablate", "bees", "--timeout", "soon"], ["study.timeout"]),
+        (["ablate", "bees", "--name", "a/b"], ["study.name"]),
+        (["ablate", "bees", "--adaptive", "--design", "path"], ["--design ofat or loco"]),
+        (["ablate", "bees", "--adptive"], ["'--adaptive'"]),
+        (["ablate", "bees", "--name", "bees"], ["study bees is a search"]),
+        (["ablate", "wasp"], ["there is no study wasp"]),
+    ],
+)
+def test_a_users_mistake_is_refused_and_changes_nothing(
+    args: list[str], parts: list[str], record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = record.trials()
+    message = refused(capsys, *args, *record.storage)
+    assert all(part in message for part in parts)
+    assert record.trials() == before
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["ablate", "bees"],
+        ["report", "bees-ablation", "--ablation"],
+        ["test", "bees-ablation", "--levels", "all"],
+    ],
+)
+def test_a_missing_database_is_not_made(
+    args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = str(tmp_path / "no.db")
+    assert f"no database {storage}" in refused(capsys, *args, "--storage", storage)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_with_status_130_and_without_a_report(record: Bees, tmp_path: Path) -> None:
+    line = ["ablate", *record.file("photos"), "--set", "train.epochs=50", *FLAGS, "--json"]
+    command = [sys.executable, "-m", "study", *line, "--storage", str(tmp_path / "s.db")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        events = []
+        for text in process.stdout:
+            events.append(json.loads(text))
+            if (events[-1]["event"], events[-1].get("epoch")) == ("epoch", 0):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    last = events[-1]
+    assert (last["event"], last["stopped_because"]) == ("ablation_ended", "interrupted")
+    assert (last["n_done"], last["report"]) == (0, None)
+
+
+def test_an_adaptive_ablation_stops_by_the_rules_of_its_report(
+    record: Bees, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Few images and no pretrained weights: nothing can be decided, so it runs to the end.
+    line = ["ablate", "bees", "--name", "adaptive", "--factor", "augment=none", "--adaptive"]
+    most = ["--replicates", "2", "--set", "ablation.max_replicates=4"]
+    shown = answered(capsys, *line, *most, "--json", *record.storage)
+    last = json.loads(shown.splitlines()[-1])
+    (effect,) = last["effects"]
+    assert effect["verdict"] == "undecided"
+    assert (effect["n"], last["n_done"], last["n_planned"]) == (4, 8, 8)
