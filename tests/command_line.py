@@ -149,7 +149,7 @@ def read_runs(home: Path, name: str) -> list[Run]:
     known = optuna.load_study(study_name=name, storage=f"sqlite:///{home / 'studies.db'}").trials
     runs = []
     for row in shown(home, name)["trials"]:
-        if row["reason"] in _CUT_SHORT or row["state"] == "running":
+        if row["reason"] in _CUT_SHORT or row["state"] in ("running", "interrupted"):
             continue
         trial = known[row["number"]]
         state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
