@@ -212,7 +212,7 @@ def split_contents(data: ImageData) -> dict[str, list[bytes]]:
     """Return the pixels of every image, by split, in order."""
     splits: dict[str, Split | None] = {"train": data.train, "val": data.val, "test": data.test}
     return {
-        name: [split.store.picture(int(i)).tobytes() for i in split.indices]
+        name: [split.store.image(int(i)).tobytes() for i in split.indices]
         for name, split in splits.items()
         if split is not None
     }
@@ -237,5 +237,5 @@ def judge(scores: "np.ndarray[Any, np.dtype[np.float64]]") -> list[Judged]:
 
     none = (None,) * len(scores)
     baseline, *arms = (Arm(str(k), "", "", column, none) for k, column in enumerate(scores.T))
-    found = estimate_effects(baseline, arms, Rules(), np.random.default_rng(0))
+    found = estimate_effects(baseline, arms, Rules())
     return [Judged(e.verdict, e.difference.low, e.difference.high) for e in found]

@@ -258,7 +258,7 @@ def test_fit_gives_the_same_figures_whatever_runs_between(tmp_path: Path) -> Non
     torch.manual_seed(5)
     other = fit(replace(config, seed=3, freeze_depth=0), data)
     mixed = []
-    for metrics in fit(config, data, tmp_path / "trial"):
+    for metrics in fit(config, data, checkpoint_dir=tmp_path / "trial"):
         next(other, None)
         mixed.append((metrics.train_loss, metrics.val_loss, metrics.val_acc))
     assert mixed == first

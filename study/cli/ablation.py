@@ -93,7 +93,15 @@ def print_plan(plan: Plan) -> None:
 
 def foresee_plan(plan: Plan) -> list[str]:
     """Say before a run what its replicates can decide."""
-    return foresee(plan.looks[-1], plan.n_tests, _rules(plan))
+    warnings = foresee(plan.looks[-1], plan.n_tests, _rules(plan))
+    baseline, *levels = plan.configs()
+    is_without_seed = baseline.is_solved and any(config.is_solved for config in levels)
+    if is_without_seed and not plan.baseline.settings.resplit:
+        warnings.append(
+            "A solved head has no seed, so its replicates are equal and their spread is 0. With "
+            "--resplit each replicate has its own validation split."
+        )
+    return warnings
 
 
 def _rules(plan: Plan, resolution: float = 0.0) -> Rules:

@@ -27,8 +27,6 @@ from study.execution.session import Session, StudyHalted, outside_cause
 from study.record.models import Trial
 from study.record.record import config_hash, params_of
 
-# These settings do not change what a trial learns, so they do not tell two trials apart.
-_NOT_IDENTITY = ("device", "workers")
 # So many equal failures in a row have a cause that the next settings will not remove. Assumption.
 _MOST_EQUAL_FAILURES = 3
 
@@ -93,9 +91,21 @@ class TrialResult:
 
 
 def identity(config: TrainConfig) -> str:
-    """Return the hash by which two trials are the same setting under the same seed."""
-    settings = dataclasses.asdict(config)
-    return config_hash({k: v for k, v in settings.items() if k not in _NOT_IDENTITY})
+    """Return the hash by which two trials are the same setting under the same seed.
+
+    Settings that change nothing beside the others do not tell two trials apart.
+    """
+    idle = without_effect(config).keys() - {"seed", "monitor"}
+    return config_hash({k: v for k, v in dataclasses.asdict(config).items() if k not in idle})
+
+
+def reported_step(config: TrainConfig, metrics: EpochMetrics) -> int:
+    """Return how many epochs an accuracy counts for with a pruner.
+
+    A solved head is at its end at once: it counts as a run of all epochs, so that no network is
+    compared with it after its first one.
+    """
+    return config.epochs if config.is_solved else metrics.epoch + 1
 
 
 def is_settled(row: Trial) -> bool:
@@ -313,7 +323,7 @@ class TrialEngine:
                     continue
                 self._record.add_epoch(course.trial_id, metrics, course.duration_s)
                 course.epochs.append(metrics)
-                trial.report(metrics.val_acc, metrics.epoch + 1)  # a pruner counts from 1
+                trial.report(metrics.val_acc, reported_step(request.config, metrics))
                 session.progress.emit(EpochEnded(number, metrics))
                 yield metrics
 

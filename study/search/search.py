@@ -14,7 +14,14 @@ from study.config.search_space import ParamValue, apply_params, distributions, n
 from study.config.study_config import StudyConfig
 from study.execution.progress import REASON_KILLED, Counts, Progress, StudyEnded, StudyStarted
 from study.execution.session import Session, corner_configs, open_session
-from study.execution.trial_engine import MOST_RERUNS, RERUNS, TrialEngine, TrialRequest, identity
+from study.execution.trial_engine import (
+    MOST_RERUNS,
+    RERUNS,
+    TrialEngine,
+    TrialRequest,
+    identity,
+    reported_step,
+)
 from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
@@ -242,7 +249,7 @@ class _Search:
             self._run(request, trial)
             return
         for metrics in self.session.record.epochs(equal.id):
-            trial.report(metrics.val_acc, metrics.epoch + 1)
+            trial.report(metrics.val_acc, reported_step(request.config, metrics))
         copy = replace(request, origin=f"{_COPY}{equal.number}")
         self.engine.record_untrained(copy, equal.state, equal.reason, equal)
         self.standing.add(equal.state, equal.ranked_by, own)
@@ -251,6 +258,8 @@ class _Search:
         is_recipe = request.origin.startswith(_RECIPE)
 
         def should_prune(_: EpochMetrics) -> bool:
+            if request.config.is_solved:
+                return False  # nor do others' rungs hold it
             # Asked for a recipe, too: others are compared with it. It is never pruned.
             with quiet_experiments():
                 return trial.should_prune() and not is_recipe

@@ -42,6 +42,7 @@ SMALL: dict[str, object] = {
     "train.flip": 0,
     "train.crop_scale": 0.7,
     "train.device": "cpu",
+    "train.head_solver": "sgd",
     "train.workers": 0,
 }
 TINY: dict[str, object] = {"train.backbone": "timm:test_resnet", "train.weights": "none"}
