@@ -26,7 +26,7 @@ from study.config.load import load_config
 from study.config.search_space import distributions
 from study.record.models import Trial
 from study.record.record import Record
-from study.samplers import make_pruner, make_sampler
+from study.search.samplers import make_pruner, make_sampler
 
 REPORTS = 20
 SPACE = distributions(load_config().space)

@@ -31,11 +31,11 @@ from core.device import choose_device
 from core.models.builder import build
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
-from study.progress import QuietProgress
+from study.execution.progress import QuietProgress
+from study.execution.session import load_images
 from study.record.record import Record
-from study.search import run_search
-from study.session import load_pictures
-from study.test_split import test_study
+from study.search.final_test import test_study
+from study.search.search import run_search
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Plain values in the space fix its dimensions.
@@ -120,7 +120,7 @@ def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
 
 def reference(config: StudyConfig) -> float:
     """Test scikit-learn's logistic regression on the frozen network's features."""
-    data = load_pictures(config, QuietProgress())
+    data = load_images(config, QuietProgress())
     train = config.train
     built = build(train.backbone, train.weights, data.classes, seed=0, image_size=train.image_size)
     shown = built.preprocessing

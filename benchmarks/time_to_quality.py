@@ -244,15 +244,15 @@ def frostline_record(storage: Path, began: float) -> list[dict[str, Any]]:
     from core.config import TrainConfig
     from core.prefix_cache import PrefixCache
     from study.config.study_config import StudyConfig
-    from study.progress import QuietProgress
+    from study.execution.progress import QuietProgress
+    from study.execution.session import load_images
     from study.record.record import Record
-    from study.session import load_pictures
 
     with Record.open(str(storage)) as store:
         study = store.study(_STUDY)
         rows = timeline(store, began)
         trains = {trial.number: trial.config for trial in store.trials(study.id)}
-        data = load_pictures(StudyConfig.from_record(study.config), QuietProgress())
+        data = load_images(StudyConfig.from_record(study.config), QuietProgress())
     last_best: dict[int, int] = {}
     for row in rows:
         if row["is_best"]:

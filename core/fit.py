@@ -120,8 +120,9 @@ def fit(
         if metrics.is_best:
             best = Best(metrics, evaluation, trainer.snapshot())
         trainer.end_epoch()
-        state.save_if_due(best, device, after_epoch=True)
         yield metrics
+        # Only now: the caller has recorded the epoch, which the state then counts as done.
+        state.save_if_due(best, device, after_epoch=True)
     if best is not None:
         _save(checkpoint_dir, config, network, data, best)
 

@@ -149,18 +149,19 @@ def read_runs(home: Path, name: str) -> list[Run]:
     known = optuna.load_study(study_name=name, storage=f"sqlite:///{home / 'studies.db'}").trials
     runs = []
     for row in shown(home, name)["trials"]:
-        if row["reason"] in _CUT_SHORT or row["state"] == "running":
+        if row["reason"] in _CUT_SHORT or row["state"] in ("running", "interrupted"):
             continue
         trial = known[row["number"]]
         state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
-        assert (state, trial.params) == (row["state"], row["params"]), "two records, two truths"
+        params = trial.user_attrs.get("levels", trial.params)  # of an ablation, of a search
+        assert (state, params) == (row["state"], row["params"]), "two records, two truths"
         told = shown(home, name, "--trial", str(row["number"]))
         runs.append(
             Run(
                 number=trial.number,
                 state=state,
                 origin=row["origin"],
-                params=trial.params,
+                params=params,
                 config=told["config"],
                 value=row["value"],
                 reported=trial.intermediate_values,

@@ -29,8 +29,8 @@ WITHOUT_TORCH = (
     "study/config/formatting.py",
     "study/config/load.py",
     "study/config/toml.py",
-    "study/progress.py",
-    "study/terminal.py",
+    "study/execution/progress.py",
+    "study/execution/terminal.py",
 )
 
 

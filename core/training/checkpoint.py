@@ -49,12 +49,20 @@ class Card:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], card: Card) -> None:
-    """Write weights and card; each file appears whole or not at all."""
+    """Write weights and card; each file appears whole or not at all.
+
+    Raises:
+        OSError: One of them cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # Channels-last tensors are written in their logical order, so any layout loads them.
     plain = {name: tensor.contiguous() for name, tensor in state.items()}
     partial = folder / f"{WEIGHTS_FILE}.partial"
-    safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+    except safetensors.SafetensorError as err:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{partial} cannot be written: {err}") from err
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / f"{CARD_FILE}.partial"
     text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False)

@@ -48,6 +48,39 @@ class Best:
     weights: dict[str, Tensor]
 
 
+def epochs_in_state(file: Path, config: TrainConfig, data: ImageData) -> int | None:
+    """Return the epochs that a run had finished when its state was saved; None if unusable."""
+    state = _read(file, _run_key(config, data))
+    return None if state is None else int(state["trainer"]["position"]["epoch"])
+
+
+def _run_key(config: TrainConfig, data: ImageData) -> str:
+    """Return what a state must have been saved by to be continued."""
+    settings = dataclasses.asdict(config)
+    own = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
+    text = json.dumps([own, data.classes, data.fingerprint, library_versions(), SOURCE])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(file: Path, run: str) -> dict[str, Any] | None:
+    """Read a state; None for one that is missing, damaged or another run's."""
+    try:
+        with zipfile.ZipFile(file) as parts:  # PyTorch itself compares no checksums
+            if parts.testzip() is not None:
+                return None
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ):
+        return None
+    return state if isinstance(state, dict) and state.get("run") == run else None
+
+
 class TrainingState:
     """A run's state file; one that is missing, damaged or another run's counts as none.
 
@@ -62,10 +95,7 @@ class TrainingState:
         self, file: Path | None, config: TrainConfig, data: ImageData, trainer: Trainer
     ) -> None:
         self._file, self._trainer, self._labels = file, trainer, data.val.labels
-        settings = dataclasses.asdict(config)
-        own = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
-        text = json.dumps([own, data.classes, data.fingerprint, library_versions(), SOURCE])
-        self._run = hashlib.sha256(text.encode()).hexdigest()
+        self._run = _run_key(config, data)
         self._saved_at = time.perf_counter()
         weights = trainer.state_dict()["module"].values()
         self._cost_s = _LEAST_COST_S + sum(t.nbytes for t in weights) / _BYTES_PER_S
@@ -73,23 +103,8 @@ class TrainingState:
 
     def restore(self) -> Best | None:
         """Bring a trainer, before its first step, to where the file says; give the best epoch."""
-        if self._file is None:
-            return None
-        try:
-            with zipfile.ZipFile(self._file) as parts:  # PyTorch itself compares no checksums
-                if parts.testzip() is not None:
-                    return None
-            state = torch.load(self._file, map_location="cpu", weights_only=True)
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ):
-            return None
-        if not isinstance(state, dict) or state.get("run") != self._run:
+        state = _read(self._file, self._run) if self._file else None
+        if state is None:
             return None
         self._trainer.load_state_dict(state["trainer"])
         if state["trainer"]["position"]["step"]:  # an epoch begins with random numbers of its own

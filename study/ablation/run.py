@@ -1,7 +1,6 @@
 """Run an ablation: every cell of a design once per replicate, in the same record as a search."""
 
 import dataclasses
-import functools
 import math
 import time
 from dataclasses import dataclass
@@ -10,29 +9,23 @@ from pathlib import Path
 import optuna
 
 from core.config import TrainConfig
-from core.data.splits import ImageData, load_data
 from study.ablation.baseline import Baseline, factors_of
 from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
 from study.config.errors import ConfigError
 from study.config.load import check_backbones
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
-from study.progress import BestTrial, Counts, Progress
+from study.execution.progress import Counts, Progress, StudyEnded, StudyStarted
+from study.execution.session import Session, corner_configs, open_session, stored_side
+from study.execution.trial_engine import (
+    VAL_SEED,
+    TrialEngine,
+    TrialRequest,
+    identity,
+    is_settled,
+)
 from study.record.models import Trial
 from study.record.record import LEVELS, Record, config_hash
-from study.roster import Roster
-from study.runner import (
-    REASON_DIVERGED,
-    REASON_OUT_OF_MEMORY,
-    RERUN_REASONS,
-    Asked,
-    Work,
-    drop_checkpoint,
-    identity,
-    record_answers,
-    run_trial,
-)
-from study.session import close_killed, corner_configs, open_session, picture_size
 
 # Each interim analysis comes after half as many replicates again: few, so that little of the
 # allowed error is spent on each.
@@ -134,7 +127,7 @@ def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
         if row is not None:
             size = row.config["data"]["store_size"]
         else:
-            size = picture_size(corner_configs(source) if source else plan.configs())
+            size = stored_side(corner_configs(source) if source else plan.configs())
         data = dataclasses.replace(config.data, store_size=size)
         config = config.model_copy(update={"data": data})
     if row is not None and (changes := config_diff(StudyConfig.from_record(row.config), config)):
@@ -218,131 +211,96 @@ def run_ablation(
             plan.configs(),
             progress=progress,
             command=command,
+            resume=f"python -m study ablate {config.study.name}",
             take_over=take_over,
         ) as session:
-            ablation = _Ablation(plan, config, _Engine(session.work, config))
+            ablation = _Ablation(plan, session)
             session.because = ablation.run(command, decide, begin)
             outcome = ablation.outcome(session.because, time.monotonic() - begin)
-            progress.study_ended(outcome)
+            progress.emit(StudyEnded(outcome))
             return outcome
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A run that is to be done.
-
-    Attributes:
-        config: What to train.
-        val_seed: Seed of its own validation split; None for the study's.
-        cell: Its place in the design.
-        replicate: Which of the cell's equal runs, from 0.
-        levels: Factor -> label of its level, for all factors.
-    """
-
-    config: TrainConfig
-    val_seed: int | None
-    cell: Cell
-    replicate: int
-    levels: dict[str, str]
-
-    @property
-    def identity(self) -> str:
-        """Return the hash by which two runs are the same: settings, seed, and split."""
-        own = identity(self.config)
-        if self.val_seed is None:
-            return own
-        return config_hash({"run": own, "val_seed": self.val_seed})
-
-
-class _Engine:
-    """Runs requests and records them: the one place that knows how trials are run."""
-
-    def __init__(self, work: Work, config: StudyConfig) -> None:
-        self.work = work
-        self._config = config
-        self.images_of = functools.lru_cache(maxsize=1)(self._load_images)
-
-    def recover(self) -> list[Trial]:
-        """Close what a killed process left open; return the runs that need not be done again."""
-        close_killed(self.work)
-        store = self.work.store
-        done = [row for row in store.trials(self.work.study_id) if is_done(row)]
-        for row in done:  # the process may have died just before it could add the predictions
-            is_kept = row.checkpoint is not None and Path(row.checkpoint).is_dir()
-            if is_kept and not store.has_predictions(row.id, "val"):
-                record_answers(self.work, row.number)
-        return done
-
-    def run(self, request: _Request) -> Trial:
-        """Run a request to its end, or until the user stops it."""
-        work = dataclasses.replace(self.work, data=self.images_of(request.val_seed))
-        cell, replicate = request.cell, request.replicate
-        attrs = {"cell": cell.label, "replicate": replicate, LEVELS: request.levels}
-        trial = work.store.start_trial(work.study_id, {}, {}, attrs)
-        origin = f"{cell.label}, replicate {replicate + 1}"
-        factor, level = ", ".join(cell.levels) or BASELINE, ", ".join(cell.levels.values()) or None
-        asked = Asked(trial, origin, factor, level, replicate, request.identity)
-        if run_trial(work, asked, request.config).state == "complete":
-            record_answers(work, trial.number)
-            if not self._config.ablation.keep_checkpoints:
-                drop_checkpoint(work, trial.number)
-        return work.store.trial(work.study_id, trial.number)
-
-    def _load_images(self, val_seed: int | None) -> ImageData:
-        """Load the images in a replicate's own split; the study's split has shown its warnings."""
-        if val_seed is None:
-            return self.work.data
-        data = dataclasses.replace(self._config.data, val_seed=val_seed)
-        assert data.store_size is not None, "an ablation's images have a settled size"
-        return load_data(data, data.store_size, self.work.progress.pictures)
 
 
 class _Ablation:
     """One process's part in an ablation: which runs are to be done, and which are."""
 
-    def __init__(self, plan: Plan, config: StudyConfig, engine: _Engine) -> None:
+    def __init__(self, plan: Plan, session: Session) -> None:
         self.plan = plan
         self.design = plan.design
-        self.config = config
-        self.engine = engine
-        self.work = engine.work
+        self.session = session
+        self.config = session.config
+        keeps_all = self.config.ablation.keep_checkpoints
+        self.engine = TrialEngine(session, keep_best=None if keeps_all else 0)
         self.rows: dict[str, Trial] = {}  # by identity
         self._known: dict[tuple[tuple[str, str], ...], list[str]] = {}
         self._recorded: dict[str, object] = {}
 
     def run(self, command: str, decide: Decide, begin: float) -> str:
         """Run what is missing; return why it ended."""
-        self.engine.images_of(self._val_seed(0))  # a source that cannot be split again shows here
-        for row in self.engine.recover():
-            self.rows.setdefault(row.config_hash, row)
+        self.session.images(self._val_seed(0))  # a source that cannot be split again shows here
+        continued = self.engine.recover()
+        for row in self.session.record.trials(self.session.study_id):
+            if is_settled(row):
+                self.rows.setdefault(row.config_hash, row)
         self._record_design(command)
         best = self._best()
-        self.work.progress.study_started(
-            self.config.study.name,
-            self.plan.n_runs,
-            self._counts(),
-            BestTrial.of(best) if best else None,
+        self.session.progress.emit(
+            StudyStarted(
+                self.config.study.name,
+                self.plan.n_runs,
+                self._counts(),
+                best.value if best else None,
+                best.ranked_by if best else None,
+            )
         )
+        for request in continued:
+            self._run(request)
         for cell, replicate in self.design.missing(self.plan.looks, self._done, decide):
             self._record_design(command)  # a path may have taken a step
-            if self.work.stop.is_set():
+            if self.session.stop.is_set():
                 return "interrupted"
             timeout = self.config.study.timeout
             if timeout is not None and time.monotonic() - begin > timeout:
                 return "timeout"
-            request = self._request(cell, replicate)
-            row = self.engine.run(request)
-            if row.reason in RERUN_REASONS:
+            if not self._run(self._request(cell, replicate)):
                 return "interrupted"
-            self.rows[request.identity] = row
         self._record_design(command)
         return "complete"
 
-    def _request(self, cell: Cell, replicate: int) -> _Request:
-        train = apply_params(self.config.train, cell.overrides)
-        train = dataclasses.replace(train, seed=train.seed + replicate)
+    def _run(self, request: TrialRequest) -> bool:
+        """Run a trial; return whether it ended."""
+        if self.engine.run(request).state == "stopped":
+            return False
+        row = self.session.record.trial(self.session.study_id, request.number)
+        self.rows[row.config_hash] = row
+        return True
+
+    def _request(self, cell: Cell, replicate: int) -> TrialRequest:
+        """Begin a trial of Optuna's for a run, and return its request."""
+        val_seed = self._val_seed(replicate)
         levels = {f.name: cell.levels.get(f.name, f.baseline) for f in self.design.factors}
-        return _Request(train, self._val_seed(replicate), cell, replicate, levels)
+        attrs = {"cell": cell.label, "replicate": replicate, LEVELS: levels, VAL_SEED: val_seed}
+        trial = self.session.record.start_trial(self.session.study_id, {}, {}, attrs)
+        return TrialRequest(
+            number=trial.number,
+            config=self._train(cell, replicate),
+            origin=f"{cell.label}, replicate {replicate + 1}",
+            params=levels,
+            val_seed=val_seed,
+            factor=", ".join(cell.levels) or BASELINE,
+            level=", ".join(cell.levels.values()) or None,
+            replicate=replicate,
+            identity=self._identity(cell, replicate),
+        )
+
+    def _train(self, cell: Cell, replicate: int) -> TrainConfig:
+        train = apply_params(self.config.train, cell.overrides)
+        return dataclasses.replace(train, seed=train.seed + replicate)
+
+    def _identity(self, cell: Cell, replicate: int) -> str:
+        """Return the hash by which two runs are the same: settings, seed, and split."""
+        own, val_seed = identity(self._train(cell, replicate)), self._val_seed(replicate)
+        return own if val_seed is None else config_hash({"run": own, "val_seed": val_seed})
 
     def _val_seed(self, replicate: int) -> int | None:
         """Return the seed of a replicate's own validation split; None for the study's.
@@ -358,8 +316,7 @@ class _Ablation:
         """Return the identities of a cell's replicates."""
         key = tuple(cell.levels.items())
         if key not in self._known:
-            requests = [self._request(cell, r) for r in range(self.plan.looks[-1])]
-            self._known[key] = [request.identity for request in requests]
+            self._known[key] = [self._identity(cell, r) for r in range(self.plan.looks[-1])]
         return self._known[key]
 
     def _done(self, cell: Cell) -> dict[int, float | None]:
@@ -383,7 +340,7 @@ class _Ablation:
         self._recorded = spec
         parts = {name: spec[name] for name in ("kind", "factors", "coded")}
         key = config_hash(parts | {"resplit": self.config.ablation.resplit})
-        self.work.store.put_design(self.work.study_id, key, self.design.kind, spec, command)
+        self.session.record.put_design(self.session.study_id, key, self.design.kind, spec, command)
 
     def _counts(self) -> Counts:
         """Count the runs of this design that are done."""
@@ -401,20 +358,10 @@ class _Ablation:
         return AblationOutcome(
             study_name=self.config.study.name,
             stopped_because=because,
-            counts=Roster(self.work).counts(),
+            counts=Counts.of(self.session.record.trials(self.session.study_id)),
             n_done=done.complete + done.failed,
             n_planned=self.plan.n_runs,
             best_number=best.number if best else None,
             best_value=best.value if best else None,
             duration_s=duration_s,
         )
-
-
-def is_done(row: Trial) -> bool:
-    """Say whether a run need not be done again: it is complete, or fails for a reason of its own.
-
-    A setting that diverges or does not fit into memory does so every time; that is its result.
-    """
-    own = (REASON_DIVERGED, REASON_OUT_OF_MEMORY)
-    is_failure = row.state == "failed" and (row.reason or "").startswith(own)
-    return row.state == "complete" or is_failure

@@ -23,11 +23,11 @@ from study.cli.views import (
 from study.config.errors import ConfigError
 from study.config.formatting import format_duration
 from study.config.load import check_backbones
-from study.estimate import estimate_runs
-from study.progress import Progress
+from study.execution.progress import Progress
+from study.execution.session import load_images, preflight
 from study.record.record import Record
-from study.session import load_pictures, preflight
-from study.test_split import test_trials
+from study.search.final_test import test_trials
+from study.search.plan import estimate_runs
 
 if TYPE_CHECKING:
     from reports.ablation_sections import Section
@@ -104,7 +104,7 @@ def _rules(plan: Plan, resolution: float = 0.0) -> Rules:
 
 def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     """Print the runs of an ablation and what they would cost."""
-    data = load_pictures(plan.baseline.config, progress)
+    data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
     check_begun(plan)
     seconds, size = estimate_runs(plan.configs(), data)

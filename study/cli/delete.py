@@ -25,6 +25,7 @@ def delete_study(store: Record, name: str, *, command: str) -> list[Path]:
     store.begin_run(study.id, command=command, device="none", versions={})
     folders = [Path(row.checkpoint) for row in store.trials(study.id) if row.checkpoint]
     store.delete_study(name)
-    for folder in folders:
+    states = Path(study.config["study"]["output"]) / name / "state"
+    for folder in (*folders, states):
         shutil.rmtree(folder, ignore_errors=True)
     return folders

@@ -16,9 +16,9 @@ import click
 
 if TYPE_CHECKING:
     from study.config.study_config import StudyConfig
-    from study.progress import Progress
+    from study.execution.progress import Progress
     from study.record.record import Record
-    from study.search import SearchOutcome
+    from study.search.search import SearchOutcome
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_STORAGE = "studies.db"
@@ -81,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(err.format_message() + (f" See {path} --help" if path else ""))
     except (PermissionError, NotADirectoryError, FileExistsError) as err:
         return _refuse(f"{err.filename}: {err.strerror}.")
-    except ValueError as err:
-        # One of our own kinds of ValueError is about what the user gave; any other is a bug.
-        kind = type(err)
-        if kind is ValueError or kind.__module__.partition(".")[0] not in _PACKAGES:
+    except (ValueError, RuntimeError) as err:
+        # One of our own kinds is about what the user gave, or what halts a study; any other is a
+        # bug.
+        if type(err).__module__.partition(".")[0] not in _PACKAGES:
             raise
-        return _refuse(str(err))
+        status = _refuse(str(err))
+        return status if isinstance(err, ValueError) else 1
 
 
 def _repeat_lists(words: Sequence[str]) -> list[str]:
@@ -134,7 +135,7 @@ def _open(storage: str | None = None) -> "Record":
 
 
 def _progress() -> "contextlib.closing[Progress]":
-    from study.progress import choose_progress
+    from study.execution.progress import choose_progress
 
     progress = choose_progress(is_quiet=bool(_given("quiet")), is_json=_given("as_json"))
     return contextlib.closing(progress)
@@ -249,12 +250,13 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 
 def _search(config: "StudyConfig") -> int:
     from study.config.formatting import hide_password
-    from study.search import run_search
+    from study.execution.progress import Note
+    from study.search.search import run_search
 
     with _progress() as progress:
         folder = Path(config.study.output) / config.study.name
         storage = hide_password(config.study.storage)
-        progress.note(f"Study {config.study.name} in {storage}, files in {folder}")
+        progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
         outcome = run_search(
             config,
             progress=progress,
@@ -262,7 +264,6 @@ def _search(config: "StudyConfig") -> int:
             allow_changes=_given("allow_changes"),
             take_over=_given("take_over"),
         )
-        progress.study_ended(outcome)
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":
         return _INTERRUPTED
@@ -272,7 +273,7 @@ def _search(config: "StudyConfig") -> int:
 def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path) -> None:
     """Print how a search ended and what to do next, and write its report."""
     from study.cli import views
-    from study.search import HALTED
+    from study.search.search import HALTED
 
     name, storage, report = config.study.name, config.study.storage, None
     with _open(storage) as store:
@@ -299,14 +300,14 @@ def _estimate(config: "StudyConfig") -> int:
     from study.cli.views import estimate_view
     from study.config.load import check_backbones
     from study.config.toml import config_text
-    from study.estimate import estimate
-    from study.session import corner_configs, load_pictures, preflight, without_weights
+    from study.execution.session import corner_configs, load_images, preflight, without_weights
+    from study.search.plan import estimate
 
     check_backbones(config)
     if not _given("as_json"):
         print(config_text(config))
     with _progress() as progress:
-        data = load_pictures(config, progress)
+        data = load_images(config, progress)
     preflight([without_weights(train) for train in corner_configs(config, with_starts=True)], data)
     found = estimate(config, data)
     _print(estimate_view(found), {"config": config.to_record(), "estimate": found})
@@ -338,13 +339,14 @@ def ablate(
 ) -> int:
     """Ablate a study's best trial, or a configuration."""
     from study.cli import ablation
+    from study.execution.progress import Note
 
     plan = ablation.plan_ablation(base, which, factors, overrides, _flags())
     if not given["as_json"]:
         ablation.print_plan(plan)
     with _progress() as progress:
         for warning in ablation.foresee_plan(plan):
-            progress.note(warning)
+            progress.emit(Note(warning))
         if given["dry_run"]:
             ablation.estimate_plan(plan, progress, as_json=given["as_json"])
             return 0
@@ -368,8 +370,8 @@ def ablate(
 def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> int:
     """Audit a search's pruner: train a sample of its pruned trials."""
     from reports.audit import audited_grid, rank_grid, read_audit
-    from study.audit import audit_study
     from study.cli.views import grid_table, print_json, print_view
+    from study.search.audit import audit_study
 
     outcome = None
     with _open() as store:
@@ -475,7 +477,7 @@ def delete(study: str, yes: bool, **_: Any) -> None:
 def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **_: Any) -> None:
     """Evaluate the best trial on the test split, once."""
     from study.cli.views import describe_use
-    from study.test_split import test_study
+    from study.search.final_test import test_study
 
     with _open() as store, _progress() as progress:
         is_ablation, folder = _is_ablation(store, study), _output(store, study)

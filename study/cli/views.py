@@ -27,9 +27,9 @@ from study.config.formatting import (
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
     from reports.publish import Grid
-    from study.estimate import Estimate
     from study.record.models import Study, StudySummary, Test, Trial
-    from study.search import SearchOutcome
+    from study.search.plan import Estimate
+    from study.search.search import SearchOutcome
 
 _SUMMARY_ROWS = 5
 # Above this many trials, `show` lists the best ones only.

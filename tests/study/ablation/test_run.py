@@ -10,6 +10,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -19,7 +20,7 @@ from optuna.trial import TrialState
 from core.config import DataConfig, TrainConfig
 from core.data.sources import DataError
 from core.data.splits import ImageData, load_data
-from core.fit import fit
+from core.fit import Interrupted, fit
 from core.metrics import EpochMetrics
 from core.training.checkpoint import PREDICTIONS_FILE
 from reports.ablation import read_ablations
@@ -30,14 +31,15 @@ from study.ablation.designs import Scores
 from study.ablation.run import (
     AblationOutcome,
     Plan,
-    is_done,
     make_plan,
     run_ablation,
     settled_config,
 )
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
-from study.progress import QuietProgress
+from study.execution.progress import EpochEnded, Event, QuietProgress, TrialEnded
+from study.execution.session import StudyHalted
+from study.execution.trial_engine import is_settled
 from study.record.frames import read_predictions
 from study.record.models import Design, Trial
 from study.record.record import Record
@@ -53,6 +55,7 @@ SETTINGS = [
     "train.batch_size=8",
     "train.seed=7",
     'train.device="cpu"',
+    'train.head_solver="sgd"',
     "ablation.keep_checkpoints=false",
 ]
 FACTORS = {"base_lr": [0.001], "augment": ["none"]}
@@ -126,10 +129,12 @@ def _script(
     """Let a script stand in for training; returns what was trained, as it comes."""
     trained = []
 
-    def scripted(config: TrainConfig, data: ImageData, *, checkpoint_dir: Path, **_: object):
+    def scripted(config: TrainConfig, data: ImageData, *, checkpoint_dir: Path, **options: Any):
         trained.append((config, data))
         acc = accuracy(config)
         for epoch in range(config.epochs):
+            if options["should_stop"]():
+                raise Interrupted
             figures = (0.5, 0.5, acc, acc, acc, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
             yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
         checkpoint_dir.mkdir(parents=True)
@@ -137,7 +142,7 @@ def _script(
             checkpoint_dir / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels
         )
 
-    monkeypatch.setattr("study.runner.fit", scripted)
+    monkeypatch.setattr("study.execution.trial_engine.fit", scripted)
     return trained
 
 
@@ -287,13 +292,14 @@ class _Acts(QuietProgress):
         super().__init__()
         self.number, self.act, self.at_end = number, act, at_end
 
-    def epoch(self, number: int, metrics: EpochMetrics) -> None:
-        if number == self.number and metrics.epoch == 0 and not self.at_end:
-            self.act()
-
-    def trial_ended(self, number: int, *rest: object) -> None:
-        if number == self.number and self.at_end:
-            self.act()
+    def emit(self, event: Event) -> None:
+        match event:
+            case EpochEnded(self.number, metrics):
+                if metrics.epoch == 0 and not self.at_end:
+                    self.act()
+            case TrialEnded(self.number):
+                if self.at_end:
+                    self.act()
 
 
 def _kill_own_process() -> None:
@@ -317,7 +323,7 @@ def test_a_killed_ablation_continues_and_ends_with_the_same_effects(
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert [row.state for row in _rows(cut)] == ["complete"] * 3 + ["running"]
+    assert [row.state for row in _rows(cut)] == ["complete"] * 3 + ["interrupted"]
     outcome = _run(_plan(photos, cut, "train.epochs=2"))
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
     states = [(row.state, row.reason) for row in _rows(cut)]
@@ -343,9 +349,9 @@ def test_an_interrupted_ablation_continues(photos: Path, tmp_path: Path) -> None
     assert signal.getsignal(signal.SIGINT) is handler
     rows = _rows(tmp_path)
     assert len(rows) == 5
-    assert (rows[-1].state, rows[-1].reason) == ("failed", "interrupted")
+    assert rows[-1].ended_at is None
     outcome = _run(plan)
-    assert (outcome.stopped_because, outcome.n_done, len(_rows(tmp_path))) == ("complete", 6, 7)
+    assert (outcome.stopped_because, outcome.n_done, len(_rows(tmp_path))) == ("complete", 6, 6)
     assert all(row["n_failed"] == "0" for row in _effects(tmp_path))
 
 
@@ -397,9 +403,9 @@ def test_a_full_disk_ends_the_run_and_is_tried_again(
 
     _script(monkeypatch, accuracy)
     plan = _plan(photos, tmp_path)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StudyHalted, match="no space left"):
         _run(plan)
-    assert [row.state for row in _rows(tmp_path)] == ["complete"] * 3 + ["failed"]
+    assert [row.ended_at is None for row in _rows(tmp_path)] == [False] * 3 + [True]
     full[0] = False
     outcome = _run(plan)
     assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
@@ -590,4 +596,4 @@ def test_a_run_is_done_when_its_result_is_its_own(
     state: str, reason: str | None, expected: bool, finished: Path
 ) -> None:
     row = dataclasses.replace(_rows(finished)[0], state=state, reason=reason)
-    assert is_done(row) is expected
+    assert is_settled(row) is expected

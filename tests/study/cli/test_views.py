@@ -11,11 +11,11 @@ from core.metrics import EpochMetrics
 from core.models.freeze_stages import Level
 from study.cli import views
 from study.config.study_config import StudyConfig
-from study.estimate import BackboneCost, Estimate
-from study.progress import Counts
+from study.execution.progress import Counts
 from study.record.models import Test, Trial
 from study.record.record import Record
-from study.search import SearchOutcome
+from study.search.plan import BackboneCost, Estimate
+from study.search.search import SearchOutcome
 from support import distributions_of
 
 DATA = {

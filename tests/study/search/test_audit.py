@@ -3,27 +3,20 @@ from pathlib import Path
 
 import optuna
 import pytest
+from small_study import Listener, config_of, make_home, run
 
 from core.config import TrainConfig
 from core.fit import fit
 from reports.audit import read_audit
-from study.audit import audit_study
 from study.cli.main import main
 from study.config.errors import ConfigError
-from study.config.load import load_config
-from study.progress import QuietProgress
+from study.config.study_config import StudyConfig
+from study.execution.session import load_images
 from study.record.record import Record
-from study.search import run_search
-from study.session import load_pictures
-from support import make_folder
+from study.search.audit import audit_study
 
 SETTINGS = [
-    'train.backbone="resnet18"',
-    'train.weights="none"',
-    "train.image_size=32",
     "train.epochs=3",
-    "train.batch_size=8",
-    'train.device="cpu"',
     'search.pruner="halving"',
     "search.recipes=false",
     "space.base_lr={low=1e-5, high=1e-1, log=true}",
@@ -35,25 +28,13 @@ SETTINGS = [
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search of which several trials were pruned."""
     home = tmp_path_factory.mktemp("audit")
-    make_folder(home / "photos", {"red": 24, "blue": 24})
-    (home / "empty.toml").write_text("[space]\n")
-    config = load_config(
-        home / "empty.toml",
-        SETTINGS,
-        {
-            "data.source": str(home / "photos"),
-            "data.cache_dir": str(home / "cache"),
-            "study.storage": str(home / "s.db"),
-            "study.output": str(home / "runs"),
-            "study.trials": 10,
-        },
-    )
-    run_search(config, progress=QuietProgress(), command="test")
+    make_home(home, "[space]\n", n=24)
+    run(config_of(home, 10, *SETTINGS))
     return home
 
 
 def _audit(store: Record, n: int) -> object:
-    return audit_study(store, "photos", n, progress=QuietProgress(), command="test")
+    return audit_study(store, "photos", n, progress=Listener(), command="test")
 
 
 def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home: Path) -> None:
@@ -79,9 +60,8 @@ def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home:
             assert seen[: len(before)] == before
         study = optuna.load_study(study_name="photos-audit", storage=f"sqlite:///{home}/s.db")
         assert [t.value for t in study.trials] == [row.value for row in rows]
-        config = load_config(None, [], {"data.source": str(home / "photos")})
-        config = type(config).from_record(store.study("photos-audit").config)
-        data = load_pictures(config, QuietProgress())
+        config = StudyConfig.from_record(store.study("photos-audit").config)
+        data = load_images(config, Listener())
         alone = [m.val_acc for m in fit(TrainConfig(**rows[0].config), data)]
         assert [m.val_acc for m in store.epochs(rows[0].id)] == alone
 
@@ -114,7 +94,7 @@ def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
     assert main(["audit", "photos", "--sample", "-1", *storage]) == 2
     assert "'--sample'" in capsys.readouterr().err
     with Record.open(str(home / "s.db")) as store, pytest.raises(ConfigError):
-        audit_study(store, "photos-audit", 1, progress=QuietProgress(), command="test")
+        audit_study(store, "photos-audit", 1, progress=Listener(), command="test")
 
 
 def test_the_report_of_a_search_shows_its_audit(home: Path) -> None:

@@ -2,7 +2,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from study.samplers import (
+from study.search.samplers import (
     PRUNERS,
     SAMPLERS,
     grid_of,

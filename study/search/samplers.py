@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -22,42 +21,30 @@ _GRID_POINTS = 5
 _SEEDS = 2**31
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """What a sampler is made from.
-
-    Attributes:
-        trial_seed: Differs from trial to trial: for samplers that keep no state, so that a
-            resumed study draws what it would have drawn without the stop, and never repeats.
-        study_seed: The same for all trials: for samplers that walk through a fixed sequence and
-            keep their place in the study.
-        space: Distributions by name.
-    """
-
-    trial_seed: int
-    study_seed: int
-    space: Distributions
-
-
-SAMPLERS: dict[str, tuple[str, Callable[[Draw], dict[str, Any]]]] = {
-    "tpe": ("optuna.samplers:TPESampler", lambda draw: {"seed": draw.trial_seed}),
-    "random": ("optuna.samplers:RandomSampler", lambda draw: {"seed": draw.trial_seed}),
+SAMPLERS: dict[str, tuple[str, Callable[[int, int, Distributions], dict[str, Any]]]] = {
+    "tpe": ("optuna.samplers:TPESampler", lambda trial, study, space: {"seed": trial}),
+    "random": ("optuna.samplers:RandomSampler", lambda trial, study, space: {"seed": trial}),
     "gp": (
         "optuna.samplers:GPSampler",
-        lambda draw: {"seed": draw.trial_seed, "deterministic_objective": False},
+        lambda trial, study, space: {"seed": trial, "deterministic_objective": False},
     ),
-    "cmaes": ("optuna.samplers:CmaEsSampler", lambda draw: {"seed": draw.study_seed}),
+    "cmaes": ("optuna.samplers:CmaEsSampler", lambda trial, study, space: {"seed": study}),
     "qmc": (
         "optuna.samplers:QMCSampler",
-        lambda draw: {"seed": draw.study_seed, "scramble": True},
+        lambda trial, study, space: {"seed": study, "scramble": True},
     ),
     "grid": (
         "optuna.samplers:GridSampler",
-        lambda draw: {"search_space": grid_of(draw.space), "seed": draw.study_seed},
+        lambda trial, study, space: {"search_space": grid_of(space), "seed": study},
     ),
-    "bruteforce": ("optuna.samplers:BruteForceSampler", lambda draw: {"seed": draw.trial_seed}),
+    "bruteforce": (
+        "optuna.samplers:BruteForceSampler",
+        lambda trial, study, space: {"seed": trial},
+    ),
 }
-"""Name -> import path, and its arguments."""
+"""Name -> import path, and its arguments, given a seed of the trial, one of the study, and the
+space. Samplers that keep no state take the trial's, so that a resumed study draws what it would
+have drawn without the stop; those that walk through a fixed sequence take the study's."""
 
 PRUNERS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "hyperband": (
@@ -107,9 +94,7 @@ def make_sampler(name: str, seed: int, trial_number: int, space: Distributions) 
     kind = resolve_name(path)
     unstopped = type(kind.__name__, (kind,), {"after_trial": lambda *_: None})
     with quiet_experiments():
-        made: BaseSampler = unstopped(
-            **arguments(Draw(int(words[0]) % _SEEDS, seed % _SEEDS, space))
-        )
+        made: BaseSampler = unstopped(**arguments(int(words[0]) % _SEEDS, seed % _SEEDS, space))
     return made
 
 

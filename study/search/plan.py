@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
-from core.models.builder import Network, build
+from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
 from study.config.search_space import Choices, Dimension
 from study.config.study_config import StudyConfig
-from study.session import corner_configs
+from study.execution.session import corner_configs
 
 _MEASURED_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class BackboneCost:
-    """What one picture costs on one backbone.
+    """What one image costs on one backbone.
 
     Attributes:
         backbone: Its name.
         image_size: Side of its input, pixels.
-        train_s: Seconds per training picture at each freeze level, 0 to 5.
-        eval_s: Seconds per evaluated picture.
+        train_s: Seconds per training image at each freeze level, 0 to 5.
+        eval_s: Seconds per evaluated image.
         weights_bytes: Size of a checkpoint.
     """
 
@@ -46,8 +46,8 @@ class Estimate:
     Attributes:
         device: Where the steps were measured.
         n_trials: Trials that would be run.
-        n_train: Training pictures.
-        n_val: Validation pictures.
+        n_train: Training images.
+        n_val: Validation images.
         costs: Per backbone.
         trial_s: Mean seconds of a trial over backbones and freeze levels, all epochs.
         total_s: All trials; pruning makes it less.
@@ -68,7 +68,7 @@ def estimate(config: StudyConfig, data: ImageData) -> Estimate:
     """Measure a training step and a forward pass of each backbone and add up the study.
 
     Between the measured levels (everything trained, head alone) a step's time follows the share
-    of the forward pass that is not frozen. Loading of pictures is not in it.
+    of the forward pass that is not frozen. Decoding and augmentation are not in it.
 
     Raises:
         ValueError: A backbone or the device cannot be used.
@@ -98,7 +98,7 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
 
     Args:
         trains: What is run.
-        data: Pictures.
+        data: Images.
 
     Returns:
         Seconds of each run, and the bytes of the largest checkpoint.
@@ -116,8 +116,8 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
 
 
 def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
-    """Add up a trial's steps."""
-    return train.epochs * (len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s)
+    epoch_s = len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s
+    return train.epochs * epoch_s
 
 
 def _levels(dimension: Dimension | None, fixed: int) -> list[int]:
@@ -130,9 +130,9 @@ def _levels(dimension: Dimension | None, fixed: int) -> list[int]:
 
 def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> BackboneCost:
     names = tuple(f"class {i}" for i in range(n_classes))
+    side = input_of(train.backbone, train.weights, train.image_size).image_size
     # The time of a step does not depend on the weights' values: none need be downloaded.
-    built = build(train.backbone, "none", names, seed=0, image_size=_size(train))
-    side = built.preprocessing.image_size
+    built = build(train.backbone, "none", names, seed=0, image_size=side)
     batch = min(train.batch_size, train.micro_batch_size or train.batch_size)
     images = torch.randn(batch, 3, side, side, device=device)
     images = images.to(memory_format=torch.channels_last)
@@ -144,12 +144,6 @@ def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> Backbo
     steps = tuple((full + (top - full) * share / span) / batch for share in shares)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return BackboneCost(train.backbone, side, steps, top / batch, size)
-
-
-def _size(train: TrainConfig) -> int:
-    from core.models.builder import input_of
-
-    return input_of(train.backbone, train.weights, train.image_size).image_size
 
 
 def _seconds(

@@ -1,0 +1,1 @@
+"""Run trials and keep their record: engine, session, and what the user sees."""

@@ -1,0 +1,188 @@
+"""What happens while a study runs, as events; shown here by nobody or as JSON lines."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+from core.metrics import EpochMetrics
+from study.config.formatting import json_text
+from study.config.search_space import ParamValue
+
+if TYPE_CHECKING:
+    from study.record.models import Trial
+
+REASON_KILLED = "killed"
+"""Reason of a trial whose process died: its settings run again, so it does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Trials of a study by state.
+
+    Attributes:
+        complete: Reached their last epoch.
+        pruned: Stopped by the pruner.
+        failed: Diverged, raised an error, or were killed.
+        running: Under way, or interrupted and to be continued.
+        cut_short: Those of the failed whose process was killed; their settings run again.
+    """
+
+    complete: int = 0
+    pruned: int = 0
+    failed: int = 0
+    running: int = 0
+    cut_short: int = 0
+
+    @classmethod
+    def of(cls, trials: "Iterable[Trial]") -> "Counts":
+        """Count the trials of a study."""
+        rows = list(trials)
+        states = [row.ended_as if row.ended_at else "running" for row in rows]
+        cut_short = sum(row.reason == REASON_KILLED for row in rows)
+        names = ("complete", "pruned", "failed", "running")
+        return cls(**{name: states.count(name) for name in names}, cut_short=cut_short)
+
+    @property
+    def finished(self) -> int:
+        """Return how many trials ended by themselves, as the study's target counts them."""
+        return self.complete + self.pruned + self.failed - self.cut_short
+
+
+@dataclass(frozen=True, slots=True)
+class StudyStarted:
+    """Trials begin.
+
+    Attributes:
+        study: Name of the study.
+        target: Finished trials that the study shall have in total.
+        counts: Trials that it has already.
+        best: Validation accuracy of the best complete trial so far, in [0, 1].
+        best_score: What it is the best by, as in `EpochMetrics`.
+    """
+
+    study: str
+    target: int
+    counts: Counts
+    best: float | None = None
+    best_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStarted:
+    """A trial begins: its settings, where they come from, and its epochs if it is not pruned."""
+
+    trial: int
+    origin: str
+    params: Mapping[str, ParamValue]
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochEnded:
+    """A trial has finished an epoch."""
+
+    trial: int
+    metrics: EpochMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEnded:
+    """A trial has ended.
+
+    Attributes:
+        trial: Its number.
+        state: `complete`, `pruned`, `failed`, or `stopped`: the next start continues it.
+        value: Validation accuracy of its best epoch, in [0, 1].
+        reason: Why it was pruned, failed or stopped.
+        duration_s: Wall time.
+        score: Score of its best epoch.
+    """
+
+    trial: int
+    state: str
+    value: float | None
+    reason: str | None
+    duration_s: float
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A warning or another fact, in a sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataProgress:
+    """So many of so many images are decoded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyEnded:
+    """A run of a study has ended; the outcome is a search's or an ablation's."""
+
+    outcome: object
+
+
+Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress | StudyEnded
+# The command line writes the end of a study: it adds the report.
+_JSON_NAMES: dict[type, str] = {
+    StudyStarted: "study_started",
+    TrialStarted: "trial_started",
+    EpochEnded: "epoch",
+    TrialEnded: "trial_ended",
+    Note: "note",
+}
+
+
+class Progress:
+    """Who is told what happens; shows nothing."""
+
+    def emit(self, event: Event) -> None:
+        """Show an event."""
+
+    def close(self) -> None:
+        """Give the terminal back, after an error too."""
+
+
+class QuietProgress(Progress):
+    """Nothing but notes, on standard error."""
+
+    def emit(self, event: Event) -> None:
+        """Print a note."""
+        if isinstance(event, Note):
+            print(event.text, file=sys.stderr, flush=True)
+
+
+class JsonProgress(Progress):
+    """One JSON object per line: an event's fields and its name as `event`."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        """Write to a stream; None for standard output."""
+        self._out = out or sys.stdout
+
+    def emit(self, event: Event) -> None:
+        """Write an event."""
+        name = _JSON_NAMES.get(type(event))
+        if name is None:
+            return
+        values = dataclasses.asdict(event)
+        values |= values.pop("metrics", {})
+        print(json_text({"event": name} | values), file=self._out, flush=True)
+
+
+def choose_progress(*, is_quiet: bool = False, is_json: bool = False) -> Progress:
+    """Choose what suits the flags and the terminal."""
+    if is_json:
+        return JsonProgress()
+    if is_quiet:
+        return QuietProgress()
+    from study.execution.terminal import LiveProgress, PlainProgress
+
+    return LiveProgress() if sys.stdout.isatty() else PlainProgress()

@@ -1,0 +1,337 @@
+"""A process that works on a study: checked, entered in the record, and signed off at the end."""
+
+import dataclasses
+import errno
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import platformdirs
+import psutil
+import torch
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import DBAPIError
+
+from core.cache import ArrayCache
+from core.config import TrainConfig
+from core.data.splits import ImageData, load_data
+from core.device import choose_device, describe_device
+from core.fit import build_for
+from core.models.builder import input_of
+from core.models.sources import library_versions
+from study.config.errors import ConfigError
+from study.config.search_space import ParamValue, apply_params
+from study.config.study_config import StudyConfig, config_diff
+from study.execution.progress import DataProgress, Note, Progress
+from study.record.record import Record
+
+# Images are stored this much larger than a network's input, so that random crops of them still
+# have detail. Assumption.
+_STORE_MARGIN = 1.25
+# Of the disk that is free: images and checkpoints need it, too. Assumption.
+_SHARE_OF_FREE_DISK = 0.1
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DEAD_DEVICE = ("CUDA error", "CUDA driver", "HIP error", "MPS backend")
+
+
+class StudyHalted(RuntimeError):
+    """The study cannot continue until the user has done something; the text says what."""
+
+
+@dataclass(slots=True)
+class Session:
+    """One process's part in a study.
+
+    Attributes:
+        record: The record.
+        study_id: The study's key in it.
+        run_id: This process's key in it.
+        config: The study's configuration.
+        data: Images, in the study's split.
+        output: Folder of the study's checkpoints and training states.
+        progress: Who is told what happens.
+        stop: Set when the process is to leave after the current step.
+        cache: Arrays that trials share; None where they share nothing.
+        resume: Command that continues the study.
+        because: Why the process left, for the record; set by whoever runs the trials.
+    """
+
+    record: Record
+    study_id: int
+    run_id: int
+    config: StudyConfig
+    data: ImageData
+    output: Path
+    progress: Progress
+    stop: threading.Event
+    cache: ArrayCache | None
+    resume: str
+    because: str = "error"
+    _resplit: tuple[int, ImageData] | None = field(default=None, repr=False)
+
+    def images(self, val_seed: int | None) -> ImageData:
+        """Return the images in a validation split of their own; None for the study's split.
+
+        The last such split is kept. Its warnings are those of the study's, which were shown.
+
+        Raises:
+            DataError: The source's split is given, so none can be drawn.
+        """
+        if val_seed is None:
+            return self.data
+        if self._resplit is None or self._resplit[0] != val_seed:
+            data = dataclasses.replace(self.config.data, val_seed=val_seed)
+            self._resplit = val_seed, _load(self.config, data, self.progress)
+        return self._resplit[1]
+
+
+@contextmanager
+def open_session(
+    record: Record,
+    config: StudyConfig,
+    trains: Sequence[TrainConfig],
+    *,
+    progress: Progress,
+    command: str,
+    resume: str | None = None,
+    allow_changes: bool = False,
+    take_over: bool = False,
+) -> Iterator[Session]:
+    """Enter a study as the process that works on it, and sign off at the end.
+
+    Args:
+        record: The record.
+        config: The resolved configuration.
+        trains: What will be trained, or the extremes of it: every network is built once.
+        progress: Who is told what happens.
+        command: Command line, for the record.
+        resume: Command that continues the study; None for that of a search.
+        allow_changes: Continue a stored study although its configuration or images changed.
+        take_over: Begin although a process of another machine has not signed off.
+
+    Raises:
+        ConfigError: The configuration differs from the stored one, or cannot be run.
+        RecordError: Another process runs the study.
+        StudyHalted: The disk is full, a file cannot be used, or the device fails.
+        ValueError: Images, weights, backbone or device cannot be used.
+    """
+    _refuse_changes(record, config, allow_changes)
+    data = load_images(config, progress)
+    preflight(trains, data)
+    study_id = _enter(record, config, data, allow_changes)
+    device = describe_device(choose_device(config.train.device))
+    run_id = record.begin_run(
+        study_id, command=command, device=device, versions=versions(), take_over=take_over
+    )
+    # Only now: a process that was refused must not have changed the study of the other.
+    record.update_study(study_id, config.to_record(), _described(data))
+    output = Path(config.study.output) / config.study.name
+    resume = resume or f"python -m study resume {config.study.name}"
+    with _stopped_by_signals(progress) as stop:
+        session = Session(
+            record, study_id, run_id, config, data, output, progress, stop, _cache(config), resume
+        )
+        try:
+            yield session
+        except Exception as err:
+            cause = outside_cause(err)
+            if cause is not None:
+                session.because = "halted"
+                raise StudyHalted(f"{cause} Then continue: {resume}") from err
+            raise
+        finally:
+            with suppress(DBAPIError):  # a full disk: the next process sees that this one is gone
+                record.end_run(run_id, session.because)
+
+
+def outside_cause(err: Exception) -> str | None:
+    """Return what failed and what to do about it, where an error has nothing to do with a trial.
+
+    That is a full disk, a file that cannot be read or written, the database, and a device that
+    fails for another reason than its memory. None for any other error.
+    """
+    cause: BaseException | None = err
+    if isinstance(err, StorageInternalError):  # Optuna's word for an error of the database
+        cause = err.__cause__
+    text = " ".join(str(getattr(cause, "orig", cause)).split())
+    if isinstance(cause, OSError | DBAPIError):
+        is_full = "disk is full" in text or "No space left" in text
+        while cause is not None and not is_full:
+            is_full = isinstance(cause, OSError) and cause.errno in _FULL_DISK
+            cause = cause.__cause__ or cause.__context__
+        if is_full:
+            return f"the disk is full or cannot be written: {text}. Free space on it."
+        return f"a file cannot be read or written: {text}. Correct that."
+    is_device = isinstance(err, RuntimeError) and any(word in text for word in _DEAD_DEVICE)
+    if is_device and not isinstance(err, torch.OutOfMemoryError):
+        return f"the device failed: {text}. Check it, or choose another with train.device."
+    return None
+
+
+def _cache(config: StudyConfig) -> ArrayCache | None:
+    """Return the arrays that trials share; None where nothing is to be shared."""
+    # Next to the decoded images, as core.data.splits places them.
+    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "arrays"
+    budget: int | None = config.study.cache
+    if budget is None:
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        budget = int(_SHARE_OF_FREE_DISK * psutil.disk_usage(str(parent)).free)
+    return ArrayCache(folder, budget) if budget else None
+
+
+def stored_side(trains: Iterable[TrainConfig]) -> int:
+    """Return the shorter side at which decoded images are stored: enough for every network."""
+    shapes = {(train.backbone, train.weights, train.image_size) for train in trains}
+    return round(_STORE_MARGIN * max(input_of(*shape).resize_size for shape in shapes))
+
+
+def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[TrainConfig]:
+    """Return the base configuration at every network of the space, at the largest batch.
+
+    Args:
+        config: The study.
+        with_starts: At every start of a head, too.
+    """
+    corners: list[dict[str, ParamValue]] = [{}]
+    starts = ("head_init",) if with_starts else ()
+    for name in ("backbone", "weights", "image_size", *starts):
+        if name in config.space:
+            ends = config.space[name].ends
+            corners = [{**corner, name: end} for corner in corners for end in ends]
+    if "batch_size" in config.space:
+        largest = max(int(v) for v in config.space["batch_size"].ends if v is not None)
+        corners = [{**corner, "batch_size": largest} for corner in corners]
+    return [apply_params(config.train, corner) for corner in corners]
+
+
+def load_images(config: StudyConfig, progress: Progress) -> ImageData:
+    """Load the study's images, showing progress and warnings."""
+    data = _load(config, config.data, progress)
+    for warning in data.warnings:
+        progress.emit(Note(warning))
+    return data
+
+
+def _load(config: StudyConfig, data: Any, progress: Progress) -> ImageData:
+    side = stored_side(corner_configs(config))
+    return load_data(data, side, lambda done, total: progress.emit(DataProgress(done, total)))
+
+
+def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
+    """Build every network once, so that a fault shows before the first trial.
+
+    Args:
+        trains: What will be trained, or the extremes of it.
+        data: Images.
+
+    Raises:
+        ValueError: A backbone, its weights, the device, or the batch size cannot be used.
+    """
+    built = set()
+    for train in trains:
+        choose_device(train.device)
+        network = (
+            train.backbone, train.weights, train.image_size, train.normalize, train.head_init,
+        )  # fmt: skip
+        if network not in built:
+            built.add(network)
+            build_for(train, data.classes)
+    largest = max(train.batch_size for train in trains)
+    if largest > len(data.train):
+        raise ConfigError(
+            f"train.batch_size must be <= the number of training images, {len(data.train)}, but "
+            f"got batch_size={largest}; set it smaller (--set train.batch_size={len(data.train)})."
+        )
+
+
+def without_weights(train: TrainConfig) -> TrainConfig:
+    """Return a configuration of the same network that needs nothing from outside."""
+    start = "default" if train.head_init == "source-classes" else train.head_init
+    return dataclasses.replace(train, weights="none", normalize="none", head_init=start)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a study's numbers, for the record."""
+    import platform
+    from importlib.metadata import version
+
+    ours = {name: version(name) for name in ("frostline", "optuna", "numpy", "pillow")}
+    return {"python": platform.python_version(), **library_versions(), **ours}
+
+
+def _refuse_changes(record: Record, config: StudyConfig, allow_changes: bool) -> None:
+    row = record.find_study(config.study.name)
+    if row is None:
+        return
+    stored = StudyConfig.from_record(row.config)
+    if stored.train.monitor != config.train.monitor:
+        raise ConfigError(
+            f"train.monitor must stay {stored.train.monitor}, by which study {config.study.name} "
+            f"has ranked its trials, but got {config.train.monitor}. Add --set "
+            f"train.monitor={stored.train.monitor}, or use another --name."
+        )
+    changes = [] if allow_changes else config_diff(stored, config)
+    if changes:
+        raise ConfigError(
+            f"study {config.study.name} is already in {config.study.storage} with another "
+            "configuration:\n  " + "\n  ".join(changes) + "\nUse another --name, or "
+            "--allow-changes to continue with the new one."
+        )
+
+
+def _enter(record: Record, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
+    """Create the study in the record, or check that its images are the same."""
+    row = record.find_study(config.study.name)
+    if row is None:
+        name, settings = config.study.name, config.to_record()
+        return record.create_study(name, settings, _described(data), versions())
+    if row.data["fingerprint"] != data.fingerprint and not allow_changes:
+        raise ConfigError(
+            f"the images of study {config.study.name} have changed since it began "
+            f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
+            f"{len(data.val)} training and validation images now, or other contents). Restore "
+            "them, or use another --name. (run and resume take --allow-changes to mix both.)"
+        )
+    return row.id
+
+
+def _described(data: ImageData) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "classes": list(data.classes),
+        "n_train": len(data.train),
+        "n_val": len(data.val),
+        "n_test": len(data.test) if data.test else 0,
+        "fingerprint": data.fingerprint,
+        "warnings": list(data.warnings),
+    }
+
+
+@contextmanager
+def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C (or TERM) into a wish to stop; the second leaves at once."""
+    stop = threading.Event()
+
+    def wish(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+        progress.emit(
+            Note("Stopping, and saving the trial's state; press Ctrl-C again to leave at once.")
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

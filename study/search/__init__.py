@@ -1,0 +1,1 @@
+"""Search: ask, run, tell; plan before, test and audit after."""

@@ -1,0 +1,119 @@
+"""Audit a search's pruner: train some of its pruned trials to the end, in a study of their own."""
+
+import dataclasses
+import time
+
+import numpy as np
+import optuna
+
+from core.config import TrainConfig
+from study.config.errors import ConfigError
+from study.config.search_space import distributions
+from study.config.study_config import StudyConfig
+from study.execution.progress import Counts, Progress, StudyStarted
+from study.execution.session import Session, corner_configs, open_session, stored_side
+from study.execution.trial_engine import TrialEngine, TrialRequest, is_settled
+from study.record.models import Trial
+from study.record.record import Record
+from study.search.search import SearchOutcome, outcome_of
+
+SUFFIX = "-audit"
+"""What the audit's study is called after the search's name."""
+FACTOR = "audit"
+"""What its trials have in the column `factor`; their `level` is the pruned trial's number."""
+
+
+def audit_study(
+    record: Record,
+    name: str,
+    n_trials: int,
+    *,
+    progress: Progress,
+    command: str,
+    take_over: bool = False,
+) -> SearchOutcome | None:
+    """Train pruned trials of a study to their full budget, as if they had not been pruned.
+
+    The sample is drawn at random, but the same whenever the command is given again: with a larger
+    number it is extended. Nothing is chosen by it, so the test split is not read.
+
+    Args:
+        record: The record.
+        name: The search.
+        n_trials: How many of its pruned trials to train; fewer where it has fewer.
+        progress: Who is told what happens.
+        command: Command line, for the record.
+        take_over: Begin although a process of another machine has not signed off.
+
+    Returns:
+        How the run ended; None where nothing was pruned.
+
+    Raises:
+        ConfigError: The study is an ablation or an audit.
+        RecordError: There is no such study, or another process runs its audit.
+    """
+    begin = time.monotonic()
+    study = record.study(name)
+    rows = record.trials(study.id)
+    if record.designs(study.id) or any(row.factor == FACTOR for row in rows):
+        raise ConfigError(
+            f"an audit looks at a search's pruner, but {name} is no search. Name the search."
+        )
+    pruned = [row for row in rows if row.state == "pruned" and row.epochs_done]
+    if not pruned:
+        return None
+    order = np.random.default_rng(study.id).permutation(len(pruned))
+    chosen = [pruned[k] for k in order[:n_trials]]
+    config = _audit_config(StudyConfig.from_record(study.config))
+    trains = [TrainConfig(**row.config) for row in chosen]
+    resume = f"python -m study audit {name} --sample {n_trials}"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with open_session(
+        record,
+        config,
+        trains,
+        progress=progress,
+        command=command,
+        resume=resume,
+        take_over=take_over,
+    ) as session:
+        session.because = _run(session, chosen)
+        return outcome_of(session, begin, with_best=False)
+
+
+def _audit_config(source: StudyConfig) -> StudyConfig:
+    """Return the audit's configuration: the search's, on images of the same size."""
+    data = source.data
+    if data.store_size is None:
+        data = dataclasses.replace(data, store_size=stored_side(corner_configs(source)))
+    named = dataclasses.replace(source.study, name=source.study.name + SUFFIX, timeout=None)
+    return source.model_copy(update={"study": named, "data": data})
+
+
+def _run(session: Session, chosen: list[Trial]) -> str:
+    record, study_id = session.record, session.study_id
+    space = distributions(session.config.space)
+    engine = TrialEngine(session, keep_best=0)
+    requests = engine.recover()
+    rows = record.trials(study_id)
+    done = {row.level for row in rows if is_settled(row)} | {r.level for r in requests}
+    session.progress.emit(StudyStarted(session.config.study.name, len(chosen), Counts.of(rows)))
+    for request in requests:
+        engine.run(request)  # each only saves its state again, once a stop was asked for
+    for row in chosen:
+        if session.stop.is_set():
+            return "interrupted"
+        if str(row.number) in done:
+            continue
+        params = {key: value for key, value in row.params.items() if key in space}
+        trial = record.start_trial(study_id, params, space, {"audits": row.number})
+        request = TrialRequest(
+            number=trial.number,
+            config=TrainConfig(**row.config),
+            origin=f"audit of trial {row.number}",
+            params=params,
+            factor=FACTOR,
+            level=str(row.number),
+        )
+        engine.run(request, trial=trial)
+    return "interrupted" if session.stop.is_set() else "trials"

@@ -1,0 +1,118 @@
+"""Read the test split, once, for chosen trials, and keep the result."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from core.data.splits import ImageData, Split
+from core.device import amp_dtype, choose_device
+from core.metrics import Evaluation
+from core.training.batches import Normalizer, eval_batches, view_spec
+from core.training.checkpoint import load_checkpoint
+from core.training.trainer import evaluate
+from study.config.errors import ConfigError
+from study.config.study_config import StudyConfig
+from study.execution.progress import Progress
+from study.execution.session import load_images
+from study.record.models import Study, Test, Trial
+from study.record.record import Record
+
+
+def test_study(
+    record: Record, name: str, number: int | None, *, progress: Progress, command: str
+) -> Test:
+    """Test one trial, as `test_trials` does; None for the best by validation."""
+    trial = _chosen(record, record.study(name), number)
+    return test_trials(record, name, [trial.number], progress=progress, command=command)[0]
+
+
+def test_trials(
+    record: Record, name: str, numbers: Sequence[int], *, progress: Progress, command: str
+) -> list[Test]:
+    """Evaluate trials on the test split and record it; recorded results are returned as they are.
+
+    Args:
+        record: The record.
+        name: The study.
+        numbers: Its trials.
+        progress: Who is told what happens.
+        command: Command line, for the record.
+
+    Returns:
+        Per trial, its accuracy with a 95 % Wilson interval, and its validation accuracy.
+
+    Raises:
+        ConfigError: A trial without checkpoint, no test split, or other images.
+        RecordError: No such study or trial.
+    """
+    study = record.study(name)
+    known = {row.trial_number: row for row in record.tests(study.id)}
+    missing = [_chosen(record, study, n) for n in dict.fromkeys(numbers) if n not in known]
+    if missing:
+        config = StudyConfig.from_record(study.config)
+        split = _test_split(study, load_images(config, progress))
+        for trial in missing:
+            _add(record, study, trial, _evaluate(config, split, trial), command)
+        known = {row.trial_number: row for row in record.tests(study.id)}
+    return [known[number] for number in numbers]
+
+
+def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, command: str) -> None:
+    labels, predicted = evaluation.labels.tolist(), evaluation.predicted.tolist()
+    record.add_predictions(trial.id, "test", labels, predicted)
+    record.add_test(
+        study.id,
+        trial.number,
+        n=len(labels),
+        n_correct=evaluation.n_correct,
+        balanced_acc=evaluation.balanced_acc,
+        macro_f1=evaluation.macro_f1,
+        val_acc=trial.value,
+        confusion=evaluation.confusion.tolist(),
+        command=command,
+    )
+
+
+def _chosen(record: Record, study: Study, number: int | None) -> Trial:
+    if number is not None:
+        trial = record.trial(study.id, number)
+    else:
+        complete = [row for row in record.trials(study.id) if row.state == "complete"]
+        if not complete:
+            raise ConfigError(
+                f"study {study.name} must have a complete trial to be tested, but has none. "
+                f"Continue it: python -m study resume {study.name}"
+            )
+        trial = min(complete, key=lambda row: row.rank)
+    if trial.checkpoint is None or not Path(trial.checkpoint).is_dir():
+        raise ConfigError(
+            f"trial {trial.number} of study {study.name} must have its checkpoint, but "
+            f"{trial.checkpoint or 'none'} was kept ({trial.state}). Choose a trial that has one "
+            f"(python -m study show {study.name}), or keep more of them: study.keep_checkpoints, "
+            "or ablation.keep_checkpoints for an ablation."
+        )
+    return trial
+
+
+def _test_split(study: Study, data: ImageData) -> Split:
+    if data.fingerprint != study.data["fingerprint"]:
+        raise ConfigError(
+            f"the images of study {study.name} must be those it was run on, but they have "
+            "changed since. Restore them, or run the study again under another name."
+        )
+    if data.test is None or len(data.test) == 0:
+        raise ConfigError(
+            f"study {study.name} must have a test split, but {data.source} has none."
+        )
+    return data.test
+
+
+def _evaluate(config: StudyConfig, split: Split, trial: Trial) -> Evaluation:
+    model, card = load_checkpoint(Path(str(trial.checkpoint)))
+    device = choose_device(config.train.device)
+    spec = view_spec(card.config, card.preprocessing)
+    batches = map(Normalizer(card.preprocessing, device), eval_batches(split, spec, device))
+    dtype = amp_dtype(card.config.amp, device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        return evaluate(model.to(device), batches, split.labels)

@@ -1,0 +1,188 @@
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from core.metrics import EpochMetrics
+from study.execution.progress import (
+    Counts,
+    DataProgress,
+    EpochEnded,
+    Event,
+    JsonProgress,
+    Note,
+    Progress,
+    QuietProgress,
+    StudyEnded,
+    StudyStarted,
+    TrialEnded,
+    TrialStarted,
+    choose_progress,
+)
+from study.execution.terminal import LiveProgress, PlainProgress
+
+
+@dataclass(frozen=True)
+class Ended:
+    study_name: str = "ants"
+    stopped_because: str = "trials"
+    counts: Counts = Counts(complete=1, pruned=1, failed=1)
+    best_number: int | None = 0
+    best_value: float | None = 0.9
+    checkpoint: Path | None = None
+    duration_s: float = 1.0
+
+
+def metrics(epoch: int, val_acc: float, train_loss: float = 0.5) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=epoch,
+        train_loss=train_loss,
+        val_loss=0.4,
+        val_acc=val_acc,
+        val_balanced_acc=val_acc,
+        val_macro_f1=val_acc,
+        base_lr=0.01,
+        head_lr=0.1,
+        images_per_s=123.4,
+        data_s=0.1,
+        train_s=0.2,
+        eval_s=0.3,
+        peak_memory_bytes=1,
+        micro_batch_size=32,
+        is_best=True,
+    )
+
+
+# One complete, one pruned, one failed and one stopped trial.
+EVENTS: list[Event] = [
+    DataProgress(5, 10),
+    DataProgress(10, 10),
+    Note("3 files are no images [ignored]"),
+    StudyStarted("ants", 6, Counts(complete=2), 0.8, 0.8),
+    TrialStarted(2, "recipe:linear-probe", {"base_lr": 0.00123, "depth": 5}, 2),
+    EpochEnded(2, metrics(0, 0.7)),
+    EpochEnded(2, metrics(1, 0.9)),
+    TrialEnded(2, "complete", 0.9, None, 4.25),
+    TrialStarted(3, "sampler", {}, 2),
+    EpochEnded(3, metrics(0, 0.1)),
+    TrialEnded(3, "pruned", 0.1, "hopeless", 61),
+    TrialStarted(4, "sampler", {}, 2),
+    TrialEnded(4, "failed", None, "diverged", 3700),
+    TrialStarted(5, "sampler", {}, 2),
+    TrialEnded(5, "stopped", None, "interrupted", 1),
+    StudyEnded(Ended()),
+]
+
+
+def play(progress: Progress) -> None:
+    for event in EVENTS:
+        progress.emit(event)
+    progress.close()
+
+
+def test_events_pickle() -> None:
+    assert pickle.loads(pickle.dumps(EVENTS)) == EVENTS
+
+
+def test_plain_lines_show_each_trial_and_where_the_study_stands() -> None:
+    out = io.StringIO()
+    play(PlainProgress(out))
+    lines = out.getvalue().splitlines()
+    assert lines[:3] == [
+        "3 files are no images [ignored]",
+        "study ants: 2 of 6 trials · 2 complete, 0 pruned, 0 failed · best 80.0 %",
+        "trial   2  recipe:linear-probe: base_lr=0.00123, depth=5",
+    ]
+    figures = "accuracy  90.0 %  loss 0.400 (training 0.500)  123 images/s"
+    assert lines[4] == f"trial   2  epoch  2/2  {figures}"
+    assert lines[5] == "trial   2  complete   90.0 %      4.2 s"
+    told = "study ants: 3 of 6 trials · 3 complete, 0 pruned, 0 failed · best 90.0 % · "
+    assert lines[6].startswith(told)
+    assert "trials/h · about" in lines[6]
+    assert "trial   3  pruned     10.0 %  1 min 01 s  hopeless" in lines
+    assert "trial   4  failed          -  1 h 01 min  diverged" in lines
+    assert "trial   5  stopped         -      1.0 s  interrupted" in lines
+    assert lines[-1].startswith("study ants: 5 of 6 trials · 3 complete, 1 pruned, 1 failed")
+
+
+@pytest.fixture
+def live() -> LiveProgress:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    return LiveProgress(console)
+
+
+def rendered(progress: LiveProgress) -> str:
+    with progress.console.capture() as capture:
+        progress.console.print(progress.render())
+    return capture.get()
+
+
+def test_the_live_table_shows_images_decoded_then_running_trials_and_the_study(
+    live: LiveProgress,
+) -> None:
+    live.emit(EVENTS[0])
+    assert "decoding images: 5 of 10" in rendered(live)
+    for event in (*EVENTS[1:6], EpochEnded(2, metrics(1, 0.6))):
+        live.emit(event)
+    shown = rendered(live)
+    live.close()
+    assert "decoding" not in shown
+    row = next(line for line in shown.splitlines() if "linear-probe" in line)
+    figures = ["2", "2/2", "60.0", "%", "70.0", "%", "recipe:linear-probe"]
+    assert row.split() == [*figures, "base_lr=0.00123,", "depth=5"]
+    assert "ants: 2 of 6 trials · 2 complete, 0 pruned, 0 failed · best 80.0 %" in shown
+
+
+def test_ended_trials_scroll_away_above_the_live_table(live: LiveProgress) -> None:
+    live.close()  # unused, and again at the end of the study
+    play(live)
+    assert isinstance(live.console.file, io.StringIO)
+    text = live.console.file.getvalue()
+    assert "3 files are no images [ignored]" in text
+    assert "trial   2  complete   90.0 %      4.2 s  base_lr=0.00123, depth=5" in text
+    assert "trial   4  failed          -  1 h 01 min  diverged" in text
+    assert rendered(live).splitlines()[-1].startswith("ants: 5 of 6 trials")
+
+
+def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks() -> None:
+    out = io.StringIO()
+    progress = JsonProgress(out)
+    play(progress)
+    progress.emit(EpochEnded(9, metrics(0, 0.5, train_loss=float("nan"))))
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    trial = ["trial_started", "epoch", "epoch", "trial_ended"]
+    assert [event["event"] for event in events] == [
+        "note", "study_started", *trial, trial[0], *trial[2:], *(trial[0], trial[3]) * 2, "epoch",
+    ]  # fmt: skip
+    counts = {"complete": 2, "pruned": 0, "failed": 0, "running": 0, "cut_short": 0}
+    assert events[1] == {
+        "event": "study_started", "study": "ants", "target": 6, "counts": counts, "best": 0.8,
+        "best_score": 0.8,
+    }  # fmt: skip
+    assert events[2]["params"] == {"base_lr": 0.00123, "depth": 5}
+    assert (events[4]["trial"], events[4]["val_acc"], events[4]["epoch"]) == (2, 0.9, 1)
+    assert events[5] == {
+        "event": "trial_ended", "trial": 2, "state": "complete", "value": 0.9, "reason": None,
+        "duration_s": 4.25, "score": None,
+    }  # fmt: skip
+    assert events[-1]["train_loss"] is None
+
+
+def test_quiet_prints_notes_only(capsys: pytest.CaptureFixture[str]) -> None:
+    play(QuietProgress())
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "3 files are no images [ignored]\n")
+
+
+def test_without_a_terminal_lines_are_chosen() -> None:
+    assert isinstance(choose_progress(), PlainProgress)
+    assert isinstance(choose_progress(is_quiet=True), QuietProgress)
+    assert isinstance(choose_progress(is_json=True, is_quiet=True), JsonProgress)
+
+
+def test_a_trial_that_was_killed_does_not_count_towards_the_target() -> None:
+    assert Counts(complete=2, failed=2, cut_short=1).finished == 3

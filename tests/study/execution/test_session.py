@@ -1,0 +1,259 @@
+import dataclasses
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from small_study import Listener, config_of, make_home
+
+from core.config import TrainConfig
+from core.fit import build_for
+from core.models.builder import Network, input_of
+from core.models.weights import WeightsError
+from study.config.errors import ConfigError
+from study.config.load import load_config
+from study.config.study_config import StudyConfig
+from study.execution import session as session_module
+from study.execution.progress import Note
+from study.execution.session import (
+    corner_configs,
+    load_images,
+    open_session,
+    preflight,
+    stored_side,
+    versions,
+)
+from study.record.database import RecordError
+from study.record.record import Record
+from support import make_folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return make_home(tmp_path, "[space]\nbase_lr = [0.1, 0.01]\n", n=10)
+
+
+@pytest.fixture
+def record(home: Path) -> Iterator[Record]:
+    with Record.open(str(home / "s.db"), create=True) as record:
+        yield record
+
+
+def _config(home: Path, *settings: str) -> StudyConfig:
+    return config_of(home, 20, *settings)
+
+
+def _open(record: Record, config: StudyConfig, **more: object):
+    return open_session(
+        record, config, [config.train], progress=Listener(), command="test", **more
+    )
+
+
+def test_a_session_enters_the_study_and_signs_off_with_its_reason(
+    home: Path, record: Record
+) -> None:
+    config = _config(home)
+    with _open(record, config) as session:
+        (run,) = record.runs(session.study_id)
+        assert (run.id, run.ended_at) == (session.run_id, None)
+        assert session.output == home / "runs" / "photos"
+        session.because = "trials"
+    study = record.study("photos")
+    assert record.runs(study.id)[0].outcome == "trials"
+    assert StudyConfig.from_record(study.config) == config
+    assert (study.data["n_train"], study.data["n_val"], study.data["n_test"]) == (12, 4, 4)
+    assert study.data["classes"] == ["blue", "red"]
+
+
+def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
+    home: Path, record: Record
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), _open(record, _config(home)):
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+        raise KeyError("broken")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert record.runs(record.study("photos").id)[0].outcome == "error"
+    with _open(record, _config(home)) as session:  # and the next process may begin
+        session.because = "trials"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_wish_to_stop(
+    number: signal.Signals, home: Path, record: Record
+) -> None:
+    with _open(record, _config(home)) as session:
+        assert not session.stop.is_set()
+        signal.raise_signal(number)
+        assert session.stop.is_set()
+
+
+@pytest.mark.parametrize(("setting", "budget"), [("8GB", 8 * 10**9), ("0", None), (None, -1)])
+def test_the_cache_has_the_budget_of_the_study_or_a_tenth_of_the_free_disk(
+    home: Path, record: Record, setting: str | None, budget: int | None
+) -> None:
+    settings = [f"study.cache={setting}"] if setting else []
+    with _open(record, _config(home, *settings)) as session:
+        cache = session.cache
+    if budget is None:
+        assert cache is None
+        return
+    assert cache is not None
+    assert cache.folder == home / "cache" / "arrays"
+    free = psutil.disk_usage(str(home)).free
+    assert cache.budget == budget if budget > 0 else 0 < cache.budget <= 0.11 * free
+
+
+def test_another_process_at_work_is_refused_and_nothing_of_the_study_changes(
+    home: Path, record: Record
+) -> None:
+    with _open(record, _config(home)):
+        before = record.study("photos")
+        with (
+            pytest.raises(RecordError, match="is being run by process"),
+            _open(record, config_of(home, 99)),
+        ):
+            raise AssertionError("two sessions at once")
+        assert record.study("photos") == before
+
+
+def test_another_configuration_is_refused_with_the_difference(home: Path, record: Record) -> None:
+    with _open(record, _config(home)):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"already in .* with another configuration:\n  train.ep"),
+        _open(record, _config(home, "train.epochs=3")),
+    ):
+        raise AssertionError("it began")
+    assert len(record.runs(record.study("photos").id)) == 1
+    with _open(record, _config(home, "train.epochs=3"), allow_changes=True):
+        pass
+    assert record.study("photos").config["train"]["epochs"] == 3
+
+
+def test_keys_that_change_no_result_may_change(home: Path, record: Record) -> None:
+    with _open(record, _config(home)):
+        pass
+    with _open(record, config_of(home, 50, "train.workers=0", "ablation.replicates=9")):
+        pass
+    record = record.study("photos").config
+    assert (record["study"]["trials"], record["ablation"]["replicates"]) == (50, 9)
+
+
+def test_changed_images_are_refused_with_counts(home: Path, record: Record) -> None:
+    with _open(record, _config(home)):
+        pass
+    make_folder(home / "photos", {"red": 15}, seed=3)
+    with (
+        pytest.raises(ConfigError, match=r"have changed since it began \(12 \+ 4 then, 15 \+ 5"),
+        _open(record, _config(home)),
+    ):
+        raise AssertionError("it began")
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "told"),
+    [
+        ("train.batch_size=13", ConfigError, r"training images, 12, but got batch_size=13"),
+        ("train.weights=nowhere.pth", WeightsError, "there is no file"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_study_is_entered(
+    setting: str, error: type[ValueError], told: str, home: Path, record: Record
+) -> None:
+    with pytest.raises(error, match=told), _open(record, _config(home, setting)):
+        raise AssertionError("it began")
+    assert record.studies() == []
+
+
+def test_every_different_network_is_tried_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Network:
+        built.append((config.backbone, config.weights, config.image_size, config.normalize))
+        return build_for(config, classes)
+
+    monkeypatch.setattr(session_module, "build_for", recorded)
+    train = _config(home).train
+    others = [
+        dataclasses.replace(train, base_lr=0.5, seed=4, freeze_depth=2),
+        dataclasses.replace(train, image_size=64),
+        dataclasses.replace(train, backbone="resnet34"),
+        dataclasses.replace(train, normalize="none"),
+        dataclasses.replace(train, backbone="resnet34", augment="none"),
+    ]
+    preflight([train, *others], load_images(_config(home), Listener()))
+    assert built == [
+        ("resnet18", "none", 32, "weights"),
+        ("resnet18", "none", 64, "weights"),
+        ("resnet34", "none", 32, "weights"),
+        ("resnet18", "none", 32, "none"),
+    ]
+
+
+def test_the_largest_batch_of_all_must_fit(home: Path) -> None:
+    train = _config(home).train
+    fits = dataclasses.replace(train, batch_size=12)
+    data = load_images(_config(home), Listener())
+    preflight([train, fits], data)
+    with pytest.raises(ConfigError, match="batch_size=13; set it smaller"):
+        preflight(
+            [train, dataclasses.replace(train, batch_size=13), fits],
+            load_images(_config(home), Listener()),
+        )
+
+
+def test_images_are_stored_large_enough_for_every_network() -> None:
+    small = TrainConfig(backbone="resnet18", weights="none", image_size=32)
+    large = dataclasses.replace(small, image_size=96)
+    resize = input_of("resnet18", "none", 96).resize_size
+    assert stored_side([small, large]) == round(1.25 * resize)
+    assert stored_side([large]) == stored_side([large, small, small])
+    assert stored_side([small]) < stored_side([large])
+
+
+def test_corners_are_every_network_at_the_largest_batch(home: Path) -> None:
+    (home / "study.toml").write_text(
+        '[space]\nbackbone = ["resnet18", "resnet34", "resnet50"]\n'
+        "image_size = {low = 32, high = 64}\nbatch_size = {low = 4, high = 8}\n"
+        "base_lr = [0.1, 0.01]\n"
+    )
+    flags = {"data.source": str(home / "photos")}
+    corners = corner_configs(load_config(home / "study.toml", [], flags))
+    found = [(c.backbone, c.image_size, c.batch_size) for c in corners]
+    assert found == [
+        (backbone, size, 8)
+        for backbone in ("resnet18", "resnet34", "resnet50")
+        for size in (32, 64)
+    ]
+
+
+def test_warnings_about_images_are_shown(home: Path) -> None:
+    listener = Listener()
+    load_images(_config(home), listener)
+    notes = [event.text for event in listener.events if isinstance(event, Note)]
+    assert notes == ["few training images: blue (6), red (6)."]
+
+
+def test_a_validation_split_of_its_own_has_the_same_images_and_test_split(
+    home: Path, record: Record
+) -> None:
+    with _open(record, _config(home)) as session:
+        other = session.images(7)
+        assert session.images(None) is session.data
+        assert session.images(7) is other
+    assert set(other.val.paths) != set(session.data.val.paths)
+    assert set(other.train.paths) | set(other.val.paths) == set(session.data.train.paths) | set(
+        session.data.val.paths
+    )
+    assert other.test is not None and session.data.test is not None
+    assert other.test.paths == session.data.test.paths
+
+
+def test_the_versions_that_decide_numbers_are_named() -> None:
+    found = versions()
+    assert {"python", "torch", "frostline", "optuna", "numpy", "pillow"} <= set(found)
+    assert all(found.values())

@@ -1,0 +1,224 @@
+import errno
+import pickle
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_study import Listener, config_of, make_home, optuna_trials, rows_of, run
+
+from core.config import TrainConfig
+from core.fit import fit
+from core.metrics import EpochMetrics
+from study.__main__ import main
+from study.execution import session as session_module
+from study.execution import trial_engine
+from study.execution.progress import EpochEnded, Event, TrialEnded, TrialStarted
+from study.execution.session import Session, StudyHalted, open_session, outside_cause
+from study.execution.trial_engine import TrialEngine, TrialRequest, TrialResult, identity
+from study.record.frames import read_misclassified
+from study.record.record import Record
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return make_home(tmp_path)
+
+
+@contextmanager
+def opened(home: Path, *settings: str) -> Iterator[Session]:
+    config = config_of(home, 1, *settings)
+    with (
+        Record.open(str(home / "s.db"), create=True) as record,
+        open_session(
+            record, config, [config.train], progress=Listener(), command="test"
+        ) as session,
+    ):
+        yield session
+
+
+def _request(session: Session, **changes: object) -> TrialRequest:
+    trial = session.record.start_trial(session.study_id, {}, {})
+    config = replace(session.config.train, freeze_depth=5, **changes)
+    return TrialRequest(trial.number, config, "by hand", {"base_lr": config.base_lr})
+
+
+def test_requests_and_results_pickle(home: Path) -> None:
+    request = TrialRequest(3, TrainConfig(), "sampler", {"base_lr": 0.1}, factor="lr", level="0.1")
+    result = TrialResult(3, "failed", None, None, "diverged", 1.0)
+    assert pickle.loads(pickle.dumps((request, result))) == (request, result)
+
+
+def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
+    with opened(home) as session:
+        request = _request(session)
+        result = TrialEngine(session, keep_best=1).run(request)
+        row = session.record.trial(session.study_id, 0)
+        epochs = session.record.epochs(row.id)
+        images = read_misclassified(session.record, "photos", 0)
+        assert session.record.has_predictions(row.id, "val")
+        alone = [m.val_acc for m in fit(request.config, session.data)]
+    assert [m.val_acc for m in epochs] == alone
+    assert (result.state, result.value, result.score) == ("complete", row.value, row.score)
+    assert (row.state, row.epochs_done, row.origin) == ("complete", 2, "by hand")
+    assert (home / "runs" / "photos" / "trial-0000" / "model.safetensors").is_file()
+    assert optuna_trials(home)[0].intermediate_values == {1: alone[0], 2: alone[1]}
+    n_wrong = round((1 - row.value) * len(session.data.val))
+    assert len(images) == n_wrong
+    kinds = [type(event) for event in session.progress.events if not hasattr(event, "text")]
+    assert [k for k in kinds if k.__name__ != "DataProgress"] == [
+        TrialStarted, EpochEnded, EpochEnded, TrialEnded,
+    ]  # fmt: skip
+
+
+def test_the_caller_may_stop_a_trial_but_not_after_its_last_epoch(home: Path) -> None:
+    asked: list[int] = []
+
+    def stop(metrics: EpochMetrics) -> bool:
+        asked.append(metrics.epoch)
+        return metrics.epoch == 1
+
+    with opened(home) as session:
+        engine = TrialEngine(session)
+        pruned = engine.run(_request(session, epochs=3), stop)
+        whole = engine.run(_request(session, epochs=2), stop)
+    assert (pruned.state, pruned.reason) == ("pruned", "pruned after epoch 2")
+    assert (whole.state, asked) == ("complete", [0, 1, 0, 1])
+
+
+def test_a_solved_head_is_one_epoch_that_cannot_be_pruned(home: Path) -> None:
+    with opened(home) as session:
+        request = _request(session, epochs=5, head_solver="logistic")
+        result = TrialEngine(session).run(request, lambda _: True)
+        row = session.record.trial(session.study_id, 0)
+    assert (result.state, row.epochs_done) == ("complete", 1)
+    assert "base_lr" in row.without_effect
+
+
+@pytest.mark.parametrize(("keep_best", "kept"), [(None, 3), (1, 1), (0, 0)])
+def test_checkpoints_of_the_best_trials_are_kept(
+    home: Path, keep_best: int | None, kept: int
+) -> None:
+    with opened(home) as session:
+        engine = TrialEngine(session, keep_best)
+        for rate in (1e-4, 1e-2, 1e-3):
+            engine.run(_request(session, base_lr=rate))
+        rows = session.record.trials(session.study_id)
+    best = {row.number for row in sorted(rows, key=lambda row: row.rank)[:kept]}
+    assert {row.number for row in rows if row.checkpoint} == best
+    folders = (home / "runs" / "photos").glob("trial-*")
+    assert {int(folder.name[-4:]) for folder in folders} == best
+
+
+def test_the_same_failure_three_times_in_a_row_halts_the_study_and_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> Iterator[EpochMetrics]:
+        raise KeyError("a bug of ours")
+        yield
+
+    monkeypatch.setattr(trial_engine, "fit", broken)
+    with pytest.raises(StudyHalted, match=r"3 trials in a row .* KeyError: 'a bug of ours'"):
+        run(config_of(home, 9))
+    rows = rows_of(home)
+    assert [row.state for row in rows] == ["failed"] * 3
+    with Record.open(str(home / "s.db")) as record:
+        assert record.runs(record.study("photos").id)[0].outcome == "halted"
+    assert main(["resume", "photos", "--storage", str(home / "s.db"), "--json"]) == 1
+    assert "python -m study resume photos" in capsys.readouterr().err
+
+
+def test_trials_that_diverge_do_not_halt_a_study(home: Path) -> None:
+    with opened(home) as session:
+        engine = TrialEngine(session)
+        results = [engine.run(_request(session, base_lr=1e30)) for _ in range(4)]
+    assert all(str(result.reason).startswith("diverged: ") for result in results)
+
+
+@pytest.fixture
+def disk(home: Path) -> Iterator[Path]:
+    """A disk of 100 MB: two checkpoints."""
+    folder = home / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class Fills(Listener):
+    """Fills a disk after the first epoch."""
+
+    def __init__(self, ballast: Path) -> None:
+        super().__init__()
+        self.ballast = ballast
+
+    def emit(self, event: Event) -> None:
+        super().emit(event)
+        if isinstance(event, EpochEnded) and not self.ballast.exists():
+            _fill(self.ballast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["", "disk"])  # of the database
+def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
+    home: Path, disk: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = str(home / place / "s.db")
+    flags = {"study.storage": storage, "study.output": str(disk / "runs")}
+    config = config_of(home, 1, **flags)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StudyHalted, match=r"disk is full .*Free space .*study resume photos"),
+    ):
+        patch.setattr("socket.gethostname", lambda: "elsewhere")  # it may not have signed off
+        run(config, progress=Fills(disk / "ballast"))
+    (disk / "ballast").unlink()
+    with Record.open(storage) as record:
+        (row,) = record.trials(record.study("photos").id)
+    assert row.ended_at is None
+    assert main(["resume", "photos", "--storage", storage, "--json", "--take-over"]) == 0
+    with Record.open(storage) as record:
+        rows = record.trials(record.study("photos").id)
+    assert [row.state for row in rows if row.reason != "killed"] == ["complete"]
+
+
+def _fill(file: Path) -> None:
+    with open(file, "wb", buffering=0) as out:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while True:
+                    out.write(bytes(size))
+            except OSError as err:
+                assert err.errno == errno.ENOSPC
+
+
+def test_what_has_nothing_to_do_with_a_trial_is_told_apart() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    wrapped = OSError("state.pt cannot be written")
+    wrapped.__cause__ = full
+    for err in (full, wrapped, OSError(errno.EROFS, "Read-only file system")):
+        assert "Free space" in str(outside_cause(err))
+    assert "Correct that" in str(outside_cause(FileNotFoundError("photo.png")))
+    assert "the device failed" in str(outside_cause(RuntimeError("CUDA error: unknown error")))
+    assert outside_cause(session_module.torch.OutOfMemoryError("CUDA error: memory")) is None
+    assert outside_cause(ValueError("batch_size")) is None
+
+
+def test_identity_leaves_out_what_does_not_change_the_numbers() -> None:
+    plain = TrainConfig()
+    assert identity(plain) == identity(replace(plain, workers=3))
+    assert identity(plain) != identity(replace(plain, seed=3))
+
+
+def test_predictions_are_those_of_the_best_epoch(home: Path) -> None:
+    with opened(home) as session:
+        TrialEngine(session).run(_request(session))
+        row = session.record.trial(session.study_id, 0)
+    with np.load(Path(str(row.checkpoint)) / "val_predictions.npz") as saved:
+        assert np.mean(saved["labels"] == saved["predicted"]) == row.value

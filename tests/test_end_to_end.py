@@ -1,0 +1,469 @@
+"""What must hold however the inside is built: the program used as its user uses it.
+
+Same numbers twice, whatever happened in between; frozen parts frozen; splits by content; the
+checkpoint the one that was recorded; verdicts right; the test split out of the search.
+"""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+
+from command_line import (
+    TrainConfig,
+    best,
+    effects,
+    figures,
+    finish,
+    fit,
+    judge,
+    kill_after_epoch,
+    load_images,
+    open_trials,
+    read_runs,
+    settings,
+    shown,
+    split_contents,
+    start,
+    study,
+    without_figures,
+)
+from support import make_folder
+
+DIGITS: dict[str, object] = {
+    "data.limit": 60,
+    "data.val_fraction": 0.05,
+    "data.cache_dir": "cache",
+    "train.image_size": 32,
+    "train.batch_size": 16,
+    "train.epochs": 2,
+    "train.device": "cpu",
+}
+PRETRAINED = {"train.backbone": "timm:tf_efficientnet_lite0"}
+VIT = {
+    "train.backbone": "timm:test_vit",
+    "train.weights": "none",
+    "train.optimizer": "adamw",
+    "train.base_lr": 1e-3,
+    "train.head_lr_mult": 1,
+}
+EVERY_SETTING = {"search.sampler": "grid", "search.pruner": "none"}
+
+
+def search(home: Path, name: str, space: str, trials: int, more: dict[str, object]) -> list[str]:
+    """Return the command of a search on digits."""
+    (home / f"{name}.toml").write_text(f"[space]\n{space}")
+    flags = ["--name", name, "--trials", str(trials)]
+    return ["run", "--config", f"{name}.toml", *flags, *settings(DIGITS | more)]
+
+
+# 1. A run leaves what it promises
+
+
+class Page(HTMLParser):
+    """What a reader sees of a page, and what it loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.loaded: list[str] = []
+        self.hidden = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden += tag in ("style", "script")
+        self.loaded += [str(v) for name, v in attrs if name in ("src", "srcset")]
+        self.loaded += [str(v) for name, v in attrs if name == "href" and tag == "link"]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in ("style", "script")
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.hidden else data
+
+
+@pytest.mark.slow
+def test_run_leaves_database_checkpoint_and_report(tmp_path: Path) -> None:
+    space = "freeze_depth = {low = 0, high = 5}\n"
+    told = study(tmp_path, *search(tmp_path, "s", space, 3, PRETRAINED | {"train.image_size": 64}))
+    assert "report.html" in told
+    runs = read_runs(tmp_path, "s")
+    assert [(run.state, len(run.epochs)) for run in runs] == [("complete", 2)] * 3
+    assert [run.config["freeze_depth"] for run in runs] == [5, 3, 0]  # the recipes
+    number, value = best(tmp_path, "s")
+    chosen = runs[number]
+    assert chosen.value == value
+    assert min(run.epochs[-1]["val_loss"] for run in runs) == chosen.epochs[-1]["val_loss"]
+    assert chosen.checkpoint is not None
+    assert {p.name for p in chosen.checkpoint.iterdir()} >= {"model.safetensors", "card.json"}
+    page = Page((tmp_path / "frostline-runs/s/report/report.html").read_text(encoding="utf-8"))
+    assert f"{100 * value:.1f} %" in page.text
+    assert any(source.startswith("data:image/") for source in page.loaded)
+
+
+# 2. A killed process loses nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 4], ids=["a recipe", "the last trial"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, cut: int) -> None:
+    space = "freeze_depth = {low = 0, high = 4}\nbase_lr = {low = 1e-5, high = 1e-2, log = true}\n"
+    # Two recipes, and three trials by a sampler that looks at them.
+    chosen = VIT | {"train.epochs": 4, "search.pruner": "median"}
+    del chosen["train.base_lr"]  # searched
+    trials = 2 if cut == 1 else 5
+    with without_figures():
+        study(tmp_path, *search(tmp_path, "whole", space, trials, chosen))
+        process = start(tmp_path, *search(tmp_path, "cut", space, trials, chosen), "--json")
+        kill_after_epoch(process, trial=cut)
+        assert len(read_runs(tmp_path, "cut")) == cut, "killed too late: nothing is shown"
+        study(tmp_path, "resume", "cut")
+    assert open_trials(tmp_path, "cut") == []
+    whole, resumed = read_runs(tmp_path, "whole"), read_runs(tmp_path, "cut")
+    assert len(resumed) == trials
+    assert [(run.params, run.state, run.value, run.epochs) for run in resumed] == [
+        (run.params, run.state, run.value, run.epochs) for run in whole
+    ]
+    assert [run.reported for run in resumed] == [run.reported for run in whole]
+
+
+# 3. Shared work changes no number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [PRETRAINED, VIT], ids=["pretrained", "vit"])
+def test_shared_work_changes_no_figure(tmp_path: Path, network: dict[str, object]) -> None:
+    space = "freeze_depth = [0, 3, 5]\naugment = ['none', 'standard']\n"
+    chosen = network | EVERY_SETTING | {"train.label_smoothing": 0.1, "data.limit": 32}
+
+    def arrays() -> set[Path]:
+        return {p for p in (tmp_path / "cache").rglob("*") if p.is_file()}
+
+    with without_figures():
+        study(tmp_path, *search(tmp_path, "alone", space, 6, chosen), "--no-sharing")
+        before = arrays()
+        study(tmp_path, *search(tmp_path, "cold", space, 6, chosen), "--cache", "500MB")
+        made = arrays() - before
+        study(tmp_path, *search(tmp_path, "warm", space, 6, chosen), "--cache", "500MB")
+    finish(start(tmp_path, *search(tmp_path, "other", space, 6, chosen), "--cache", "500MB"))
+    assert sum(p.stat().st_size for p in made if p.exists()) > 10_000
+    alone = figures(read_runs(tmp_path, "alone"))
+    assert len(alone) == 6
+    for name in ("cold", "warm", "other"):
+        assert figures(read_runs(tmp_path, name)) == alone, name
+
+
+# 4. What is frozen stays
+
+
+def _source(name: str, size: int, path: Path) -> dict[str, torch.Tensor]:
+    """Write weights that nobody else has, with batch norms that are no identities."""
+    torch.manual_seed(0)
+    if name.startswith("timm:"):
+        fixed = {"img_size": size} if "vit" in name else {}
+        model = timm.create_model(name.removeprefix("timm:"), num_classes=1000, **fixed)
+    else:
+        model = torchvision.models.get_model(name)
+    state = model.state_dict()
+    for key, tensor in state.items():
+        if key.endswith(("running_mean", "running_var")):
+            tensor.add_(0.1)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "depths"),
+    [
+        ("timm:test_resnet", [0, 1, 2, 3, 4, 5]),
+        ("timm:test_efficientnet", [0, 1, 2, 3, 4, 5]),
+        ("timm:test_vit", [0, 1, 2, 3, 4, 5]),
+        ("swin_t", [0, 3, 5]),  # large: there is no small one
+    ],
+)
+def test_frozen_stages_keep_their_bits(tmp_path: Path, name: str, depths: list[int]) -> None:
+    source = _source(name, 32, tmp_path / "w.safetensors")
+    levels = json.loads(study(tmp_path, "backbones", name, "--json"))
+    chosen = EVERY_SETTING | {
+        "train.backbone": name,
+        "train.weights": "w.safetensors",
+        "train.epochs": 1,
+        "train.batch_norm": "train",
+        "data.limit": 20,
+        "train.batch_size": 10,
+        "study.keep_checkpoints": 6,
+    }
+    with without_figures():
+        space = f"freeze_depth = {depths}\n"
+        study(tmp_path, *search(tmp_path, "s", space, len(depths), chosen))
+    runs = {run.config["freeze_depth"]: run for run in read_runs(tmp_path, "s")}
+    assert sorted(runs) == depths
+    n_frozen = []
+    for depth, run in runs.items():
+        assert run.checkpoint is not None
+        trained = safetensors.torch.load_file(run.checkpoint / "model.safetensors")
+        kept = {k for k in source if source[k].shape == trained[k].shape}
+        equal = {k for k in kept if torch.equal(source[k], trained[k])}
+        names = [n for level in levels[: depth + 1] for n in level["newly_frozen"]]
+        named = tuple(f"{n}." for n in names if not n.startswith("rest of "))
+        frozen = {k for k in source if k.startswith(named)} if named else set()
+        assert frozen <= equal, (depth, sorted(frozen - equal)[:3])
+        n_frozen.append((depth, len(equal)))
+    counts = [n for _, n in sorted(n_frozen)]
+    assert all(a < b for a, b in zip(counts, counts[1:], strict=False)), counts
+    head = [k for k in source if source[k].shape != trained[k].shape]
+    assert head
+    assert counts[-1] == len(source) - len(head)  # level 5 trains the head alone
+
+
+# 5. Same settings and seed, same numbers
+
+
+@pytest.mark.slow
+def test_figures_depend_on_neither_workers_nor_other_trials(tmp_path: Path) -> None:
+    space = "freeze_depth = [0, 3]\nbatch_size = [12, 16]\n"
+    chosen = VIT | EVERY_SETTING
+    with without_figures():
+        study(tmp_path, *search(tmp_path, "s", space, 4, chosen | {"train.workers": 0}))
+        runs = read_runs(tmp_path, "s")
+        last = runs[-1]
+        alone = chosen | {f"train.{k}": v for k, v in last.params.items()}
+        command = search(tmp_path, "alone", "", 1, alone | {"train.workers": 2})
+        study(tmp_path, *command, "--no-sharing")
+        study(tmp_path, *search(tmp_path, "seed", "", 1, alone | {"train.seed": 1}))
+    (again,) = read_runs(tmp_path, "alone")
+    (other,) = read_runs(tmp_path, "seed")
+    assert again.epochs == last.epochs
+    assert other.epochs != last.epochs
+
+
+def test_fit_gives_the_same_figures_whatever_runs_between(tmp_path: Path) -> None:
+    data = load_images(make_folder(tmp_path / "photos", {"red": 16, "blue": 16}), 40)
+    config = TrainConfig(
+        backbone="timm:test_vit", weights="none", image_size=32, epochs=2, batch_size=8,
+        freeze_depth=2, device="cpu",
+    )  # fmt: skip
+    first = [(m.train_loss, m.val_loss, m.val_acc) for m in fit(config, data)]
+    torch.manual_seed(5)
+    other = fit(replace(config, seed=3, freeze_depth=0), data)
+    mixed = []
+    for metrics in fit(config, data, tmp_path / "trial"):
+        next(other, None)
+        mixed.append((metrics.train_loss, metrics.val_loss, metrics.val_acc))
+    assert mixed == first
+    assert (tmp_path / "trial" / "model.safetensors").is_file()
+
+
+# 6. Splits by content
+
+
+def test_splits_follow_content_and_keep_copies_together(tmp_path: Path) -> None:
+    first = make_folder(tmp_path / "one" / "photos", {"a": 12, "b": 12})
+    for i in range(8):  # of twelve images eight are there twice
+        (first / "a" / f"copy{i}.png").write_bytes((first / "a" / f"{i:03d}.png").read_bytes())
+    second = tmp_path / "two" / "elsewhere"
+    for path in sorted(first.rglob("*.png"), reverse=True):
+        renamed = second / path.parent.name / f"{path.stem[::-1]}.png"
+        renamed.parent.mkdir(parents=True, exist_ok=True)
+        renamed.write_bytes(path.read_bytes())
+    one, two = (split_contents(load_images(root, 40)) for root in (first, second))
+    assert {name: sorted(pixels) for name, pixels in one.items()} == {
+        name: sorted(pixels) for name, pixels in two.items()
+    }
+    assert list(one) == ["train", "val", "test"]
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not set(one[a]) & set(one[b]), (a, b)
+
+
+def test_given_splits_are_kept(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for seed, (split, n) in enumerate({"train": 10, "val": 4, "test": 5}.items()):
+        make_folder(root / split, {"a": n, "b": n}, seed=seed)
+    found = split_contents(load_images(root, 40))
+    for split, pixels in found.items():
+        files = [np.asarray(Image.open(p)).tobytes() for p in (root / split).rglob("*.png")]
+        assert sorted(pixels) == sorted(files)
+
+
+# 7. The checkpoint is the network that was recorded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm:test_vit", "resnet18"])
+def test_checkpoint_in_the_plain_library_has_the_recorded_accuracy(
+    tmp_path: Path, name: str
+) -> None:
+    for seed, (split, n) in enumerate({"train": 24, "val": 12, "test": 4}.items()):
+        make_folder(tmp_path / "photos" / split, {"red": n, "blue": n, "green": n}, seed=seed)
+    own = VIT if "vit" in name else {"train.weights": "none", "train.base_lr": 0.005}
+    chosen = DIGITS | own | {"train.backbone": name, "train.freeze_depth": 1, "data.limit": 72}
+    (tmp_path / "s.toml").write_text("[space]\n")
+    with without_figures():
+        flags = ["--config", "s.toml", "--data", "photos", "--name", "s", "--trials", "1"]
+        study(tmp_path, "run", *flags, *settings(chosen))
+    (run,) = read_runs(tmp_path, "s")
+    assert run.checkpoint is not None
+    card = json.loads((run.checkpoint / "card.json").read_text())
+    if name.startswith("timm:"):
+        plain = timm.create_model(name.removeprefix("timm:"), num_classes=3, img_size=32)
+    else:
+        plain = torchvision.models.get_model(name, num_classes=3)
+    state = safetensors.torch.load_file(run.checkpoint / "model.safetensors")
+    plain.load_state_dict(state, strict=True)
+    shape = card["preprocessing"]
+    view = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(
+                shape["resize_size"],
+                v2.InterpolationMode(shape["interpolation"]),
+                antialias=True,
+            ),
+            v2.CenterCrop(shape["image_size"]),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(shape["mean"], shape["std"]),
+        ]
+    )
+    right = []
+    with torch.inference_mode():
+        for k, kind in enumerate(card["classes"]):
+            for path in sorted((tmp_path / "photos/val" / kind).iterdir()):
+                logits = plain.eval()(view(Image.open(path).convert("RGB"))[None])
+                right.append(int(logits.argmax()) == k)
+    assert np.mean(right) == pytest.approx(run.value, abs=1.01 / len(right))  # one may round
+    assert run.value is not None and run.value > 0.4, "it must have learned something"
+
+
+# 8. An ablation's verdicts
+
+
+@pytest.mark.slow
+def test_ablation_finds_planted_effects_after_a_kill(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", {"red": 30, "blue": 30, "green": 30})
+    (tmp_path / "s.toml").write_text("[space]\n")
+    chosen = DIGITS | VIT | {
+        "train.freeze_depth": 4, "train.batch_size": 8, "train.epochs": 4, "data.limit": 40,
+        "data.val_fraction": 0.4, "ablation.margin": 5,
+    }  # fmt: skip
+    levels = ["base_lr=1e-9", "step_gamma=0.5", "clip_norm=1000000.0"]
+    command = ["s.toml", "--data", "photos", "--replicates", "6", *settings(chosen)]
+    command += [word for level in levels for word in ("--factor", level)]
+    kill_after_epoch(start(tmp_path, "ablate", *command, "--name", "cut", "--json"), trial=5)
+    with without_figures():
+        found = effects(tmp_path, *command, "--name", "cut")
+        whole = effects(tmp_path, *command, "--name", "whole")
+    assert found == whole
+    assert open_trials(tmp_path, "cut") == []
+    verdicts = {label.split(" = ")[0]: row["verdict"] for label, row in found.items()}
+    assert verdicts["base_lr"] == "hurts"  # nothing is learned
+    assert verdicts["step_gamma"] == "no difference"  # another schedule's
+    assert verdicts["clip_norm"] == "no difference"  # larger than any gradient
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in found.values())
+    assert len(read_runs(tmp_path, "cut")) == 4 * 6
+
+
+@pytest.mark.slow
+def test_failed_level_is_reported_not_dropped(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("[space]\n")
+    chosen = DIGITS | VIT | {"train.freeze_depth": 4, "train.epochs": 1}
+    command = ["s.toml", "--replicates", "2", "--factor", "base_lr=1e30", *settings(chosen)]
+    with without_figures():
+        (row,) = effects(tmp_path, *command, "--name", "s").values()
+    assert (row["verdict"], row["n_failed"]) == ("fails", 2)
+    states = [run.state for run in read_runs(tmp_path, "s")]
+    assert sorted(states) == ["complete"] * 2 + ["failed"] * 2
+
+
+def test_studies_without_effects_seldom_find_one_and_intervals_hold() -> None:
+    rng = np.random.default_rng(3)
+    n_studies, n, n_levels = 500, 5, 3
+    wrong = held = 0
+    for _ in range(n_studies):
+        seeds = rng.normal(0, 0.02, (n, 1))  # what a replicate's runs share
+        found = judge(0.8 + seeds + rng.normal(0, 0.01, (n, 1 + n_levels)))
+        wrong += any(level.verdict in ("helps", "hurts") for level in found)
+        held += sum(level.low <= 0 <= level.high for level in found)
+    # Three standard errors of a share of 500, and of 1,500 that are not independent.
+    assert wrong / n_studies <= 0.05 + 3 * (0.05 * 0.95 / n_studies) ** 0.5
+    assert held / (n_studies * n_levels) == pytest.approx(0.95, abs=0.03)
+
+
+def test_planted_differences_are_found() -> None:
+    rng = np.random.default_rng(4)
+    found = []
+    for _ in range(100):
+        scores = 0.8 + rng.normal(0, 0.02, (6, 1)) + rng.normal(0, 0.005, (6, 3))
+        found.append([level.verdict for level in judge(scores + [0, 0.04, -0.04])])
+    assert sum(verdicts == ["helps", "hurts"] for verdicts in found) > 90
+
+
+# 9. The test split
+
+
+@pytest.mark.slow
+def test_search_does_not_depend_on_test_images_and_test_reads_them_once(tmp_path: Path) -> None:
+    chosen = DIGITS | VIT | {"train.epochs": 1, "data.limit": 24}
+    space = "freeze_depth = {low = 0, high = 4}\n"
+    homes = [tmp_path / "one", tmp_path / "two"]
+    for k, home in enumerate(homes):
+        make_folder(home / "photos/train", {"red": 16, "blue": 16})
+        make_folder(home / "photos/val", {"red": 8, "blue": 8}, seed=1)
+        # The second one's test images are others, and their classes are the wrong way round.
+        classes = {"red": 8, "blue": 8} if k == 0 else {"blue": 8, "red": 8}
+        make_folder(home / "photos/test", classes, seed=2 + k)
+        (home / "s.toml").write_text(f"[space]\n{space}")
+        flags = ["--config", "s.toml", "--data", "photos", "--name", "s", "--trials", "4"]
+        with without_figures():
+            study(home, "run", *flags, *settings(chosen))
+        assert shown(home, "s")["tests"] == []
+    one, two = (read_runs(home, "s") for home in homes)
+    assert figures(one) == figures(two)
+    first = json.loads(study(homes[0], "test", "s", "--json"))
+    assert json.loads(study(homes[0], "test", "s", "--json")) == first
+    (recorded,) = shown(homes[0], "s")["tests"]
+    assert recorded == first
+    assert (recorded["n"], recorded["trial_number"]) == (16, best(homes[0], "s")[0])
+    assert read_runs(homes[0], "s") == one
+
+
+# 10. The report of a search with a pruner
+
+
+@pytest.mark.slow
+def test_report_names_the_decisive_setting_and_shows_pruned_trials(tmp_path: Path) -> None:
+    trap = "<script>alert(1)"
+    make_folder(tmp_path / "photos", {trap: 24, "blue & green": 24})
+    (tmp_path / "s.toml").write_text(
+        # Under a cosine schedule step_gamma does nothing.
+        "[space]\nbase_lr = {low = 1e-7, high = 1e-1, log = true}\n"
+        "step_gamma = {low = 0.01, high = 1.0, log = true}\n"
+    )
+    chosen = DIGITS | VIT | {
+        "train.freeze_depth": 4, "train.batch_size": 8, "train.epochs": 3,
+        "data.val_fraction": 0.4,
+        "search.sampler": "random", "search.pruner": "median", "search.recipes": False,
+    }  # fmt: skip
+    del chosen["train.base_lr"]  # searched
+    flags = ["--config", "s.toml", "--data", "photos", "--name", "s", "--trials", "24"]
+    study(tmp_path, "run", *flags, *settings(chosen))
+    runs = read_runs(tmp_path, "s")
+    assert 5 < sum(run.state == "pruned" for run in runs) < 24
+    html = (tmp_path / "frostline-runs/s/report/report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert trap not in html and trap in page.text and "blue & green" in page.text
+    assert all(source.startswith("data:") for source in page.loaded), "it must load nothing"
+    decisive = re.search(r"\b(base_lr|step_gamma)\b[^.]{0,60}\d+ %", page.text)
+    assert decisive is not None and decisive[1] == "base_lr"
+    rows = (tmp_path / "frostline-runs/s/report/trials.csv").read_text().splitlines()
+    assert sum("pruned" in row for row in rows[1:]) == sum(run.state == "pruned" for run in runs)
