@@ -94,7 +94,7 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
         f"Every setting was trained with {seeds_words(ablation)}, with the same seeds for all "
         "settings, so that differences are paired."
     ]
-    if ablation.kind in ("ofat", "loco"):
+    if effects:  # of levels against the baseline
         parts.append(
             "Effects are mean paired differences in validation accuracy to the baseline with 95 % "
             f"Student t intervals; p values are of the {correction_words(ablation, n_tests)} "

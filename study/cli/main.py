@@ -322,8 +322,8 @@ def _estimate(config: "StudyConfig") -> int:
 @click.option("--from", "which", default="best", metavar="TRIAL", help="Baseline (default best).")
 @click.option(
     "--design",
-    type=click.Choice(("ofat", "loco", "factorial", "path", "screen")),
-    help="Which settings are run (default ofat: one factor at a time).",
+    metavar="KIND",
+    help="Which settings are run: ofat (default), loco, factorial, path or screen.",
 )
 @_many("--factor", "factors", metavar="KEY=V1,V2", help="A key and its levels; may be repeated.")
 @click.option("--replicates", type=int, metavar="R", help="Runs of every setting (default 5).")

@@ -20,12 +20,12 @@ from study.config.search_space import (
     parse_space,
     to_table,
 )
+from study.search.samplers import PRUNERS, SAMPLERS
 
-Sampler = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid", "bruteforce"]
-Pruner = Literal["hyperband", "median", "percentile", "halving", "wilcoxon", "none"]
 if TYPE_CHECKING:
-    DesignKind = str
+    Sampler = Pruner = DesignKind = str
 else:
+    Sampler, Pruner = Literal[tuple(SAMPLERS)], Literal[tuple(PRUNERS)]
     DesignKind = Literal[tuple(DESIGNS)]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
@@ -83,9 +83,8 @@ class StudySection:
     seed: int = Field(default=0, ge=0)
     """Seed of the sampler. (That of training is train.seed.)"""
     cache: OrNone[ByteSize] = Field(default=None, ge=0)
-    """Most bytes for work that trials share (augmented pixels, frozen layers), in memory and on
-    disk together, as "8GB"; 0 shares nothing; leave out for a quarter of the memory that is free,
-    and as much again (at most a tenth of what is free) on disk. It changes no number."""
+    """Most bytes on disk for outputs of frozen layers, which trials share, as "8GB"; 0 shares
+    nothing; leave out for a tenth of what is free. It changes no number."""
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)
