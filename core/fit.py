@@ -177,7 +177,6 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Network:
         image_size=config.image_size,
         normalize=config.normalize,
         head_init=config.head_init,
-        channels_last=True,
     )
 
 

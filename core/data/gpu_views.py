@@ -11,20 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data.draws import (
-    FloatArray,
-    IntArray,
-    crop_boxes,
-    eval_boxes,
-    flips,
-    view_draws,
-)
+from core.data.draws import FloatArray, IntArray, crop_boxes, eval_boxes, flips, view_draws
 from core.data.splits import Split
 from core.data.views import ViewSpec
 
 # Share of the device's free memory that images may take; the rest is the network's. Assumption.
 _MEMORY_SHARE = 0.3
-_CUBIC_A = -0.5  # Pillow's and torch's antialiased bicubic coefficient
 
 
 def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
@@ -32,23 +24,12 @@ def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
     if spec.augment not in ("none", "standard") or device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return padded_bytes(split) <= _MEMORY_SHARE * free
-
-
-def padded_bytes(split: Split) -> int:
-    """Return the size of a split's images in one array, each padded to the largest."""
-    height, width = split.store.sizes[split.indices].max(axis=0)
-    return int(len(split) * height * width * 3)
+    height, width = split.store.sizes[split.indices].max(axis=0)  # images are padded to these
+    return int(len(split) * height * width * 3) <= _MEMORY_SHARE * free
 
 
 class DeviceViews:
-    """Training views of a split whose images lie in the device's memory.
-
-    Args:
-        split: Images.
-        spec: What a view is; `none` and `standard` augmentation only.
-        device: Where they lie and views are made.
-    """
+    """Training views, augmented by `none` or `standard`, of images in the device's memory."""
 
     def __init__(self, split: Split, spec: ViewSpec, device: torch.device) -> None:
         self.split, self.spec, self.device = split, spec, device
@@ -132,7 +113,7 @@ def _filter(x: Tensor, interpolation: str) -> Tensor:
     x = x.abs()
     if interpolation == "bilinear":
         return (1 - x).clamp(min=0)
-    a = _CUBIC_A
+    a = -0.5  # Pillow's and torch's antialiased bicubic coefficient
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

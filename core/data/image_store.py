@@ -22,7 +22,7 @@ from core.data.draws import IntArray
 from core.data.sources import DataError, LabelledImage
 from core.device import usable_cores
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None] | None  # takes how many of how many images are decoded
 
 # Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
 _DECODER = 1
@@ -41,10 +41,8 @@ _IN_USE_S = 24 * 3600.0
 class ImageStore:
     """Decoded images in one flat file, opened as a memory map.
 
-    Args:
-        folder: Where `build_store` put them.
-
     Attributes:
+        folder: Where `build_store` put them.
         sizes: Heights and widths, (N, 2).
         checksums: CRC-32 of each image's pixels, (N,).
         contents: SHA-256 of each image's undecoded contents, hexadecimal, in their order.
@@ -101,7 +99,7 @@ class ImageStore:
 
 
 def build_store(
-    images: Sequence[LabelledImage], bound: int, cache: Path, progress: Progress | None = None
+    images: Sequence[LabelledImage], bound: int, cache: Path, progress: Progress = None
 ) -> ImageStore:
     """Open the store of these images, decoding them first where that was not done yet.
 
@@ -113,7 +111,7 @@ def build_store(
         images: What to decode; equal contents are kept once.
         bound: Longest allowed shorter side, pixels.
         cache: Folder of stores.
-        progress: Called with how many of how many images are decoded.
+        progress: Called after each image.
 
     Raises:
         DataError: The disk is full or the cache folder cannot be written.
@@ -131,7 +129,13 @@ def build_store(
             store = _open_sound(folder)  # another process may have built it meanwhile
             return store or _build(ordered, bound, folder, progress)
     except OSError as err:
-        raise _cache_error(err, folder.parent, len(unique), bound) from err
+        need = 4 * len(unique) * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
+        why = "the disk is full" if err.errno in FULL_DISK else str(err)
+        raise DataError(
+            f"decoded images cannot be kept in {folder.parent}: {why}. About {need:,.1f} MB are "
+            "needed; free some disk, set data.cache_dir to another folder, or set "
+            "data.store_size lower."
+        ) from err
 
 
 def _open_sound(folder: Path) -> ImageStore | None:
@@ -144,7 +148,7 @@ def _open_sound(folder: Path) -> ImageStore | None:
 
 
 def _build(
-    images: list[LabelledImage], bound: int, folder: Path, progress: Progress | None
+    images: list[LabelledImage], bound: int, folder: Path, progress: Progress
 ) -> ImageStore:
     """Decode images into a new store; where the disk is full, after pruning all that may go."""
     try:
@@ -166,9 +170,7 @@ def _stores(folder: Path) -> list[Path]:
     return [path for path in named if path.is_dir() and not path.is_symlink()]
 
 
-def _decode_all(
-    images: list[LabelledImage], bound: int, folder: Path, progress: Progress | None
-) -> None:
+def _decode_all(images: list[LabelledImage], bound: int, folder: Path, progress: Progress) -> None:
     """Write a store; its index comes last, and without it there is no store."""
     # Not written over: other processes may have the damaged pixels mapped.
     shutil.rmtree(folder, ignore_errors=True)
@@ -225,12 +227,3 @@ def _decoded(
         for at in range(0, len(images), window):
             part = images[at : at + window]
             yield from zip(part, pool.map(decode, part), strict=True)
-
-
-def _cache_error(err: OSError, folder: Path, n: int, bound: int) -> DataError:
-    need = 4 * n * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
-    why = "the disk is full" if err.errno in FULL_DISK else str(err)
-    return DataError(
-        f"decoded images cannot be kept in {folder}: {why}. About {need:,.1f} MB are needed; free "
-        "some disk, set data.cache_dir to another folder, or set data.store_size lower."
-    )

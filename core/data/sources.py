@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,16 +77,11 @@ def find_images(config: DataConfig) -> Found:
         return _find_digits()
     if kind == "torchvision":
         return _find_in_torchvision(name, Path(config.root), config.download)
-    path = Path(name if kind == "folder" else config.source).expanduser()
-    return _find_in_folder(path)
+    return _find_in_folder(Path(name if kind == "folder" else config.source).expanduser())
 
 
 def check_folder(root: Path) -> None:
-    """Refuse a data folder that is missing or holds no folders.
-
-    Raises:
-        DataError: It is missing, a file, or has no folders.
-    """
+    """Raise `DataError` where a data folder is missing, a file, or has no folders."""
     if not root.exists():
         siblings = [p.name for p in _subfolders(root.parent)] if root.parent.is_dir() else []
         close = difflib.get_close_matches(root.name, siblings, n=1)
@@ -105,9 +100,8 @@ def _find_in_folder(root: Path) -> Found:
     """List the images of a folder of classes, or of splits with classes inside."""
     check_folder(root)
     inner = _subfolders(root)
-    splits: dict[Path, str | None] = {
-        folder: _SPLITS[folder.name.lower()] for folder in inner if folder.name.lower() in _SPLITS
-    }
+    named = {folder: _SPLITS.get(folder.name.lower()) for folder in inner}
+    splits = {folder: split for folder, split in named.items() if split}
     if "train" not in splits.values():
         if len(splits) == len(inner):
             raise DataError(
@@ -125,23 +119,24 @@ def _subfolders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _check_same_classes(splits: dict[Path, str | None]) -> None:
+def _check_same_classes(splits: Iterable[Path]) -> None:
     names = {folder: {p.name for p in _subfolders(folder)} for folder in splits}
-    train = next(folder for folder, split in splits.items() if split == "train")
-    for folder, found in names.items():
-        missing = [
-            f"{place} lacks {', '.join(sorted(lacking))}"
-            for place, lacking in ((folder, names[train] - found), (train, found - names[train]))
-            if lacking
-        ]
-        if missing:
-            raise DataError(
-                f"data splits must have the same class folders, but {'; '.join(missing)}. Add the "
-                "missing folders or rename them alike."
-            )
+    every = set[str]().union(*names.values())
+    missing = [
+        f"{folder} lacks {', '.join(sorted(every - found))}"
+        for folder, found in names.items()
+        if found != every
+    ]
+    if missing:
+        raise DataError(
+            f"data splits must have the same class folders, but {'; '.join(missing)}. Add the "
+            "missing folders or rename them alike."
+        )
 
 
-def _find_in_class_folders(root: Path, splits: dict[Path, str | None], notes: list[str]) -> Found:
+def _find_in_class_folders(
+    root: Path, splits: Mapping[Path, str | None], notes: list[str]
+) -> Found:
     files: list[tuple[Path, str, str | None]] = []
     ignored: Counter[str] = Counter()
     for folder, split in splits.items():
@@ -166,17 +161,13 @@ def _find_in_class_folders(root: Path, splits: dict[Path, str | None], notes: li
         kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in ignored.items())
         notes.append(f"{sum(ignored.values())} files are no images and are not read: {kinds}.")
     hashes = _hash_files([path for path, _, _ in files])
-    images = [
-        LabelledImage(content, _shown(path, root), partial(Path, path), label, split)
-        for (path, label, split), content in zip(files, hashes, strict=True)
-    ]
+    images = []
+    for (path, label, split), content in zip(files, hashes, strict=True):
+        # Bytes of a name that are no UTF-8 are shown as question marks.
+        name = path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")
+        shown = name.decode("utf-8", "replace")
+        images.append(LabelledImage(content, shown, partial(Path, path), label, split))
     return Found(images, classes, notes)
-
-
-def _shown(path: Path, root: Path) -> str:
-    """Name an image for reports; bytes of its name that are no UTF-8 become question marks."""
-    name = path.relative_to(root).as_posix()
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _images_in(folder: Path, ignored: Counter[str]) -> list[Path]:
@@ -202,8 +193,6 @@ def _check_readable(folder: Path) -> None:
 
 
 def _hash_files(paths: Sequence[Path]) -> list[str]:
-    """Return the SHA-256 of each file, hexadecimal."""
-
     def digest(path: Path) -> str:
         try:
             with open(path, "rb") as file:
@@ -251,16 +240,13 @@ def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
         )
     images: list[LabelledImage] = []
     classes: tuple[str, ...] = ()
-    for split, options in _TORCHVISION[name].items():
-        part = _open_dataset(name, root, download, options)
-        contents, reads, labels = _list_files(part) or _list_decoded(part)
-        classes = classes or _class_names(part, labels)
-        images += [
-            LabelledImage(
-                content, f"{name}/{split}/{i}", read, classes[k], None if split == "all" else split
-            )
-            for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True))
-        ]
+    for part, options in _TORCHVISION[name].items():
+        dataset = _open_dataset(name, root, download, options)
+        contents, reads, labels = _list_files(dataset) or _list_decoded(dataset)
+        classes = classes or _class_names(dataset, labels)
+        split = None if part == "all" else part
+        for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True)):
+            images.append(LabelledImage(content, f"{name}/{part}/{i}", read, classes[k], split))
     return Found(images, classes)
 
 
@@ -280,45 +266,42 @@ def _open_dataset(name: str, root: Path, download: bool, options: dict[str, Any]
         ) from err
 
 
+# Contents, readers and class numbers of a dataset's images.
 _Listed = tuple[list[str], list[Callable[[], Any]], list[int]]
-"""Contents, readers and class numbers of a dataset's images."""
 
 
-def _list_files(part: Any) -> _Listed | None:
+def _list_files(dataset: Any) -> _Listed | None:
     """List a dataset by its files; None where it keeps no list of them.
 
     Hashing files is about a hundred times faster than decoding them, and done at every start.
     """
-    pairs = getattr(part, "samples", None) or getattr(part, "_samples", None)
+    pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
     if pairs is None:
-        files = getattr(part, "_image_files", None) or getattr(part, "_images", None)
-        pairs = list(zip(files or (), getattr(part, "_labels", None) or (), strict=False))
-    if len(pairs) != len(part) or not all(Path(path).is_file() for path, _ in pairs):
+        files = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None)
+        pairs = list(zip(files or (), getattr(dataset, "_labels", None) or (), strict=False))
+    if len(pairs) != len(dataset) or not all(Path(path).is_file() for path, _ in pairs):
         return None
     paths = [Path(path) for path, _ in pairs]
     return _hash_files(paths), [partial(Path, p) for p in paths], [int(k) for _, k in pairs]
 
 
-def _list_decoded(part: Any) -> _Listed:
+def _list_decoded(dataset: Any) -> _Listed:
     """List a dataset that is held in memory or in one file, by decoding it."""
 
     def look(i: int) -> tuple[str, int]:
-        image, label = part[i]
-        return _hash_values(np.asarray(image)), int(label)
+        image, label = dataset[i]
+        return _hash_values(image), int(label)
+
+    def read(i: int) -> Any:
+        return dataset[i][0]
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        seen = list(pool.map(look, range(len(part))))
-    reads: list[Callable[[], Any]] = [partial(_nth_image, part, i) for i in range(len(part))]
-    return [content for content, _ in seen], reads, [label for _, label in seen]
+        contents, labels = zip(*pool.map(look, range(len(dataset))), strict=True)
+    return list(contents), [partial(read, i) for i in range(len(dataset))], list(labels)
 
 
-def _nth_image(part: Any, i: int) -> Image.Image:
-    image: Image.Image = part[i][0]
-    return image
-
-
-def _class_names(part: Any, labels: list[int]) -> tuple[str, ...]:
-    names = getattr(part, "classes", None) or getattr(part, "categories", None)
+def _class_names(dataset: Any, labels: list[int]) -> tuple[str, ...]:
+    names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     if names:
         return tuple(" ".join(n) if isinstance(n, tuple) else str(n) for n in names)
     return tuple(str(k) for k in range(max(labels) + 1))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,12 @@ class Split:
     """One part of the images.
 
     Attributes:
-        name: `train`, `val` or `test`.
         store: Decoded images, shared by all parts.
         indices: Positions in the store, (N,).
         labels: Class numbers, (N,).
         paths: What reports call the images, (N,).
     """
 
-    name: str
     store: ImageStore
     indices: IntArray
     labels: IntArray
@@ -84,19 +82,26 @@ def load_data(
         DataError: The source cannot be used; says what to do.
     """
     found = find_images(config)
-    notes = list(found.warnings)
+    notes = found.warnings
     cache = Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
     store = build_store(found.images, config.store_size or store_size, cache, progress)
     images = _readable(found.images, store.broken, config.skip_unreadable, notes)
     parts = _split(images, config, notes)
-    _check_classes(parts["train"], found.classes)
+    absent = sorted(set(found.classes) - {image.label for image in parts["train"]})
+    if absent:
+        raise DataError(
+            "every class must have images to train on that can be decoded, but there are none "
+            f"of {', '.join(absent)}. Add some or remove the class."
+        )
     parts["train"] = _limited(parts["train"], config.limit)
-    _warn_of_few(parts["train"], found.classes, notes)
+    counts = Counter(image.label for image in parts["train"])
+    few = [f"{label} ({counts[label]})" for label in found.classes if counts[label] < _FEW]
+    if few:
+        notes.append(f"few training images: {', '.join(few[:_MOST_LISTED])}.")
     number = {name: k for k, name in enumerate(found.classes)}
     position = {content: i for i, content in enumerate(store.contents)}
     splits = {
         name: Split(
-            name,
             store,
             np.array([position[image.content] for image in part], dtype=np.int64),
             np.array([number[image.label] for image in part], dtype=np.int64),
@@ -104,13 +109,14 @@ def load_data(
         )
         for name, part in parts.items()
     }
+    lines = [f"{name} {i.label} {i.content}" for name, part in parts.items() for i in part]
     return ImageData(
         config.source,
         found.classes,
         splits["train"],
         splits["val"],
         splits.get("test"),
-        _fingerprint(parts),
+        hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
         tuple(notes),
     )
 
@@ -141,9 +147,6 @@ def _split(
     for image in images:
         parts[image.split or "all"].append(image)
     _warn_of_copies(parts, notes)
-    fractions = {"test": config.test_fraction, "val": config.val_fraction}
-    val_seed = config.split_seed if config.val_seed is None else config.val_seed
-    seeds = {"test": config.split_seed, "val": val_seed}
     if "val" in parts:
         if config.val_seed is not None:
             raise DataError(
@@ -152,6 +155,9 @@ def _split(
                 "train/."
             )
         return dict(parts)
+    fractions = {"test": config.test_fraction, "val": config.val_fraction}
+    val_seed = config.split_seed if config.val_seed is None else config.val_seed
+    seeds = {"test": config.split_seed, "val": val_seed}
     if "all" not in parts:
         del fractions["test"], seeds["test"]
     elif sum(fractions.values()) >= 1:
@@ -159,7 +165,14 @@ def _split(
             "data.val_fraction + data.test_fraction must be < 1, but got "
             f"{config.val_fraction:g} + {config.test_fraction:g}."
         )
-    whole = _without_copies(parts.pop("all" if "all" in parts else "train"), notes)
+    given = parts.pop("all" if "all" in parts else "train")
+    different: dict[tuple[str, str], LabelledImage] = {}
+    for image in given:
+        different.setdefault((image.content, image.label), image)
+    whole = list(different.values())
+    if len(whole) < len(given):
+        n = len(given) - len(whole)
+        notes.append(f"{n} images are copies of others of their class; one of each is used.")
     part_of = partition(
         [image.label for image in whole],
         [image.content for image in whole],
@@ -169,26 +182,6 @@ def _split(
     for k, name in enumerate((*fractions, "train")):
         parts[name] = [whole[i] for i in np.flatnonzero(part_of == k)]
     return dict(parts)
-
-
-def _without_copies(images: list[LabelledImage], notes: list[str]) -> list[LabelledImage]:
-    """Keep one of each content and class."""
-    kept: dict[tuple[str, str], LabelledImage] = {}
-    for image in images:
-        kept.setdefault((image.content, image.label), image)
-    n = len(images) - len(kept)
-    if n:
-        notes.append(f"{n} images are copies of others of their class; one of each is used.")
-    return list(kept.values())
-
-
-def _check_classes(images: list[LabelledImage], classes: Iterable[str]) -> None:
-    absent = sorted(set(classes) - {image.label for image in images})
-    if absent:
-        raise DataError(
-            "every class must have images to train on that can be decoded, but there are none "
-            f"of {', '.join(absent)}. Add some or remove the class."
-        )
 
 
 def _limited(images: list[LabelledImage], limit: int | None) -> list[LabelledImage]:
@@ -222,15 +215,3 @@ def _warn_of_copies(parts: dict[str, list[LabelledImage]], notes: list[str]) -> 
     torn = sum(len(found) > 1 for found in labels.values())
     if torn:
         notes.append(f"{torn} images lie in more than one class; check their labels.")
-
-
-def _warn_of_few(images: list[LabelledImage], classes: Iterable[str], notes: list[str]) -> None:
-    counts = Counter(image.label for image in images)
-    few = [f"{label} ({counts[label]})" for label in classes if counts[label] < _FEW]
-    if few:
-        notes.append(f"few training images: {', '.join(few[:_MOST_LISTED])}.")
-
-
-def _fingerprint(parts: dict[str, list[LabelledImage]]) -> str:
-    lines = sorted(f"{name} {i.label} {i.content}" for name, part in parts.items() for i in part)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

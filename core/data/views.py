@@ -1,7 +1,7 @@
 """Seeded views: (seed, epoch, position) decides an image's crop, flip and augmentation."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class ViewSpec:
 
 
 def eval_views(split: Split, positions: IntArray, spec: ViewSpec) -> Tensor:
-    """Make evaluation views: shorter side resized, centre cropped.
+    """Make evaluation views of a split's images, shorter side resized and centre cropped.
 
     Args:
         split: Images.
@@ -131,25 +131,23 @@ def _mode(spec: ViewSpec) -> InterpolationMode:
     return InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
 
 
-def _policy(spec: ViewSpec) -> Callable[[Tensor], Tensor] | None:
-    """Return what is done after crop and flip, if anything."""
+def _policy(spec: ViewSpec) -> Any:
+    """Return what is done to a view after crop and flip, if anything."""
     if spec.augment == "trivial":
-        return v2.TrivialAugmentWide()  # type: ignore[no-any-return]  # untyped library
-    if spec.augment == "rand":
-        return v2.RandAugment(magnitude=spec.rand_magnitude)  # type: ignore[no-any-return]
-    return None
+        return v2.TrivialAugmentWide()
+    return v2.RandAugment(magnitude=spec.rand_magnitude) if spec.augment == "rand" else None
 
 
-def _apply_seeded(transform: Callable[[Tensor], Tensor], view: Tensor, seed: int) -> Tensor:
+def _apply_seeded(transform: Any, view: Tensor, seed: int) -> Tensor:
     """Transform a view under a generator of its own seed."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would seed the accelerator's generator, dropout's, as well.
         torch.default_generator.manual_seed(seed)
-        return transform(view.contiguous())  # channels last is slower here
+        transformed: Tensor = transform(view.contiguous())  # channels last is slower here
+        return transformed
 
 
-_Key = tuple[int, IntArray]
-"""A batch: its epoch and its images' positions."""
+_Key = tuple[int, IntArray]  # a batch: its epoch and its images' positions
 
 
 class _TrainViews(Dataset[Tensor]):
@@ -197,23 +195,20 @@ class Loader:
             # Workers may outnumber the cores: slower, not wrong, and asked for.
             warnings.filterwarnings("ignore", "This DataLoader will create")
             if self._loader is None:
-                self._loader = self._start_workers()
+                self._loader = DataLoader(
+                    self._views,
+                    batch_size=None,  # a key is a whole batch already
+                    sampler=self._keys,
+                    num_workers=self._workers,
+                    persistent_workers=True,
+                    pin_memory=torch.cuda.is_available(),
+                    collate_fn=_unchanged,
+                    worker_init_fn=_use_one_thread,
+                    # Else the loader draws its seeds from the generator that dropout uses.
+                    generator=torch.Generator(),
+                )
             made = iter(self._loader)
         yield from made
-
-    def _start_workers(self) -> DataLoader[Tensor]:
-        return DataLoader(
-            self._views,
-            batch_size=None,  # a key is a whole batch already
-            sampler=self._keys,
-            num_workers=self._workers,
-            persistent_workers=True,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_unchanged,
-            worker_init_fn=_use_one_thread,
-            # Else the loader draws its seeds from the generator that dropout uses.
-            generator=torch.Generator(),
-        )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -54,11 +54,6 @@ def input_of(
     source, name = find_source(backbone)
     weights = weights_.resolve(backbone, weights)
     found = source.preprocessing(name, weights_.imagenet_tag(weights) or "DEFAULT")
-    package = weights_.PACKAGES.get(backbone)
-    if package is not None and weights == "packaged":
-        found = replace(
-            found, mean=package.mean, std=package.std, interpolation=package.interpolation
-        )
     if normalize == "none":
         found = replace(found, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     if image_size is None or image_size == found.image_size:
@@ -76,9 +71,8 @@ def build(
     image_size: int | None = None,
     normalize: str = "weights",
     head_init: HeadInit = "default",
-    channels_last: bool = False,
 ) -> Network:
-    """Build a network, load its weights, and give it a new head.
+    """Build a network (in channels-last layout), load its weights, and give it a new head.
 
     Args:
         backbone: torchvision name or `timm:NAME`.
@@ -88,7 +82,6 @@ def build(
         image_size: Side of the input, pixels; None for the weights' own.
         normalize: `weights` or `none`.
         head_init: How the head starts.
-        channels_last: Lay its weights out channels last; the values are the same.
 
     Raises:
         BackboneError: Unknown backbone, or it cannot take that input size.
@@ -100,14 +93,16 @@ def build(
     size = preprocessing.image_size
     weights = weights_.resolve(backbone, weights)
     is_pretrained = weights != "none"
-    file = weights_.fingerprint(backbone, weights) if is_pretrained else None
     prototype, source_head = _prototype(
-        backbone, weights, size, len(classes), None if is_pretrained else seed, file
+        backbone,
+        weights,
+        size,
+        len(classes),
+        None if is_pretrained else seed,
+        weights_.fingerprint(backbone, weights) if is_pretrained else None,
     )
     network = copy.deepcopy(prototype)
-    network.model.to(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    network.model.to(memory_format=torch.channels_last)
     init_head(network, head_init, seed, classes=classes, source=source_head)
     stages = _stages(backbone, size, is_pretrained)
     return Network(network.model, network.head, preprocessing, stages, weights)
@@ -129,7 +124,7 @@ def _prototype(
         weights: Source of the weights, resolved.
         image_size: Side of the input, pixels.
         n_classes: Outputs.
-        seed: Of a network from scratch; None where weights are read, which leave nothing to it.
+        seed: Of a network from scratch; else None.
         file: Fingerprint of the weights' file: one that was replaced is read again.
 
     Returns:
@@ -162,7 +157,7 @@ def init_head(
         network: Network whose head has one row per target class.
         how: Initialisation; `source-classes` starts as `default` and then copies the rows of
             source classes of the same names.
-        seed: Seed of the random rows; the global generator is left as it was.
+        seed: Seed of the random rows.
         classes: Target classes, in order.
         source: The source classifier's tensors by their full names, if there is one.
     """
@@ -193,13 +188,11 @@ def matching_rows(classes: tuple[str, ...], source: tuple[str, ...]) -> dict[int
 
     Case, spaces, hyphens and underscores do not count: `Hot_Dog` is `hotdog`.
     """
-    known = {_plain(name): i for i, name in reversed(list(enumerate(source)))}
-    found = {i: known.get(_plain(name)) for i, name in enumerate(classes)}
-    return {target: origin for target, origin in found.items() if origin is not None}
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.casefold() if c.isalnum())
+    wanted, known = (
+        ["".join(c for c in name.casefold() if c.isalnum()) for name in names]
+        for names in (classes, source)
+    )
+    return {i: known.index(name) for i, name in enumerate(wanted) if name in known}
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,24 +203,15 @@ def _stages(backbone: str, image_size: int, is_pretrained: bool) -> Stages:
     return find_stages(network.model, network.head, image_size)
 
 
-def _stages_of_run(backbone: str, weights: str, image_size: int | None) -> Stages:
-    side = input_of(backbone, weights, image_size).image_size
-    return _stages(backbone, side, weights_.resolve(backbone, weights) != "none")
-
-
 def count_parameters(
     backbone: str, weights: str, image_size: int | None, depth: int, n_classes: int
 ) -> tuple[int, int]:
     """Return how many scalars a freeze level trains, and how many the network has."""
-    sizes = list(_stages_of_run(backbone, weights, image_size).sizes)
+    side = input_of(backbone, weights, image_size).image_size
+    sizes = list(_stages(backbone, side, weights_.resolve(backbone, weights) != "none").sizes)
     # The stages were measured with the source's classes; a head's size goes with its classes.
     sizes[MAX_FREEZE_DEPTH] = sizes[MAX_FREEZE_DEPTH] * n_classes // _SOURCE_CLASSES
     return sum(sizes[depth : MAX_FREEZE_DEPTH + 1]), sum(sizes)
-
-
-def stage_flops(backbone: str, weights: str, image_size: int | None) -> tuple[int, ...]:
-    """Return the forward FLOPs per image in each stage, the head's (1,000 classes) last."""
-    return _stages_of_run(backbone, weights, image_size).flops
 
 
 def stages_of(backbone: str, image_size: int | None = None) -> tuple[nn.Module, Stages]:

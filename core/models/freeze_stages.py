@@ -9,8 +9,7 @@ smallest neighbours are joined. Every backbone so offers the same levels.
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -43,9 +42,6 @@ class Stages:
         flops: Forward FLOPs per image in each stage, the head's last.
         sizes: Parameters (scalars) in each stage, the head's last, then those never used.
         limits: For each level, the last node of the traced graph that it freezes; -1 for none.
-        row_bytes: For each level, the bytes per image (float32) of what its frozen part computes;
-            at level 0 the image itself.
-        plans: What `core.split` worked out for these stages, to be found again.
     """
 
     stage_of: dict[str, int]
@@ -53,8 +49,6 @@ class Stages:
     flops: tuple[int, ...]
     sizes: tuple[int, ...]
     limits: tuple[int, ...]
-    row_bytes: tuple[int, ...]
-    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def frozen_flops_share(self, depth: int) -> float:
         """Return the share of the forward pass that level `depth` freezes, in [0, 1]."""
@@ -96,22 +90,21 @@ def train_mode(
 ) -> None:
     """Put the network in training mode, its frozen prefix in eval mode.
 
-    To be called wherever `model.train()` would be: a frozen batch norm so keeps the source
-    model's statistics to the bit, and frozen dropout is off.
-
-    Args:
-        model: The network.
-        stages: Its freeze levels.
-        depth: The level.
-        freeze_statistics: Keep the statistics of batch norms in trained stages too.
+    Frozen batch norms so keep the source model's statistics to the bit, and frozen dropout is
+    off. `freeze_statistics` keeps the statistics of the trained stages' batch norms too.
     """
     model.train()
     for name in stages.eval_modules[depth]:
         model.get_submodule(name).eval()
     if freeze_statistics:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        freeze_batch_norms(model)
+
+
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Put all batch norms in eval mode, so that their statistics stay."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
@@ -119,23 +112,17 @@ def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
     levels = []
     before: tuple[str, ...] = ()
     for depth, frozen in enumerate(stages.eval_modules):
-        # `rest of blocks` where a part of `blocks` was frozen earlier.
-        named = tuple(
-            f"rest of {name}" if any(b.startswith(f"{name}.") for b in before) else name
-            for name in frozen
-            if _has_parameters_beyond(model, name, before)
-        )
+        inside = tuple(f"{name}." for name in before)
+        newly = []
+        for name in frozen:
+            parameters = model.get_submodule(name).named_parameters(name)
+            if any(not parameter.startswith(inside) for parameter, _ in parameters):
+                is_rest = any(earlier.startswith(f"{name}.") for earlier in before)
+                newly.append(f"rest of {name}" if is_rest else name)
         trained = sum(stages.sizes[depth : MAX_FREEZE_DEPTH + 1])
-        levels.append(Level(depth, named, trained, stages.frozen_flops_share(depth)))
+        levels.append(Level(depth, tuple(newly), trained, stages.frozen_flops_share(depth)))
         before = frozen
     return levels
-
-
-def _has_parameters_beyond(model: nn.Module, name: str, before: tuple[str, ...]) -> bool:
-    """Say whether a module has parameters outside of the modules named `before`."""
-    inside = tuple(f"{b}." for b in before)
-    parameters = model.get_submodule(name).named_parameters(name)
-    return any(not parameter.startswith(inside) for parameter, _ in parameters)
 
 
 def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Stages:
@@ -179,7 +166,6 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
         flops=(*flops, cost[-1] - cost[end]),
         sizes=tuple(sizes),
         limits=tuple(limits),
-        row_bytes=tuple(graph.row_bytes(max(0, limit)) for limit in limits),
     )
 
 
@@ -187,29 +173,24 @@ def _modules_before(ends: dict[str, int], model: nn.Module, limit: int) -> tuple
     """Name the outermost modules all of whose nodes lie at or before `limit`."""
     modules = dict(model.named_modules())
     inside = {name for name, last in ends.items() if last <= limit and name in modules}
-    return tuple(
-        name
-        for name in ends
-        if name in inside
-        # The first of its ancestors to lie inside is itself.
-        and next(p for p in itertools.accumulate(name.split("."), "{}.{}".format) if p in inside)
-        == name
-    )
+
+    def is_outermost(name: str) -> bool:
+        path = itertools.accumulate(name.split("."), "{}.{}".format)  # itself and its ancestors
+        return next(module for module in path if module in inside) == name
+
+    return tuple(name for name in ends if name in inside and is_outermost(name))
 
 
 def _choose_cuts(
     graph: TracedGraph, weights: list[int], cost: list[int], end: int
 ) -> list[CutPoint]:
-    """Choose the cuts between the stages of the trunk.
+    """Choose the cuts between the stages of the trunk, or raise `StagesError`.
 
     Args:
         graph: The network's graph.
         weights: Scalars of the trunk that are used up to each node.
         cost: FLOPs before each node, the total last.
         end: First node of the head.
-
-    Raises:
-        StagesError: There are too few.
     """
     cuts = graph.cut_points(end)
     chosen = _distinct(_resolution_cuts(graph, cuts), weights)
@@ -244,10 +225,9 @@ def _resolution_cuts(graph: TracedGraph, cuts: list[CutPoint]) -> list[CutPoint]
     picked = []
     for group in groups:
         path = graph.paths[group[-1].position + 1]
-        modules = [path[:k] for k in range(1, len(path) + 1)]
         starts = {
-            next(i for i, other in enumerate(graph.paths) if other[: len(module)] == module)
-            for module in modules
+            next(i for i, other in enumerate(graph.paths) if other[:k] == path[:k])
+            for k in range(1, len(path) + 1)
         }
         borders = [cut for cut in group if cut.position + 1 in starts] or [group[-1]]
         picked.append(min(borders, key=lambda cut: (cut.numel, -cut.position)))
@@ -293,8 +273,7 @@ def _split_longest(
             break
         pieces[max(open_, key=lambda i: segments[i][1] / pieces[i])] += 1
     chosen = set(bounds)
-    for (begin, length, inner), k in zip(segments, pieces, strict=True):
-        left = inner
+    for (begin, length, left), k in zip(segments, pieces, strict=True):
         for j in range(1, k):
             misfits = [
                 abs((cost[cut.position + 1] - begin) / max(1, length) - j / k)

@@ -34,26 +34,23 @@ class CutPoint:
 
 
 class _Measure(fx.Interpreter):
-    """Runs the graph once and notes each node's FLOPs, and its tensor's shape and bytes."""
+    """Runs the graph once and notes each node's FLOPs and its tensor's shape."""
 
     def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
         super().__init__(module)
         self.counter = counter
         self.flops: list[int] = []
         self.shapes: list[Any] = []
-        self.bytes: list[int] = []
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         value = super().run_node(n)
         self.flops.append((self.counter.get_total_flops() - before) // _PROBE_BATCH)
         values = value if isinstance(value, (tuple, list)) else [value]
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        shape: Any = ... if tensors else None
+        shape: Any = ... if any(isinstance(v, Tensor) for v in values) else None
         if isinstance(value, Tensor) and value.is_floating_point():
             shape = tuple(value.shape)
         self.shapes.append(shape)
-        self.bytes.append(sum(tensor.nbytes for tensor in tensors) // _PROBE_BATCH)
         return value
 
 
@@ -67,12 +64,7 @@ class TracedGraph:
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
-        """Trace a network in eval mode and run it once.
-
-        Args:
-            model: Network, on the CPU; its mode is left as it was.
-            image_size: Side of the input, pixels.
-        """
+        """Trace a network on the CPU in eval mode and run it once; its mode is left as it was."""
         tracer = _tracer()
         was_training = model.training
         model.eval()
@@ -89,7 +81,6 @@ class TracedGraph:
         self.flops = measure.flops
         # `...` where a node gives more than one tensor, None where it gives none.
         self._shapes = measure.shapes
-        self._bytes = measure.bytes
         index = {node: i for i, node in enumerate(self.nodes)}
         self._last_use = [
             max((index[user] for user in node.users), default=i)
@@ -136,11 +127,6 @@ class TracedGraph:
                 shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
                 cuts.append(CutPoint(i, _spatial(shape), math.prod(shape), len(list(shared))))
         return cuts
-
-    def row_bytes(self, position: int) -> int:
-        """Return the bytes per image of the tensors alive behind a node, in float32."""
-        alive = (i for i in range(position + 1) if self._is_alive(i, position))
-        return sum(self._bytes[i] for i in alive)
 
     def _is_alive(self, i: int, position: int) -> bool:
         """Say whether node `i` gives tensors that a node behind `position` uses."""

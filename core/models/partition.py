@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from core.config import TrainConfig
 from core.models.builder import Network
-from core.models.freeze_stages import train_mode
+from core.models.freeze_stages import freeze_batch_norms, train_mode
 from core.models.fx_graph import trace_nodes
 
 # Numbers beside the tensor must be the same for both, or they depend on the batch.
@@ -62,7 +62,7 @@ class _Plan:
 _PLANS: dict[Hashable, _Plan | None] = {}
 
 
-def keeps_statistics(config: TrainConfig, network: Network) -> bool:
+def _keeps_statistics(config: TrainConfig, network: Network) -> bool:
     """Say whether the batch norms of trained layers keep the source's statistics."""
     is_pretrained = network.weights != "none"
     return config.batch_norm == "frozen" or (config.batch_norm == "auto" and is_pretrained)
@@ -70,16 +70,12 @@ def keeps_statistics(config: TrainConfig, network: Network) -> bool:
 
 def whole(network: Network, config: TrainConfig) -> Trainable:
     """Return the whole network as what is trained; its frozen stages stay in eval mode."""
+    model, stages, keeps = network.model, network.stages, _keeps_statistics(config, network)
 
     def set_train_mode() -> None:
-        train_mode(
-            network.model,
-            network.stages,
-            config.freeze_depth,
-            freeze_statistics=keeps_statistics(config, network),
-        )
+        train_mode(model, stages, config.freeze_depth, freeze_statistics=keeps)
 
-    return Trainable(network.model, set_train_mode, lambda module: module)
+    return Trainable(model, set_train_mode, lambda module: module)
 
 
 def cut(network: Network, config: TrainConfig) -> Partition | None:
@@ -93,7 +89,7 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
     """
     model, depth = network.model, config.freeze_depth
     size = network.preprocessing.image_size
-    limit, keeps = network.stages.limits[depth], keeps_statistics(config, network)
+    limit, keeps = network.stages.limits[depth], _keeps_statistics(config, network)
     key = (config.backbone, size, network.weights == "none", depth, keeps)
     if key in _PLANS:
         plan = _PLANS[key]
@@ -113,12 +109,7 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
     def set_train_mode() -> None:
         module.train()
         if keeps:
-            for layer in module.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.eval()
-
-    def to_evaluate(suffix: nn.Module) -> nn.Module:
-        return fx.GraphModule(suffix, plan.eval_suffix)
+            freeze_batch_norms(module)
 
     behind = [node for node in plan.eval_suffix.nodes if node.op not in ("placeholder", "output")]
     is_linear = [node.op for node in behind] == ["call_module"] and isinstance(
@@ -126,7 +117,7 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
     )
     return Partition(
         lambda: fx.GraphModule(model, plan.prefix).eval(),
-        Trainable(module, set_train_mode, to_evaluate),
+        Trainable(module, set_train_mode, lambda kept: fx.GraphModule(kept, plan.eval_suffix)),
         plan.row_shape,
         is_linear,
     )
@@ -139,69 +130,63 @@ def _plan(
     limit: int,
     image_size: int,
 ) -> _Plan | None:
-    prefix, crossing = _before(eval_nodes, limit)
-    if str(_before(train_nodes, limit)[0]) != str(prefix):
+    prefix = _before(eval_nodes, limit)
+    if str(_before(train_nodes, limit)) != str(prefix):
         return None
-    constants, row_shape = _crossing_values(fx.GraphModule(model, prefix), model, image_size)
-    if constants is None:
+    values = _crossing_values(fx.GraphModule(model, prefix), image_size)
+    if values is None:
         return None
-    at = next(k for k, value in enumerate(constants) if isinstance(value, Tensor))
+    at = next(k for k, value in enumerate(values) if isinstance(value, Tensor))
     # The one output is the tensor; the rest is written into the suffix.
     output = next(node for node in prefix.nodes if node.op == "output")
     output.args = (output.args[0][at],)
-    train_suffix, eval_suffix = (
-        _behind(nodes, limit, constants, at) for nodes in (train_nodes, eval_nodes)
-    )
-    return _Plan(prefix, train_suffix, eval_suffix, row_shape)
+    row_shape = tuple(values[at].shape[1:])
+    train_suffix = _behind(train_nodes, limit, values, at)
+    return _Plan(prefix, train_suffix, _behind(eval_nodes, limit, values, at), row_shape)
 
 
-def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:
-    """Copy what lies before the cut; its outputs are what is used behind it."""
+def _used_behind(nodes: list[fx.Node], limit: int) -> tuple[list[fx.Node], list[fx.Node]]:
+    """List what a suffix takes from before the cut: values, and parameters, which stay its own."""
+    taken = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
+    found = [node for node in nodes[: limit + 1] if node in taken]
+    values = [node for node in found if node.op != "get_attr"]
+    return values, [node for node in found if node.op == "get_attr"]
+
+
+def _before(nodes: list[fx.Node], limit: int) -> fx.Graph:
+    """Copy what lies before the cut; its outputs are the values that are used behind it."""
     graph = fx.Graph()
     kept: dict[fx.Node, fx.Node] = {}
     for node in nodes[: limit + 1]:
         kept[node] = graph.node_copy(node, kept.__getitem__)
-    crossing = _crossing(nodes, limit)
-    graph.output(tuple(kept[node] for node in crossing))
-    return graph, crossing
+    graph.output(tuple(kept[node] for node in _used_behind(nodes, limit)[0]))
+    return graph
 
 
-def _crossing(nodes: list[fx.Node], limit: int) -> list[fx.Node]:
-    """List the values that cross; parameters do not, since each part takes its own."""
-    taken = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
-    return [node for node in nodes[: limit + 1] if node in taken and node.op != "get_attr"]
-
-
-def _behind(nodes: list[fx.Node], limit: int, constants: list[Any], at: int) -> fx.Graph:
+def _behind(nodes: list[fx.Node], limit: int, values: list[Any], at: int) -> fx.Graph:
     """Copy what lies behind the cut; its one input is the tensor that crosses."""
     graph = fx.Graph()
-    kept: dict[fx.Node, Any] = dict(zip(_crossing(nodes, limit), constants, strict=True))
-    kept[_crossing(nodes, limit)[at]] = graph.placeholder("rows")
-    taken = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
-    parameters = [n for n in nodes[: limit + 1] if n in taken and n.op == "get_attr"]
+    crossing, parameters = _used_behind(nodes, limit)
+    kept: dict[fx.Node, Any] = dict(zip(crossing, values, strict=True))
+    kept[crossing[at]] = graph.placeholder("rows")
     for node in (*parameters, *nodes[limit + 1 :]):
         kept[node] = graph.node_copy(node, kept.__getitem__)
     return graph
 
 
-def _crossing_values(
-    prefix: fx.GraphModule, model: nn.Module, image_size: int
-) -> tuple[list[Any] | None, tuple[int, ...]]:
+def _crossing_values(prefix: fx.GraphModule, image_size: int) -> list[Any] | None:
     """Run a prefix on two batches; return what crosses, or None where it cannot be kept."""
-    like = next(model.parameters())
-    found = []
-    with torch.no_grad():
-        for n in _PROBE_BATCHES:
-            found.append(list(prefix(like.new_zeros(n, 3, image_size, image_size))))
-    tensors = [[v for v in values if isinstance(v, Tensor)] for values in found]
-    rest = [[v for v in values if not isinstance(v, Tensor)] for values in found]
-    is_rows = all(
-        len(kept) == 1 and kept[0].ndim >= 2 and len(kept[0]) == n
-        for kept, n in zip(tensors, _PROBE_BATCHES, strict=True)
-    )
-    if not is_rows or rest[0] != rest[1]:
-        return None, ()
-    return found[0], tuple(tensors[0][0].shape[1:])
+    like = next(prefix.parameters())
+    found, rest = [], []
+    for n in _PROBE_BATCHES:
+        with torch.no_grad():
+            values = list(prefix(like.new_zeros(n, 3, image_size, image_size)))
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if len(tensors) != 1 or tensors[0].ndim < 2 or len(tensors[0]) != n:
+            return None
+        found.append(values)
+        rest.append([value for value in values if not isinstance(value, Tensor)])
+    return found[0] if rest[0] == rest[1] else None
 
 
 def _holds_for_any(model: nn.Module, plan: _Plan) -> bool:

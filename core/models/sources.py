@@ -23,8 +23,8 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from core.config import Preprocessing
 
 State = dict[str, Tensor]
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class BackboneError(ValueError):
@@ -60,7 +60,7 @@ class WeightsEntry:
 
 
 class Source(Protocol):
-    """A library of backbones. Names are the library's own, tags name one of several weights."""
+    """A library of backbones by its own names; a tag names one of several weights."""
 
     def names(self) -> Sequence[str]:
         """List all backbones."""
@@ -69,7 +69,7 @@ class Source(Protocol):
         """Say whether there is a backbone of this name."""
 
     def preprocessing(self, name: str, tag: str) -> Preprocessing:
-        """Return the input size, normalisation and interpolation that belong to the weights."""
+        """Return the preprocessing that belongs to the weights."""
 
     def create(
         self, name: str, image_size: int, n_classes: int, is_pretrained: bool
@@ -80,18 +80,11 @@ class Source(Protocol):
         """Describe pretrained weights; None if the backbone has none of this tag."""
 
     def read_weights(self, name: str, tag: str, image_size: int) -> State:
-        """Read pretrained weights, downloaded if need be, with positions for `image_size`.
-
-        Raises:
-            Exception: Whatever the library raises.
-        """
+        """Read or download weights, positions for `image_size`; raises what the library does."""
 
 
 class _Torchvision:
     """Classification models of torchvision."""
-
-    # Side networks for training from scratch; their outputs would be a second loss.
-    _WITHOUT_SIDE_HEADS = ("googlenet", "inception_v3")
 
     def names(self) -> Sequence[str]:
         return list(zoo.list_models(module=zoo))
@@ -101,7 +94,7 @@ class _Torchvision:
 
     def preprocessing(self, name: str, tag: str) -> Preprocessing:
         if len(zoo.get_model_weights(name)) == 0:
-            return Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+            return Preprocessing(224, 256, _IMAGENET_MEAN, _IMAGENET_STD, "bilinear")
         transforms = self._entry(name, tag).transforms()
         return Preprocessing(
             image_size=transforms.crop_size[0],
@@ -115,19 +108,20 @@ class _Torchvision:
         self, name: str, image_size: int, n_classes: int, is_pretrained: bool
     ) -> Classifier:
         extra: dict[str, Any] = {}
-        if name in self._WITHOUT_SIDE_HEADS:
+        if name in ("googlenet", "inception_v3"):
+            # Their side heads' outputs would be a second loss.
             extra = {"aux_logits": False, "init_weights": not is_pretrained}
             if is_pretrained:  # these weights want their input rescaled
                 extra["transform_input"] = True
         if name.startswith("vit_"):
             extra["image_size"] = image_size
         model = zoo.get_model(name, weights=None, num_classes=n_classes, **extra)
-        layers = {
-            kind: [name for name, module in model.named_modules() if isinstance(module, kind)]
+        linear, convolutions = (
+            [layer for layer, module in model.named_modules() if isinstance(module, kind)]
             for kind in (nn.Linear, nn.Conv2d)
-        }
+        )
         # SqueezeNet classifies by a 1x1 convolution.
-        return Classifier(model, ((layers[nn.Linear] or layers[nn.Conv2d])[-1],))
+        return Classifier(model, ((linear or convolutions)[-1],))
 
     def weights(self, name: str, tag: str) -> WeightsEntry | None:
         url = self._entry(name, tag).url
@@ -161,7 +155,7 @@ class _Timm:
         return bool(timm.is_model(name))
 
     def preprocessing(self, name: str, tag: str) -> Preprocessing:
-        config = timm.data.resolve_data_config(pretrained_cfg=self._settings(name))
+        config = timm.data.resolve_data_config(pretrained_cfg=_settings(name))
         size = config["input_size"][1]
         return Preprocessing(
             image_size=size,
@@ -174,7 +168,7 @@ class _Timm:
     def create(
         self, name: str, image_size: int, n_classes: int, is_pretrained: bool
     ) -> Classifier:
-        settings = self._settings(name)
+        settings = _settings(name)
         extra = {}
         if settings.get("fixed_input_size") and settings["input_size"][1] != image_size:
             extra["img_size"] = image_size
@@ -185,12 +179,11 @@ class _Timm:
         return Classifier(model, head)
 
     def weights(self, name: str, tag: str) -> WeightsEntry | None:
-        tagged = self._tagged(name, tag)
+        tagged = _tagged(name, tag)
         if not timm.models.is_model_pretrained(tagged):
             return None
-        settings = timm.models.get_pretrained_cfg(tagged)
         place = _hub_file(f"{tagged}.safetensors")
-        repository = settings.hf_hub_id
+        repository = timm.models.get_pretrained_cfg(tagged).hf_hub_id
         files = ("model.safetensors", "pytorch_model.bin")
         found = [try_to_load_from_cache(repository, file) for file in files]
         copies = [place, *(Path(file) for file in found if isinstance(file, str))]
@@ -204,18 +197,19 @@ class _Timm:
             return dict(timm.models.load_state_dict(str(entry.place), weights_only=True))
         if entry.cached is None:
             _resolve_host()
-        tagged = self._tagged(name, tag)
-        extra = {"img_size": image_size} if self._settings(tagged).get("fixed_input_size") else {}
-        # A model is built, since timm offers no other way to turn the layouts of older files into
-        # its own, and to interpolate positions.
+        tagged = _tagged(name, tag)
+        extra = {"img_size": image_size} if _settings(tagged).get("fixed_input_size") else {}
+        # timm only converts older files, and interpolates positions, when it builds a model.
         return dict(timm.create_model(tagged, pretrained=True, **extra).state_dict())
 
-    def _settings(self, name: str) -> dict[str, Any]:
-        settings = timm.models.get_pretrained_cfg(name)
-        return settings.to_dict() if settings else {}
 
-    def _tagged(self, name: str, tag: str) -> str:
-        return name if tag == "DEFAULT" else f"{name}.{tag}"
+def _settings(name: str) -> dict[str, Any]:
+    settings = timm.models.get_pretrained_cfg(name)
+    return settings.to_dict() if settings else {}
+
+
+def _tagged(name: str, tag: str) -> str:
+    return name if tag == "DEFAULT" else f"{name}.{tag}"
 
 
 # By the prefix of their backbones' names. A further library is a class and a line here.
@@ -253,8 +247,7 @@ def create(backbone: str, image_size: int, n_classes: int, *, is_pretrained: boo
         backbone: torchvision name or `timm:NAME`.
         image_size: Side of the input, pixels; position embeddings get this size.
         n_classes: Outputs.
-        is_pretrained: Build it as the pretrained weights want it (GoogLeNet and Inception then
-            rescale their input).
+        is_pretrained: Build it as pretrained weights want it.
 
     Raises:
         BackboneError: Unknown name, or the network cannot take that input size.
@@ -277,11 +270,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide a run's numbers."""
-    return {
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-    }
+    return {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
 
 
 def _hub_file(name: str) -> Path:

