@@ -36,14 +36,15 @@ def main() -> None:
     features, labels = make_data(n, n_features, n_classes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
-    head = solve_head(features, labels, n_classes, [1 / (0.01 * n)] if args.one else None)
+    folds = torch.arange(n) // n_classes % 5
+    head = solve_head(features, labels, n_classes, folds, [1 / (0.01 * n)] if args.one else None)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"solve_head: {wall:.1f} s, {cpu:.1f} CPU s, peak {peak / 2**20:.2f} GiB in all", end=" "
     )
     print(f"({before / 2**20:.2f} before), {len(head.oof_log_loss)} strengths,", end=" ")
-    print(f"C {1 / (head.decay * n):.3g}, {head.n_iterations} steps, {head.converged=}")
+    print(f"C {1 / (head.decay * n):.3g}, {head.converged=}")
     if args.baseline:
         rows = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
         model = LogisticRegression(C=1 / (head.decay * n), tol=1e-6, max_iter=10_000)

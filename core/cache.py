@@ -131,13 +131,11 @@ def _opened(path: Path, rows: int) -> Tensor | None:
     try:
         array = _mapped(path, rows)
         os.utime(path)
-    except FileNotFoundError:
-        return None
+        return array
     except (OSError, ValueError):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         return None
-    return array
 
 
 def _mapped(path: Path, rows: int) -> Tensor:
@@ -150,10 +148,8 @@ def _mapped(path: Path, rows: int) -> Tensor:
 
 def _stored(chunk: Tensor) -> NDArray[Any]:
     """Return a chunk as NumPy has it, which knows no bf16."""
-    chunk = chunk.detach()
-    values: NDArray[Any] = (
-        chunk.view(torch.int16) if chunk.dtype is torch.bfloat16 else chunk
-    ).numpy()
+    stored = chunk.view(torch.int16) if chunk.dtype is torch.bfloat16 else chunk
+    values: NDArray[Any] = stored.detach().numpy()
     return values
 
 

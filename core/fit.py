@@ -52,12 +52,11 @@ def fit(
         config: What to train, and how.
         data: Images; `train` and `val` are read, `test` never.
         cache: Where outputs of frozen layers are kept for other runs; None keeps none.
-        checkpoint_dir: Where the best epoch's weights, card and validation predictions go; None
-            to keep nothing.
-        state_file: Where the state of the run goes while it is trained, and is taken up from; one
-            that is missing, damaged or another run's is passed over. It is the caller's to remove.
-        should_stop: Asked after each step, and after each chunk of images that goes through
-            frozen layers; True saves the state and ends the run.
+        checkpoint_dir: Where the best epoch's weights, card and validation predictions go.
+        state_file: Where the state of the run is kept, and continued from if it is this run's. It
+            is the caller's to remove.
+        should_stop: Asked after each step and each chunk of images that goes through frozen
+            layers; True saves the state and ends the run.
 
     Yields:
         One record per epoch, in order, from the first that is still to be done.
@@ -73,7 +72,11 @@ def fit(
         if should_stop():
             raise Interrupted
 
-    check_batch(config, data)
+    if config.batch_size > len(data.train):
+        raise ValueError(
+            f"batch_size must be <= the number of training images, {len(data.train)}, but got "
+            f"batch_size={config.batch_size!r}. Set it smaller."
+        )
     device = choose_device(config.device)
     if cache is None or device.type not in _SHARING_DEVICES:
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
@@ -97,7 +100,9 @@ def fit(
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:
         saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
-        with deterministic(device), seeded(_mixed(config.seed, epoch), device):
+        seed = np.random.SeedSequence((config.seed, _TAG_DROPOUT, epoch))
+        own_seed = int(seed.generate_state(1, np.uint64)[0])
+        with deterministic(device), seeded(own_seed, device):
             state.restore_random(device)
             try:
                 for _ in trainer.train_epoch():
@@ -132,8 +137,17 @@ def _save(
 ) -> None:
     """Write the best epoch's weights, card and validation predictions, where they are wanted."""
     if folder is not None:
-        weights = {**network.model.state_dict(), **best.weights}
-        save_checkpoint(folder, weights, make_card(config, network, data, best.metrics))
+        card = Card(
+            backbone=config.backbone,
+            classes=data.classes,
+            preprocessing=network.preprocessing,
+            config=config,
+            metrics=best.metrics,
+            weights=network.weights,
+            data={"source": data.source, "fingerprint": data.fingerprint},
+            versions=library_versions(),
+        )
+        save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
         write_predictions(folder, best.evaluation)
 
 
@@ -177,38 +191,4 @@ def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Network:
         image_size=config.image_size,
         normalize=config.normalize,
         head_init=config.head_init,
-    )
-
-
-def check_batch(config: TrainConfig, data: ImageData) -> None:
-    """Refuse a batch that is larger than the training split.
-
-    Raises:
-        ValueError: It is.
-    """
-    if config.batch_size > len(data.train):
-        raise ValueError(
-            f"batch_size must be <= the number of training images, {len(data.train)}, but got "
-            f"batch_size={config.batch_size!r}. Set it smaller."
-        )
-
-
-def _mixed(seed: int, *rest: int) -> int:
-    """Derive one seed from several numbers."""
-    return int(np.random.SeedSequence((seed, _TAG_DROPOUT, *rest)).generate_state(1, np.uint64)[0])
-
-
-def make_card(
-    config: TrainConfig, network: Network, data: ImageData, metrics: EpochMetrics
-) -> Card:
-    """Return what a checkpoint of this run's epoch says of itself."""
-    return Card(
-        backbone=config.backbone,
-        classes=data.classes,
-        preprocessing=network.preprocessing,
-        config=config,
-        metrics=metrics,
-        weights=network.weights,
-        data={"source": data.source, "fingerprint": data.fingerprint},
-        versions=library_versions(),
     )

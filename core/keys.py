@@ -49,8 +49,8 @@ def key_text(part: object) -> str:
 def images_key(split: Split) -> str:
     """Name a split's images as they were decoded, in their order."""
     found = hashlib.sha256()
-    for part in (split.store.checksums[split.indices], split.store.sizes[split.indices]):
-        found.update(np.ascontiguousarray(part).data)
+    for part in (split.store.checksums, split.store.sizes):
+        found.update(np.ascontiguousarray(part[split.indices]).data)
     return f"{len(split)} {found.hexdigest()}"
 
 
@@ -60,32 +60,15 @@ def prefix_key(
     device: torch.device,
     make_prefix: Callable[[], torch.nn.Module],
 ) -> str:
-    """Name what a network's frozen layers make of views, with all that surrounds them.
-
-    Args:
-        config: Backbone, freeze level and precision.
-        network: Its network; frozen layers are as they were built.
-        device: Where they compute.
-        make_prefix: Gives the frozen layers.
-    """
-    size, depth = network.preprocessing.image_size, config.freeze_depth
+    """Name what a network's frozen layers, as they were built, make of views on a device."""
+    shown, depth = network.preprocessing, config.freeze_depth
     origin = _origin(config, network)
-    place = (origin, config.backbone, size, depth)
+    place = (origin, config.backbone, shown.image_size, depth)
     digest = _DIGESTS.get(place) or weights_digest(make_prefix().state_dict())
     if origin is not None:
         _DIGESTS[place] = digest
-    return key_text(
-        (
-            config.backbone,
-            depth,
-            digest,
-            network.preprocessing,
-            config.amp,
-            torch.get_num_threads(),
-            kernels_of(device),
-            surroundings(),
-        )
-    )
+    computed = (config.amp, torch.get_num_threads(), kernels_of(device), surroundings())
+    return key_text((config.backbone, depth, digest, shown, *computed))
 
 
 _DIGESTS: dict[Hashable, str] = {}
@@ -126,18 +109,11 @@ SOURCE = source_digest(Path(__file__).parent)
 def surroundings() -> str:
     """Name what decides bits beside settings: libraries, processor, variables, our source."""
     variables = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith(_DECIDING))
-    return key_text(
-        (
-            *((name, str(version)) for name, version in library_versions().items()),
-            ("numpy", np.__version__),
-            ("capability", torch.backends.cpu.get_cpu_capability()),
-            ("processor", _processor()),
-            # PyTorch leaves it without types.
-            ("mkldnn", torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
-            ("variables", *variables),
-            ("source", SOURCE),
-        )
-    )
+    libraries = [(name, str(version)) for name, version in library_versions().items()]
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = (*libraries, np.__version__, capability, has_mkldnn, _processor(), *variables, SOURCE)
+    return key_text(found)
 
 
 def _processor() -> str:

@@ -29,8 +29,7 @@ class EpochMetrics:
         train_s: Forward, backward and optimizer.
         eval_s: Evaluation.
         peak_memory_bytes: Largest device memory so far (CUDA), or resident memory of the process.
-        micro_batch_size: Images per forward pass; smaller than asked for after an
-            out-of-memory retry.
+        micro_batch_size: Images per forward pass; halved where memory ran out.
         is_best: The highest `score` so far, and so the epoch whose weights are kept.
         saved_s: Seconds that cached arrays saved: what making them had taken.
         cache_hits: Cached arrays that were read.

@@ -21,15 +21,9 @@ _FOLDS = 5
 
 
 def solve_layer(network: Network, config: TrainConfig, data: ImageData, features: Tensor) -> None:
-    """Set a network's head to the logistic regression on features of the training images.
+    """Set a network's head to the logistic regression on features, (N, F), of `data.train`.
 
     It depends on the features and `head_decay` alone: on no seed, and on no other option.
-
-    Args:
-        network: On its device; its head is changed.
-        config: The run.
-        data: Images; the strength is chosen on folds of `train`.
-        features: Of the evaluation views of `train`, (N, F).
     """
     labels = data.train.labels
     folds = partition(labels.tolist(), data.train.contents, _FOLDS, 0)
@@ -40,8 +34,8 @@ def solve_layer(network: Network, config: TrainConfig, data: ImageData, features
         features.to(device),
         torch.from_numpy(labels).to(device),
         len(data.classes),
+        torch.from_numpy(folds),
         None if config.head_decay == "auto" else [config.head_decay],
-        fold_of=torch.from_numpy(folds),
     )
     with torch.no_grad():
         layer.weight.copy_(solved.weight)

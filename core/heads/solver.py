@@ -12,7 +12,7 @@ share: a fit of n rows is penalised by 1 / (C * n).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ class SolvedHead:
         decay: The chosen strength.
         oof_log_loss: Mean out-of-fold log-loss per strength tried, strongest first.
         oof_log_probs: Out-of-fold log-probabilities at the chosen strength, (N, K).
-        n_iterations: L-BFGS steps of the last fit.
         converged: Whether the last fit and the folds at its strength met the tolerance.
     """
 
@@ -50,7 +49,6 @@ class SolvedHead:
     decay: float
     oof_log_loss: dict[float, float]
     oof_log_probs: Tensor
-    n_iterations: int
     converged: bool
 
 
@@ -58,11 +56,8 @@ def solve_head(
     features: Tensor,
     labels: Tensor,
     n_classes: int,
+    fold_of: Tensor,
     decay: Sequence[float] | None = None,
-    *,
-    folds: int = 5,
-    fold_of: Tensor | None = None,
-    seed: int = 0,
 ) -> SolvedHead:
     """Choose the strength by out-of-fold log-loss and fit all rows with it.
 
@@ -70,10 +65,8 @@ def solve_head(
         features: (N, F); float64 is solved in float64, everything else in float32.
         labels: Class numbers, (N,).
         n_classes: K, at least 2.
-        decay: Strengths to try, above 0. By default C from 1e-4 to 100 in half decades.
-        folds: Number of folds if `fold_of` is not given.
         fold_of: Fold number of each row, (N,).
-        seed: Of the folds and of the subset of rows on which the strength is chosen.
+        decay: Strengths to try, above 0. By default C from 1e-4 to 100 in half decades.
 
     Raises:
         ValueError: For features that are not finite, labels outside of the classes, a strength
@@ -83,14 +76,8 @@ def solve_head(
     n, device = len(features), features.device
     if device.type == "mps":  # has neither float64 nor eigh
         features = features.cpu()
-    labels = labels.to(features.device)
-    order = _by_class(labels, seed)
-    step = math.ceil(n / _CHOICE_ROWS)
-    picked = order[::step].sort().values
-    if fold_of is None:
-        fold_of = torch.empty_like(order)
-        fold_of[order] = torch.arange(n, device=order.device) // step % folds
-    fold_of = fold_of.to(order.device)
+    labels, fold_of = labels.to(features.device), fold_of.to(features.device)
+    picked = _by_class(labels)[:: math.ceil(n / _CHOICE_ROWS)].sort().values
     n_folds = int(fold_of.max()) + 1
     masks = torch.stack([fold_of[picked] != k for k in range(n_folds)], dim=1)
     if n_folds < 2 or not bool(masks.any(dim=0).all()):
@@ -98,23 +85,23 @@ def solve_head(
 
     basis = _Basis(features, picked)
     hot = one_hot(labels, n_classes).to(basis.rows.dtype)
-    rows, hot_rows = (basis.rows[picked], hot[picked]) if step > 1 else (basis.rows, hot)
+    everything = _Fits(basis.scale, basis.rows, hot, masks.new_ones(n, 1))
+    rows, hot = (basis.rows, hot) if len(picked) == n else (basis.rows[picked], hot[picked])
+    folds = _Fits(basis.scale, rows, hot, masks)
     path = [1 / (c * n) for c in _DEFAULT_C] if decay is None else decay
     found: dict[float, Tensor] = {}
     losses: dict[float, float] = {}
     heads = None
     for d in sorted(set(path), reverse=True):
-        heads = _solve(basis.scale, rows, hot_rows, masks, 1 / (d * n), heads, _LOOSE)[0]
-        found[d] = heads
+        heads = found[d] = folds.solve(1 / (d * n), heads, _LOOSE)[0]
         log_probs = _out_of_fold(rows, heads, fold_of[picked])
-        losses[d] = -float((log_probs * hot_rows).sum(dim=1).double().mean())
+        losses[d] = -float((log_probs * hot).sum(dim=1).double().mean())
         if losses[d] > _RISE * min(losses.values()):
             break
     best = min(losses, key=lambda d: losses[d])
     c = 1 / (best * n)
-    heads, _, folds_converged = _solve(basis.scale, rows, hot_rows, masks, c, found[best], _TIGHT)
-    everything, start = masks.new_ones(n, 1), heads.mean(dim=1, keepdim=True)
-    head, n_steps, converged = _solve(basis.scale, basis.rows, hot, everything, c, start, _TIGHT)
+    heads, folds_converged = folds.solve(c, found[best], _TIGHT)
+    head, converged = everything.solve(c, heads.mean(dim=1, keepdim=True), _TIGHT)
     weight, bias = basis.back(head[:, 0])
     return SolvedHead(
         weight=weight.to(device),
@@ -122,7 +109,6 @@ def solve_head(
         decay=best,
         oof_log_loss=losses,
         oof_log_probs=_out_of_fold(basis.rows, heads, fold_of).to(device),
-        n_iterations=n_steps,
         converged=converged and folds_converged,
     )
 
@@ -142,9 +128,9 @@ def _check(
         raise ValueError(f"decay must hold numbers above 0: {list(decay)}")
 
 
-def _by_class(labels: Tensor, seed: int) -> Tensor:
+def _by_class(labels: Tensor) -> Tensor:
     """Order rows by class, at random within a class."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     shuffled = shuffled.to(labels.device)
     return shuffled[labels[shuffled].argsort(stable=True)]
 
@@ -165,13 +151,13 @@ class _Basis:
         mean = torch.stack([p.double().sum(dim=0) for p in chunks]).sum(dim=0) / n
         squares = torch.stack([(p.double() - mean).square().sum(dim=0) for p in chunks])
         std = (squares.sum(dim=0) / n).sqrt()
-        self._mean, self._std = (
-            mean,
-            std.clamp(min=max(_LEAST_SPREAD * float(std.median()), 1e-12)),
-        )
+        # The median of those that vary: constant features are none of the scale of the others.
+        varied = std[std > 1e-12]
+        std = std.clamp(min=_LEAST_SPREAD * float(varied.median()) if len(varied) else 1.0)
+        self._mean, self._std = mean, std
 
         def standardised(part: Tensor) -> Tensor:
-            return (part.to(dtype) - mean.to(dtype)) / self._std.to(dtype)
+            return (part.to(dtype) - mean.to(dtype)) / std.to(dtype)
 
         if n_features > n:  # the rows span n dimensions only
             span, upper = torch.linalg.qr(standardised(features).t())
@@ -209,82 +195,82 @@ def _out_of_fold(rows: Tensor, heads: Tensor, fold_of: Tensor) -> Tensor:
     return found
 
 
-def _solve(
-    scale: Tensor,
-    rows: Tensor,
-    hot: Tensor,
-    masks: Tensor,
-    c: float,
-    start: Tensor | None,
-    tolerance: float,
-) -> tuple[Tensor, int, bool]:
-    """Fit the rows of each mask, (N, B), side by side as far as memory allows.
+@dataclass(frozen=True, slots=True)
+class _Fits:
+    """Fits of some of the rows each, side by side.
 
-    Returns:
-        Heads, (D, B, K), the most steps, and whether all converged.
+    Attributes:
+        scale: Mean square of each column, (D,).
+        rows: (N, D).
+        hot: One-hot labels, (N, K).
+        masks: The rows of each fit, (N, B).
     """
-    if start is None:
-        bias = (masks.to(rows.dtype).t() @ hot).clamp(min=0.5)
-        start = rows.new_zeros(len(scale), *bias.shape)
-        start[-1] = (bias / bias.sum(dim=1, keepdim=True)).log()
-    each = hot.shape[1] * (4 * len(rows) + (2 * _HISTORY + 6) * rows.shape[1])
-    size = max(1, _GROUP_NUMBERS // each)
-    solved = [
-        _minimise(scale, rows, hot, mask, c, head, tolerance)
-        for mask, head in zip(
-            torch.split(masks, size, dim=1), torch.split(start, size, dim=1), strict=True
-        )
-    ]
-    heads, steps, converged = zip(*solved, strict=True)
-    return torch.cat(heads, dim=1), max(steps), all(converged)
 
+    scale: Tensor
+    rows: Tensor
+    hot: Tensor
+    masks: Tensor
 
-def _minimise(
-    scale: Tensor,
-    rows: Tensor,
-    hot: Tensor,
-    masks: Tensor,
-    c: float,
-    head: Tensor,
-    tolerance: float,
-) -> tuple[Tensor, int, bool]:
-    """Run L-BFGS on problems side by side from their heads; see `_solve`."""
-    n_problems, n_classes = masks.shape[1], hot.shape[1]
-    sizes = masks.sum(dim=0)
-    share = (masks / sizes).to(rows.dtype)[:, :, None]  # a row's weight in the mean, (N, B, 1)
-    # scikit-learn's two classes have one vector of weights, the difference of ours.
-    decay = ((2 if n_classes == 2 else 1) / (c * sizes)).to(rows.dtype)[None, :, None]
-    decay = decay.repeat(len(scale), 1, 1)  # (D, B, 1)
-    decay[-1] = 0
+    def solve(self, c: float, start: Tensor | None, tolerance: float) -> tuple[Tensor, bool]:
+        """Return the heads, (D, B, K), and whether all converged."""
+        if start is None:
+            bias = (self.masks.to(self.rows.dtype).t() @ self.hot).clamp(min=0.5)
+            start = self.rows.new_zeros(len(self.scale), *bias.shape)
+            start[-1] = (bias / bias.sum(dim=1, keepdim=True)).log()
+        n, width = self.rows.shape
+        each = self.hot.shape[1] * (4 * n + (2 * _HISTORY + 6) * width)
+        size = max(1, _GROUP_NUMBERS // each)  # as many together as memory allows
+        parts = zip(torch.split(self.masks, size, 1), torch.split(start, size, 1), strict=True)
+        solved = [replace(self, masks=m)._minimise(c, head, tolerance) for m, head in parts]
+        heads, converged = zip(*solved, strict=True)
+        return torch.cat(heads, dim=1), all(converged)
 
-    def back(residual: Tensor) -> Tensor:
-        return (residual.flatten(1).t() @ rows).t().reshape(head.shape)  # rows.t() @ ... was slow
+    def _minimise(self, c: float, head: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+        """Run L-BFGS on all fits at once from their heads."""
+        rows, hot, masks = self.rows, self.hot, self.masks
+        n_problems, n_classes = masks.shape[1], hot.shape[1]
+        sizes = masks.sum(dim=0)
+        share = (masks / sizes).to(rows.dtype)[:, :, None]  # a row's weight in the mean, (N, B, 1)
+        # scikit-learn's two classes have one vector of weights, the difference of ours.
+        decay = ((2 if n_classes == 2 else 1) / (c * sizes)).to(rows.dtype)[None, :, None]
+        decay = decay.repeat(len(self.scale), 1, 1)  # (D, B, 1)
+        decay[-1] = 0
 
-    def forth(head: Tensor) -> Tensor:
-        return (rows @ head.flatten(1)).view(-1, n_problems, n_classes)
+        def back(residual: Tensor) -> Tensor:
+            return (
+                (residual.flatten(1).t() @ rows).t().reshape(head.shape)
+            )  # rows.t() @ ... was slow
 
-    target = back(share * hot[:, None])  # the labels' part of the gradient never changes
-    logits = forth(head)
-    probs = logits.softmax(dim=2)
-    spread = (probs * (1 - probs) * share).sum(dim=0).clamp(min=1e-4)
-    inverse = 1 / (scale[:, None, None] * spread + decay)  # the diagonal Hessian's, (D, B, K)
-    gradient = back(probs * share) - target + decay * head
-    history: list[tuple[Tensor, Tensor, Tensor]] = []
-    for step in range(_MAX_STEPS):
-        if bool((_dot(gradient, gradient * inverse).sqrt() <= tolerance).all()):
-            return head, step, True
-        direction = _direction(gradient, inverse, history)
-        moved = forth(direction)
-        fixed = _dot(direction, decay * head - target)
-        slope, curve = _dot(gradient, direction), _dot(direction, decay * direction)
-        length = _search(logits, moved, share, slope, fixed, curve)
-        logits.addcmul_(moved, length)
-        taken = direction * length
-        head = head + taken
-        new = back(logits.softmax(dim=2).mul_(share)) - target + decay * head
-        history = [*history[1 - _HISTORY :], (taken, new - gradient, _dot(taken, new - gradient))]
-        gradient = new
-    return head, _MAX_STEPS, False
+        def forth(head: Tensor) -> Tensor:
+            return (rows @ head.flatten(1)).view(-1, n_problems, n_classes)
+
+        target = back(share * hot[:, None])  # the labels' part of the gradient never changes
+        logits = forth(head)
+        probs = logits.softmax(dim=2)
+        spread = (probs * (1 - probs) * share).sum(dim=0).clamp(min=1e-4)
+        inverse = 1 / (
+            self.scale[:, None, None] * spread + decay
+        )  # the diagonal Hessian's, (D, B, K)
+        gradient = back(probs * share) - target + decay * head
+        history: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _ in range(_MAX_STEPS):
+            if bool((_dot(gradient, gradient * inverse).sqrt() <= tolerance).all()):
+                return head, True
+            direction = _direction(gradient, inverse, history)
+            moved = forth(direction)
+            fixed = _dot(direction, decay * head - target)
+            slope, curve = _dot(gradient, direction), _dot(direction, decay * direction)
+            length = _search(logits, moved, share, slope, fixed, curve)
+            logits.addcmul_(moved, length)
+            taken = direction * length
+            head = head + taken
+            new = back(logits.softmax(dim=2).mul_(share)) - target + decay * head
+            history = [
+                *history[1 - _HISTORY :],
+                (taken, new - gradient, _dot(taken, new - gradient)),
+            ]
+            gradient = new
+        return head, False
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

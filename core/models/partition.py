@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import linear
 
 from core.config import TrainConfig
 from core.models.builder import Network
@@ -111,9 +112,11 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
         if keeps:
             freeze_batch_norms(module)
 
-    behind = [node for node in plan.eval_suffix.nodes if node.op not in ("placeholder", "output")]
-    is_linear = [node.op for node in behind] == ["call_module"] and isinstance(
-        model.get_submodule(str(behind[0].target)), nn.Linear
+    own = ("placeholder", "get_attr", "output")
+    behind = [node.target for node in plan.eval_suffix.nodes if node.op not in own]
+    # timm's own linear layers are traced as calls of the function.
+    is_linear = behind in ([network.head[0]], [linear]) and isinstance(
+        model.get_submodule(network.head[0]), nn.Linear
     )
     return Partition(
         lambda: fx.GraphModule(model, plan.prefix).eval(),

@@ -55,17 +55,9 @@ def evaluation_features(
     cache: ArrayCache,
     pulse: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what the network below its head makes of evaluation views.
+    """Return the features of the training and the validation images, (N, F) each, on the CPU.
 
-    Args:
-        network: On its device.
-        config: The run; its freeze level does not matter.
-        data: Images.
-        cache: Where features are kept.
-        pulse: Called after each chunk of images.
-
-    Returns:
-        Features of the training and the validation images, (N, F) each, on the CPU.
+    They are of evaluation views, from the network below its head at any freeze level.
 
     Raises:
         ValueError: The head is not one linear layer behind the features.
@@ -81,25 +73,12 @@ def evaluation_features(
     device = next(network.model.parameters()).device
     views = Views(config, network.preprocessing, data, device)
     rows = Activations(config, network, part, views, data, cache, pulse)
-    train, val = (
-        rows.evaluation_rows(split)(torch.arange(len(split))).float()
-        for split in (data.train, data.val)
-    )
-    return train, val
+    train, val = map(rows.evaluation_rows, (data.train, data.val))
+    return train(torch.arange(len(data.train))).float(), val(torch.arange(len(data.val))).float()
 
 
 class Activations:
-    """Batches of rows behind a frozen prefix.
-
-    Args:
-        config: The run.
-        network: Its network, on the device.
-        part: Where it is cut.
-        views: Views of the images.
-        data: Images.
-        cache: Where arrays of rows lie.
-        pulse: Called after each chunk of images; may raise to end the run.
-    """
+    """Batches of rows behind a frozen prefix; `pulse` is called per chunk of images."""
 
     def __init__(
         self,

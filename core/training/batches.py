@@ -58,8 +58,7 @@ class Normalizer:
     def __init__(self, shown: Preprocessing, device: torch.device) -> None:
         mean = torch.tensor(shown.mean, device=device) * 255
         std = torch.tensor(shown.std, device=device) * 255
-        self.shift = mean.view(1, 3, 1, 1)
-        self.scale = (1 / std).view(1, 3, 1, 1)
+        self.shift, self.scale = mean.view(1, 3, 1, 1), (1 / std).view(1, 3, 1, 1)
         self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -74,12 +73,6 @@ class Views:
 
     On a GPU the training images lie in its memory and views are made there, where they fit and
     the augmentation can be done in batches; otherwise views are made on the CPU.
-
-    Args:
-        config: The run.
-        shown: How images become the network's input.
-        data: Images.
-        device: Where inputs go.
     """
 
     def __init__(

@@ -79,22 +79,13 @@ def read_card(folder: Path) -> Card:
     try:
         raw: dict[str, Any] = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         shown = raw["preprocessing"]
-        return Card(
-            backbone=raw["backbone"],
-            classes=tuple(raw["classes"]),
-            preprocessing=Preprocessing(
-                **{**shown, "mean": tuple(shown["mean"]), "std": tuple(shown["std"])}
-            ),
-            config=TrainConfig(**raw["config"]),
-            metrics=EpochMetrics(**raw["metrics"]),
-            weights=raw["weights"],
-            data=raw["data"],
-            versions=raw["versions"],
-        )
+        shown |= {name: tuple(shown[name]) for name in ("mean", "std")}
+        raw |= {"classes": tuple(raw["classes"]), "preprocessing": Preprocessing(**shown)}
+        raw |= {"config": TrainConfig(**raw["config"]), "metrics": EpochMetrics(**raw["metrics"])}
+        return Card(**raw)
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise WeightsError(
-            f"checkpoint {folder} has no readable {CARD_FILE} ({err}). Train the trial again."
-        ) from err
+        text = f"checkpoint {folder} has no readable {CARD_FILE} ({err}). Train the trial again."
+        raise WeightsError(text) from err
 
 
 def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:

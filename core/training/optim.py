@@ -17,19 +17,10 @@ _CYCLE_END = 1e-4 / 25
 def parameter_groups(
     module: nn.Module, head: tuple[str, ...], config: TrainConfig
 ) -> list[dict[str, object]]:
-    """Sort the trained parameters into groups by learning rate and decay.
+    """Sort the parameters that want a gradient into an optimizer's groups, each with `peak_lr`.
 
     The backbone learns at `base_lr`, the head at `base_lr * head_lr_mult`; norms and biases (every
     parameter of fewer than two dimensions) are not decayed unless `decay_all`.
-
-    Args:
-        module: What is trained; its frozen parameters want no gradient.
-        head: Names of the head's layers.
-        config: Learning rates and decay.
-
-    Returns:
-        Non-empty groups for an optimizer, each with its `name` and peak learning rate `peak_lr`;
-        together they hold every trained parameter once.
     """
     heads = tuple(f"{name}." for name in head)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -55,28 +46,14 @@ def make_optimizer(
     """Build the optimizer over parameter groups; fused where the device has it."""
     fused = True if device.type == "cuda" else None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=config.base_lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            fused=fused,
-        )
+        momentum, nesterov = config.momentum, config.nesterov
+        return torch.optim.SGD(groups, config.base_lr, momentum, nesterov=nesterov, fused=fused)
     betas = (config.momentum, 0.999)
     return torch.optim.AdamW(groups, lr=config.base_lr, betas=betas, fused=fused)
 
 
 def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Return what share of its peak a learning rate is at a step.
-
-    Args:
-        config: Schedule, epochs and warm-up.
-        step: Optimizer step, from 0.
-        steps_per_epoch: Optimizer steps in one epoch.
-
-    Returns:
-        A factor in [0, 1]; the same for every group.
-    """
+    """Return what share of its peak, in [0, 1], every learning rate is at a step, from 0."""
     total = config.epochs * steps_per_epoch
     if config.schedule == "one-cycle":
         return _one_cycle(step / max(1, total - 1))

@@ -1,16 +1,15 @@
 """The state of a run in training: one file, from which it continues at a step, to the bit."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ _MOST_SHARE = 1 / 20
 # What the first write is taken to cost: a sync, and all that is written for a byte of trained
 # weights (they, the optimizer's memory, the best epoch's) on a slow disk. Assumptions.
 _LEAST_COST_S, _BYTES_PER_S = 0.02, 50e6
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, BadZipFile)
 # Where and by how many processes a run is computed does not make it another run.
 _MAY_CHANGE = ("device", "workers")
 
@@ -65,18 +65,11 @@ def _run_key(config: TrainConfig, data: ImageData) -> str:
 def _read(file: Path, run: str) -> dict[str, Any] | None:
     """Read a state; None for one that is missing, damaged or another run's."""
     try:
-        with zipfile.ZipFile(file) as parts:  # PyTorch itself compares no checksums
+        with ZipFile(file) as parts:  # PyTorch itself compares no checksums
             if parts.testzip() is not None:
                 return None
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ):
+    except _UNREADABLE:
         return None
     return state if isinstance(state, dict) and state.get("run") == run else None
 
@@ -157,8 +150,7 @@ class TrainingState:
         except RuntimeError as err:  # how PyTorch says that a write failed
             raise OSError(f"{self._file} cannot be written: {err}") from err
         finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         self._saved_at = time.perf_counter()
         self._cost_s = self._saved_at - begin
 

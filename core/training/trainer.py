@@ -49,14 +49,7 @@ class Position:
 
 
 class Trainer:
-    """Trains a module on batches, step by step.
-
-    Args:
-        config: The run.
-        trained: What is trained, on the device; its frozen parameters want no gradient.
-        head: Names of the head's layers.
-        batches: What it is fed.
-        device: Where it computes.
+    """Trains a module, on its device, on batches, step by step.
 
     Attributes:
         position: How far the run has come.
@@ -168,21 +161,16 @@ class Trainer:
 
     def _accumulate(self, inputs: Tensor, labels: Tensor, partners: Tensor, lam: float) -> Tensor:
         """Run forward and backward over micro-batches; return the summed loss, (), detached."""
-        n = len(labels)
         total = torch.zeros((), device=self._device)
-        smoothing = self._config.label_smoothing
-        scale = 1.0 if self._config.loss_reduction == "sum" else 1.0 / n
-        for at in range(0, n, self.micro_batch_size):
+        options: Any = {"reduction": "sum", "label_smoothing": self._config.label_smoothing}
+        scale = 1.0 if self._config.loss_reduction == "sum" else 1.0 / len(labels)
+        for at in range(0, len(labels), self.micro_batch_size):
             part = slice(at, at + self.micro_batch_size)
             with self._autocast:
                 logits = self._forward(inputs[part])
-                loss = lam * cross_entropy(
-                    logits, labels[part], reduction="sum", label_smoothing=smoothing
-                )
+                loss = lam * cross_entropy(logits, labels[part], **options)
                 if lam < 1:
-                    loss = loss + (1 - lam) * cross_entropy(
-                        logits, partners[part], reduction="sum", label_smoothing=smoothing
-                    )
+                    loss = loss + (1 - lam) * cross_entropy(logits, partners[part], **options)
             torch.autograd.backward(self._scaler.scale(loss * scale))
             total += loss.detach()
         return total
@@ -241,13 +229,7 @@ class Trainer:
 
 
 def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> Evaluation:
-    """Evaluate a network in eval mode; its mode is the caller's to restore.
-
-    Args:
-        model: Network; gives logits (N, K).
-        batches: Ready inputs, together in the order of `labels`.
-        labels: True classes, (N,).
-    """
+    """Evaluate a network in eval mode on ready inputs, in the order of `labels`, (N,)."""
     model.eval()
     with torch.inference_mode():
         logits = [model(inputs).float() for inputs in batches]

@@ -26,7 +26,7 @@ from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
 _ORIGIN, _QUEUED = "origin", "queued"
-_COPY, _RECIPE = "same as ", "recipe:"
+_COPY, _RECIPE, _IS_RECIPE = "same as ", "recipe:", "is_recipe"
 HALTED = ("interrupted", "timeout")
 """A study that stopped for these can be continued as it is; else it is at its end."""
 
@@ -194,10 +194,23 @@ class _Search:
             reruns = int(trial.user_attrs.get(RERUNS, 0)) + 1
             is_whole = set(params) == set(self.distributions)
             if is_whole and reruns <= MOST_RERUNS and origin not in queued:
-                self._enqueue(params, origin, reruns)
+                is_recipe = trial.user_attrs.get(_IS_RECIPE, False)
+                self._enqueue(params, origin, reruns, is_recipe=is_recipe)
 
-    def _enqueue(self, params: Mapping[str, ParamValue], origin: str, reruns: int = 0) -> None:
-        attrs = {_ORIGIN: origin, RERUNS: reruns, _QUEUED: dict(params)}
+    def _enqueue(
+        self,
+        params: Mapping[str, ParamValue],
+        origin: str,
+        reruns: int = 0,
+        *,
+        is_recipe: bool = False,
+    ) -> None:
+        attrs = {
+            _ORIGIN: origin,
+            RERUNS: reruns,
+            _QUEUED: dict(params),
+            _IS_RECIPE: is_recipe,
+        }
         self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
     def _enqueue_recipes(self) -> None:
@@ -209,7 +222,7 @@ class _Search:
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
             if f"{_RECIPE}{name}" not in queued:
-                self._enqueue(params, f"{_RECIPE}{name}")
+                self._enqueue(params, f"{_RECIPE}{name}", is_recipe=True)
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop."""
@@ -255,7 +268,7 @@ class _Search:
         self.standing.add(equal.state, equal.ranked_by, own)
 
     def _run(self, request: TrialRequest, trial: optuna.Trial) -> None:
-        is_recipe = request.origin.startswith(_RECIPE)
+        is_recipe = trial.user_attrs.get(_IS_RECIPE, False)  # or the retry of one
 
         def should_prune(_: EpochMetrics) -> bool:
             if request.config.is_solved:

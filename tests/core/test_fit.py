@@ -25,6 +25,7 @@ TINY = TrainConfig(
     batch_size=8,
     base_lr=0.01,
     head_lr_mult=2,
+    head_solver="sgd",
     device="cpu",
 )
 

@@ -18,6 +18,13 @@ def make_data(n: int, n_features: int, n_classes: int, distance: float) -> tuple
     return (noise + distance * centers[labels]) @ mixing * spread + 1, labels
 
 
+def folds(y: Tensor, n: int = 5) -> Tensor:
+    """Deal the rows of each class to n folds."""
+    found = torch.empty_like(y)
+    found[y.argsort(stable=True)] = torch.arange(len(y)) % n
+    return found
+
+
 def fit_reference(x: Tensor, y: Tensor, rows: Tensor, c: float) -> np.ndarray:
     """Fit scikit-learn on some rows of standardised features; return log-probabilities of all."""
     std = x.std(dim=0, correction=0)
@@ -39,7 +46,7 @@ def test_solve_head_agrees_with_scikit_learn(
     x, y = make_data(n, n_features, n_classes, distance)
     x, y = torch.cat([x, x[:20]]), torch.cat([y, y[:20]])  # duplicate rows
     x[:, 3] = 2  # a constant feature
-    head = solve_head(x.to(dtype), y, n_classes, [1 / (c * len(x))], folds=2)
+    head = solve_head(x.to(dtype), y, n_classes, folds(y, 2), [1 / (c * len(x))])
     found = (x.to(dtype) @ head.weight.t() + head.bias).softmax(dim=1).numpy()
     assert head.converged
     expected = np.exp(fit_reference(x, y, torch.arange(len(x)), c))
@@ -50,7 +57,7 @@ def test_solve_head_out_of_fold_and_choice_equal_separate_fits() -> None:
     x, y = make_data(120, 15, 3, 0.4)
     fold_of = torch.arange(120) % 4
     strengths = [1 / (c * 120) for c in (1e-3, 1e-2, 1e-1, 10.0)]
-    head = solve_head(x, y, 3, strengths, fold_of=fold_of)
+    head = solve_head(x, y, 3, fold_of, strengths)
     losses, tables = {}, {}
     for decay in strengths:
         table = np.empty((120, 3))
@@ -67,28 +74,28 @@ def test_solve_head_out_of_fold_and_choice_equal_separate_fits() -> None:
 
 def test_solve_head_same_inputs_give_same_bits() -> None:
     x, y = make_data(90, 12, 3, 0.4)
-    first, second = solve_head(x.float(), y, 3, seed=3), solve_head(x.float(), y, 3, seed=3)
+    first, second = (solve_head(x.float(), y, 3, folds(y)) for _ in range(2))
     assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
     assert torch.equal(first.oof_log_probs, second.oof_log_probs)
 
 
 def test_solve_head_bias_is_not_penalised() -> None:
     y = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    head = solve_head(torch.ones(100, 4), y, 3, [1e3])
+    head = solve_head(torch.ones(100, 4), y, 3, folds(y), [1e3])
     np.testing.assert_allclose(head.bias.softmax(dim=0), [0.6, 0.3, 0.1], atol=1e-4)
 
 
 def test_solve_head_path_ends_where_the_loss_rises() -> None:
     x, y = make_data(100, 30, 3, 0.05)
-    losses = list(solve_head(x, y, 3).oof_log_loss.values())
+    losses = list(solve_head(x, y, 3, folds(y)).oof_log_loss.values())
     assert losses[-1] > 1.01 * min(losses)
     assert all(loss <= 1.01 * min(losses[:k]) for k, loss in enumerate(losses[:-1]) if k)
 
 
-def test_solve_head_deals_folds_within_the_subset() -> None:
+def test_solve_head_chooses_on_a_subset_of_many_rows() -> None:
     y = torch.arange(20_010) % 2  # every third row is picked
     x = torch.randn(20_010, 2, generator=torch.Generator().manual_seed(0)) + y[:, None]
-    head = solve_head(x, y, 2, [1 / 20_010], folds=3)
+    head = solve_head(x, y, 2, folds(y, 3), [1 / 20_010])
     assert head.converged
     assert next(iter(head.oof_log_loss.values())) < 0.6
 
@@ -97,7 +104,7 @@ def test_solve_head_takes_a_class_smaller_than_the_folds() -> None:
     x, y = make_data(60, 8, 3, 0.5)
     y[y == 2] = 0
     y[7] = 2
-    head = solve_head(x, y, 4)  # class 3 has no rows at all
+    head = solve_head(x, y, 4, folds(y))  # class 3 has no rows at all
     assert head.weight.shape == (4, 8)
     assert bool(head.oof_log_probs.isfinite().all())
 
@@ -105,7 +112,7 @@ def test_solve_head_takes_a_class_smaller_than_the_folds() -> None:
 def test_solve_head_chooses_on_a_subset_and_keeps_c(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = make_data(300, 10, 3, 0.4)
     monkeypatch.setattr("core.heads.solver._CHOICE_ROWS", 100)
-    head = solve_head(x, y, 3, [1 / (0.1 * 300)], folds=3)
+    head = solve_head(x, y, 3, folds(y, 3), [1 / (0.1 * 300)])
     found = (x @ head.weight.t() + head.bias).softmax(dim=1).numpy()
     expected = np.exp(fit_reference(x, y, torch.arange(300), 0.1))
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -117,14 +124,14 @@ def test_solve_head_refuses_features_that_are_not_finite(bad: float) -> None:
     x, y = make_data(30, 4, 3, 0.5)
     x[4, 2] = bad
     with pytest.raises(ValueError, match="finite"):
-        solve_head(x, y, 3)
+        solve_head(x, y, 3, folds(y))
 
 
 def test_solve_head_refuses_what_it_cannot_fit() -> None:
     x, y = make_data(30, 4, 3, 0.5)
     with pytest.raises(ValueError, match="n_classes is 2"):
-        solve_head(x, y, 2)
+        solve_head(x, y, 2, folds(y))
     with pytest.raises(ValueError, match="above 0"):
-        solve_head(x, y, 3, [0.1, 0.0])
+        solve_head(x, y, 3, folds(y), [0.1, 0.0])
     with pytest.raises(ValueError, match="1 folds"):
-        solve_head(x, y, 3, folds=1)
+        solve_head(x, y, 3, folds(y, 1))

@@ -42,7 +42,8 @@ def test_the_parts_do_exactly_what_the_network_does(backbone: str) -> None:
 
 
 def test_a_head_alone_behind_features_is_told_from_others() -> None:
-    for backbone, is_linear in (("timm:test_resnet", True), ("squeezenet1_1", False)):
+    cases = {"timm:test_resnet": True, "timm:mobilenetv3_small_050": True, "squeezenet1_1": False}
+    for backbone, is_linear in cases.items():
         config = replace(BASE, backbone=backbone, image_size=64, freeze_depth=5)
         part = cut(build_for(config, ("a", "b")), config)
         assert part is not None and part.is_linear is is_linear

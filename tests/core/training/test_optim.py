@@ -114,7 +114,7 @@ def test_our_optimizers_step_as_pytorchs_own(name: str) -> None:
     config = TrainConfig(
         optimizer=name, base_lr=0.05, head_lr_mult=1, weight_decay=0.01, decay_all=True
     )
-    groups = parameter_groups(ours, ["weight", "bias"], (), config)
+    groups = parameter_groups(ours, (), config)
     optimizer = make_optimizer(groups, config, torch.device("cpu"))
     if name == "sgd":
         reference: torch.optim.Optimizer = torch.optim.SGD(
