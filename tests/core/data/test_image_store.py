@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -52,15 +53,16 @@ def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
     expected = [store.image(i).copy() for i in range(3)]
     pixels, index = store.folder / "pixels.bin", store.folder / "index.npz"
     content = bytearray(pixels.read_bytes())
-    content[100] ^= 255
-    if harm == "truncated":
-        pixels.write_bytes(pixels.read_bytes()[:-10])
-    elif harm == "flipped":
-        pixels.write_bytes(bytes(content))
-    elif harm == "no index":
-        index.unlink()
-    else:
-        index.write_bytes(b"PK\x03\x04 damaged")
+    match harm:
+        case "truncated":
+            pixels.write_bytes(content[:-10])
+        case "flipped":
+            content[100] ^= 255
+            pixels.write_bytes(content)
+        case "no index":
+            index.unlink()
+        case _:
+            index.write_bytes(b"PK\x03\x04 damaged")
     del store
     repaired = build_store(images, 30, tmp_path / "cache")
     assert all(np.array_equal(repaired.image(i), expected[i]) for i in range(3))
@@ -88,9 +90,7 @@ def test_a_store_without_a_readable_image_is_empty(tmp_path: Path) -> None:
 def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path) -> None:
     make_folder(tmp_path / "photos", {"a": 20}, side=100)
     done = _build_on_a_full_disk(tmp_path)
-    assert "the disk is full" in done
-    assert "About 0.8 MB are needed" in done
-    assert "data.cache_dir" in done
+    assert re.search(r"the disk is full\. About 0\.8 MB are needed; .* data\.cache_dir", done)
     assert _stores(tmp_path) == []
 
 
