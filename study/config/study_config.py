@@ -1,4 +1,4 @@
-"""StudyConfig: everything that a study is told, in sections."""
+"""StudyConfig: all settings of a study, in sections."""
 
 import dataclasses
 import re
@@ -45,9 +45,8 @@ def _seconds(value: object) -> object:
 
 def _study_name(value: object) -> object:
     if not (isinstance(value, str) and re.fullmatch(r"\w([\w .-]*\w)?", value)):
-        raise ValueError(
-            "must begin and end with a letter or digit, with . _ - or a space between"
-        )
+        rule = "must begin and end with a letter or digit, with . _ - or a space between"
+        raise ValueError(rule)
     return value
 
 
