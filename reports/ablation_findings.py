@@ -43,7 +43,7 @@ def level_findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Fi
                 yield Finding(head, "no level, by the corrected test.")
             continue
         found.sort(key=lambda effect: -abs(effect.difference.estimate))
-        yield Finding(head, "; ".join(_told(effect) for effect in found) + ".")
+        yield Finding(head, "; ".join(_words_of(effect) for effect in found) + ".")
     yield _care(ablation)
     yield Finding("Test split:", test_split_words(ablation))
 
@@ -51,16 +51,16 @@ def level_findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Fi
 def _care(ablation: Ablation) -> Finding:
     """Say in a sentence what the findings rest on."""
     data, n = ablation.study.data, ablation.replicates
-    split = "splits drawn anew for each seed" if ablation.is_resplit else "a fixed split"
+    split = "splits redrawn for each seed" if ablation.is_resplit else "a fixed split"
     return Finding(
         "Read with care:",
-        f"{plural(n, 'seed')} on {data.get('n_val', 0)} validation pictures ({split}), each run "
-        "at its best epoch. The intervals say what other seeds would give, not other pictures or "
+        f"{plural(n, 'seed')} on {data.get('n_val', 0)} validation images ({split}), each run "
+        "at its best epoch. The intervals say what other seeds would give, not other images or "
         "other data; p values are corrected for all levels together.",
     )
 
 
-def _told(effect: Effect) -> str:
+def _words_of(effect: Effect) -> str:
     label, points = effect.arm.label, signed(100 * effect.difference.estimate, 1)
     if effect.verdict == "fails":
         return f"{label} ({effect.arm.n_failed} of {effect.arm.n_run} runs)"
@@ -75,7 +75,7 @@ def _told(effect: Effect) -> str:
 
 
 def contrast_findings(contrasts: Sequence[Contrast], alpha: float) -> Iterator[Finding]:
-    """Say which main effects and interactions are told from noise."""
+    """Say which main effects and interactions are distinguishable from noise."""
 
     def is_clear(contrast: Contrast) -> bool:
         p = contrast.p_family if math.isfinite(contrast.p_family) else contrast.p
@@ -85,15 +85,15 @@ def contrast_findings(contrasts: Sequence[Contrast], alpha: float) -> Iterator[F
         yield Finding("Not estimated:", "no replicate has a finished run of every setting.")
         return
     clear = [contrast for contrast in contrasts if is_clear(contrast)]
-    told = "; ".join(
+    text = "; ".join(
         f"{c.name}{f' from {c.low} to {c.high}' if c.high else ' (interaction)'} "
         f"({difference_words(c.effect)} points)"
         for c in clear
     )
-    yield Finding("Matters:", f"{told}." if told else "no effect is told from noise.")
+    yield Finding("Matters:", f"{text}." if text else "no effect is distinguishable from noise.")
     rest = [contrast.name for contrast in contrasts if not is_clear(contrast)]
     if rest:
-        yield Finding("Not told from noise:", ", ".join(rest) + ".")
+        yield Finding("Not distinguishable from noise:", ", ".join(rest) + ".")
 
 
 def path_findings(steps: Sequence[Step], alpha: float) -> Iterator[Finding]:

@@ -54,7 +54,7 @@ def points_axis(axis: Any) -> None:
 
 
 def plot_forest(effects: Sequence[Effect], rules: Rules, ax: Axes) -> Axes:
-    """Draw each level's difference to the baseline with its interval; shapes tell the verdict.
+    """Draw each level's difference to the baseline with its interval; shapes show the verdict.
 
     Args:
         effects: In the order of the table.
@@ -294,7 +294,7 @@ def plot_half_normal(contrasts: Sequence[Contrast], ax: Axes) -> Axes:
         ax,
         [
             entry("^", RED, "p ≤ 0.05", markeredgewidth=0),
-            entry("o", GREY, "not told from noise", markeredgewidth=0),
+            entry("o", GREY, "not distinguishable from noise", markeredgewidth=0),
         ],
     )
     return ax

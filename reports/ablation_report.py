@@ -73,7 +73,7 @@ def write_ablation(
     grids = [grid for section in sections for grid in section.grids]
     if across:
         grids += across.grids
-    told = _contents(ablations, sections, across)
+    contents = _contents(ablations, sections, across)
     paths = AblationPaths(
         html=out_dir / "ablation.html",
         markdown=out_dir / "tables.md",
@@ -82,7 +82,7 @@ def write_ablation(
         figures=save_figures(drawings, out_dir / "figures"),
         sections=tuple(sections),
     )
-    paths.html.write_text(render_template("ablation.html", told), encoding="utf-8")
+    paths.html.write_text(render_template("ablation.html", contents), encoding="utf-8")
     paths.markdown.write_text("\n\n".join(map(to_markdown, grids)) + "\n", encoding="utf-8")
     methods = "\n\n".join(section.methods for section in sections)
     paths.latex.write_text(latex_document(name, grids, methods), encoding="utf-8")

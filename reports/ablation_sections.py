@@ -148,8 +148,8 @@ def _kept_aside(ablation: Ablation) -> str:
     if not n:
         return "there is none"
     if ablation.n_tested:
-        return f"{n} pictures, {plural(ablation.n_tested, 'run')}"
-    return f"{n} pictures kept aside"
+        return f"{n} images, {plural(ablation.n_tested, 'run')}"
+    return f"{n} images kept aside"
 
 
 def _levels(ablation: Ablation, name: str) -> Section:
@@ -213,10 +213,12 @@ def _factorial(ablation: Ablation, name: str) -> Section:
     plans += list(_maps(ablation, name, names, contrasts))
     if sources and not contrasts:
         clear = [s for s in sources[:-1] if s.p <= ablation.rules.alpha and s.name != "replicate"]
-        told = "; ".join(
+        text = "; ".join(
             f"{s.name} ({p_equals(s.p)}, partial η² = {s.partial_eta_squared:.2f})" for s in clear
         )
-        findings = [Finding("Matters:", f"{told}." if told else "no effect is told from noise.")]
+        findings = [
+            Finding("Matters:", f"{text}." if text else "no effect is distinguishable from noise.")
+        ]
     else:
         findings = list(contrast_findings(contrasts, ablation.rules.alpha))
     findings.append(Finding("Design:", f"{ablation.spec['construction']}."))

@@ -57,12 +57,12 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid:
 def _row_of(name: str, runs: Runs, effect: Effect | None, ablation: Ablation) -> tuple[str, ...]:
     arm = runs.arm
     failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
-    told = (name, arm.level, plus_minus(arm.accuracy))
+    cells = (name, arm.level, plus_minus(arm.accuracy))
     if effect is None:
         done = int(np.isfinite(arm.values).sum())
-        return (*told, "", "", f"{done}{failed}", f"baseline{failed}")
+        return (*cells, "", "", f"{done}{failed}", f"baseline{failed}")
     return (
-        *told,
+        *cells,
         difference_words(effect.difference),
         p_words(effect.p_family),
         f"{effect.n}{failed}",
@@ -127,8 +127,8 @@ def contrasts_grid(ablation: Ablation, contrasts: Sequence[Contrast]) -> Grid:
     )
     header = ("Factor", "From, to", "Effect, points [95 %]", "p", "p, Holm", "n")
     aliasing = "; ".join(ablation.spec["aliasing"])
-    told = f" Aliasing: {aliasing}." if aliasing else ""
-    note = footer(ablation, how + told)
+    text = f" Aliasing: {aliasing}." if aliasing else ""
+    note = footer(ablation, how + text)
     return Grid("contrasts", "Effects", header, rows, n_text=2, note=note)
 
 

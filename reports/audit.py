@@ -49,22 +49,24 @@ class Audit:
     @property
     def findings(self) -> list[str]:
         """Say it in sentences."""
-        told = [f"{plural(self.n_pruned, 'trial')} of {self.n_pruned + self.n_complete} pruned."]
+        sentences = [
+            f"{plural(self.n_pruned, 'trial')} of {self.n_pruned + self.n_complete} pruned."
+        ]
         share = self.share_won
         if share is not None and self.best is not None:
             ends = f"{100 * share.low:.0f} to {100 * share.high:.0f} %"
-            told.append(
+            sentences.append(
                 f"Of {plural(len(self.trials), 'pruned trial')} trained to the end, {self.n_won} "
                 f"would have been ranked above the best one ({percent(self.best)}) by "
                 f"{self.chosen_by}: "
                 f"{100 * share.estimate:.0f} % (95 % interval {ends})."
             )
             top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_score) else t.full_score)
-            told.append(
+            sentences.append(
                 f"The best of them by that, trial {top.number}, ends at {percent(top.full_value)}"
                 f", {signed(100 * (top.full_value - self.best), 1)} points from the best."
             )
-        return told
+        return sentences
 
 
 def read_audit(store: Record, name: str) -> Audit:
@@ -96,9 +98,9 @@ def rank_grid(audit: Audit) -> Grid:
     rows = []
     for found in audit.early.epochs:
         cells = []
-        for told in (found.at_epoch, found.best_so_far):
-            ends = f" [{number_words(told.low)}, {number_words(told.high)}]" if told else ""
-            cells.append(f"{number_words(told.estimate)}{ends}" if told else "–")
+        for rho in (found.at_epoch, found.best_so_far):
+            ends = f" [{number_words(rho.low)}, {number_words(rho.high)}]" if rho else ""
+            cells.append(f"{number_words(rho.estimate)}{ends}" if rho else "–")
         rows.append((str(found.epoch + 1), *cells, str(found.n), str(found.n_stopped)))
     note = (
         "Spearman’s rank correlation, with its 95 % interval, of what trials are ranked by. "

@@ -34,7 +34,7 @@ class Rules:
         alpha: Family-wise error that Holm's correction holds, over the levels of one design.
         margin: Difference that does not matter, as a fraction (0.01 is one accuracy point).
         confidence: Of intervals, each for itself.
-        resolution: Step in which accuracy moves: one picture's share.
+        resolution: Step in which accuracy moves: one image's share.
         looks: Replicates at which an adaptive ablation looked; one number for a fixed one.
     """
 
@@ -135,7 +135,7 @@ def estimate_effects(baseline: Arm, arms: Sequence[Arm], rules: Rules) -> list[E
     """Estimate each level's effect against the baseline, and judge the family of them.
 
     Replicates are paired by seed, so the intervals say what other seeds (and splits, where they
-    were drawn anew) would give, not other data sets. Holm's correction is over the levels that can
+    were redrawn) would give, not other data sets. Holm's correction is over the levels that can
     be tested. A level of which a run failed is judged `fails`; its difference, from the pairs that
     are left, is shown all the same.
 
@@ -298,7 +298,7 @@ def foresee(n: int, n_tests: int, rules: Rules) -> list[str]:
         return []
     if n < 2:
         return [
-            "warning: with one replicate nothing can be tested: a difference is told without "
+            "warning: with one replicate nothing can be tested: a difference is shown without "
             "interval or p value. Give --replicates 5 or more."
         ]
     levels = plural(n_tests, "level")

@@ -81,7 +81,7 @@ def coded_matrix(ablation: Ablation) -> Array:
 
 
 def has_interactions(ablation: Ablation) -> bool:
-    """Say whether interactions of two factors can be told apart in a factorial."""
+    """Say whether interactions of two factors can be distinguished in a factorial."""
     resolution = ablation.spec["resolution"]
     return ablation.kind == "factorial" and (resolution is None or resolution >= _CLEAR_RESOLUTION)
 
@@ -90,7 +90,7 @@ def analyse_variance(ablation: Ablation) -> list[Source]:
     """Analyse a factorial's variance, with replicates (paired seeds) as blocks.
 
     Type II sums of squares; interactions of two factors where the design, and what is left of it,
-    tells them apart. Runs that failed are left out, which the caller is to say.
+    separates them. Runs that failed are left out, which the caller is to say.
 
     Returns:
         Factors, interactions, `replicate`, `residual`; empty where there are too few runs.
@@ -101,22 +101,22 @@ def analyse_variance(ablation: Ablation) -> list[Source]:
     names = [factor["name"] for factor in ablation.spec["factors"]]
     frame = _long_frame(ablation, names)
     terms = [f"C(x{k})" for k in range(len(names))]
-    told = dict(zip(terms, names, strict=True)) | {"C(replicate)": "replicate"}
+    labels = dict(zip(terms, names, strict=True)) | {"C(replicate)": "replicate"}
     if has_interactions(ablation):
         for a, b in itertools.combinations(terms, 2):
-            told[f"{a}:{b}"] = f"{told[a]} × {told[b]}"
+            labels[f"{a}:{b}"] = f"{labels[a]} × {labels[b]}"
     blocks = frame["replicate"].nunique() > 1
-    wanted = [term for term in told if term != "C(replicate)" or blocks]
+    wanted = [term for term in labels if term != "C(replicate)" or blocks]
     if len(frame) < 2 or any(frame[f"x{k}"].nunique() < 2 for k in range(len(names))):
         return []
     model = _fitted(frame, wanted)
     if model is None or model.df_resid < 1 or not model.ssr > _SMALL**2:
         return []
-    return _sources(anova_lm(model, typ=2), told)
+    return _sources(anova_lm(model, typ=2), labels)
 
 
 def _fitted(frame: pd.DataFrame, terms: Sequence[str]) -> Any:
-    """Fit what can be told apart: no interactions where failed settings leave too few others."""
+    """Fit what can be separated: no interactions where failed settings leave too few others."""
     for tried in (terms, [term for term in terms if ":" not in term]):
         model = ols(f"acc ~ {' + '.join(tried)}", frame)
         if np.linalg.matrix_rank(model.exog) == model.exog.shape[1]:
@@ -135,12 +135,12 @@ def _long_frame(ablation: Ablation, names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _sources(table: pd.DataFrame, told: dict[str, str]) -> list[Source]:
+def _sources(table: pd.DataFrame, labels: dict[str, str]) -> list[Source]:
     records = table.rename_axis("term").reset_index().to_dict("records")
     rows = {str(row["term"]): row for row in records}
     left, left_df = float(rows["Residual"]["sum_sq"]), float(rows["Residual"]["df"])
     found = []
-    for term, name in told.items():
+    for term, name in labels.items():
         if term not in rows:
             continue
         ss, df = float(rows[term]["sum_sq"]), float(rows[term]["df"])

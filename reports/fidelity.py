@@ -14,7 +14,7 @@ from reports.words import plural
 
 MIN_TRIALS = 8
 """Fewer trials give an interval that says nothing: assumption (at 8, a correlation of 0.7 cannot
-be told from none)."""
+be distinguished from none)."""
 
 
 @dataclass(frozen=True, slots=True)

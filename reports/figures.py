@@ -146,8 +146,8 @@ def _no_accuracy(record: SearchRecord) -> str | None:
     states = record.trials["state"].value_counts()
     if not len(record.trials):
         return "The study has no trials yet."
-    told = ", ".join(f"{n} {state}" for state, n in states.items())
-    return f"No trial has an accuracy ({told})."
+    text = ", ".join(f"{n} {state}" for state, n in states.items())
+    return f"No trial has an accuracy ({text})."
 
 
 def _importance_plan(importance: Importance) -> Plan:

@@ -60,8 +60,8 @@ def write_report(store: Record, study_name: str, out_dir: Path) -> ReportPaths:
         csv=out_dir / "trials.csv",
         figures=save_figures(drawings, out_dir / "figures"),
     )
-    told = _contents(record, importance, audit, drawings)
-    paths.html.write_text(render_template("report.html", told), encoding="utf-8")
+    contents = _contents(record, importance, audit, drawings)
+    paths.html.write_text(render_template("report.html", contents), encoding="utf-8")
     paths.csv.write_text(tables.trials_csv(record.trials), encoding="utf-8", newline="")
     return paths
 

@@ -18,12 +18,12 @@ class Interval:
 def wilson_interval(n_correct: int, n: int, confidence: float = 0.95) -> Interval:
     """Give a share and its Wilson score interval, which stays in [0, 1] even at 0 and at n.
 
-    The interval says what other pictures of the same kind would give; it knows nothing of the
+    The interval says what other images of the same kind would give; it knows nothing of the
     choosing that happened before, so that of a search's best trial is still optimistic.
 
     Args:
-        n_correct: Pictures classified rightly, 0 to n.
-        n: Pictures looked at, at least 1.
+        n_correct: Images classified rightly, 0 to n.
+        n: Images looked at, at least 1.
         confidence: Share of such intervals that hold the true value.
 
     References:

@@ -8,7 +8,7 @@ from reports.words import plural
 
 
 def data_words(ablation: Ablation) -> str:
-    """Tell which pictures, how many, and how to recognise them."""
+    """Say which images, how many, and how to recognise them."""
     data = ablation.study.data
     source = str(data.get("source", "")).removeprefix("folder:").rstrip("/").rpartition("/")[2]
     counts = [f"{data.get('n_train', 0)} training", f"{data.get('n_val', 0)} validation"]
@@ -16,7 +16,7 @@ def data_words(ablation: Ablation) -> str:
         counts.append(f"{data['n_test']} test")
     classes = plural(len(data.get("classes", [])), "class").replace("classs", "classes")
     mark = str(data.get("fingerprint", ""))[:8]
-    return f"{source}: {', '.join(counts)} pictures, {classes}, fingerprint {mark}"
+    return f"{source}: {', '.join(counts)} images, {classes}, fingerprint {mark}"
 
 
 def seeds_words(ablation: Ablation) -> str:
@@ -98,7 +98,7 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
         parts.append(
             "Effects are mean paired differences in validation accuracy to the baseline with 95 % "
             f"Student t intervals; p values are of the {correction_words(ablation, n_tests)} "
-            f"(family-wise alpha {rules.alpha:g}). Levels are told equal where two one-sided "
+            f"(family-wise alpha {rules.alpha:g}). Levels count as equal where two one-sided "
             f"t-tests, corrected alike, place the difference within ±{100 * rules.margin:g} "
             "accuracy points."
         )
@@ -123,7 +123,7 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
     variance = (
         "initialisation, order, augmentation and the choice of the validation split"
         if ablation.is_resplit
-        else "initialisation, order and augmentation, not the choice of pictures"
+        else "initialisation, order and augmentation, not the choice of images"
     )
     speak = f"Intervals speak of the variance due to {variance}. "
     if ablation.replicates < 2:
@@ -140,7 +140,7 @@ def effects_note(ablation: Ablation, n_tests: int) -> str:
     """Say how the columns of the table of effects are to be read."""
     rules = ablation.rules
     finer = rules.resolution > rules.margin
-    step = f"; one validation picture is {100 * rules.resolution:.2g} points" if finer else ""
+    step = f"; one validation image is {100 * rules.resolution:.2g} points" if finer else ""
     return footer(
         ablation,
         "Accuracy: mean ± half-width of the 95 % t interval over seeds. Difference: level minus "
@@ -153,10 +153,10 @@ def effects_note(ablation: Ablation, n_tests: int) -> str:
 
 def _compounds(ablation: Ablation) -> str:
     """Spell out the levels that set several keys."""
-    told = []
+    parts = []
     for factor in ablation.spec["factors"]:
         for level in factor["levels"]:
             if list(level["overrides"]) != [factor["name"]]:
                 keys = ", ".join(f"{key} {value}" for key, value in level["overrides"].items())
-                told.append(f"{factor['name']} = {level['label']}: {keys}")
-    return f" Levels of several settings: {'; '.join(told)}." if told else ""
+                parts.append(f"{factor['name']} = {level['label']}: {keys}")
+    return f" Levels of several settings: {'; '.join(parts)}." if parts else ""

@@ -40,9 +40,9 @@ def spread(differences: Array, resolution: float = 0.0) -> Spread:
 
     Args:
         differences: Level minus baseline, shape (n,), n >= 1.
-        resolution: Step in which the metric moves (one picture's share). Where all differences are
+        resolution: Step in which the metric moves (one image's share). Where all differences are
             equal, their scatter is taken to be that of rounding, resolution / sqrt(12), rather
-            than none: an accuracy on 80 pictures cannot show less.
+            than none: an accuracy on 80 images cannot show less.
     """
     n = len(differences)
     mean = float(np.mean(differences))

@@ -241,11 +241,11 @@ def plot_early_rank(result: EarlyRank, ax: Axes) -> Axes:
     looks = {"at_epoch": (ORANGE, "o", "--"), "best_so_far": (BLUE, "s", "-")}
     entries, lows = [], [1.0]
     for name, (color, marker, line) in looks.items():
-        told = _known(result.epochs, name)
-        if not told:
+        known = _known(result.epochs, name)
+        if not known:
             continue
-        x = [epoch.epoch + 1 for epoch, _ in told]
-        low, mid, high = np.array([(i.low, i.estimate, i.high) for _, i in told]).T
+        x = [epoch.epoch + 1 for epoch, _ in known]
+        low, mid, high = np.array([(i.low, i.estimate, i.high) for _, i in known]).T
         ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         ax.plot(x, mid, color=color, marker=marker, ms=3.5, ls=line)
         entries.append(entry(marker, color, names[name], linestyle=line))
@@ -268,5 +268,5 @@ def plot_early_rank(result: EarlyRank, ax: Axes) -> Axes:
 
 
 def _known(epochs: Sequence[EpochRank], name: str) -> list[tuple[EpochRank, Interval]]:
-    told = [(epoch, getattr(epoch, name)) for epoch in epochs]
-    return [(epoch, interval) for epoch, interval in told if interval is not None]
+    known = [(epoch, getattr(epoch, name)) for epoch in epochs]
+    return [(epoch, interval) for epoch, interval in known if interval is not None]

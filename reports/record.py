@@ -40,7 +40,7 @@ class SearchRecord:
     """One study as the database knows it.
 
     Attributes:
-        study: Its configuration, pictures and versions.
+        study: Its configuration, images and versions.
         trials: One row per trial, by number.
         epochs: One row per trial and epoch.
         dims: The searched settings.
@@ -48,7 +48,7 @@ class SearchRecord:
         tests: Looks at the test split, oldest first.
         best: The best trial; None where no trial has an accuracy.
         confusion: The best trial's matrix on the validation split, (K, K), rows = truth.
-        pictures: What the best trial got wrong on the validation split, the worst first.
+        images: What the best trial got wrong on the validation split, the worst first.
         audited: Pruned trials that an audit trained to the end, by number.
     """
 
@@ -60,7 +60,7 @@ class SearchRecord:
     tests: list[Test]
     best: Trial | None
     confusion: np.ndarray[Any, np.dtype[np.int64]] | None
-    pictures: list[Misclassified]
+    images: list[Misclassified]
     audited: tuple[Audited, ...]
 
     @property
@@ -70,12 +70,12 @@ class SearchRecord:
 
     @property
     def n_val(self) -> int:
-        """Count the validation pictures; 0 where the record does not say."""
+        """Count the validation images; 0 where the record does not say."""
         return int(self.study.data.get("n_val") or 0)
 
     @property
     def n_test(self) -> int:
-        """Count the test pictures; 0 where there is no test split."""
+        """Count the test images; 0 where there is no test split."""
         return int(self.study.data.get("n_test") or 0)
 
 
@@ -88,11 +88,11 @@ def read_record(store: Record, name: str) -> SearchRecord:
     study = store.study(name)
     trials = _as_floats(read_trials(store, name), ("value", "duration_s"))
     number = best_number(trials)
-    confusion, pictures = None, []
+    confusion, images = None, []
     if number is not None:
         shown = _trained_as(trials, number)
         confusion = read_confusion(store, name, shown)
-        pictures = [row for row in read_misclassified(store, name, shown) if row.split == "val"]
+        images = [row for row in read_misclassified(store, name, shown) if row.split == "val"]
     return SearchRecord(
         study=study,
         trials=trials,
@@ -102,7 +102,7 @@ def read_record(store: Record, name: str) -> SearchRecord:
         tests=store.tests(study.id),
         best=None if number is None else store.trial(study.id, number),
         confusion=confusion,
-        pictures=pictures,
+        images=images,
         audited=_audited(store, study),
     )
 

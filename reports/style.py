@@ -20,7 +20,7 @@ from matplotlib.ticker import (
 
 from reports.words import shorten
 
-# Okabe and Ito's colours, told apart with any colour vision: https://jfly.uni-koeln.de/color/
+# Okabe and Ito's colours, distinct with any colour vision: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#858C97"
 INK = "#22262c"

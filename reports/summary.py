@@ -20,7 +20,7 @@ from reports.words import (
 from study.config.formatting import hide_password
 from study.record.models import UNFINISHED, Test
 
-_STORAGE = "studies.db"  # where the command line looks if it is told nothing
+_STORAGE = "studies.db"  # where the command line looks without --storage
 _STATES = (("complete", "finished"), ("pruned", "pruned"), ("failed", "failed"))
 
 
@@ -88,8 +88,8 @@ def summarise(record: SearchRecord, importance: Importance) -> Summary:
 
 def _states(trials: pd.DataFrame) -> str:
     counts = trials["state"].value_counts()
-    told = (*_STATES, *((state, state) for state in UNFINISHED))
-    parts = [f"{counts[state]} {word}" for state, word in told if counts.get(state)]
+    text = (*_STATES, *((state, state) for state in UNFINISHED))
+    parts = [f"{counts[state]} {word}" for state, word in text if counts.get(state)]
     return ", ".join(parts) or "no trials yet"
 
 
@@ -120,7 +120,7 @@ def _best_sentence(record: SearchRecord, accuracy: Interval | None) -> str:
         return f"Trial {best.number} is {where}: {percent(best.value)} validation accuracy."
     return (
         f"Trial {best.number} is {where}: it gets {percent(accuracy.estimate)} of the "
-        f"{count(record.n_val)} validation pictures right (95 % interval "
+        f"{count(record.n_val)} validation images right (95 % interval "
         f"{percent_range(accuracy.low, accuracy.high)})."
     )
 
@@ -137,17 +137,15 @@ def _gain_sentence(record: SearchRecord) -> str | None:
     if int(top["number"]) == best.number:
         return f"It is a plain recipe ({name}): the search found nothing better."
     gain = 100 * (best.value - top["value"])
-    told = f"The best plain recipe ({name}, trial {top['number']}) reached {percent(top['value'])}"
+    text = f"The best plain recipe ({name}, trial {top['number']}) reached {percent(top['value'])}"
     if gain < 0:
-        return (
-            f"{told}, {-gain:.1f} points more than the best trial, which was chosen by its "
-            f"{best.chosen_by}."
-        )
-    return f"{told}; the search gained {gain:.1f} points on validation."
+        chosen = f"which was chosen by its {best.chosen_by}"
+        return f"{text}, {-gain:.1f} points more than the best trial, {chosen}."
+    return f"{text}; the search gained {gain:.1f} points on validation."
 
 
 def _rivals_sentence(record: SearchRecord, accuracy: Interval | None) -> str | None:
-    """Say which finished trials the validation split cannot tell from the best."""
+    """Say which finished trials the validation split cannot distinguish from the best."""
     best, trials = record.best, record.trials
     if best is None or accuracy is None or best.state != "complete":
         return None
@@ -178,27 +176,25 @@ def _optimism_sentences(looks: tuple[Look, ...]) -> list[str]:
     for look in looks:
         first.setdefault(look.row.trial_number, look)
     for number, look in first.items():
-        told = (
+        text = (
             f"Trial {number} on the test split: {percent(look.accuracy.estimate)} of "
-            f"{count(look.row.n)} pictures (95 % interval "
+            f"{count(look.row.n)} images (95 % interval "
             f"{percent_range(look.accuracy.low, look.accuracy.high)})."
         )
         if look.optimism is not None:
             gap = look.optimism
             side = "above" if gap.estimate >= 0 else "below"
-            told += (
+            text += (
                 f" Its validation accuracy lies {abs(100 * gap.estimate):.1f} points {side} that "
                 f"(95 % interval {points(gap.low)} to {points(gap.high)}): "
             )
             if gap.low > 0:
-                told += (
-                    "validation was optimistic, as figures tend to be that one has chosen among."
-                )
+                text += "validation was optimistic, as figures are that one has chosen among."
             elif gap.high < 0:
-                told += "the test pictures are easier than the validation pictures."
+                text += "the test images are easier than the validation images."
             else:
-                told += "no more than chance alone can give."
-        sentences.append(told)
+                text += "no more than chance alone can give."
+        sentences.append(text)
     return sentences
 
 
@@ -220,8 +216,8 @@ def _failed_sentence(trials: pd.DataFrame) -> str | None:
         return None
     kinds = failed["reason"].fillna("no reason recorded").astype(str)
     common = kinds.str.split(":").str[0].value_counts()
-    told = ", ".join(f"{n} × {kind}" for kind, n in common.head(4).items())
-    return f"{plural(len(failed), 'trial')} failed ({told}); the table of trials has the reasons."
+    text = ", ".join(f"{n} × {kind}" for kind, n in common.head(4).items())
+    return f"{plural(len(failed), 'trial')} failed ({text}); the table of trials has the reasons."
 
 
 def _running_sentence(trials: pd.DataFrame) -> str | None:
@@ -229,11 +225,11 @@ def _running_sentence(trials: pd.DataFrame) -> str | None:
         "running": "running when this was written",
         "interrupted": "interrupted; resume deals with it",
     }
-    told = []
+    text = []
     for state, words in endings.items():
         if n := int((trials["state"] == state).sum()):
-            told.append(f"{plural(n, 'trial')} {'was' if n == 1 else 'were'} {words}.")
-    return " ".join(told) or None
+            text.append(f"{plural(n, 'trial')} {'was' if n == 1 else 'were'} {words}.")
+    return " ".join(text) or None
 
 
 def _test_line(record: SearchRecord) -> str:
@@ -241,7 +237,7 @@ def _test_line(record: SearchRecord) -> str:
     if not n:
         if not record.n_test:
             return "There is no test split."
-        return f"The test split ({count(record.n_test)} pictures) has not been read."
+        return f"The test split ({count(record.n_test)} images) has not been read."
     numbers = ", ".join(str(look.trial_number) for look in record.tests)
     if n == 1:
         return f"The test split has been read once, for trial {numbers}."

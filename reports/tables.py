@@ -122,9 +122,9 @@ def tests_table(summary: Summary) -> Table:
     rows = []
     for look in summary.looks:
         row, gap = look.row, look.optimism
-        told = "–"
+        text = "–"
         if gap is not None:
-            told = f"{points(gap.estimate)} ({points(gap.low)} to {points(gap.high)})"
+            text = f"{points(gap.estimate)} ({points(gap.low)} to {points(gap.high)})"
         rows.append(
             (
                 moment(row.created_at),
@@ -135,7 +135,7 @@ def tests_table(summary: Summary) -> Table:
                 percent(row.balanced_acc),
                 percent(row.macro_f1),
                 percent(row.val_acc),
-                told,
+                text,
             )
         )
     return Table(header, tuple(rows), n_text=0)
@@ -183,13 +183,13 @@ def confused_table(record: SearchRecord) -> Table:
         (row["truth"], row["predicted"], str(row["n"]), percent(row["share"], 0))
         for row in pairs.to_dict("records")
     )
-    return Table(("True class", "Taken for", "Pictures", "Of the class"), rows, n_text=2)
+    return Table(("True class", "Taken for", "Images", "Of the class"), rows, n_text=2)
 
 
 def epochs_table(record: SearchRecord) -> Table:
     """List the best trial's epochs."""
     header = ("Epoch", "Accuracy", "Balanced", "Macro-F1", "Validation loss", "Training loss",
-              "Base LR", "Pictures/s")  # fmt: skip
+              "Base LR", "Images/s")  # fmt: skip
     if record.best is None:
         return Table(header, ())
     epochs = record.epochs[record.epochs["number"] == record.best.number]
@@ -212,11 +212,11 @@ def epochs_table(record: SearchRecord) -> Table:
 
 
 def data_table(record: SearchRecord) -> Table:
-    """List where the pictures came from, and how many there are."""
+    """List where the images came from, and how many there are."""
     study, data = record.study, record.study.data
     classes = record.classes
     pairs = (
-        ("pictures", str(data.get("source", "–"))),
+        ("images", str(data.get("source", "–"))),
         ("training", count(data.get("n_train"))),
         ("validation", count(data.get("n_val"))),
         ("test", count(data.get("n_test")) if data.get("n_test") else "none"),
@@ -252,8 +252,8 @@ def space_table(dims: Sequence[Dimension]) -> Table:
     rows = []
     for dim in dims:
         if dim.choices:
-            told = ", ".join(setting(choice) for choice in dim.choices)
+            text = ", ".join(setting(choice) for choice in dim.choices)
         else:
-            told = f"{dim.low:g} to {dim.high:g}{', logarithmic' if dim.is_log else ''}"
-        rows.append((dim.name, told))
+            text = f"{dim.low:g} to {dim.high:g}{', logarithmic' if dim.is_log else ''}"
+        rows.append((dim.name, text))
     return Table(("Setting", "Searched in"), tuple(rows), n_text=2)

@@ -23,7 +23,7 @@ def render_template(template: str, contents: dict[str, Any]) -> str:
     )
     environment.filters.update(
         percent=percent,
-        interval=lambda told: percent_range(told.low, told.high),
+        interval=lambda found: percent_range(found.low, found.high),
         shorten=shorten,
         data_uri=_data_uri,
     )

@@ -68,7 +68,7 @@ def plural(n: int, noun: str) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of a long name; its two ends tell most."""
+    """Cut the middle out of a long name; its two ends say most."""
     if len(text) <= limit:
         return text
     head = (limit - 1) // 2 + (limit - 1) % 2

@@ -54,10 +54,8 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
     for text in texts:
         key, _, written = text.partition("=")
         if not key.strip() or not written.strip():
-            faults.append(
-                f"--factor: must be KEY=VALUE or KEY=VALUE,VALUE, but got {text!r}; for example "
-                "--factor head_lr_mult=1,100."
-            )
+            example = "for example --factor head_lr_mult=1,100."
+            faults.append(f"--factor: must be KEY=VALUE,VALUE, but got {text!r}; {example}")
             continue
         values = [read_value(part.strip()) for part in written.strip("[]").split(",")]
         found.setdefault(key.strip().removeprefix("train."), []).extend(values)
@@ -88,10 +86,8 @@ def find_baseline(
     """
     if base.endswith(".toml"):
         if which != "best":
-            raise ConfigError(
-                f"--from takes a trial of a study, but {base} is a file. Leave --from out, or "
-                "name the study."
-            )
+            rule = f"--from takes a trial of a study, but {base} is a file."
+            raise ConfigError(f"{rule} Leave --from out, or name the study.")
         given = {"study.storage": storage, "study.name": name}
         given = {key: value for key, value in given.items() if value}
         return _from_file(load_config(Path(base), overrides, {**flags, **given}), base, name)
@@ -107,10 +103,8 @@ def find_baseline(
             origin = f"trial {trial.number} of study {base}{best}"
             return _from_trial(study, trial, origin, name or base + _SUFFIX, overrides, flags)
     if which != "best" or name not in (None, base):
-        raise ConfigError(
-            f"{base} is an ablation, which continues with its own baseline under its own name. "
-            "Leave --from and --name out, or name the search or the file that it came from."
-        )
+        rule = f"{base} is an ablation, which continues with its own baseline and name."
+        raise ConfigError(f"{rule} Leave --from and --name out, or name the search or file.")
     return _resume(study, designs[-1].spec, overrides, flags)
 
 
@@ -118,19 +112,16 @@ def _choose(store: Record, study: Study, which: str) -> Trial:
     if which == "best":
         complete = [row for row in store.trials(study.id) if row.state == "complete"]
         if not complete:
-            raise ConfigError(
-                f"study {study.name} must have a complete trial to be ablated, but has none. "
-                f"Continue it: python -m study resume {study.name}"
-            )
+            rule = f"study {study.name} must have a complete trial to be ablated, but has none."
+            raise ConfigError(f"{rule} Continue it: python -m study resume {study.name}")
         return min(complete, key=lambda row: row.rank)
     if not which.isdigit():
         raise ConfigError(f"--from must be best or a trial's number, but got {which!r}.")
     trial = store.trial(study.id, int(which))
     if trial.state != "complete":
-        raise ConfigError(
-            f"a baseline must be a complete trial, but trial {which} of {study.name} is "
-            f"{trial.state}. Choose another: python -m study show {study.name}"
-        )
+        given = f"trial {which} of {study.name} is {trial.state}"
+        rule = f"a baseline must be a complete trial, but {given}."
+        raise ConfigError(f"{rule} Choose another: python -m study show {study.name}")
     return trial
 
 

@@ -1,4 +1,4 @@
-"""Ablation designs: which settings are run, in which order, and what can be told from them."""
+"""Ablation designs: which settings are run, in which order, and what they can distinguish."""
 
 import itertools
 import math
@@ -61,15 +61,13 @@ class Design(ABC):
 
     Attributes:
         kind: Its name, which users and the record give it.
-        summary: What it runs, in a few words.
         combines_factors: A cell may have several factors at levels other than the baseline's.
         grows: Which cells follow depends on the results of earlier ones.
         cells: The settings; the baseline, where it is one of them, comes first.
         coded: Of factorials and screening designs: level of every factor in every cell as a
             number, -1 and 1 (0 for the middle of three), or its position; shape (cells, factors).
         resolution: Of a fractional factorial; None for a full one and other designs.
-        aliasing: What cannot be told apart, one sentence each.
-        construction: How the design was made, in words.
+        aliasing: What cannot be distinguished, one sentence each.
         steps: Of a path: the factors that have taken over the baseline's level, in order.
 
     Raises:
@@ -86,10 +84,8 @@ class Design(ABC):
         self, factors: Sequence[Factor], *, max_cells: int = 64, resolution: int | None = None
     ) -> None:
         if not factors:
-            raise ConfigError(
-                "an ablation needs at least one factor, but the baseline differs from none of the "
-                "proposed levels. Name some: --factor head_lr_mult=1,100."
-            )
+            rule = "an ablation needs at least one factor, but no proposed level differs from the"
+            raise ConfigError(f"{rule} baseline. Name some: --factor head_lr_mult=1,100.")
         self.factors = tuple(factors)
         self.cells: list[Cell] = []
         self.coded: list[tuple[int, ...]] = []
@@ -143,10 +139,7 @@ class Design(ABC):
         """Return plain JSON values."""
         return {
             "kind": self.kind,
-            "factors": [
-                {**asdict(factor), "levels": [asdict(level) for level in factor.levels]}
-                for factor in self.factors
-            ],
+            "factors": [asdict(f) | {"levels": list(map(asdict, f.levels))} for f in self.factors],
             "cells": [asdict(cell) for cell in self.cells],
             "coded": [list(row) for row in self.coded],
             "resolution": self.resolution,
@@ -161,11 +154,9 @@ class Design(ABC):
         for factor in self.factors:
             for key in sorted({key for level in factor.levels for key in level.overrides}):
                 if key in owner:
-                    raise ConfigError(
-                        f"factors of a {self.kind} design must not share a setting, but "
-                        f"{owner[key]} and {factor.name} both set {key}. Drop one, or use "
-                        "--design ofat."
-                    )
+                    both = f"{owner[key]} and {factor.name} both set {key}"
+                    rule = f"factors of a {self.kind} design must not share a setting, but {both}."
+                    raise ConfigError(f"{rule} Drop one, or use --design ofat.")
                 owner[key] = factor.name
 
     def _cell(self, labels: Iterable[str]) -> Cell:
@@ -236,22 +227,17 @@ class Factorial(Design):
             self.coded = list(itertools.product(*(range(n) for n in counts)))
             self.construction = f"full factorial, {size} combinations"
         else:
-            self._check_two_levels(size, max_cells)
+            if many := _with_more_levels(self.factors):
+                raise ConfigError(
+                    f"a fraction of a factorial needs two levels per factor, but {many} has more, "
+                    f"and the full design has {size} combinations (ablation.max_cells is "
+                    f"{max_cells}). Use fewer factors or levels, or --set ablation.max_cells."
+                )
             self._make_fraction(size, max_cells, resolution)
         self.cells = [
             self._cell(factor.labels[k] for factor, k in zip(self.factors, row, strict=True))
             for row in self.coded
         ]
-
-    def _check_two_levels(self, size: int, max_cells: int) -> None:
-        many = ", ".join(factor.name for factor in self.factors if len(factor.levels) > 1)
-        if many:
-            raise ConfigError(
-                f"a fraction of a factorial needs two levels per factor, but {many} has more, and "
-                f"the full design has {size} combinations (ablation.max_cells is {max_cells}). "
-                "Give one level beside the baseline's for each, fewer factors, or a larger "
-                "--set ablation.max_cells."
-            )
 
     def _make_fraction(self, size: int, max_cells: int, asked: int | None) -> None:
         import pydoe
@@ -265,9 +251,9 @@ class Factorial(Design):
                 break
         else:
             raise ConfigError(
-                f"a fraction of {n} two-level factors needs more than {max_cells} combinations, "
-                "or the resolution is larger than the number of factors. Raise --set "
-                "ablation.max_cells, lower the resolution, or use --design screen."
+                f"{n} two-level factors need more than {max_cells} combinations, or the resolution"
+                " is larger than their number. Change ablation.max_cells or ablation.resolution, "
+                "or use --design screen."
             )
         self.coded = sorted({tuple(int(value > 0) for value in row) for row in table})
         self.resolution = resolution
@@ -283,6 +269,10 @@ class Factorial(Design):
         n = len(self.factors)
         is_clear = self.resolution is None or self.resolution >= _HIGHEST_RESOLUTION
         return n + (math.comb(n, 2) if is_clear else 0)
+
+
+def _with_more_levels(factors: Iterable[Factor]) -> str:
+    return ", ".join(factor.name for factor in factors if len(factor.levels) > 1)
 
 
 def _aliases(coded: Sequence[Sequence[int]], names: Sequence[str]) -> list[str]:
@@ -318,12 +308,9 @@ class Path(Design):
         return recipe_levels(baseline, space)
 
     def _make(self, max_cells: int, resolution: int | None) -> None:
-        many = ", ".join(factor.name for factor in self.factors if len(factor.levels) > 1)
-        if many:
-            raise ConfigError(
-                "a path leads from one setting to the baseline, so each factor has one level "
-                f"beside the baseline's, but got more for {many}."
-            )
+        if many := _with_more_levels(self.factors):
+            rule = "each factor of a path must have one level besides the baseline's"
+            raise ConfigError(f"{rule}, but got more for {many}.")
         self.cells = [self._at(()), *self.candidates().values()]
 
     def _at(self, taken: Iterable[str]) -> Cell:
@@ -378,35 +365,32 @@ class Screening(Design):
         import pydoe
 
         if len(self.factors) < 3:
-            raise ConfigError(
-                "a screening design needs at least three factors, but got "
-                f"{len(self.factors)}. Name more, or use --design factorial."
-            )
+            rule = f"a screening design needs at least three factors, but got {len(self.factors)}."
+            raise ConfigError(f"{rule} Name more, or use --design factorial.")
         three = [factor for factor in self.factors if _is_bracketed(factor)]
         two = [factor for factor in self.factors if len(factor.levels) == 1]
         if len(three) + len(two) < len(self.factors):
             wrong = ", ".join(f.name for f in self.factors if f not in three and f not in two)
             raise ConfigError(
-                "a factor of a screening design must have one level beside the baseline's, or "
-                f"two numbers, one below and one above it; this does not hold for {wrong}. Use "
-                "--design ofat for factors with more levels."
+                "a factor of a screening design must have one level besides the baseline's, or two"
+                f" numbers around it; this does not hold for {wrong}. Use --design ofat."
             )
         if three:
             table = pydoe.definitive_screening_design(len(three), n_cat=len(two))
             name = "definitive screening design (Jones & Nachtsheim 2011, by pyDOE)"
-            told = "main effects are free of two-factor interactions and of squares"
+            aliasing = "main effects are free of two-factor interactions and of squares"
             if two:
-                told = (
+                aliasing = (
                     "main effects of three-level factors are free of squares; with two-level "
                     "factors, main effects are partly mixed with interactions"
                 )
         else:
             table = pydoe.pbdesign(len(two))
             name = "Plackett-Burman design (pyDOE)"
-            told = "every main effect is mixed with parts of the interactions of other factors"
+            aliasing = "every main effect is mixed with parts of the interactions of other factors"
         self.factors = (*three, *two)
         self.coded = [tuple(round(value) for value in row) for row in table]
-        self.aliasing = [told]
+        self.aliasing = [aliasing]
         self.construction = f"{name}: {len(table)} settings for {len(self.factors)} factors"
         self.cells = [
             self._cell(_coded_label(f, code) for f, code in zip(self.factors, row, strict=True))

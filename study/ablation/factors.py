@@ -31,12 +31,7 @@ _PROPOSED: dict[str, tuple[ParamValue, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One setting of a factor.
-
-    Attributes:
-        label: What tables call it.
-        overrides: Training keys with their values.
-    """
+    """One setting of a factor: what tables call it, and its training keys with their values."""
 
     label: str
     overrides: dict[str, ParamValue]
@@ -198,16 +193,13 @@ def _has_no_effect(baseline: TrainConfig, key: str) -> bool:
 
 def components(baseline: TrainConfig) -> dict[str, list[Level]]:
     """List what can be taken out of a baseline, each as a factor whose one level lacks it."""
+    is_auto = baseline.batch_norm == "auto" and baseline.weights == "none"
+    trains_norms = baseline.batch_norm == "train" or is_auto
     found = {}
     for key, without in NEUTRAL.items():
-        if key == "batch_norm" and _trains_norms(baseline):
+        if key == "batch_norm" and trains_norms:
             continue
         level = Level(format_value(without[key]), dict(without))
         if not _is_in(baseline, level) and not _has_no_effect(baseline, key):
             found[key] = [level]
     return found
-
-
-def _trains_norms(baseline: TrainConfig) -> bool:
-    is_auto = baseline.batch_norm == "auto" and baseline.weights == "none"
-    return baseline.batch_norm == "train" or is_auto

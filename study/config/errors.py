@@ -14,11 +14,7 @@ from core.config import SECTION, TrainConfig, fields_of
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong.
-
-    Attributes:
-        faults: Every fault, each with its file or flag, key, rule, value and remedy.
-    """
+    """The configuration is wrong; `faults` lists all, each with its key, rule and value."""
 
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
@@ -52,12 +48,7 @@ def near(word: str, known: Iterable[str]) -> str:
 
 
 def explain(err: ValidationError, known: Iterable[str]) -> list[Fault]:
-    """Say in words what pydantic found wrong with a section.
-
-    Args:
-        err: What making the section raised.
-        known: The section's keys.
-    """
+    """Say in words what pydantic found wrong with a section of `known` keys."""
     faults: list[Fault] = []
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for error in err.errors(include_url=False):
@@ -80,9 +71,8 @@ def _sentence(errors: Iterable[Mapping[str, Any]], key: str, value: object) -> s
     """Join what every type that a key may have says of its value."""
     rules, hint = [], ""
     for error in errors:
-        rules.append(
-            error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        )
+        rule = error["msg"].removeprefix("Value error, ")
+        rules.append(rule.replace("Input should be", "must be"))
         if error["type"] == "literal_error":
             hint = near(str(value), re.findall(r"'([^']+)'", error["ctx"]["expected"]))
     first, *others = dict.fromkeys(rules)

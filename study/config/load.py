@@ -104,10 +104,9 @@ class _Merged:
         name, sign, written = text.partition("=")
         path = name.strip().split(".")
         if not sign or not all(path):
-            self.faults.append(
-                f"{origin.label}: must be section.key=value, but got {text!r}; "
-                "for example --set train.epochs=5."
-            )
+            example = "for example --set train.epochs=5."
+            text = f"must be section.key=value, but got {text!r}; {example}"
+            self.faults.append(f"{origin.label}: {text}")
             return
         homes = _homes(path[0])
         if path[0] not in _KEYS and len(homes) > 1:

@@ -46,7 +46,7 @@ class Range:
 
     @property
     def is_int(self) -> bool:
-        """Say whether the values are whole numbers."""
+        """Whether the values are whole numbers."""
         return isinstance(self.low, int)
 
     @property
@@ -234,22 +234,18 @@ def n_points(space: Space) -> int | None:
 
 def distributions(space: Space) -> dict[str, "BaseDistribution"]:
     """Return the space as Optuna writes it."""
-    return {name: _distribution(dimension) for name, dimension in space.items()}
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-
-def _distribution(dimension: Dimension) -> "BaseDistribution":
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    if isinstance(dimension, Choices):
-        return CategoricalDistribution(dimension.choices)
-    if dimension.is_int:
-        step = int(dimension.step or 1)
-        return IntDistribution(int(dimension.low), int(dimension.high), dimension.log, step)
-    return FloatDistribution(dimension.low, dimension.high, dimension.log, dimension.step)
+    found: dict[str, BaseDistribution] = {}
+    for name, dim in space.items():
+        if isinstance(dim, Choices):
+            found[name] = CategoricalDistribution(dim.choices)
+        elif dim.is_int:
+            step = int(dim.step or 1)
+            found[name] = IntDistribution(int(dim.low), int(dim.high), dim.log, step)
+        else:
+            found[name] = FloatDistribution(dim.low, dim.high, dim.log, dim.step)
+    return found
 
 
 def apply_params(base: TrainConfig, params: Mapping[str, ParamValue]) -> TrainConfig:
@@ -269,7 +265,7 @@ def apply_params(base: TrainConfig, params: Mapping[str, ParamValue]) -> TrainCo
 _LINEAR_PROBE = "linear-probe"
 # Rates for SGD with momentum at batch 32; a head ten times as fast as the backbone is D2L's recipe
 # (https://d2l.ai, section 14.2). Measured on EfficientNet-Lite0, one seed each: on digits (64 px,
-# 3 epochs, 400 pictures) the probe has 78.8 % at 1e-3 and 71.6 % at 1e-2, where its loss grows,
+# 3 epochs, 400 images) the probe has 78.8 % at 1e-3 and 71.6 % at 1e-2, where its loss grows,
 # and with frozen batch norms three trained stages stay at chance at 3e-3; on hot dog photos
 # (128 px, 8 to 15 epochs) 1e-3 does better than 3e-3 at every depth tried.
 RECIPES: dict[str, dict[str, ParamValue]] = {
@@ -283,7 +279,7 @@ RECIPES: dict[str, dict[str, ParamValue]] = {
 def recipes(
     space: Space, base: TrainConfig, names: Iterable[str] | None = None
 ) -> dict[str, dict[str, ParamValue]]:
-    """Express the known recipes in a space.
+    """Express the known recipes in a space: name -> value of every dimension, no two equal.
 
     Rates are moved to the nearest value of their dimension. A recipe is left out where the space
     cannot express its freeze depth, or searches none of its keys. The linear probe comes once per
@@ -293,9 +289,6 @@ def recipes(
         space: The search space.
         base: Gives the values of keys that the recipe does not name.
         names: Only these; None for all.
-
-    Returns:
-        Name -> value of every dimension of the space; no two are equal.
     """
     wanted = list(RECIPES) if names is None else [name for name in RECIPES if name in set(names)]
     found: dict[str, dict[str, ParamValue]] = {}

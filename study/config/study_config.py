@@ -1,4 +1,4 @@
-"""StudyConfig: everything that a study is told, in sections."""
+"""StudyConfig: all settings of a study, in sections."""
 
 import dataclasses
 import re
@@ -23,7 +23,9 @@ from study.config.search_space import (
 from study.search.samplers import PRUNERS, SAMPLERS
 
 if TYPE_CHECKING:
-    Sampler = Pruner = DesignKind = str
+    Sampler = str
+    Pruner = str
+    DesignKind = str
 else:
     Sampler, Pruner = Literal[tuple(SAMPLERS)], Literal[tuple(PRUNERS)]
     DesignKind = Literal[tuple(DESIGNS)]
@@ -45,9 +47,8 @@ def _seconds(value: object) -> object:
 
 def _study_name(value: object) -> object:
     if not (isinstance(value, str) and re.fullmatch(r"\w([\w .-]*\w)?", value)):
-        raise ValueError(
-            "must begin and end with a letter or digit, with . _ - or a space between"
-        )
+        rule = "must begin and end with a letter or digit, with . _ - or a space between"
+        raise ValueError(rule)
     return value
 
 

@@ -33,6 +33,7 @@ _RETRY_S = 0.05
 # Two readings of a process's start differ by rounding only.
 _SAME_START_S = 2.0
 _ANOTHER = "Name another with --storage."
+_MADE_BY_RUN = "`python -m study run` makes one; --storage names another."
 # File systems of other machines, on which the write-ahead log does not work.
 # https://www.sqlite.org/wal.html, and the names that /proc/mounts, macOS and Windows give them.
 _NETWORK = {
@@ -81,7 +82,7 @@ def open_database(storage: str, *, create: bool) -> Database:
     except ModuleNotFoundError as err:
         raise RecordError(
             f"database {storage} needs the package {err.name}, which is not installed. Install it "
-            '(for PostgreSQL: pip install "psycopg[binary]"), or name another with --storage.'
+            f'(for PostgreSQL: pip install "psycopg[binary]"). {_ANOTHER}'
         ) from err
     except (DatabaseError, NoSuchModuleError) as err:
         why = str(getattr(err, "orig", None) or err).splitlines()[0]
@@ -152,10 +153,8 @@ def _database_url(storage: str) -> URL:
             return make_url(storage)
         return URL.create("sqlite", database=str(Path(storage).expanduser()))
     except ArgumentError as err:
-        raise RecordError(
-            f"storage must be a file or a database URL such as sqlite:///studies.db, but got "
-            f"{storage!r}."
-        ) from err
+        text = f"storage must be a file or a database URL (sqlite:///studies.db), got {storage!r}."
+        raise RecordError(text) from err
 
 
 def _check_file(database: str | None, create: bool) -> Path:
@@ -170,15 +169,9 @@ def _check_file(database: str | None, create: bool) -> Path:
     if path.is_dir():
         raise RecordError(f"storage must be a file, but {path} is a folder.")
     if not path.parent.is_dir():
-        raise RecordError(
-            f"storage {path} must lie in a folder that exists, but {path.parent} does not. "
-            "Create it, or name another with --storage."
-        )
+        raise RecordError(f"storage must lie in a folder that exists, but got {path}. {_ANOTHER}")
     if not path.exists() and not create:
-        raise RecordError(
-            f"there is no database {path}. `python -m study run` makes one; --storage names "
-            "another."
-        )
+        raise RecordError(f"there is no database {path}. {_MADE_BY_RUN}")
     return path
 
 
@@ -253,14 +246,10 @@ def _check_owner(engine: Engine, storage: str, create: bool) -> None:
         )
     if tables and not is_ours:
         shown = ", ".join(sorted(tables)[:3])
-        raise RecordError(
-            f"database {storage} belongs to another program (tables {shown}). {_ANOTHER}"
-        )
+        text = f"database {storage} belongs to another program (tables {shown}). {_ANOTHER}"
+        raise RecordError(text)
     if not tables and not create:
-        raise RecordError(
-            f"database {storage} is empty. `python -m study run` fills it; --storage names "
-            "another."
-        )
+        raise RecordError(f"database {storage} is empty. {_MADE_BY_RUN}")
 
 
 def _create_tables(engine: Engine) -> None:

@@ -26,8 +26,6 @@ SCHEMA = 1
 PREFIX = "frostline_"
 
 Json = dict[str, Any]
-
-
 UNFINISHED = ("running", "interrupted")
 """States of a trial that has not ended."""
 
@@ -54,9 +52,6 @@ class Study(Base, kw_only=True):
     """A study.
 
     Attributes:
-        id: Key.
-        name: Unique.
-        created_at: When it was created.
         config: Resolved `StudyConfig`.
         data: Source, classes, counts per split, fingerprint, warnings.
         versions: Versions of the libraries it was created with.
@@ -78,18 +73,9 @@ class Run(Base, kw_only=True):
     """A process that worked on a study.
 
     Attributes:
-        id: Key.
-        study_id: Key of the study.
-        host: Its machine.
-        pid: Its number there.
-        pid_started: When it was started, seconds since 1970: tells it from a later one of that
-            number.
-        started_at: When it began to work on the study.
+        pid_started: Seconds since 1970: distinguishes it from a later process of the same `pid`.
         ended_at: When it signed off; None while it runs, or after a kill.
         outcome: Why it ended.
-        command: Command line.
-        device: What it trained on.
-        versions: Versions of its libraries.
     """
 
     __tablename__ = f"{PREFIX}runs"
@@ -115,23 +101,15 @@ class Trial(Base, kw_only=True):
     """A trial: what Optuna has no column for, joined with what stands in its tables alone.
 
     Attributes:
-        id: Key.
-        study_id: Key of the study.
         number: Its number in the study, as in Optuna.
-        run_id: The process that ran it.
         reason: Why it was pruned or failed; None for a complete one.
         origin: `recipe:NAME`, `sampler`, `retry of N` or `same as N`.
         config: Full `TrainConfig`.
         config_hash: Equal for equal settings and seed.
-        device: What it ran on.
-        started_at: When it began.
-        ended_at: When it ended; None while it runs.
+        ended_at: None while it runs.
         duration_s: Wall time.
-        epochs_done: Finished epochs.
         best_epoch: Epoch with the highest score, from 0.
         score: That epoch's score, as in `EpochMetrics`; trials are ranked by it.
-        trained_parameters: Number of trained scalars.
-        total_parameters: Number of scalars of the network.
         without_effect: Settings that did nothing in this trial.
         checkpoint: Folder of the best epoch's weights, while it is kept.
         factor: What an ablation varied; None in a search.
@@ -174,7 +152,7 @@ class Trial(Base, kw_only=True):
 
     @property
     def seed(self) -> int:
-        """Seed of the run."""
+        """Training seed."""
         return int(self.config["seed"])
 
     @property
@@ -184,7 +162,7 @@ class Trial(Base, kw_only=True):
 
     @property
     def freeze_depth(self) -> int:
-        """Freeze level."""
+        """Frozen stages, counted from the input."""
         return int(self.config["freeze_depth"])
 
     @property
@@ -215,8 +193,6 @@ class StudySummary:
     """A study in one line.
 
     Attributes:
-        name: Its name.
-        created_at: When it was created.
         updated_at: When its last trial began or ended; `created_at` where it has none.
         n_complete: Trials that reached their last epoch.
         n_pruned: Trials that the pruner stopped.
@@ -224,7 +200,6 @@ class StudySummary:
         n_running: Trials of a process that works on the study.
         n_interrupted: Trials whose process died, and that the next one will deal with.
         best_value: Validation accuracy of the best complete trial, in [0, 1].
-        best_number: That trial.
     """
 
     name: str
@@ -300,12 +275,9 @@ class Misclassified(Base, kw_only=True):
     """An image that a trial classified wrongly.
 
     Attributes:
-        trial_id: Key of the trial.
         split: `val` or `test`.
         rank: 0 is the worst.
-        path: The image.
         label: Its class.
-        predicted: The class that the network chose.
         probability: What the network gave the true class, in [0, 1].
         thumbnail: JPEG.
     """
@@ -325,20 +297,13 @@ class Test(Base, kw_only=True):
     """A trial's result on the test split.
 
     Attributes:
-        id: Key.
-        study_id: Key of the study.
-        trial_number: The trial.
         created_at: When the split was read.
         n: Number of test images.
-        n_correct: Number classified rightly.
-        accuracy: Their share, in [0, 1].
-        low: Lower end of its 95 % Wilson interval.
-        high: Upper end.
-        balanced_acc: Mean over classes of the share classified rightly.
-        macro_f1: Mean F1 over classes.
+        accuracy: `n_correct / n`.
+        low: Lower end of its 95 % Wilson interval; `high` is the upper one.
+        balanced_acc: Mean over classes of the share classified correctly.
         val_acc: Validation accuracy of the tested epoch.
         confusion: Images by true (row) and predicted (column) class.
-        command: Command line.
     """
 
     __test__ = False  # pytest would take the name for a test class
@@ -363,13 +328,10 @@ class Design(Base, kw_only=True):
     """An ablation's design.
 
     Attributes:
-        id: Key.
-        study_id: Key of the ablation's study.
         key: Unique within the study.
-        kind: `ofat`, `loco`, `factorial`, `path` or `screen`.
+        kind: A name in `DESIGNS`.
         spec: Factors, cells and rules, as `Design.to_record` returns them.
-        command: Command line that used it last.
-        updated_at: When that was.
+        command: Command line that used it last, at `updated_at`.
     """
 
     __tablename__ = f"{PREFIX}designs"

@@ -118,10 +118,8 @@ class Record(AbstractContextManager["Record"]):
         try:
             self._add(study)
         except IntegrityError as err:
-            raise RecordError(
-                f"a study's name must be new, but {self.storage} has a study {name}. Use another "
-                "--name, or resume that one."
-            ) from err
+            rule = f"a study's name must be new, but {self.storage} has a study {name}."
+            raise RecordError(f"{rule} Use another --name, or resume that one.") from err
         self.optuna_study(study.id)
         return study.id
 
@@ -446,10 +444,8 @@ class Record(AbstractContextManager["Record"]):
 
     def _writing(self) -> AbstractContextManager[Session]:
         if not self._is_writable:
-            raise RecordError(
-                f"database {self.storage} cannot be written. Change its permissions, or name "
-                "another with --storage."
-            )
+            rule = f"database {self.storage} cannot be written."
+            raise RecordError(f"{rule} Change its permissions, or name another with --storage.")
         return writing(self.engine)
 
     def _add(self, row: Base) -> None:

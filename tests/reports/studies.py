@@ -62,22 +62,19 @@ class Plan:
 def metrics(epoch: int, val_acc: float, *, is_best: bool) -> EpochMetrics:
     loss = 2.3 * (1 - val_acc) + 0.05
     return EpochMetrics(
-        epoch=epoch,
-        train_loss=0.9 * loss,
-        val_loss=loss,
-        val_acc=val_acc,
-        val_balanced_acc=max(val_acc - 0.01, 0.0),
-        val_macro_f1=max(val_acc - 0.02, 0.0),
-        base_lr=0.01 / (epoch + 1),
-        head_lr=0.1 / (epoch + 1),
-        images_per_s=240.0,
-        data_s=0.4,
-        train_s=3.0,
-        eval_s=0.5,
-        peak_memory_bytes=2**30,
-        micro_batch_size=32,
-        is_best=is_best,
-    )
+        epoch=epoch, train_loss=0.9 * loss, val_loss=loss, val_acc=val_acc,
+        val_balanced_acc=max(val_acc - 0.01, 0.0), val_macro_f1=max(val_acc - 0.02, 0.0),
+        base_lr=0.01 / (epoch + 1), head_lr=0.1 / (epoch + 1), images_per_s=240.0, data_s=0.4,
+        train_s=3.0, eval_s=0.5, peak_memory_bytes=2**30, micro_batch_size=32, is_best=is_best,
+    )  # fmt: skip
+
+
+def _data(
+    source: str, classes: Sequence[str], n_val: int, n_test: int, warnings: Sequence[str]
+) -> dict[str, Any]:
+    counts = {"n_train": 1360, "n_val": n_val, "n_test": n_test}
+    texts = {"fingerprint": "9f2c" * 16, "warnings": list(warnings)}
+    return {"source": source, "classes": list(classes)} | counts | texts
 
 
 def make_study(
@@ -99,15 +96,7 @@ def make_study(
         "search": {"sampler": "tpe", "pruner": "hyperband"},
         "space": SPACE if space is None else space,
     }
-    data = {
-        "source": "folder:pets",
-        "classes": list(classes),
-        "n_train": 1360,
-        "n_val": n_val,
-        "n_test": n_test,
-        "fingerprint": "9f2c" * 16,
-        "warnings": list(warnings),
-    }
+    data = _data("folder:pets", classes, n_val, n_test, warnings)
     study_id = store.create_study(name, config, data, VERSIONS)
     run_id = store.begin_run(
         study_id,
@@ -139,17 +128,10 @@ def _enter(
     network = {"backbone": "resnet18", "freeze_depth": 0}
     trial = store.start_trial(study_id, plan.params, space)
     row = Trial(
-        study_id=study_id,
-        number=number,
-        run_id=run_id,
-        origin=plan.origin,
-        config=network | config,
-        config_hash=config_hash(config),
-        device="cpu",
-        trained_parameters=5_130,
-        total_parameters=11_181_642,
-        started_at=now,
-    )
+        study_id=study_id, number=number, run_id=run_id, origin=plan.origin,
+        config=network | config, config_hash=config_hash(config), device="cpu",
+        trained_parameters=5_130, total_parameters=11_181_642, started_at=now,
+    )  # fmt: skip
     trial_id = store.begin_trial(row)
     best, best_epoch = -1.0, None
     for epoch, val_acc in enumerate(plan.curve):
@@ -164,18 +146,17 @@ def _enter(
         duration = 1.0 + plan.epoch_s * len(plan.curve)
     ended = now + timedelta(seconds=duration)
     if plan.state != "running":
+        is_complete = plan.state == "complete"
         store.end_trial(
             trial_id,
             plan.state,
             reason=plan.reason,
-            value=best if plan.curve else None,
+            value=best if plan.curve else plan.score,
             score=plan.score,
             best_epoch=best_epoch,
             epochs_done=len(plan.curve),
             duration_s=duration,
-            checkpoint=f"frostline-runs/pets/trial-{number:04d}"
-            if plan.state == "complete"
-            else None,
+            checkpoint=f"frostline-runs/pets/trial-{number:04d}" if is_complete else None,
         )
     times = {"started_at": now, "ended_at": None if plan.state == "running" else ended}
     with store.engine.begin() as connection:
@@ -214,7 +195,7 @@ def searched_plans(n: int, seed: int) -> list[Plan]:
             reason = "diverged: the loss is nan at epoch 1, step 12. Lower base_lr."
             plans.append(Plan(params, points[:1], "failed", reason, origin, cost))
         elif number % 31 == 17:
-            reason = "out of memory: even one picture at a time does not fit (8 GiB)"
+            reason = "out of memory: even one image at a time does not fit (8 GiB)"
             plans.append(Plan(params, [], "failed", reason, origin, cost, 3.0))
         elif number > 5 and points[2] < float(np.quantile(best_at_3, 0.4)):
             plans.append(Plan(params, points[:3], "pruned", "pruned after epoch 3", origin, cost))
@@ -244,7 +225,7 @@ def thumbnail(seed: int, size: tuple[int, int] = (96, 72)) -> bytes:
 def add_results(
     store: Record, name: str, number: int, classes: Sequence[str], n_wrong: int
 ) -> None:
-    """Give a trial a confusion matrix and worst pictures, as a finished one has."""
+    """Give a trial a confusion matrix and worst images, as a finished one has."""
     rng = np.random.default_rng(3)
     k = len(classes)
     matrix = np.diag(rng.integers(20, 36, k))
@@ -257,17 +238,11 @@ def add_results(
     for rank in range(min(12, n_wrong)):
         i, j = rng.choice(k, 2, replace=False)
         size = (96, 72) if rank % 2 else (64, 96)
-        path = f"val/{classes[i]}/IMG_{rank:04d}.jpg"
         row = Misclassified(
-            trial_id=trial.id,
-            split="val",
-            rank=rank,
-            path=path,
-            label=classes[i],
-            predicted=classes[j],
-            probability=0.01 * rank,
+            trial_id=trial.id, split="val", rank=rank, path=f"val/{classes[i]}/IMG_{rank:04d}.jpg",
+            label=classes[i], predicted=classes[j], probability=0.01 * rank,
             thumbnail=thumbnail(rank, size),
-        )
+        )  # fmt: skip
         rows.append(row)
     store.add_misclassified(trial.id, rows)
 
@@ -277,16 +252,10 @@ def add_test(
 ) -> None:
     """Enter a reading of the test split."""
     store.add_test(
-        store.study(name).id,
-        number,
-        n=n,
-        n_correct=round(accuracy * n),
-        balanced_acc=accuracy,
-        macro_f1=accuracy,
-        val_acc=val_acc,
-        confusion=[[1]],
+        store.study(name).id, number, n=n, n_correct=round(accuracy * n), val_acc=val_acc,
+        balanced_acc=accuracy, macro_f1=accuracy, confusion=[[1]],
         command=f"python -m study test {name}",
-    )
+    )  # fmt: skip
 
 
 # Ablations
@@ -378,8 +347,8 @@ def spec_of(
 
 
 def _identity(cell: Cell, replicate: int, resplit: bool) -> str:
-    told = {"overrides": cell.overrides, "levels": cell.levels, "seed": FIRST_SEED + replicate}
-    return config_hash(told | {"val_seed": replicate if resplit else None})
+    own = {"overrides": cell.overrides, "levels": cell.levels, "seed": FIRST_SEED + replicate}
+    return config_hash(own | {"val_seed": replicate if resplit else None})
 
 
 def make_ablation(
@@ -407,15 +376,9 @@ def make_ablation(
         score: How each run goes.
         name: Of the study.
         looks: Numbers of replicates at which an adaptive one looks; one for a fixed one.
-        settings: What the ablation was told; by default what suits the design.
+        settings: By default what suits the design.
         steps: Of a path: the changes taken.
         test: Test accuracy of a run; None for a run that was not tested.
-        n_val: Validation pictures.
-        n_test: Test pictures.
-        source: Where pictures come from.
-        command: Command line.
-        warnings: About the pictures.
-        origin: Where the baseline comes from.
     """
     if settings is None:
         settings = section(design=design.kind, replicates=looks[0], adaptive=len(looks) > 1)
@@ -461,15 +424,7 @@ def _enter_study(
         "space": {},
         "ablation": dataclasses.asdict(settings),
     }
-    data = {
-        "source": source,
-        "classes": list(CLASSES),
-        "n_train": 1360,
-        "n_val": n_val,
-        "n_test": n_test,
-        "fingerprint": "9f2c" * 16,
-        "warnings": list(warnings),
-    }
+    data = _data(source, CLASSES, n_val, n_test, warnings)
     return store.create_study(name, config, data, VERSIONS)
 
 
@@ -487,17 +442,12 @@ def _enter_run(
     config = dataclasses.asdict(dataclasses.replace(train, seed=FIRST_SEED + replicate))
     store.start_trial(study_id, {}, {}, {LEVELS: cell.levels})
     trial = Trial(
-        study_id=study_id,
-        number=number,
-        run_id=run_id,
-        origin=f"{cell.label}, replicate {replicate + 1}",
-        config=config,
-        config_hash=_identity(cell, replicate, settings.resplit),
-        device="cpu",
+        study_id=study_id, number=number, run_id=run_id,
+        origin=f"{cell.label}, replicate {replicate + 1}", config=config,
+        config_hash=_identity(cell, replicate, settings.resplit), device="cpu",
         factor=", ".join(cell.levels) or "baseline",
-        level=", ".join(cell.levels.values()) or None,
-        replicate=replicate,
-    )
+        level=", ".join(cell.levels.values()) or None, replicate=replicate,
+    )  # fmt: skip
     key = store.begin_trial(trial)
     is_done = isinstance(score, float)
     store.end_trial(
@@ -520,21 +470,11 @@ def in_memory(
     scores: Any,
     *,
     steps: Sequence[str] = (),
-    settings: AblationSection | None = None,
-    resolution: float = 0.0,
 ) -> Ablation:
-    """Make an ablation as it would be read.
-
-    Args:
-        design: Its cells.
-        scores: Accuracy by cell and replicate, (cells, R); NaN for a failed run.
-        steps: Of a path: the changes taken.
-        settings: What it was told.
-        resolution: Step in which accuracy moves.
-    """
+    """Make an ablation as it would be read; `scores` (cells, R), NaN for a failed run."""
     values = np.asarray(scores, dtype=np.float64)
     looks = [values.shape[1]]
-    settings = settings or section(design=design.kind, replicates=looks[0])
+    settings = section(design=design.kind, replicates=looks[0])
     spec = {
         **design.to_record(),
         "settings": dataclasses.asdict(settings),
@@ -548,7 +488,7 @@ def in_memory(
         id=1, study_id=1, key="key", kind=design.kind, spec=spec, command="", updated_at=BEGAN
     )
     runs = tuple(_runs(cell, own) for cell, own in zip(design.cells, values, strict=True))
-    rules = Rules(settings.alpha, settings.margin / 100, resolution=resolution)
+    rules = Rules(settings.alpha, settings.margin / 100)
     return Ablation(study, row, runs, rules)
 
 

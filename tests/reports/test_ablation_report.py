@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import re
 import socket
 from pathlib import Path
@@ -75,9 +74,14 @@ def report(store: Record, folder: Path, **more: object) -> tuple[AblationPaths, 
     return paths, Page(paths.html), sections[0]
 
 
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures out, which take nine tenths of the time."""
     monkeypatch.setattr("reports.figures.render", lambda *args, **more: b"<svg></svg>")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
 def names(cells: str) -> set[str]:
@@ -87,9 +91,11 @@ def names(cells: str) -> set[str]:
 
 # Levels against the baseline
 
+Levels = tuple[Path, AblationPaths, Page, Section]
+
 
 @pytest.fixture(scope="module")
-def levels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AblationPaths, Page, Section]:
+def levels(tmp_path_factory: pytest.TempPathFactory) -> Levels:
     """The drawn report of five levels, the test split read for the baseline and one of them."""
     folder = tmp_path_factory.mktemp("machine-path")
     score = simulate(TRUTH)
@@ -101,7 +107,7 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AblationPath
     return folder, *report(store, folder / "out" / "deep")
 
 
-def test_every_file_is_written(levels: tuple[Path, AblationPaths, Page, Section]) -> None:
+def test_every_file_is_written(levels: Levels) -> None:
     folder, paths, _, _ = levels
     out = folder / "out" / "deep"
     assert [paths.html, paths.markdown, paths.latex, *paths.csv] == [
@@ -119,9 +125,7 @@ def test_every_file_is_written(levels: tuple[Path, AblationPaths, Page, Section]
     assert all(p.read_bytes().startswith(starts[p.suffix]) for p in paths.figures)
 
 
-def test_the_page_says_which_levels_help_hurt_and_are_open(
-    levels: tuple[Path, AblationPaths, Page, Section],
-) -> None:
+def test_the_page_says_which_levels_help_hurt_and_are_open(levels: Levels) -> None:
     _, _, page, found = levels
     verdicts = {effect.arm.label: effect.verdict for effect in found.effects}
     assert verdicts["augment = mixup"] == "helps" and verdicts["augment = none"] == "hurts"
@@ -138,9 +142,7 @@ def test_the_page_says_which_levels_help_hurt_and_are_open(
     assert "replicates would settle it" in page.finding("Undecided:")
 
 
-def test_the_page_says_that_the_test_split_was_read(
-    levels: tuple[Path, AblationPaths, Page, Section],
-) -> None:
+def test_the_page_says_that_the_test_split_was_read(levels: Levels) -> None:
     _, paths, page, found = levels
     assert page.finding("Test split:") == "The test split was read for 10 runs."
     assert "The test split was not used" not in page.text
@@ -153,9 +155,7 @@ def test_the_page_says_that_the_test_split_was_read(
     assert (cards["Replicates"], cards["Runs"]) == ("5", "30")
 
 
-def test_no_path_of_this_machine_is_in_any_file(
-    levels: tuple[Path, AblationPaths, Page, Section],
-) -> None:
+def test_no_path_of_this_machine_is_in_any_file(levels: Levels) -> None:
     folder, paths, _, _ = levels
     texts = [paths.html, paths.markdown, paths.latex, *paths.csv]
     texts += [path for path in paths.figures if path.suffix == ".svg"]
@@ -165,9 +165,7 @@ def test_no_path_of_this_machine_is_in_any_file(
             assert trace not in text, f"{trace} in {path.name}"
 
 
-def test_two_reads_give_the_same_bytes(
-    levels: tuple[Path, AblationPaths, Page, Section], tmp_path: Path
-) -> None:
+def test_two_reads_give_the_same_bytes(levels: Levels, tmp_path: Path) -> None:
     folder, paths, _, _ = levels
     with Record.open(str(folder / "studies.db")) as store:
         again = write_ablation(store, NAME, tmp_path)
@@ -178,13 +176,11 @@ def test_two_reads_give_the_same_bytes(
     assert paths.latex.read_bytes() == again.latex.read_bytes()
 
 
-def test_the_effects_csv_is_unrounded_and_that_of_estimate_effects(
-    levels: tuple[Path, AblationPaths, Page, Section],
-) -> None:
+def test_the_effects_csv_is_unrounded_and_that_of_estimate_effects(levels: Levels) -> None:
     folder, paths, _, _ = levels
     score, cells = simulate(TRUTH), ofat().cells
     values = [[score(cell, r) for cell in cells] for r in range(5)]  # as it was entered
-    rows = list(csv.DictReader(io.StringIO(paths.csv[0].read_text(encoding="utf-8"))))
+    rows = rows_of(paths.csv[0])
     arms = [make_arm(cell.label, [row[k] for row in values]) for k, cell in enumerate(cells)]
     rules = Rules(resolution=1 / 400)
     effects = estimate_effects(arms[0], arms[1:], rules)
@@ -201,9 +197,9 @@ def test_the_effects_csv_is_unrounded_and_that_of_estimate_effects(
             assert float(row[key]) == pytest.approx(own, abs=1e-12), key
 
 
-def test_the_runs_csv_has_every_run(levels: tuple[Path, AblationPaths, Page, Section]) -> None:
+def test_the_runs_csv_has_every_run(levels: Levels) -> None:
     _, paths, _, _ = levels
-    rows = list(csv.DictReader(io.StringIO(paths.csv[1].read_text(encoding="utf-8"))))
+    rows = rows_of(paths.csv[1])
     score, cells = simulate(TRUTH), ofat().cells
     values = {(cell.label, r): score(cell, r) for r in range(5) for cell in cells}
     assert len(rows) == len(values) == 30
@@ -215,8 +211,8 @@ def test_the_runs_csv_has_every_run(levels: tuple[Path, AblationPaths, Page, Sec
 # Other states of such a study
 
 
-def test_failed_runs_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_failed_runs_are_findings(tmp_path: Path) -> None:
     score = simulate(TRUTH)
 
     def failing(cell: Cell, replicate: int) -> Score:
@@ -230,8 +226,7 @@ def test_failed_runs_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     store = make_ablation(tmp_path / "s.db", ofat(), failing)
     paths, page, found = report(store, tmp_path / "out")
-    told = page.finding("Runs failed:")
-    assert told == "freeze = 5 (5 of 5 runs); head = zero (1 of 5 runs)."
+    assert page.finding("Runs failed:") == "freeze = 5 (5 of 5 runs); head = zero (1 of 5 runs)."
     verdicts = {effect.arm.label: effect for effect in found.effects}
     assert verdicts["freeze = 5"].n == 0
     # What was cut short from outside will come again: it is missing, not failed.
@@ -243,13 +238,12 @@ def test_failed_runs_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         *[("freeze = 5", str(seed)) for seed in range(7, 12)], ("head = zero", "8"),
     ]  # fmt: skip
     assert EVIL in page.text
-    rows = list(csv.DictReader(io.StringIO(paths.csv[0].read_text(encoding="utf-8"))))
+    rows = rows_of(paths.csv[0])
     assert [row["n_failed"] for row in rows] == ["0", "0", "0", "0", "5", "1"]
 
 
-def test_an_unfinished_study_says_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
     score = simulate(TRUTH)
 
     def half(cell: Cell, replicate: int) -> Score:
@@ -257,12 +251,11 @@ def test_an_unfinished_study_says_what_is_missing(
         return score(cell, replicate) if is_done and cell.label != "head = zero" else None
 
     store = make_ablation(tmp_path / "s.db", ofat(), half)
-    undrawn(monkeypatch)
     _, page, found = report(store, tmp_path / "out")
     cards = {card.name: card for card in found.cards}
     assert (cards["Runs"].figure, cards["Runs"].more) == ("7", "0 failed, 23 still missing")
-    told = {effect.arm.label: effect.n for effect in found.effects}
-    assert told["freeze = 3"] == 2 and told["head = zero"] == 0
+    n = {effect.arm.label: effect.n for effect in found.effects}
+    assert n["freeze = 3"] == 2 and n["head = zero"] == 0
     assert "head = zero (not run yet)" in page.finding("Undecided:")
     assert "augment = none (too few replicates)" in page.finding("Undecided:")
     last = {row[1]: row[-1] for row in found.grids[0].rows}
@@ -270,15 +263,7 @@ def test_an_unfinished_study_says_what_is_missing(
     assert last["none"] == "undecided: one replicate cannot be tested"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "ofat",
-        "factorial",
-        "screen",
-        "path",
-    ],
-)
+@pytest.mark.parametrize("kind", ["ofat", "factorial", "screen", "path"])
 def test_a_study_of_which_nothing_has_run_can_be_drawn(kind: str, tmp_path: Path) -> None:
     factors = two_levels("a", "b", "c")
     store = make_ablation(tmp_path / "s.db", design_of(kind, factors), lambda cell, r: None)
@@ -287,10 +272,8 @@ def test_a_study_of_which_nothing_has_run_can_be_drawn(kind: str, tmp_path: Path
     assert page.finding("Test split:") == "The test split was not used."
 
 
-def test_an_adaptive_study_shows_the_replicates_of_each_level(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_an_adaptive_study_shows_the_replicates_of_each_level(tmp_path: Path) -> None:
     score = simulate({"augment = none": -0.1, "augment = mixup": 0.1}, sd=0.02)
 
     def adaptive(cell: Cell, replicate: int) -> Score:
@@ -300,38 +283,27 @@ def test_an_adaptive_study_shows_the_replicates_of_each_level(
     settings = section(design="ofat", replicates=5, adaptive=True, max_replicates=12, margin=0.5)
     store = make_ablation(tmp_path / "s.db", ofat(), adaptive, looks=(5, 8, 12), settings=settings)
     paths, page, found = report(store, tmp_path / "out")
-    told = {effect.arm.label: (effect.n, effect.verdict) for effect in found.effects}
-    assert told["augment = none"] == (5, "hurts") and told["augment = mixup"] == (5, "helps")
-    assert told["freeze = 3"][0] == 8
+    own = {effect.arm.label: (effect.n, effect.verdict) for effect in found.effects}
+    assert own["augment = none"] == (5, "hurts") and own["augment = mixup"] == (5, "helps")
+    assert own["freeze = 3"][0] == 8
     assert "looks at 5, 8, 12 replicates" in page.text
     assert "±0.5 points" in page.text
     assert "missing" not in {card.name: card for card in found.cards}["Runs"].more
-    rows = list(csv.DictReader(io.StringIO(paths.csv[1].read_text(encoding="utf-8"))))
+    rows = rows_of(paths.csv[1])
     assert len(rows) == 4 * 8 + 2 * 5
 
 
-def test_names_are_escaped_wherever_they_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_names_are_escaped_and_passwords_blanked_wherever_they_stand(tmp_path: Path) -> None:
     factors = make_factors(**{f"f{EVIL}": [f"b{EVIL}", f"l{EVIL}"], "x": ["y", "z"]})
     store = make_ablation(
         tmp_path / "s.db", design_of("ofat", factors), simulate({}),
-        origin=f"trial 1 of {EVIL}", command=f"python -m study ablate '{EVIL}'",
+        origin=f"trial 1 of {EVIL}", command=f"python -m study ablate '{EVIL}' --storage postgresql://me:hunter2@db/studies",
         source=f"folder:{EVIL}", warnings=[f"class {EVIL} is small"],
     )  # fmt: skip
     paths, page, _ = report(store, tmp_path / "out")
     assert page.text.count(EVIL) >= 8  # and a page with a script is refused
     assert "<script" not in paths.markdown.read_text(encoding="utf-8")
-
-
-def test_a_database_url_loses_its_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
-    command = "python -m study ablate pets --storage postgresql://me:hunter2@db/studies"
-    store = make_ablation(tmp_path / "s.db", ofat(), simulate({}), command=command)
-    paths, page, _ = report(store, tmp_path / "out")
     assert "postgresql://me:***@db/studies" in page.text
     for path in (paths.html, paths.markdown, paths.latex):
         assert "hunter2" not in path.read_text(encoding="utf-8")
@@ -363,30 +335,26 @@ def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
     }  # fmt: skip
     assert page.finding("Design:") == "full factorial, 4 combinations."
     assert [path.name for path in paths.csv] == ["factorial-effects.csv", "factorial-runs.csv"]
-    rows = list(csv.DictReader(io.StringIO(paths.csv[0].read_text(encoding="utf-8"))))
+    rows = rows_of(paths.csv[0])
     assert len(rows) == 3
     assert not found.effects
 
 
-def test_a_fraction_tells_its_aliases_and_no_interaction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_a_fraction_tells_its_aliases_and_no_interaction(tmp_path: Path) -> None:
     design = design_of("factorial", two_levels("a", "b", "c"), resolution=3)
     store = make_ablation(tmp_path / "s.db", design, simulate({"b = on": -0.07}))
     _, page, found = report(store, tmp_path / "out")
     assert page.finding("Matters:").startswith("b from off to on (−")
-    assert page.finding("Not told from noise:") == "a, c."
+    assert page.finding("Not distinguishable from noise:") == "a, c."
     assert "fractional factorial of resolution 3" in page.finding("Design:")
     assert "Aliasing: a = b × c" in found.grids[0].note
     assert "interaction)" not in page.text
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_a_screening_design_finds_the_planted_factor(
-    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_a_screening_design_finds_the_planted_factor(n: int, tmp_path: Path) -> None:
     names_ = ("a", "b", "c", "d", "e", "f", "g")
     design = design_of("screen", two_levels(*names_))
     store = make_ablation(
@@ -400,10 +368,10 @@ def test_a_screening_design_finds_the_planted_factor(
 
 
 @pytest.mark.parametrize("kind", ["screen", "factorial"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_coded_design_without_a_whole_replicate_claims_nothing(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path
 ) -> None:
-    undrawn(monkeypatch)
     design = design_of(kind, two_levels("a", "b", "c"))
     score = simulate({"b = on": -0.3})
     # Half of the settings diverge every time.
@@ -413,7 +381,7 @@ def test_a_coded_design_without_a_whole_replicate_claims_nothing(
         lambda cell, r: "diverged: nan" if "b" in cell.levels else score(cell, r),
     )
     _, page, _ = report(store, tmp_path / "out")
-    assert "no effect is told from noise" not in page.finding("Matters:")
+    assert "no effect is distinguishable from noise" not in page.finding("Matters:")
 
 
 def path_store(path: Path, score: Simulator) -> Record:
@@ -436,10 +404,8 @@ def test_a_path_tells_its_order_and_its_gains(tmp_path: Path) -> None:
     assert {path.stem for path in paths.figures} == {"path-waterfall"}
 
 
-def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(tmp_path: Path) -> None:
     score = simulate({"freeze = on": -0.1})
     begun = design_of("path", two_levels("augment", "freeze"))
     store = make_ablation(
@@ -452,10 +418,8 @@ def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(
 # Several designs, several data sets
 
 
-def test_two_designs_of_one_study_have_a_section_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_two_designs_of_one_study_have_a_section_each(tmp_path: Path) -> None:
     store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
     with store:
         repeat_design(store, NAME)
@@ -506,31 +470,10 @@ def test_a_level_that_failed_on_a_dataset_ranks_last_there(tmp_path: Path) -> No
     assert rows["augment = mixup"][2].endswith("(1 failed)")
 
 
-def test_ablations_that_share_no_level_are_not_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_ablations_that_share_no_level_are_not_compared(tmp_path: Path) -> None:
     other = design_of("ofat", make_factors(decay=["0", "1"]))
     make_ablation(tmp_path / "s.db", other, simulate({}), name="other").close()
     store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
     _, page, _ = report(store, tmp_path / "out", beside=["other"])
     assert "nothing can be compared across them" in page.text
-
-
-# Planted effects through the whole record
-
-
-def planted(path: Path, seed: int) -> dict[str, str]:
-    """Enter a study with one level that helps, one that hurts and one without effect."""
-    design = design_of("ofat", make_factors(x=["0", "up", "down", "same"]))
-    score = simulate({"x = up": 0.04, "x = down": -0.04}, seed=seed, sd=0.01, n_val=5000)
-    with make_ablation(path, design, score, name=f"study-{seed}", looks=(8,), n_val=5000) as store:
-        ablation = read_ablations(store, f"study-{seed}")[0]
-    return {effect.arm.level: effect.verdict for effect in ablation.effects()}
-
-
-def test_planted_effects_are_found_through_the_record(tmp_path: Path) -> None:
-    found = [planted(tmp_path / "s.db", seed) for seed in range(40)]
-    assert sum(each["up"] == "helps" and each["down"] == "hurts" for each in found) >= 38
-    wrong = sum(each["same"] in ("helps", "hurts") for each in found)
-    assert wrong / 40 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)

@@ -110,10 +110,10 @@ def test_contrasts_are_differences_of_means_with_a_t_test_over_replicates(n_fact
         each = scores[sign > 0].mean(axis=0) - scores[sign < 0].mean(axis=0)
         expected = stats.ttest_1samp(each, 0)
         ends = expected.confidence_interval(0.95)
-        told = found[name]
-        assert told.effect.estimate == pytest.approx(each.mean(), abs=1e-9)
-        assert (told.effect.low, told.effect.high) == pytest.approx((ends.low, ends.high))
-        assert told.p == pytest.approx(expected.pvalue, abs=1e-9)
+        own = found[name]
+        assert own.effect.estimate == pytest.approx(each.mean(), abs=1e-9)
+        assert (own.effect.low, own.effect.high) == pytest.approx((ends.low, ends.high))
+        assert own.p == pytest.approx(expected.pvalue, abs=1e-9)
         raw.append(expected.pvalue)
     corrected = multipletests(raw, method="holm")[1]
     assert [found[name].p_family for name in signs] == pytest.approx(list(corrected), abs=1e-9)
@@ -132,11 +132,11 @@ def test_lenths_method_by_hand() -> None:
     error, df = 0.0225, 7 / 3
     half = stats.t.ppf(0.975, df) * error
     for name, effect in zip(names, effects, strict=True):
-        told = found[name]
-        assert told.effect.estimate == pytest.approx(effect, abs=1e-9)
-        assert told.effect.high - told.effect.estimate == pytest.approx(half, abs=1e-9)
+        own = found[name]
+        assert own.effect.estimate == pytest.approx(effect, abs=1e-9)
+        assert own.effect.high - own.effect.estimate == pytest.approx(half, abs=1e-9)
         p = 2 * stats.t.sf(abs(effect) / error, df)
-        assert (told.p, told.n) == (pytest.approx(p, abs=1e-9), 1)
+        assert (own.p, own.n) == (pytest.approx(p, abs=1e-9), 1)
     assert found["f0"].p_family == pytest.approx(7 * found["f0"].p)
 
 

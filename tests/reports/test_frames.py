@@ -58,10 +58,10 @@ def test_dimensions_come_from_the_space_in_its_order() -> None:
 def test_dimensions_without_a_space_are_read_from_the_values() -> None:
     many = [10.0**-i for i in range(8)]
     trials = trials_of(params_lr=many, params_opt=["sgd", "adamw"] * 4, params_n=list(range(8)))
-    told = {dim.name: dim for dim in dimensions({}, trials)}
-    assert told["lr"].is_log and not told["lr"].choices
-    assert told["opt"].choices == ("adamw", "sgd")
-    assert told["n"].is_int and told["n"].high == 7
+    found = {dim.name: dim for dim in dimensions({}, trials)}
+    assert found["lr"].is_log and not found["lr"].choices
+    assert found["opt"].choices == ("adamw", "sgd")
+    assert found["n"].is_int and found["n"].high == 7
 
 
 def test_a_column_with_gaps_gives_back_what_was_suggested() -> None:
@@ -93,15 +93,15 @@ def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
     start = pd.Timestamp("2026-03-01")
     at = [start + pd.Timedelta(seconds=s) for s in (0, 10, 12, 1000, 1500)]
     end = [start + pd.Timedelta(seconds=s) for s in (20, 15, 30, 1010, 1500)]
-    told = busy_seconds(trials_of(started_at=at, ended_at=[*end[:4], pd.NaT]))
-    assert told.tolist()[:4] == [20.0, 15.0, 30.0, 40.0]
-    assert np.isnan(told.iloc[4])
+    found = busy_seconds(trials_of(started_at=at, ended_at=[*end[:4], pd.NaT]))
+    assert found.tolist()[:4] == [20.0, 15.0, 30.0, 40.0]
+    assert np.isnan(found.iloc[4])
 
 
 def test_history_keeps_the_best_finished_value() -> None:
     states = ["complete", "pruned", "complete", "failed"]
-    told = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
-    assert told["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
+    found = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
+    assert found["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
 
 
 def test_slices_hold_scored_trials_only() -> None:
@@ -110,8 +110,8 @@ def test_slices_hold_scored_trials_only() -> None:
         state=["complete", "failed", "pruned", "running"],
         params_b=["x", "y", "z", "x"],
     )
-    told = slice_frame(trials, Dimension("b", choices=("z", "x", "y")))
-    assert told.values.tolist() == [[0, 1.0, 0.5, "complete"], [2, 0.0, 0.6, "pruned"]]
+    found = slice_frame(trials, Dimension("b", choices=("z", "x", "y")))
+    assert found.values.tolist() == [[0, 1.0, 0.5, "complete"], [2, 0.0, 0.6, "pruned"]]
 
 
 def test_the_front_has_what_nothing_beats() -> None:
@@ -126,15 +126,15 @@ def test_copies_are_not_on_the_cost_front_for_free() -> None:
         origin=["sampler", "same as 0", "sampler"],
         state=["complete", "complete", "pruned"],
     )
-    told = cost_frame(trials)
-    assert told["number"].tolist() == [0, 2]
-    assert told["is_front"].tolist() == [True, False]
+    found = cost_frame(trials)
+    assert found["number"].tolist() == [0, 2]
+    assert found["is_front"].tolist() == [True, False]
 
 
 def test_confused_pairs_are_the_commonest_first() -> None:
     matrix = np.array([[8, 2, 0], [0, 5, 5], [1, 0, 0]])
-    told = confused_pairs(matrix, ["a", "b", "c"], n_pairs=2)
-    assert told.values.tolist() == [["b", "c", 5, 0.5], ["a", "b", 2, 0.2]]
+    found = confused_pairs(matrix, ["a", "b", "c"], n_pairs=2)
+    assert found.values.tolist() == [["b", "c", 5, 0.5], ["a", "b", 2, 0.2]]
     assert confused_pairs(np.eye(3), ["a", "b", "c"]).empty
 
 

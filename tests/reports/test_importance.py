@@ -39,8 +39,8 @@ def planted(n: int = 60, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def finals(rows: list[dict[str, object]], curves: list[list[float]]) -> list[float]:
-    told = estimate_final(trials_of(rows), epochs_of(curves))
-    return [float(v) for v in told["score"]]
+    found = estimate_final(trials_of(rows), epochs_of(curves))
+    return [float(v) for v in found["score"]]
 
 
 def estimate(trials: pd.DataFrame, epochs: pd.DataFrame, n_resamples: int = 30) -> Importance:
@@ -50,14 +50,14 @@ def estimate(trials: pd.DataFrame, epochs: pd.DataFrame, n_resamples: int = 30) 
 
 def test_optuna_names_the_wrong_setting_and_we_the_right_one() -> None:
     trials, epochs = planted()
-    told = estimate(trials, epochs)
-    own = {f.name: f.completed_only for f in told.factors}
+    found = estimate(trials, epochs)
+    own = {f.name: f.completed_only for f in found.factors}
     assert max(own, key=lambda name: own[name] or 0.0) == "f2"
-    assert told.factors[0].name == "f1"
-    assert told.factors[0].share > 0.8
+    assert found.factors[0].name == "f1"
+    assert found.factors[0].share > 0.8
     # The intervals of the two do not even touch.
-    assert told.factors[0].low > told.factors[1].high
-    assert (told.n_completed, told.n_pruned, told.n_left_out) == (
+    assert found.factors[0].low > found.factors[1].high
+    assert (found.n_completed, found.n_pruned, found.n_left_out) == (
         int((trials["state"] == "complete").sum()),
         int((trials["state"] == "pruned").sum()),
         0,
@@ -65,9 +65,9 @@ def test_optuna_names_the_wrong_setting_and_we_the_right_one() -> None:
 
 
 def test_shares_add_up_and_lie_in_their_intervals() -> None:
-    told = estimate(*planted(40, 3))
-    assert sum(f.share for f in told.factors) == pytest.approx(1)
-    assert all(0 <= f.low <= f.share <= f.high <= 1 for f in told.factors)
+    found = estimate(*planted(40, 3))
+    assert sum(f.share for f in found.factors) == pytest.approx(1)
+    assert all(0 <= f.low <= f.share <= f.high <= 1 for f in found.factors)
 
 
 def test_a_pruned_trial_is_read_off_the_trials_that_went_further() -> None:
@@ -77,9 +77,9 @@ def test_a_pruned_trial_is_read_off_the_trials_that_went_further() -> None:
         {"state": "pruned", "value": 0.5},
         {"state": "pruned", "value": 0.3},
     ]
-    told = finals(rows, [[0.4, 0.8], [0.6, 0.9], [0.5], [0.3]])
+    found = finals(rows, [[0.4, 0.8], [0.6, 0.9], [0.5], [0.3]])
     # Half way between the two; and below both by as much as it was at that epoch.
-    assert told == pytest.approx([0.8, 0.9, 0.85, 0.7])
+    assert found == pytest.approx([0.8, 0.9, 0.85, 0.7])
 
 
 def test_a_pruned_trial_is_no_better_than_its_equal_became() -> None:
@@ -99,9 +99,9 @@ def test_trials_pruned_later_serve_those_pruned_earlier() -> None:
         {"state": "pruned", "value": 0.5},
         {"state": "pruned", "value": 0.2},
     ]
-    told = finals(rows, [[0.6, 0.8, 0.9], [0.3, 0.5], [0.2]])
+    found = finals(rows, [[0.6, 0.8, 0.9], [0.3, 0.5], [0.2]])
     # 0.5 at epoch 1 is 0.3 below the finished one; then 0.2 at epoch 0 is 0.1 below that.
-    assert told == pytest.approx([0.9, 0.6, 0.5])
+    assert found == pytest.approx([0.9, 0.6, 0.5])
 
 
 def test_diverged_trials_are_the_worst_and_other_failures_say_nothing() -> None:
@@ -114,35 +114,37 @@ def test_diverged_trials_are_the_worst_and_other_failures_say_nothing() -> None:
         {"state": "running", "value": 0.5},
         {"state": "pruned", "value": None},
     ]
-    told = estimate_final(trials_of(rows), epochs_of([[0.9], [0.95], [0.2], [], [0.3], [0.5], []]))
-    assert told["number"].tolist() == [0, 1, 4]
-    assert told["state"].tolist() == ["complete", "diverged", "complete"]
-    assert told["score"].tolist() == [0.9, 0.3, 0.3]
+    found = estimate_final(
+        trials_of(rows), epochs_of([[0.9], [0.95], [0.2], [], [0.3], [0.5], []])
+    )
+    assert found["number"].tolist() == [0, 1, 4]
+    assert found["state"].tolist() == ["complete", "diverged", "complete"]
+    assert found["score"].tolist() == [0.9, 0.3, 0.3]
 
 
 def test_estimates_keep_the_order_at_every_rung() -> None:
     trials, epochs = planted(80, 5)
-    told = estimate_final(trials, epochs).set_index("number")["score"]
+    found = estimate_final(trials, epochs).set_index("number")["score"]
     at_rung = epochs[epochs["epoch"] == 1].set_index("number")["val_acc"]
     stopped = trials.loc[trials["state"] == "pruned", "number"]
     ordered = at_rung[stopped].sort_values().index
-    assert told[ordered].is_monotonic_increasing
+    assert found[ordered].is_monotonic_increasing
 
 
 @pytest.mark.parametrize("n", range(MIN_TRIALS))
 def test_few_trials_give_a_reason_instead_of_a_figure(n: int) -> None:
     trials, epochs = planted(max(n, 1))
-    told = estimate(trials.head(n), epochs[epochs["number"] < n])
-    assert told.factors == ()
-    assert told.why_empty is not None and f"has {n}" in told.why_empty
+    found = estimate(trials.head(n), epochs[epochs["number"] < n])
+    assert found.factors == ()
+    assert found.why_empty is not None and f"has {n}" in found.why_empty
 
 
 def test_settings_with_one_value_and_equal_accuracies_give_a_reason() -> None:
     trials, epochs = planted(20)
     rng = np.random.default_rng(0)
     single = (Dimension("f1", choices=("only",)),)
-    told = estimate_importance(trials, epochs, single, rng)
-    assert told.why_empty == "No setting was searched over more than one value."
+    found = estimate_importance(trials, epochs, single, rng)
+    assert found.why_empty == "No setting was searched over more than one value."
     trials = trials.assign(value=0.5, state="complete")
     assert "same accuracy" in str(estimate(trials, epochs).why_empty)
 
@@ -156,5 +158,5 @@ def test_choices_and_whole_numbers_are_judged_too() -> None:
         Dimension("f2", low=0, high=5, is_int=True),
         Dimension("f3", low=0.0, high=1.0),
     )
-    told = estimate_importance(trials, epochs, dims, np.random.default_rng(0), 10)
-    assert told.factors[0].name == "f1"
+    found = estimate_importance(trials, epochs, dims, np.random.default_rng(0), 10)
+    assert found.factors[0].name == "f1"

@@ -39,6 +39,7 @@ NASTY = [
     "% comment",
 ]  # fmt: skip
 Table = tuple[tuple[str, ...], ...]
+Written = tuple[AblationPaths, list[Section]]
 
 
 def frozen(tables: list[list[list[str]]]) -> list[Table]:
@@ -102,13 +103,21 @@ def compiled(folder: Path, name: str = "tables.tex") -> str:
     return done.stdout
 
 
+def pdf_text(folder: Path) -> str:
+    """Read tables.pdf, or skip where there is no tool for it."""
+    if not shutil.which("pdftotext"):
+        pytest.skip("pdftotext is not installed: what the pages show is not tested")
+    command = ["pdftotext", "-layout", "tables.pdf", "-"]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout.decode()
+
+
 def small(*rows: tuple[str, ...], name: str = "grid", note: str = "") -> Grid:
     header = tuple(f"column {k}" for k in range(len(rows[0])))
     return Grid(name, "A title", header, rows, note=note)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationPaths, list[Section]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """The report of twenty levels with every bad name, of which two are tested and one fails."""
     named = [(f"fac&tor_{k} #%", ("own", *NASTY[4 * k : 4 * k + 4])) for k in range(5)]
     design = design_of("ofat", factors_of(named))
@@ -214,9 +223,7 @@ def test_missing_numbers_are_dashes() -> None:
 # The same numbers in every form
 
 
-def test_markdown_latex_and_html_have_the_same_cells(
-    written: tuple[AblationPaths, list[Section]],
-) -> None:
+def test_markdown_latex_and_html_have_the_same_cells(written: Written) -> None:
     paths, sections = written
     expected = grids_of(sections)
     assert len(expected) == 3  # effects, on the test split, failures
@@ -233,9 +240,7 @@ def test_markdown_latex_and_html_have_the_same_cells(
     assert read == lost
 
 
-def test_a_failed_level_is_in_the_table_and_its_run_among_the_failures(
-    written: tuple[AblationPaths, list[Section]],
-) -> None:
+def test_a_failed_level_is_in_the_table_and_its_run_among_the_failures(written: Written) -> None:
     _, sections = written
     effects, failures = grids_of(sections)[0], grids_of(sections)[-1]
     (row,) = [row for row in effects if row[1] == "学習率"]
@@ -264,26 +269,17 @@ def test_markdown_cells_do_not_break_the_table() -> None:
     assert markdown_text("<b>") == "&lt;b&gt;"
 
 
-def test_the_document_of_twenty_nasty_levels_compiles(
-    written: tuple[AblationPaths, list[Section]],
-) -> None:
+def test_the_document_of_twenty_nasty_levels_compiles(written: Written) -> None:
     paths, _ = written
-    told = compiled(paths.latex.parent)
-    assert "Overfull" not in told and "Float too large" not in told
-    assert "Missing character" not in told
-    if shutil.which("pdftotext"):
-        done = subprocess.run(
-            ["pdftotext", "-layout", "tables.pdf", "-"], cwd=paths.latex.parent,
-            capture_output=True, check=True,
-        )  # fmt: skip
-        text = done.stdout.decode()
-        for name in ("a&b", "50%", "$x$", "#1", "{br}", "back\\slash", "p|q"):
-            assert name in text
+    log = compiled(paths.latex.parent)
+    assert "Overfull" not in log and "Float too large" not in log
+    assert "Missing character" not in log
+    text = pdf_text(paths.latex.parent)
+    for name in ("a&b", "50%", "$x$", "#1", "{br}", "back\\slash", "p|q"):
+        assert name in text
 
 
-def test_each_table_can_be_cut_out(
-    written: tuple[AblationPaths, list[Section]], tmp_path: Path
-) -> None:
+def test_each_table_can_be_cut_out(written: Written, tmp_path: Path) -> None:
     paths, sections = written
     text = paths.latex.read_text(encoding="utf-8")
     cut = re.findall(r"% Table \S+: cut from here\n(.*?)% to here\n", text, re.S)
@@ -306,13 +302,7 @@ def test_a_first_cell_that_latex_could_take_for_an_option_is_set(
     document = latex_document("title", [small((name, "1"), (name, "2"), note=name)], "methods")
     (tmp_path / "tables.tex").write_text(document, encoding="utf-8")
     compiled(tmp_path)
-    if shutil.which("pdftotext"):
-        done = subprocess.run(
-            ["pdftotext", "-layout", "tables.pdf", "-"], cwd=tmp_path, capture_output=True,
-            check=True,
-        )  # fmt: skip
-        text = done.stdout.decode()
-        assert text.count(name) == 3
+    assert pdf_text(tmp_path).count(name) == 3
 
 
 def test_a_table_of_a_hundred_rows_stays_on_its_page(tmp_path: Path) -> None:

@@ -64,12 +64,12 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportPaths, Pag
 
 def test_the_report_says_what_was_found(searched: tuple[ReportPaths, Page]) -> None:
     _, page = searched
-    for told in (
+    for sentence in (
         "is the best of 28 finished trials",
         "28 finished, 9 pruned, 3 failed",
         "The best plain recipe (linear-probe-resnet18, trial 0) reached",
         "The test split has been read once",
-        "88.0 % of 400 pictures (95 % interval 84.4 to 90.8 %)",
+        "88.0 % of 400 images (95 % interval 84.4 to 90.8 %)",
         "lies 5.5 points above that",
         "From 39 trials: 28 finished, 9 pruned (final accuracy estimated), 2 diverged",
         "2 × diverged, 1 × out of memory",
@@ -81,7 +81,7 @@ def test_the_report_says_what_was_found(searched: tuple[ReportPaths, Page]) -> N
         "diverged: the loss is nan at epoch 1",
         "recipe:linear-probe-mobilenet_v3_large",
     ):
-        assert told in page.text, told
+        assert sentence in page.text, sentence
     assert sum(row[1] in ("finished", "pruned", "failed") for row in page.tables[-2]) == 40
 
 
@@ -185,7 +185,7 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
             ("No setting was searched over more than one value.", "It had one value only."),
         ),
         "copies": (
-            [*many, Plan(PARAMS, [], "complete", "same settings", "same as 3", 0.0, 0.0)],
+            [*many, Plan(PARAMS, [], "complete", "same settings", "same as 3", 0.0, 0.0, 0.5)],
             ("same as 3", "Left out: 1 trial with no accuracy of its own"),
         ),
     }
@@ -193,11 +193,11 @@ def rare(rng: np.random.Generator) -> dict[str, tuple[list[Plan], tuple[str, ...
 
 @pytest.mark.parametrize("case", rare(np.random.default_rng(0)))
 def test_rare_studies_have_a_report_that_says_what_is_missing(case: str, tmp_path: Path) -> None:
-    plans, told = rare(np.random.default_rng(0))[case]
+    plans, sentences = rare(np.random.default_rng(0))[case]
     space = {"backbone": {"choices": ["resnet18"]}} if case == "one choice" else SMALL
     store = make_study(tmp_path / "s.db", plans, space=space, n_test=0)
     paths, page = report(store, tmp_path)
-    for sentence in ("There is no test split.", *told):
+    for sentence in ("There is no test split.", *sentences):
         assert sentence in page.text
     shown = page.text.replace("loss is nan", "")
     assert not re.search(r"\b(?:nan|None|NaT)\b", shown)
@@ -221,7 +221,7 @@ def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
     add_test(store, "pets", 1, 0.75, 0.9)
     _, page = report(store, tmp_path)
     assert "has been read 2 times (trials 0, 1)" in page.text
-    assert "the test pictures are easier than the validation pictures" in page.text
+    assert "the test images are easier than the validation images" in page.text
     assert "validation was optimistic" in page.text
 
 

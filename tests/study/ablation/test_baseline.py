@@ -1,4 +1,5 @@
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,15 +47,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("bees.toml").write_text(TOML)
     with Record.open("studies.db", create=True) as store:
-        _add_study(store, parse_config(_toml(), "bees.toml"))
+        _add_study(store, parse_config(tomllib.loads(TOML), "bees.toml"))
         store.create_study("empty", StudyConfig().to_record(), {}, {})
     return tmp_path
-
-
-def _toml() -> dict[str, object]:
-    import tomllib
-
-    return tomllib.loads(TOML)
 
 
 def _add_study(store: Record, config: StudyConfig) -> None:
@@ -65,26 +60,15 @@ def _add_study(store: Record, config: StudyConfig) -> None:
         params = {"base_lr": base_lr}
         store.start_trial(study, params, distributions_of(params))
         trial = Trial(
-            study_id=study,
-            number=number,
-            run_id=run,
-            origin="sampler",
-            config=dataclasses.asdict(train),
-            config_hash=str(number),
-            device="cpu",
-        )
+            study_id=study, number=number, run_id=run, origin="sampler",
+            config=dataclasses.asdict(train), config_hash=str(number), device="cpu",
+        )  # fmt: skip
         key = store.begin_trial(trial)
         if state != "running":
             store.end_trial(
-                key,
-                state,
-                reason=None,
-                value=value,
-                best_epoch=0,
-                epochs_done=4,
-                duration_s=1.0,
+                key, state, reason=None, value=value, best_epoch=0, epochs_done=4, duration_s=1.0,
                 checkpoint=None,
-            )
+            )  # fmt: skip
     store.end_run(run, "trials")
 
 

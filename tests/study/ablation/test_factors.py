@@ -220,49 +220,30 @@ def test_components_are_what_the_baseline_has_and_can_do_without(baseline: Train
     assert faults == []
 
 
+_BOTH = {
+    "weight_decay": "0", "momentum": "0", "schedule": "constant", "augment": "none",
+    "normalize": "none",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("baseline", "expected"),
     [
+        (PLAIN, _BOTH | {"weights": "none", "head_lr_mult": "1", "batch_norm": "train"}),
         (
-            PLAIN,
-            {
-                "weights": "none",
-                "head_lr_mult": "1",
-                "weight_decay": "0",
-                "momentum": "0",
-                "schedule": "constant",
-                "augment": "none",
-                "normalize": "none",
-                "batch_norm": "train",
-            },
+            TrainConfig(weights="none", freeze_depth=5, nesterov=True, clip_norm=1.0),
+            _BOTH | {"freeze_depth": "0", "clip_norm": "none"},
         ),
+        # Nothing is left to take out, but the settings without which there is no training.
         (
-            # Nothing is left to take out, but the settings without which there is no training.
             TrainConfig(
-                weights="none",
-                head_lr_mult=1.0,
-                weight_decay=0.0,
-                momentum=0.0,
-                schedule="constant",
-                augment="none",
-                normalize="none",
+                weights="none", head_lr_mult=1.0, weight_decay=0.0, momentum=0.0,
+                schedule="constant", augment="none", normalize="none",
             ),
             {},
         ),
-        (
-            TrainConfig(weights="none", freeze_depth=5, nesterov=True, clip_norm=1.0),
-            {
-                "freeze_depth": "0",
-                "weight_decay": "0",
-                "momentum": "0",
-                "schedule": "constant",
-                "augment": "none",
-                "normalize": "none",
-                "clip_norm": "none",
-            },
-        ),
     ],
-)
+)  # fmt: skip
 def test_the_components_of_known_baselines(
     baseline: TrainConfig, expected: dict[str, str]
 ) -> None:

@@ -1,8 +1,6 @@
 import dataclasses
 import math
 
-import pytest
-
 from study.config.formatting import (
     format_accuracy,
     format_duration,
@@ -22,17 +20,10 @@ def test_missing_values_are_a_dash() -> None:
     assert format_accuracy(None) == format_accuracy(math.nan) == format_duration(None) == "-"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (61, "1 min 01 s"), (7322, "2 h 02 min")]
-)
-def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-def test_params_are_one_line() -> None:
-    assert format_params({"base_lr": 0.00123456, "clip_norm": None}) == (
-        "base_lr=0.00123, clip_norm=none"
-    )
+def test_durations_and_params_are_short() -> None:
+    assert [format_duration(s) for s in (0.04, 61, 7322)] == ["0.0 s", "1 min 01 s", "2 h 02 min"]
+    text = format_params({"base_lr": 0.00123456, "clip_norm": None})
+    assert text == "base_lr=0.00123, clip_norm=none"
 
 
 def test_json_has_no_numbers_that_json_lacks() -> None:

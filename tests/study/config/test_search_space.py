@@ -33,11 +33,6 @@ def test_optuna_draws_every_dimension_inside_its_bounds() -> None:
         assert all(dimension.holds(params[name]) for name, dimension in SPACE.items())
 
 
-def test_apply_params_sets_them() -> None:
-    config = apply_params(TrainConfig(), {"base_lr": 0.5, "backbone": "vgg11"})
-    assert (config.base_lr, config.backbone, config.epochs) == (0.5, "vgg11", 10)
-
-
 @pytest.mark.parametrize(
     ("params", "message"),
     [

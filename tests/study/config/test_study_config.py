@@ -8,7 +8,6 @@ from study.config.study_config import (
     FREE_KEYS,
     SECTIONS,
     StudyConfig,
-    StudySection,
     config_diff,
     default_name,
 )
@@ -61,10 +60,6 @@ def test_every_free_key_is_a_key() -> None:
 def test_a_study_is_named_after_its_data(source: str, name: str) -> None:
     assert default_name(source) == name
     assert StudyConfig(data=DataConfig(source=source)).study.name == name
-
-
-def test_a_given_name_stays() -> None:
-    assert StudyConfig(study=StudySection(name="mine")).study.name == "mine"
 
 
 def test_an_exhaustive_sampler_takes_no_recipes() -> None:

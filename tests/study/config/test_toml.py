@@ -76,10 +76,6 @@ def test_toml_value_reads_back_to_the_same(value: object, text: str) -> None:
     assert read_value(text) == value
 
 
-def test_none_is_written_as_a_text() -> None:
-    assert toml_value(None) == '"none"'
-
-
 def test_schema_describes_every_key_with_its_range() -> None:
     schema = json.loads(json.dumps(config_schema()))
     assert set(schema["properties"]) == {*SECTIONS, "space"}

@@ -91,6 +91,8 @@ def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> No
 
 def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     study, run = _study(store)
+    assert read_trials(store, "photos").empty
+    assert "val_acc" in read_epochs(store, "photos").columns
     for number in range(3):
         trial = _trial(store, study, run, number)
         for epoch in range(number + 1):
@@ -104,12 +106,6 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
         [0, 0], [1, 0], [1, 1], [2, 0], [2, 1], [2, 2],
     ]  # fmt: skip
     assert epochs["val_acc"].tolist() == [0.5] * 6
-
-
-def test_frames_of_an_empty_study_have_their_columns(store: Record) -> None:
-    _study(store)
-    assert read_trials(store, "photos").empty
-    assert "val_acc" in read_epochs(store, "photos").columns
 
 
 def test_studies_counts_states_and_names_the_best_complete_trial(store: Record) -> None:
@@ -191,8 +187,10 @@ def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
             assert n.scalar() in (0, 1), table.name
 
 
-def test_missing_names_and_numbers_are_refused_with_what_there_is(store: Record) -> None:
+def test_taken_and_missing_names_and_numbers_are_refused(store: Record) -> None:
     study, run = _study(store)
+    with pytest.raises(RecordError, match=r"must be new, but .* has a study photos\. Use another"):
+        _study(store)
     with pytest.raises(RecordError, match="there is no study photo in .* There is: photos"):
         store.study("photo")
     with pytest.raises(RecordError, match="it has none yet"):
@@ -200,12 +198,6 @@ def test_missing_names_and_numbers_are_refused_with_what_there_is(store: Record)
     _trial(store, study, run, 0)
     with pytest.raises(RecordError, match="they go from 0 to 0"):
         store.trial(study, 5)
-
-
-def test_begin_run_refuses_a_second_live_process(store: Record) -> None:
-    study, _ = _study(store)
-    with pytest.raises(RecordError, match=r"is being run by process \d+ on .* another --name"):
-        store.begin_run(study, command="second", device="cpu", versions={})
 
 
 def test_begin_run_lets_one_of_many_processes_in(store: Record) -> None:
@@ -224,12 +216,8 @@ def test_begin_run_lets_one_of_many_processes_in(store: Record) -> None:
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(begins, range(6))) == 1
     assert len(store.runs(study)) == 1
-
-
-def test_create_study_refuses_a_name_twice(store: Record) -> None:
-    _study(store)
-    with pytest.raises(RecordError, match=r"must be new, but .* has a study photos\. Use another"):
-        _study(store)
+    with pytest.raises(RecordError, match=r"is being run by process \d+ on .* another --name"):
+        store.begin_run(study, command="x", device="cpu", versions={})
 
 
 def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(tmp_path: Path) -> None:
@@ -250,7 +238,7 @@ def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(tmp_path: 
         assert [row.state for row in store.trials(study)] == ["running"]
 
 
-def test_begin_run_takes_over_another_machine_only_when_told(store: Record) -> None:
+def test_begin_run_takes_over_another_machine_only_when_asked(store: Record) -> None:
     study, run = _study(store)
     with store.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET host = 'elsewhere'"))
@@ -260,23 +248,16 @@ def test_begin_run_takes_over_another_machine_only_when_told(store: Record) -> N
 
 
 def _file(path: Path, kind: str) -> None:
+    newer = "CREATE TABLE frostline_schema AS SELECT 99 AS number"
+    older = "CREATE TABLE frostline_info (key TEXT, value TEXT)"
+    scripts = {"foreign": "CREATE TABLE photos (id INTEGER)", "newer": newer, "older": older}
     if kind == "text":
         path.write_text("this is no database, but it is long enough")
     elif kind == "folder":
         path.mkdir()
-    elif kind in ("foreign", "newer", "older"):
-        statements = {
-            "foreign": ["CREATE TABLE photos (id INTEGER)"],
-            "newer": [
-                "CREATE TABLE frostline_schema (number INTEGER)",
-                "INSERT INTO frostline_schema VALUES (99)",
-            ],
-            "older": ["CREATE TABLE frostline_info (key TEXT, value TEXT)"],
-        }[kind]
-        with sqlite3.connect(path) as connection:
-            for statement in statements:
-                connection.execute(statement)
-        connection.close()
+    elif kind in scripts:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executescript(scripts[kind])
 
 
 def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Path) -> None:
