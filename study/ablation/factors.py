@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
+from core.training.no_effect import without_effect
 from study.config.errors import Fault, check_value, near
 from study.config.formatting import format_value
 from study.config.search_space import RECIPES, ParamValue, Space, apply_params
@@ -188,7 +189,8 @@ def _levels_of(baseline: TrainConfig, key: str, values: Iterable[ParamValue]) ->
 
 
 def _has_no_effect(baseline: TrainConfig, key: str) -> bool:
-    return key == "head_lr_mult" and baseline.freeze_depth == MAX_FREEZE_DEPTH
+    is_scale = key == "head_lr_mult" and baseline.freeze_depth == MAX_FREEZE_DEPTH  # of base_lr
+    return is_scale or key in without_effect(baseline)
 
 
 def components(baseline: TrainConfig) -> dict[str, list[Level]]:

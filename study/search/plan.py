@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,8 @@ def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[
 
 
 def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
+    if replace(train, freeze_depth=depth).is_solved:  # one pass over the evaluation views
+        return (len(data.train) + len(data.val)) * cost.eval_s
     epoch_s = len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s
     return train.epochs * epoch_s
 
