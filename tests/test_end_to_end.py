@@ -98,7 +98,8 @@ def test_run_leaves_database_checkpoint_and_report(tmp_path: Path) -> None:
     told = study(tmp_path, *search(tmp_path, "s", space, 3, PRETRAINED | {"train.image_size": 64}))
     assert "report.html" in told
     runs = read_runs(tmp_path, "s")
-    assert [(run.state, len(run.epochs)) for run in runs] == [("complete", 2)] * 3
+    # The linear probe is solved, in one epoch.
+    assert [(run.state, len(run.epochs)) for run in runs] == [("complete", n) for n in (1, 2, 2)]
     assert [run.config["freeze_depth"] for run in runs] == [5, 3, 0]  # the recipes
     number, value = best(tmp_path, "s")
     chosen = runs[number]
@@ -370,7 +371,8 @@ def test_ablation_finds_planted_effects_after_a_kill(tmp_path: Path) -> None:
     assert verdicts["step_gamma"] == "no difference"  # another schedule's
     assert verdicts["clip_norm"] == "no difference"  # larger than any gradient
     assert all(row["low"] <= row["difference"] <= row["high"] for row in found.values())
-    assert len(read_runs(tmp_path, "cut")) == 4 * 6
+    # What does nothing under another schedule is no run of its own.
+    assert len(read_runs(tmp_path, "cut")) == 3 * 6
 
 
 @pytest.mark.slow

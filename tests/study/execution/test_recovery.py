@@ -200,6 +200,7 @@ def test_the_command_line_stops_at_once_and_resumes(home: Path) -> None:
         "train.epochs=3000", "--set", f"data.cache_dir={home / 'cache'}", "--set",
         f"study.output={home / 'runs'}", "--set", "train.backbone=resnet18", "--set",
         "train.weights=none", "--set", "train.image_size=32", "--set", "search.pruner=none",
+        "--set", "train.batch_size=8", "--set", "train.head_solver=sgd",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -207,7 +208,8 @@ def test_the_command_line_stops_at_once_and_resumes(home: Path) -> None:
         if json.loads(line)["event"] == "epoch":
             break
     second = subprocess.run(command, capture_output=True, text=True)
-    assert (second.returncode, "is being run by process" in second.stderr) == (2, True)
+    assert second.returncode == 2, second.stderr
+    assert "is being run by process" in second.stderr, second.stderr
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
