@@ -231,7 +231,9 @@ _BOTH = {
     [
         (PLAIN, _BOTH | {"weights": "none", "head_lr_mult": "1", "batch_norm": "train"}),
         (
-            TrainConfig(weights="none", freeze_depth=5, head_solver="sgd", nesterov=True, clip_norm=1.0),
+            TrainConfig(
+                weights="none", freeze_depth=5, head_solver="sgd", nesterov=True, clip_norm=1.0
+            ),
             _BOTH | {"freeze_depth": "0", "clip_norm": "none"},
         ),
         # Nothing is left to take out, but the settings without which there is no training.
