@@ -517,7 +517,7 @@ def test_checkpoints_are_kept_or_leave_no_folder(
     keep = "ablation.keep_checkpoints=true"
     _run(_plan(photos, tmp_path, keep, factors={"augment": ["none"]}, replicates=1))
     folders = [Path(row.checkpoint or "") for row in _rows(tmp_path)]
-    assert sorted((tmp_path / "runs" / "tiny").glob("*")) == folders
+    assert sorted((tmp_path / "runs" / "tiny").glob("trial-*")) == folders
     assert all((folder / "model.safetensors").is_file() for folder in folders)
 
 
