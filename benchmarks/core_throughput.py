@@ -1,12 +1,12 @@
 """Images per second of `fit` over the bare model's training step on tensors already in memory.
 
-Both sides train the same network on the same device with the same batch, optimizer, precision and
-memory layout; they take turns, so that a machine that slows down slows both. The bare side has
-one ready batch and does nothing but forward, backward and step; `fit` has the pictures, the
+Both sides train the same network on the same device with the same batch, optimizer and precision;
+they take turns, so that a machine that slows down slows both. The bare side has
+one ready batch and does nothing but forward, backward and step; `fit` has the images, the
 augmentation, the bookkeeping and (outside the time taken here) the evaluation.
 
     python benchmarks/core_throughput.py                       # CPU: ResNet-18 at 224
-    python benchmarks/core_throughput.py --device cuda --batch 128 --pictures 4096 --rounds 7
+    python benchmarks/core_throughput.py --device cuda --batch 128 --images 4096 --rounds 7
 """
 
 import argparse
@@ -31,8 +31,8 @@ from core.models.freeze_stages import freeze, train_mode
 from core.training.optim import make_optimizer, parameter_groups
 
 
-def make_pictures(folder: Path, n: int, side: int) -> None:
-    """Write n JPEG pictures of smooth noise in two classes, a val and a train folder."""
+def make_images(folder: Path, n: int, side: int) -> None:
+    """Write n JPEG images of smooth noise in two classes, a val and a train folder."""
     rng = np.random.default_rng(0)
     for i in range(n):
         split = "val" if i % 16 == 0 else "train"
@@ -54,15 +54,14 @@ class Bare:
         built = build_for(config, classes)
         self.built, self.config = built, config
         trainable = freeze(built.model, built.stages, config.freeze_depth)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = built.model.to(self.device).to(memory_format=layout)
+        self.model = built.model.to(self.device)
         groups = parameter_groups(self.model, trainable, built.head, config)
         self.optimizer = make_optimizer(groups, config, self.device)
         dtype = amp_dtype(config.amp, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
         side = built.preprocessing.image_size
         images = torch.randn(config.batch_size, 3, side, side, device=self.device)
-        self.images = images.to(memory_format=layout)
+        self.images = images
         self.labels = torch.randint(len(classes), (config.batch_size,), device=self.device)
 
     def images_per_s(self, steps: int) -> float:
@@ -109,14 +108,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--depth", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=320)
+    parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        make_pictures(Path(folder) / "pictures", args.pictures, round(args.size * 1.3))
+        make_images(Path(folder) / "images", args.images, round(args.size * 1.3))
         source = DataConfig(
-            source=f"folder:{folder}/pictures", cache_dir=f"{folder}/cache", store_size=None
+            source=f"folder:{folder}/images", cache_dir=f"{folder}/cache", store_size=None
         )
         bound = round(1.25 * input_of(args.backbone, "auto", None).resize_size)
         data = load_data(source, bound)

@@ -4,7 +4,7 @@ Every study goes through the code that reports use (`estimate_effects`, `open_le
 `estimate_contrasts`, `analyse_variance`): seeds are paired and share what is easy or hard about
 them. Each figure has its number of studies and its Monte-Carlo standard error.
 
-    python benchmarks/statistics.py --studies 2000
+    python benchmarks/planted_effects.py --studies 2000
 """
 
 import argparse

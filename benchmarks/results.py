@@ -103,7 +103,7 @@ def study_config(
 
 
 def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
-    """Run a recipe's seeds and test each; return accuracies, seconds, and test pictures."""
+    """Run a recipe's seeds and test each; return accuracies, seconds, and test images."""
     begin = time.perf_counter()
     progress = QuietProgress()
     run_search(config, progress=progress, command="benchmarks/results.py")
