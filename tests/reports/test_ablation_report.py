@@ -35,6 +35,7 @@ from tests.reports.studies import (
     two_levels,
 )
 
+pytestmark = pytest.mark.usefixtures("unsaved")
 NAME = "pets-ablation"
 EVIL = "<script>alert(1)</script>"
 
@@ -72,12 +73,6 @@ def report(store: Record, folder: Path, **more: object) -> tuple[AblationPaths, 
         sections = describe_ablation(store, NAME)
         paths = write_ablation(store, NAME, folder, **more)
     return paths, Page(paths.html), sections[0]
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures out, which take nine tenths of the time."""
-    monkeypatch.setattr("reports.figures.render", lambda *args, **more: b"<svg></svg>")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -169,8 +164,7 @@ def test_two_reads_give_the_same_bytes(levels: Levels, tmp_path: Path) -> None:
     folder, paths, _, _ = levels
     with Record.open(str(folder / "studies.db")) as store:
         again = write_ablation(store, NAME, tmp_path)
-    pairs = zip([*paths.csv, *paths.figures], [*again.csv, *again.figures], strict=True)
-    for first, second in pairs:
+    for first, second in zip(paths.csv, again.csv, strict=True):
         assert first.name == second.name
         assert first.read_bytes() == second.read_bytes()
     assert paths.latex.read_bytes() == again.latex.read_bytes()
@@ -211,7 +205,6 @@ def test_the_runs_csv_has_every_run(levels: Levels) -> None:
 # Other states of such a study
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_failed_runs_are_findings(tmp_path: Path) -> None:
     score = simulate(TRUTH)
 
@@ -242,7 +235,6 @@ def test_failed_runs_are_findings(tmp_path: Path) -> None:
     assert [row["n_failed"] for row in rows] == ["0", "0", "0", "0", "5", "1"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
     score = simulate(TRUTH)
 
@@ -272,7 +264,6 @@ def test_a_study_of_which_nothing_has_run_can_be_drawn(kind: str, tmp_path: Path
     assert page.finding("Test split:") == "The test split was not used."
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_adaptive_study_shows_the_replicates_of_each_level(tmp_path: Path) -> None:
     score = simulate({"augment = none": -0.1, "augment = mixup": 0.1}, sd=0.02)
 
@@ -293,7 +284,6 @@ def test_an_adaptive_study_shows_the_replicates_of_each_level(tmp_path: Path) ->
     assert len(rows) == 4 * 8 + 2 * 5
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_names_are_escaped_and_passwords_blanked_wherever_they_stand(tmp_path: Path) -> None:
     factors = make_factors(**{f"f{EVIL}": [f"b{EVIL}", f"l{EVIL}"], "x": ["y", "z"]})
     store = make_ablation(
@@ -340,7 +330,6 @@ def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
     assert not found.effects
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_fraction_tells_its_aliases_and_no_interaction(tmp_path: Path) -> None:
     design = design_of("factorial", two_levels("a", "b", "c"), resolution=3)
     store = make_ablation(tmp_path / "s.db", design, simulate({"b = on": -0.07}))
@@ -353,7 +342,6 @@ def test_a_fraction_tells_its_aliases_and_no_interaction(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("n", [1, 5])
-@pytest.mark.usefixtures("undrawn")
 def test_a_screening_design_finds_the_planted_factor(n: int, tmp_path: Path) -> None:
     names_ = ("a", "b", "c", "d", "e", "f", "g")
     design = design_of("screen", two_levels(*names_))
@@ -368,7 +356,6 @@ def test_a_screening_design_finds_the_planted_factor(n: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["screen", "factorial"])
-@pytest.mark.usefixtures("undrawn")
 def test_a_coded_design_without_a_whole_replicate_claims_nothing(
     kind: str, tmp_path: Path
 ) -> None:
@@ -404,7 +391,6 @@ def test_a_path_tells_its_order_and_its_gains(tmp_path: Path) -> None:
     assert {path.stem for path in paths.figures} == {"path-waterfall"}
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(tmp_path: Path) -> None:
     score = simulate({"freeze = on": -0.1})
     begun = design_of("path", two_levels("augment", "freeze"))
@@ -418,7 +404,6 @@ def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(tmp_path: Path) -> 
 # Several designs, several data sets
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_two_designs_of_one_study_have_a_section_each(tmp_path: Path) -> None:
     store = make_ablation(tmp_path / "s.db", ofat(), simulate(TRUTH))
     with store:
@@ -470,7 +455,6 @@ def test_a_level_that_failed_on_a_dataset_ranks_last_there(tmp_path: Path) -> No
     assert rows["augment = mixup"][2].endswith("(1 failed)")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_ablations_that_share_no_level_are_not_compared(tmp_path: Path) -> None:
     other = design_of("ofat", make_factors(decay=["0", "1"]))
     make_ablation(tmp_path / "s.db", other, simulate({}), name="other").close()

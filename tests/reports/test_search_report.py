@@ -25,6 +25,7 @@ from tests.reports.studies import (
     searched_plans,
 )
 
+pytestmark = pytest.mark.usefixtures("unsaved")
 TRAPS = ("<script>alert(1)</script>|*x*", "a$b$", "ordinary", "_under_", "日本 🐱", "x" * 90)
 PARAMS = {"freeze_depth": 2, "base_lr": 0.01}
 SMALL = {name: SPACE[name] for name in PARAMS}
