@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import optuna
 
 from core.config import DataConfig, TrainConfig
@@ -78,13 +77,6 @@ def start(home: Path, *args: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    """Wait for a process; return what it printed since."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    return out
 
 
 def kill_after_epoch(process: subprocess.Popen[str], trial: int) -> None:
@@ -216,26 +208,3 @@ def split_contents(data: ImageData) -> dict[str, list[bytes]]:
         for name, split in splits.items()
         if split is not None
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What the statistics say of a level: its verdict, and the interval of its difference."""
-
-    verdict: str
-    low: float
-    high: float
-
-
-def judge(scores: "np.ndarray[Any, np.dtype[np.float64]]") -> list[Judged]:
-    """Judge levels against a baseline.
-
-    Args:
-        scores: Accuracy, shape (R, L); column 0 is the baseline's.
-    """
-    from reports.effects import Arm, Rules, estimate_effects
-
-    none = (None,) * len(scores)
-    baseline, *arms = (Arm(str(k), "", "", column, none) for k, column in enumerate(scores.T))
-    found = estimate_effects(baseline, arms, Rules())
-    return [Judged(e.verdict, e.difference.low, e.difference.high) for e in found]

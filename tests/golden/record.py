@@ -1,4 +1,4 @@
-"""Recorded figures of six small studies; run by hand.
+"""Recorded figures of five small studies; run by hand.
 
     python tests/golden/record.py             record them anew
     python tests/golden/record.py --compare   say which differ from what is recorded
@@ -22,10 +22,8 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from command_line import (  # noqa: E402 (found by the path above)
     Run,
     best,
-    kill_after_epoch,
     read_runs,
     settings,
-    start,
     study,
     without_figures,
 )
@@ -100,21 +98,12 @@ def _audit(home: Path) -> tuple[str, ...]:
     return ("s", "s-audit")
 
 
-def _kill_and_resume(home: Path) -> tuple[str, ...]:
-    space = "freeze_depth = {low = 0, high = 4}\n" + RATES
-    chosen = VIT | {"search.pruner": "median", "train.epochs": 4}
-    kill_after_epoch(start(home, *_run(home, space, 5, chosen), "--json"), trial=4)
-    study(home, "resume", "s")
-    return ("s",)
-
-
 STUDIES: dict[str, Callable[[Path], tuple[str, ...]]] = {
     "tpe-hyperband": _tpe_hyperband,
     "tpe-median": _tpe_median,
     "grid": _grid,
     "ofat": _ofat,
     "audit": _audit,
-    "kill-and-resume": _kill_and_resume,
 }
 """Each runs in an empty folder and returns the studies to read."""
 
