@@ -11,7 +11,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m study run
 
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
