@@ -84,6 +84,9 @@ def contrast_findings(contrasts: Sequence[Contrast], alpha: float) -> Iterator[F
     if not contrasts:
         yield Finding("Not estimated:", "no replicate has a finished run of every setting.")
         return
+    if contrasts[0].n < 2:
+        yield Finding("Not tested:", "one replicate says nothing of the scatter of runs.")
+        return
     clear = [contrast for contrast in contrasts if is_clear(contrast)]
     text = "; ".join(
         f"{c.name}{f' from {c.low} to {c.high}' if c.high else ' (interaction)'} "

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from scipy import stats
 
 from reports.ablation import Runs
 from reports.effects import Effect, Rules
@@ -252,51 +251,6 @@ def plot_main_effects(
     ax.set_ylabel("Mean validation accuracy")
     ax.grid(visible=False, axis="x")
     accuracy_axis(ax.yaxis)
-    return ax
-
-
-def plot_half_normal(contrasts: Sequence[Contrast], ax: Axes) -> Axes:
-    """Draw a half-normal plot: effects that leave the line are more than noise.
-
-    Args:
-        contrasts: Effects of a screening design.
-        ax: Drawn on.
-
-    References:
-        Daniel 1959, https://doi.org/10.1080/00401706.1959.10489866.
-    """
-    ordered = sorted(contrasts, key=lambda c: abs(c.effect.estimate))
-    n = len(ordered)
-    quantiles = stats.halfnorm.ppf((np.arange(1, n + 1) - 0.5) / n)
-    sizes = np.array([abs(c.effect.estimate) for c in ordered])
-    # The line through the smaller half: noise, if few effects are real.
-    half = max(2, n // 2)
-    slope = float(sizes[:half] @ quantiles[:half] / (quantiles[:half] @ quantiles[:half]))
-    ends = np.array([0.0, float(quantiles[-1]) * 1.05])
-    ax.plot(slope * ends, ends, color=GREY, lw=1, ls="--")
-    for size, quantile, contrast in zip(sizes, quantiles, ordered, strict=True):
-        judged = contrast.p_family if math.isfinite(contrast.p_family) else contrast.p
-        is_clear = judged <= 0.05
-        ax.plot(
-            size, quantile, "^" if is_clear else "o", color=RED if is_clear else GREY, ms=5, mew=0
-        )
-        ax.annotate(
-            drawable(contrast.name, 22), (size, quantile), xytext=(5, -3),
-            textcoords="offset points", fontsize=7,
-        )  # fmt: skip
-    ax.set_xlim(0, float(sizes.max()) * 1.35 or 1.0)
-    ax.set_ylim(0)
-    ax.set_xlabel("Size of the effect, accuracy points")
-    ax.set_ylabel("Half-normal quantile")
-    points_axis(ax.xaxis)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}"))
-    legend_above(
-        ax,
-        [
-            entry("^", RED, "p ≤ 0.05", markeredgewidth=0),
-            entry("o", GREY, "not distinguishable from noise", markeredgewidth=0),
-        ],
-    )
     return ax
 
 

@@ -16,7 +16,6 @@ from reports.ablation_plots import (
     forest_size,
     plot_cell_means,
     plot_forest,
-    plot_half_normal,
     plot_interactions,
     plot_main_effects,
     plot_path,
@@ -27,7 +26,6 @@ from reports.factorial import (
     Contrast,
     analyse_variance,
     estimate_contrasts,
-    has_interactions,
     interaction_means,
     main_effect_means,
 )
@@ -43,7 +41,6 @@ _TITLES = {
     "ofat": "One factor at a time",
     "loco": "Leave one component out",
     "factorial": "Factorial",
-    "screen": "Screening",
     "path": "Path",
 }
 
@@ -108,7 +105,6 @@ def _section(ablation: Ablation, name: str) -> Section:
         "ofat": _levels,
         "loco": _levels,
         "factorial": _factorial,
-        "screen": _screening,
         "path": _path,
     }[ablation.kind]
     section = analyse(ablation, name)
@@ -200,7 +196,7 @@ def _factorial(ablation: Ablation, name: str) -> Section:
             lambda ax: plot_main_effects(means, ax), size=(5.2, 3.8),
         )
     ]  # fmt: skip
-    if contrasts and has_interactions(ablation):
+    if contrasts:
         plans.append(
             _figure(
                 f"{name}-interactions", "Effects and interactions",
@@ -232,8 +228,6 @@ def _maps(
     pairs = [(a, b) for k, a in enumerate(names) for b in names[k + 1 :]]
     size = {c.name: abs(c.effect.estimate) for c in contrasts}
     pairs.sort(key=lambda pair: -size.get(f"{pair[0]} × {pair[1]}", 0.0))
-    if ablation.spec["resolution"] is not None and not has_interactions(ablation):
-        return
     if not any(runs.arm.n_run > runs.arm.n_failed for runs in ablation.runs):
         return
     for a, b in pairs[:_MOST_MAPS]:
@@ -247,24 +241,6 @@ def _maps(
 def _map_draw(ablation: Ablation, a: str, b: str) -> Callable[[Any], Any]:
     table = interaction_means(ablation, a, b)
     return lambda ax: plot_cell_means(table, ax)
-
-
-def _screening(ablation: Ablation, name: str) -> Section:
-    contrasts = estimate_contrasts(ablation)
-    grids = [tables.cells_grid(ablation)]
-    plans: list[Plan] = []
-    if contrasts:
-        grids.insert(0, tables.contrasts_grid(ablation, contrasts))
-        plan = _figure(
-            f"{name}-half-normal", "Half-normal plot",
-            "Effects by size: those of noise lie on the line, those that leave it to the right "
-            "are more.",
-            lambda ax: plot_half_normal(contrasts, ax), size=(4.8, 3.6),
-        )  # fmt: skip
-        plans.append(plan)
-    findings = list(contrast_findings(contrasts, ablation.rules.alpha))
-    findings.append(Finding("Design:", f"{ablation.spec['construction']}."))
-    return _without_levels(ablation, name, findings, grids, plans)
 
 
 def _path(ablation: Ablation, name: str) -> Section:

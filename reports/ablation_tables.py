@@ -105,7 +105,7 @@ def test_grid(ablation: Ablation, effects: Sequence[Effect]) -> Grid | None:
 
 
 def contrasts_grid(ablation: Ablation, contrasts: Sequence[Contrast]) -> Grid:
-    """Show the effects of a coded design."""
+    """Show the effects of a factorial."""
     rows = tuple(
         (
             contrast.name,
@@ -122,13 +122,9 @@ def contrasts_grid(ablation: Ablation, contrasts: Sequence[Contrast]) -> Grid:
         "the other factors (an interaction: half the difference of one factor's effect between "
         "the other's levels), with its 95 % t interval over replicates; t-test over replicates, "
         f"Holm's correction over {plural(len(rows), 'effect')}."
-        if contrasts and contrasts[0].n > 1
-        else "Effect with Lenth's 95 % margin: one replicate, most effects taken to be noise."
     )
     header = ("Factor", "From, to", "Effect, points [95 %]", "p", "p, Holm", "n")
-    aliasing = "; ".join(ablation.spec["aliasing"])
-    text = f" Aliasing: {aliasing}." if aliasing else ""
-    note = footer(ablation, how + text)
+    note = footer(ablation, how)
     return Grid("contrasts", "Effects", header, rows, n_text=2, note=note)
 
 
@@ -236,7 +232,7 @@ def failures_grid(ablation: Ablation) -> Grid | None:
 
 
 def contrasts_csv(contrasts: Sequence[Contrast]) -> str:
-    """Write the effects of a coded design as CSV: unrounded, fractions in [0, 1]."""
+    """Write the effects of a factorial as CSV: unrounded, fractions in [0, 1]."""
     rows = [
         {
             "factor": c.name,

@@ -1,4 +1,4 @@
-"""Factorials and screening designs: analysis of variance, main effects and interactions."""
+"""Factorials: analysis of variance, main effects and interactions."""
 
 import itertools
 import math
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
@@ -17,9 +16,6 @@ from reports.effects import holm
 from reports.intervals import Interval
 from reports.paired import Array, paired_t, spread, t_interval
 
-# Interactions of two factors are clear of each other from this resolution on.
-_CLEAR_RESOLUTION = 5
-_CONFIDENCE = 0.95
 # Accuracies that differ by less differ by rounding.
 _SMALL = 1e-12
 
@@ -47,16 +43,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """Effect of a two-level (or bracketed) factor, or of an interaction, in a coded design.
+    """Effect of a two-level factor, or of an interaction of two, in a factorial.
 
     Attributes:
         name: A factor, or `a × b`.
-        low: Label of the low level (the baseline's, of two); empty for an interaction.
-        high: Label of the high level.
+        low: Label of the baseline's level; empty for an interaction.
+        high: Label of the other level.
         effect: Mean accuracy at the high level minus that at the low one, a fraction; for an
             interaction half the difference of the one factor's effect between the other's levels.
         n: Replicates, each of which gives one estimate.
-        p: One-sample t-test over replicates, or Lenth's with one replicate.
+        p: One-sample t-test over replicates; NaN with one.
         p_family: The same after Holm's correction over the design's contrasts.
     """
 
@@ -72,18 +68,6 @@ class Contrast:
 def score_matrix(ablation: Ablation) -> Array:
     """Return accuracies by cell and replicate, shape (cells, R); NaN where there is none."""
     return np.array([runs.arm.values for runs in ablation.runs])
-
-
-def coded_matrix(ablation: Ablation) -> Array:
-    """Return the coded design, shape (cells, factors): two levels are -1 and 1."""
-    coded = np.array(ablation.spec["coded"], dtype=float)
-    return coded if ablation.kind == "screen" else 2 * coded - 1
-
-
-def has_interactions(ablation: Ablation) -> bool:
-    """Say whether interactions of two factors can be distinguished in a factorial."""
-    resolution = ablation.spec["resolution"]
-    return ablation.kind == "factorial" and (resolution is None or resolution >= _CLEAR_RESOLUTION)
 
 
 def analyse_variance(ablation: Ablation) -> list[Source]:
@@ -102,9 +86,8 @@ def analyse_variance(ablation: Ablation) -> list[Source]:
     frame = _long_frame(ablation, names)
     terms = [f"C(x{k})" for k in range(len(names))]
     labels = dict(zip(terms, names, strict=True)) | {"C(replicate)": "replicate"}
-    if has_interactions(ablation):
-        for a, b in itertools.combinations(terms, 2):
-            labels[f"{a}:{b}"] = f"{labels[a]} × {labels[b]}"
+    for a, b in itertools.combinations(terms, 2):
+        labels[f"{a}:{b}"] = f"{labels[a]} × {labels[b]}"
     blocks = frame["replicate"].nunique() > 1
     wanted = [term for term in labels if term != "C(replicate)" or blocks]
     if len(frame) < 2 or any(frame[f"x{k}"].nunique() < 2 for k in range(len(names))):
@@ -151,34 +134,29 @@ def _sources(table: pd.DataFrame, labels: dict[str, str]) -> list[Source]:
 
 
 def estimate_contrasts(ablation: Ablation) -> list[Contrast]:
-    """Estimate main effects, and interactions where they are clear, of a coded design.
+    """Estimate main effects and interactions of a factorial with two levels per factor.
 
     Each replicate gives one estimate of each contrast by least squares; Student's interval and the
-    t-test are over replicates, so nothing is assumed of how single runs scatter. With one
-    replicate Lenth's pseudo standard error takes their place. Replicates with a failed cell are
-    left out.
+    t-test are over replicates, so nothing is assumed of how single runs scatter. Replicates with a
+    failed cell are left out.
 
     Returns:
-        One contrast per factor, then interactions; empty where a factor has more than two levels
-        (in a factorial), or nothing is complete.
-
-    References:
-        Lenth 1989, https://doi.org/10.1080/00401706.1989.10488595.
+        One contrast per factor, then interactions; empty where a factor has more than two levels,
+        or nothing is complete.
     """
     factors = ablation.spec["factors"]
-    if ablation.kind == "factorial" and any(len(f["levels"]) != 1 for f in factors):
+    if any(len(f["levels"]) != 1 for f in factors):
         return []
     scores = score_matrix(ablation)
     scores = scores[:, np.isfinite(scores).all(axis=0)]  # (cells, complete replicates)
     if not scores.shape[1]:
         return []
-    coded = coded_matrix(ablation)
+    coded = 2 * np.array(ablation.spec["coded"], dtype=float) - 1  # (cells, factors), -1 and 1
     columns = [coded[:, k] for k in range(len(factors))]
-    names = [(f["name"], *_ends(f)) for f in factors]
-    if has_interactions(ablation):
-        for a, b in itertools.combinations(range(len(factors)), 2):
-            columns.append(coded[:, a] * coded[:, b])
-            names.append((f"{names[a][0]} × {names[b][0]}", "", ""))
+    names = [(f["name"], f["baseline"], f["levels"][0]["label"]) for f in factors]
+    for a, b in itertools.combinations(range(len(factors)), 2):
+        columns.append(coded[:, a] * coded[:, b])
+        names.append((f"{names[a][0]} × {names[b][0]}", "", ""))
     design = np.column_stack([np.ones(len(coded)), *columns])
     fitted = np.linalg.lstsq(design, scores, rcond=None)[0]
     slopes: Array = np.asarray(fitted[1:], dtype=np.float64)  # (contrasts, R)
@@ -186,51 +164,18 @@ def estimate_contrasts(ablation: Ablation) -> list[Contrast]:
     return _judged(names, 2 * slopes, 2 * ablation.rules.resolution / math.sqrt(len(coded)))
 
 
-def _ends(factor: dict[str, object]) -> tuple[str, str]:
-    levels = factor["levels"]
-    assert isinstance(levels, list)
-    labels = [str(level["label"]) for level in levels]
-    if len(labels) == 1:
-        return str(factor["baseline"]), labels[0]
-    low, high = sorted(labels, key=float)
-    return low, high
-
-
 def _judged(
     names: Sequence[tuple[str, str, str]], estimates: Array, resolution: float
 ) -> list[Contrast]:
-    n = estimates.shape[1]
-    if n > 1:
-        seen = [spread(row, resolution) for row in estimates]
-        found = [
-            Contrast(*name, t_interval(each), n, paired_t(each), math.nan)
-            for name, each in zip(names, seen, strict=True)
-        ]
-    else:
-        found = _lenth(names, estimates[:, 0])
+    seen = [spread(row, resolution) for row in estimates]
+    found = [
+        Contrast(*name, t_interval(each), each.n, paired_t(each), math.nan)
+        for name, each in zip(names, seen, strict=True)
+    ]
     if not all(math.isfinite(c.p) for c in found):
         return found
     corrected = holm([c.p for c in found])
     return [replace(c, p_family=p) for c, p in zip(found, corrected, strict=True)]
-
-
-def _lenth(names: Sequence[tuple[str, str, str]], effects: Array) -> list[Contrast]:
-    """Judge unreplicated contrasts: most of them are taken to be noise."""
-    size = np.abs(effects)
-    first = 1.5 * float(np.median(size))
-    error = 1.5 * float(np.median(size[size < 2.5 * first])) if first > _SMALL else math.nan
-    df = len(effects) / 3
-    half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, df)) * error
-    return [
-        Contrast(
-            *name,
-            Interval(float(e), float(e) - half, float(e) + half),
-            1,
-            float(2 * stats.t.sf(abs(e) / error, df)),
-            math.nan,
-        )
-        for name, e in zip(names, effects, strict=True)
-    ]
 
 
 def interaction_means(ablation: Ablation, a: str, b: str) -> pd.DataFrame:

@@ -107,11 +107,6 @@ def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
             "Each step's gain is the mean paired difference to the step before, with an interval "
             "and p value corrected (Bonferroni) for the choice among the step's candidates."
         )
-    elif ablation.replicates < 2:
-        parts.append(
-            "Effects are estimated by least squares on the coded design and judged by Lenth's "
-            "method, which takes most of them to be noise."
-        )
     else:
         parts.append(
             "Effects are estimated within each replicate by least squares on the coded design; "

@@ -14,7 +14,6 @@ from study.config.search_space import ParamValue, Space
 
 BASELINE = "baseline"
 """Label of the baseline's own cell."""
-_HIGHEST_RESOLUTION = 5
 
 Scores = list[list[float | None]]
 """Validation accuracy by cell and replicate, as far as they are done; None = the run failed."""
@@ -56,18 +55,15 @@ class Design(ABC):
 
     Args:
         factors: What is varied, at least one.
-        max_cells: Most cells of a design that can be reduced to a fraction.
-        resolution: Resolution of that fraction; None for the highest that fits.
+        max_cells: Most cells of a design that combines all levels.
 
     Attributes:
         kind: Its name, which users and the record give it.
         combines_factors: A cell may have several factors at levels other than the baseline's.
         grows: Which cells follow depends on the results of earlier ones.
         cells: The settings; the baseline, where it is one of them, comes first.
-        coded: Of factorials and screening designs: level of every factor in every cell as a
-            number, -1 and 1 (0 for the middle of three), or its position; shape (cells, factors).
-        resolution: Of a fractional factorial; None for a full one and other designs.
-        aliasing: What cannot be distinguished, one sentence each.
+        coded: Of a factorial: position of every factor's level in every cell; shape
+            (cells, factors).
         steps: Of a path: the factors that have taken over the baseline's level, in order.
 
     Raises:
@@ -80,21 +76,17 @@ class Design(ABC):
     grows: ClassVar[bool] = False
     construction: str
 
-    def __init__(
-        self, factors: Sequence[Factor], *, max_cells: int = 64, resolution: int | None = None
-    ) -> None:
+    def __init__(self, factors: Sequence[Factor], *, max_cells: int = 64) -> None:
         if not factors:
             rule = "an ablation needs at least one factor, but no proposed level differs from the"
             raise ConfigError(f"{rule} baseline. Name some: --factor head_lr_mult=1,100.")
         self.factors = tuple(factors)
         self.cells: list[Cell] = []
         self.coded: list[tuple[int, ...]] = []
-        self.resolution: int | None = None
-        self.aliasing: list[str] = []
         self.steps: list[str] = []
         if self.combines_factors:
             self._check_apart()
-        self._make(max_cells, resolution)
+        self._make(max_cells)
 
     @classmethod
     def propose(cls, baseline: TrainConfig, space: Space) -> Levels:
@@ -102,7 +94,7 @@ class Design(ABC):
         return {name: levels[:1] for name, levels in propose_levels(baseline, space).items()}
 
     @abstractmethod
-    def _make(self, max_cells: int, resolution: int | None) -> None:
+    def _make(self, max_cells: int) -> None:
         """Set the cells, and what else is known of them."""
 
     def n_tests(self, replicates: int) -> int:
@@ -142,8 +134,6 @@ class Design(ABC):
             "factors": [asdict(f) | {"levels": list(map(asdict, f.levels))} for f in self.factors],
             "cells": [asdict(cell) for cell in self.cells],
             "coded": [list(row) for row in self.coded],
-            "resolution": self.resolution,
-            "aliasing": list(self.aliasing),
             "construction": self.construction,
             "steps": list(self.steps),
         }
@@ -190,7 +180,7 @@ class OneFactorAtATime(Design):
         """Propose all levels that are worth a comparison."""
         return propose_levels(baseline, space)
 
-    def _make(self, max_cells: int, resolution: int | None) -> None:
+    def _make(self, max_cells: int) -> None:
         self.cells = [Cell({}, {})]
         for factor in self.factors:
             for level in factor.levels:
@@ -215,76 +205,30 @@ class LeaveOneComponentOut(OneFactorAtATime):
 
 
 class Factorial(Design):
-    """All combinations of levels, or the fraction of them that still separates what matters."""
+    """All combinations of levels."""
 
     kind = "factorial"
-    summary = "all combinations, or a stated fraction"
+    summary = "all combinations"
 
-    def _make(self, max_cells: int, resolution: int | None) -> None:
+    def _make(self, max_cells: int) -> None:
         counts = [len(factor.labels) for factor in self.factors]
         size = math.prod(counts)
-        if size <= max_cells and resolution is None:
-            self.coded = list(itertools.product(*(range(n) for n in counts)))
-            self.construction = f"full factorial, {size} combinations"
-        else:
-            if many := _with_more_levels(self.factors):
-                raise ConfigError(
-                    f"a fraction of a factorial needs two levels per factor, but {many} has more, "
-                    f"and the full design has {size} combinations (ablation.max_cells is "
-                    f"{max_cells}). Use fewer factors or levels, or --set ablation.max_cells."
-                )
-            self._make_fraction(size, max_cells, resolution)
+        if size > max_cells:
+            raise ConfigError(
+                f"a factorial must have at most ablation.max_cells = {max_cells} combinations, "
+                f"but these factors have {size}. Name fewer (--factor augment=none), use "
+                f"--design ofat, or allow it: --set ablation.max_cells={size}."
+            )
+        self.coded = list(itertools.product(*(range(n) for n in counts)))
+        self.construction = f"full factorial, {size} combinations"
         self.cells = [
             self._cell(factor.labels[k] for factor, k in zip(self.factors, row, strict=True))
             for row in self.coded
         ]
 
-    def _make_fraction(self, size: int, max_cells: int, asked: int | None) -> None:
-        import pydoe
-
-        n = len(self.factors)
-        for resolution in [asked] if asked else range(_HIGHEST_RESOLUTION, 2, -1):
-            if resolution > n:
-                continue
-            table = pydoe.fracfact_by_res(n, resolution)
-            if asked or len(table) <= max_cells:
-                break
-        else:
-            raise ConfigError(
-                f"{n} two-level factors need more than {max_cells} combinations, or the resolution"
-                " is larger than their number. Change ablation.max_cells or ablation.resolution, "
-                "or use --design screen."
-            )
-        self.coded = sorted({tuple(int(value > 0) for value in row) for row in table})
-        self.resolution = resolution
-        self.aliasing = _aliases(self.coded, [factor.name for factor in self.factors])
-        n_left_out = n - (len(self.coded).bit_length() - 1)
-        self.construction = (
-            f"2^({n}-{n_left_out}) fractional factorial of resolution {resolution}: "
-            f"{len(self.coded)} of {size} combinations (pyDOE)"
-        )
-
     def n_tests(self, replicates: int) -> int:
-        """Count the main effects, and the interactions of two where they are clear of those."""
-        n = len(self.factors)
-        is_clear = self.resolution is None or self.resolution >= _HIGHEST_RESOLUTION
-        return n + (math.comb(n, 2) if is_clear else 0)
-
-
-def _with_more_levels(factors: Iterable[Factor]) -> str:
-    return ", ".join(factor.name for factor in factors if len(factor.levels) > 1)
-
-
-def _aliases(coded: Sequence[Sequence[int]], names: Sequence[str]) -> list[str]:
-    """Say which main effects and two-factor interactions of a two-level design are mixed up."""
-    positions = range(len(names))
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for some in [*itertools.combinations(positions, 1), *itertools.combinations(positions, 2)]:
-        column = [math.prod(2 * row[k] - 1 for k in some) for row in coded]
-        # A column and its negative say the same.
-        key = tuple(value * column[0] for value in column)
-        groups.setdefault(key, []).append(" × ".join(names[k] for k in some))
-    return [" = ".join(group) for group in groups.values() if len(group) > 1]
+        """Count the main effects and the interactions of two factors."""
+        return math.comb(len(self.factors) + 1, 2)
 
 
 class Path(Design):
@@ -307,8 +251,8 @@ class Path(Design):
         """Propose to begin at the recipes' values of what was searched."""
         return recipe_levels(baseline, space)
 
-    def _make(self, max_cells: int, resolution: int | None) -> None:
-        if many := _with_more_levels(self.factors):
+    def _make(self, max_cells: int) -> None:
+        if many := ", ".join(each.name for each in self.factors if len(each.levels) > 1):
             rule = "each factor of a path must have one level besides the baseline's"
             raise ConfigError(f"{rule}, but got more for {many}.")
         self.cells = [self._at(()), *self.candidates().values()]
@@ -351,78 +295,8 @@ def _mean(runs: Mapping[int, float | None], n: int) -> float:
     return sum(values) / n if len(values) == n else -1.0
 
 
-class Screening(Design):
-    """Many factors in few runs.
-
-    Definitive screening (Jones & Nachtsheim 2011) where a factor has a level on each side of the
-    baseline's, so that curvature shows; Plackett-Burman where every factor has one other level.
-    """
-
-    kind = "screen"
-    summary = "many factors in few runs"
-
-    def _make(self, max_cells: int, resolution: int | None) -> None:
-        import pydoe
-
-        if len(self.factors) < 3:
-            rule = f"a screening design needs at least three factors, but got {len(self.factors)}."
-            raise ConfigError(f"{rule} Name more, or use --design factorial.")
-        three = [factor for factor in self.factors if _is_bracketed(factor)]
-        two = [factor for factor in self.factors if len(factor.levels) == 1]
-        if len(three) + len(two) < len(self.factors):
-            wrong = ", ".join(f.name for f in self.factors if f not in three and f not in two)
-            raise ConfigError(
-                "a factor of a screening design must have one level besides the baseline's, or two"
-                f" numbers around it; this does not hold for {wrong}. Use --design ofat."
-            )
-        if three:
-            table = pydoe.definitive_screening_design(len(three), n_cat=len(two))
-            name = "definitive screening design (Jones & Nachtsheim 2011, by pyDOE)"
-            aliasing = "main effects are free of two-factor interactions and of squares"
-            if two:
-                aliasing = (
-                    "main effects of three-level factors are free of squares; with two-level "
-                    "factors, main effects are partly mixed with interactions"
-                )
-        else:
-            table = pydoe.pbdesign(len(two))
-            name = "Plackett-Burman design (pyDOE)"
-            aliasing = "every main effect is mixed with parts of the interactions of other factors"
-        self.factors = (*three, *two)
-        self.coded = [tuple(round(value) for value in row) for row in table]
-        self.aliasing = [aliasing]
-        self.construction = f"{name}: {len(table)} settings for {len(self.factors)} factors"
-        self.cells = [
-            self._cell(_coded_label(f, code) for f, code in zip(self.factors, row, strict=True))
-            for row in self.coded
-        ]
-
-    def n_tests(self, replicates: int) -> int:
-        """Count the main effects; Lenth's method judges one replicate without a test."""
-        return super().n_tests(replicates) if replicates > 1 else 0
-
-
-def _is_bracketed(factor: Factor) -> bool:
-    """Say whether a factor has two numbers, one on each side of the baseline's."""
-    values = [level.overrides.get(factor.name) for level in factor.levels]
-    numbers = sorted(value for value in values if isinstance(value, int | float))
-    try:
-        own = float(factor.baseline.partition(" ")[0])
-    except ValueError:
-        return False
-    return len(values) == len(numbers) == 2 and numbers[0] < own < numbers[1]
-
-
-def _coded_label(factor: Factor, code: int) -> str:
-    """Read a code: of three levels -1, 0, 1 are low, baseline, high; of two, -1 is baseline."""
-    if len(factor.levels) == 1:
-        return factor.labels[code > 0]
-    low, high = sorted(factor.levels, key=lambda level: float(str(level.overrides[factor.name])))
-    return {-1: low.label, 0: factor.baseline, 1: high.label}[code]
-
-
 DESIGNS: dict[str, type[Design]] = {
-    design.kind: design
-    for design in (OneFactorAtATime, LeaveOneComponentOut, Factorial, Path, Screening)
+    design.kind: design  # a new one is added here
+    for design in (OneFactorAtATime, LeaveOneComponentOut, Factorial, Path)
 }
 """The designs by name."""

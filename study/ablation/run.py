@@ -80,9 +80,7 @@ def make_plan(baseline: Baseline) -> Plan:
     """
     settings = baseline.settings
     first, most = settings.replicates, settings.max_replicates
-    design = DESIGNS[settings.design](
-        factors_of(baseline), max_cells=settings.max_cells, resolution=settings.resolution
-    )
+    design = DESIGNS[settings.design](factors_of(baseline), max_cells=settings.max_cells)
     if not settings.adaptive:
         return Plan(baseline, design, (first,))
     if design.combines_factors:

@@ -77,8 +77,6 @@ def print_plan(plan: Plan) -> None:
         for factor in design.factors
     )
     print_view(make_table(header, rows))
-    for line in design.aliasing:
-        print(f"Aliasing: {line}")
     most = "at most " if settings.adaptive or design.grows else ""
     n, first = plan.looks[-1], baseline.config.train.seed
     seeds = f"{n} replicates, seeds {first} to {first + n - 1}"

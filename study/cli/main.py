@@ -323,7 +323,7 @@ def _estimate(config: "StudyConfig") -> int:
 @click.option(
     "--design",
     metavar="KIND",
-    help="Which settings are run: ofat (default), loco, factorial, path or screen.",
+    help="Which settings are run: ofat (default), loco, factorial or path.",
 )
 @_many("--factor", "factors", metavar="KEY=V1,V2", help="A key and its levels; may be repeated.")
 @click.option("--replicates", type=int, metavar="R", help="Runs of every setting (default 5).")

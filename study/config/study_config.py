@@ -137,9 +137,7 @@ class AblationSection:
     """Accuracy points below which a difference does not matter: two settings count as equal where
     the difference is shown to be smaller."""
     max_cells: int = Field(default=64, ge=2)
-    """Most settings of a factorial; a larger one is cut to a fraction."""
-    resolution: OrNone[int] = Field(default=None, ge=3)
-    """Resolution of a fractional factorial (3, 4 or 5); leave out for the highest that fits."""
+    """Most settings of a factorial; a larger one is refused."""
     keep_checkpoints: bool = True
     """Keep every run's weights, so that chosen settings can be tested later."""
     factors: OrNone[dict[str, Any]] = None

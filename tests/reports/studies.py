@@ -293,14 +293,6 @@ def factors_of(named: Sequence[tuple[str, Sequence[str]]]) -> list[Factor]:
     return found
 
 
-def bracketed(*keys: str) -> list[Factor]:
-    """Make factors with a level on each side of the baseline's, as definitive screening needs."""
-    return [
-        Factor(key, "0.01", (Level("0.001", {key: 0.001}), Level("0.1", {key: 0.1})))
-        for key in keys
-    ]
-
-
 def two_levels(*names: str) -> list[Factor]:
     """Make factors with one level beside the baseline's."""
     return factors_of([(name, ("off", "on")) for name in names])

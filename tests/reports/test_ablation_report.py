@@ -255,7 +255,7 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
     assert last["none"] == "undecided: one replicate cannot be tested"
 
 
-@pytest.mark.parametrize("kind", ["ofat", "factorial", "screen", "path"])
+@pytest.mark.parametrize("kind", ["ofat", "factorial", "path"])
 def test_a_study_of_which_nothing_has_run_can_be_drawn(kind: str, tmp_path: Path) -> None:
     factors = two_levels("a", "b", "c")
     store = make_ablation(tmp_path / "s.db", design_of(kind, factors), lambda cell, r: None)
@@ -308,7 +308,7 @@ def test_a_search_is_no_ablation(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# Coded designs and paths
+# Factorials and paths
 
 
 def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
@@ -330,36 +330,8 @@ def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
     assert not found.effects
 
 
-def test_a_fraction_tells_its_aliases_and_no_interaction(tmp_path: Path) -> None:
-    design = design_of("factorial", two_levels("a", "b", "c"), resolution=3)
-    store = make_ablation(tmp_path / "s.db", design, simulate({"b = on": -0.07}))
-    _, page, found = report(store, tmp_path / "out")
-    assert page.finding("Matters:").startswith("b from off to on (−")
-    assert page.finding("Not distinguishable from noise:") == "a, c."
-    assert "fractional factorial of resolution 3" in page.finding("Design:")
-    assert "Aliasing: a = b × c" in found.grids[0].note
-    assert "interaction)" not in page.text
-
-
-@pytest.mark.parametrize("n", [1, 5])
-def test_a_screening_design_finds_the_planted_factor(n: int, tmp_path: Path) -> None:
-    names_ = ("a", "b", "c", "d", "e", "f", "g")
-    design = design_of("screen", two_levels(*names_))
-    store = make_ablation(
-        tmp_path / "s.db", design, simulate({"d = on": -0.1}, sd=0.003), looks=(n,)
-    )
-    _, page, found = report(store, tmp_path / "out")
-    assert page.finding("Matters:").startswith("d from off to on (−")
-    assert "; " not in page.finding("Matters:")
-    assert page.finding("Design:").startswith("Plackett-Burman design (pyDOE): 8 settings")
-    assert ("Lenth" in found.grids[0].note) == (n == 1)
-
-
-@pytest.mark.parametrize("kind", ["screen", "factorial"])
-def test_a_coded_design_without_a_whole_replicate_claims_nothing(
-    kind: str, tmp_path: Path
-) -> None:
-    design = design_of(kind, two_levels("a", "b", "c"))
+def test_a_factorial_without_a_whole_replicate_claims_nothing(tmp_path: Path) -> None:
+    design = design_of("factorial", two_levels("a", "b", "c"))
     score = simulate({"b = on": -0.3})
     # Half of the settings diverge every time.
     store = make_ablation(

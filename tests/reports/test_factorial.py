@@ -1,4 +1,4 @@
-"""Factorials and screening designs: agreement, planted effects, boundaries."""
+"""Factorials: agreement, planted effects, boundaries."""
 
 import itertools
 import math
@@ -14,14 +14,12 @@ from statsmodels.stats.multitest import multipletests
 from reports.ablation import Ablation
 from reports.factorial import (
     analyse_variance,
-    coded_matrix,
     estimate_contrasts,
-    has_interactions,
     interaction_means,
     main_effect_means,
 )
 from study.ablation.designs import Design
-from tests.reports.studies import bracketed, design_of, in_memory, make_factors, two_levels
+from tests.reports.studies import design_of, in_memory, make_factors, two_levels
 
 NAN = math.nan
 NAMES = ("augment", "freeze", "schedule", "mixup", "decay")
@@ -99,7 +97,7 @@ def test_variance_is_that_of_statsmodels_fitted_directly() -> None:
 def test_contrasts_are_differences_of_means_with_a_t_test_over_replicates(n_factors: int) -> None:
     ablation = factorial(n_factors, {"augment": 0.03})
     scores = np.array([runs.arm.values for runs in ablation.runs])
-    coded = coded_matrix(ablation)
+    coded = 2 * np.array(ablation.spec["coded"]) - 1
     found = {c.name: c for c in estimate_contrasts(ablation)}
     pairs = list(itertools.combinations(range(n_factors), 2))
     signs = {NAMES[k]: coded[:, k] for k in range(n_factors)}
@@ -117,27 +115,6 @@ def test_contrasts_are_differences_of_means_with_a_t_test_over_replicates(n_fact
         raw.append(expected.pvalue)
     corrected = multipletests(raw, method="holm")[1]
     assert [found[name].p_family for name in signs] == pytest.approx(list(corrected), abs=1e-9)
-
-
-def test_lenths_method_by_hand() -> None:
-    # Plackett-Burman with 7 factors in 8 runs, one replicate.
-    names = [f"f{k}" for k in range(7)]
-    design = design_of("screen", two_levels(*names))
-    effects = np.array([0.10, -0.02, 0.01, 0.03, -0.01, 0.02, 0.00])
-    ablation = in_memory(design, np.zeros((8, 1)))
-    scores = 0.6 + coded_matrix(ablation) @ effects / 2
-    found = {c.name: c for c in estimate_contrasts(in_memory(design, scores[:, None]))}
-    # Sizes 0, 1, 1, 2, 2, 3, 10 points: the median is 2, so s0 = 3; below 2.5 s0 = 7.5 are
-    # 0, 1, 1, 2, 2, 3 with median 1.5, so the pseudo standard error is 2.25 points.
-    error, df = 0.0225, 7 / 3
-    half = stats.t.ppf(0.975, df) * error
-    for name, effect in zip(names, effects, strict=True):
-        own = found[name]
-        assert own.effect.estimate == pytest.approx(effect, abs=1e-9)
-        assert own.effect.high - own.effect.estimate == pytest.approx(half, abs=1e-9)
-        p = 2 * stats.t.sf(abs(effect) / error, df)
-        assert (own.p, own.n) == (pytest.approx(p, abs=1e-9), 1)
-    assert found["f0"].p_family == pytest.approx(7 * found["f0"].p)
 
 
 # Planted effects
@@ -173,54 +150,6 @@ def test_factorials_without_effects_tell_one_no_more_often_than_alpha() -> None:
     assert 0.02 < wrong / n_studies < 0.05 + 3 * math.sqrt(0.05 * 0.95 / n_studies)
 
 
-def test_a_fraction_of_resolution_five_tells_interactions_apart() -> None:
-    design = design_of("factorial", two_levels(*NAMES), max_cells=16)
-    assert len(design.cells) == 16
-    rng = np.random.default_rng(0)
-    truth = {"augment": 0.03, "freeze × mixup": 0.08}
-    ablation = in_memory(design, scores_of(design, rng, truth, 5))
-    assert has_interactions(ablation)
-    contrasts = estimate_contrasts(ablation)
-    assert len(contrasts) == 5 + 10
-    clear = {c.name for c in contrasts if c.p_family <= 0.05}
-    # A product of levels is half an interaction and a quarter in each of its main effects.
-    assert clear == {"augment", "freeze", "mixup", "freeze × mixup"}
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_plackett_burman_finds_the_planted_factors(n: int) -> None:
-    names = [f"factor {k}" for k in range(11)]
-    design = design_of("screen", two_levels(*names))
-    truth = {"factor 2": 0.12, "factor 7": -0.12}
-    found = extra = 0
-    for seed in range(20):
-        scores = scores_of(design, np.random.default_rng(seed), truth, n)
-        contrasts = {c.name: c for c in estimate_contrasts(in_memory(design, scores))}
-        found += all(contrasts[name].p_family <= 0.05 for name in truth)
-        extra += sum(c.p_family <= 0.05 for name, c in contrasts.items() if name not in truth)
-    assert found >= 19
-    assert extra <= 3
-
-
-def test_definitive_screening_reads_effects_from_low_to_high() -> None:
-    keys = ("base_lr", "weight_decay", "label_smoothing", "mixup")
-    design = design_of("screen", bracketed(*keys))
-    rng = np.random.default_rng(0)
-    slope = {"base_lr": 0.03, "mixup": -0.02}  # by step of the level; a square in another
-    place = {"0.001": -1, "0.1": 1}
-    rows = []
-    for cell in design.cells:
-        at = {key: place.get(cell.levels.get(key, ""), 0) for key in keys}
-        mean = 0.8 + sum(slope[key] * at[key] for key in slope) - 0.05 * at["weight_decay"] ** 2
-        rows.append(mean + rng.normal(0, 0.004, 6))
-    found = {c.name: c for c in estimate_contrasts(in_memory(design, rows))}
-    assert {name for name, c in found.items() if c.p_family <= 0.05} == {"base_lr", "mixup"}
-    lr, mixup = found["base_lr"], found["mixup"]
-    assert (lr.low, lr.high) == ("0.001", "0.1")
-    assert lr.effect.estimate == pytest.approx(0.06, abs=0.005)
-    assert mixup.effect.estimate == pytest.approx(-0.04, abs=0.005)
-
-
 # Boundaries
 
 
@@ -239,7 +168,9 @@ def test_a_replicate_with_a_failed_cell_is_left_out_of_the_contrasts() -> None:
 
 def test_one_replicate_of_a_small_factorial_has_no_error_to_test_with() -> None:
     design = design_of("factorial", two_levels(*NAMES[:2]))
-    assert analyse_variance(in_memory(design, np.array([[0.7], [0.8], [0.75], [0.9]]))) == []
+    ablation = in_memory(design, np.array([[0.7], [0.8], [0.75], [0.9]]))
+    assert analyse_variance(ablation) == []
+    assert all(math.isnan(c.p) and math.isnan(c.p_family) for c in estimate_contrasts(ablation))
 
 
 @pytest.mark.parametrize("step", [0.0, 1 / 80])
@@ -249,12 +180,6 @@ def test_settings_without_any_scatter_have_no_analysis_of_variance(step: float) 
     ablation = in_memory(design, np.full((4, 3), 0.9) + step * np.arange(3))
     assert analyse_variance(ablation) == []
     assert [contrast.p for contrast in estimate_contrasts(ablation)] == [1, 1, 1]
-
-
-def test_unreplicated_effects_of_nothing_are_not_tested() -> None:
-    design = design_of("screen", two_levels("a", "b", "c"))
-    found = estimate_contrasts(in_memory(design, np.full((len(design.cells), 1), 0.8)))
-    assert all(math.isnan(c.p) and math.isnan(c.p_family) for c in found)
 
 
 def test_means_by_level_and_by_two_levels() -> None:
