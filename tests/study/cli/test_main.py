@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
+from command_line import without_figures
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.cli.main import DEFAULT_STORAGE, cli, main
@@ -314,6 +316,12 @@ def photos(here: Path) -> list[str]:
     return ["--data", "photos", *(word for text in texts for word in ("--set", text))]
 
 
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    with without_figures():
+        yield
+
+
 def test_a_dry_run_prints_the_cost_and_keeps_nothing(
     photos: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,7 +335,7 @@ def test_a_dry_run_prints_the_cost_and_keeps_nothing(
 
 
 def test_run_resume_and_test_report_what_they_did(
-    photos: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+    photos: list[str], no_figures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["run", *photos, "--set", "search.recipes=false", "--quiet", "--trials", "1"]
     shown = answered(capsys, *run)
