@@ -241,8 +241,7 @@ class DataConfig:
     split_seed: int = Field(default=0, ge=0)
     """Seed of the splits that Frostline makes."""
     val_seed: OrNone[int] = Field(default=None, ge=0)
-    """Seed of the validation split alone, so that it can be drawn anew while the test split stays.
-    Leave out for split_seed."""
+    """Seed of the validation split alone, which keeps the test split. Leave out for split_seed."""
     limit: OrNone[int] = Field(default=None, ge=2)
     """Use at most this many training images, the same share of every class."""
     root: str = "data"

@@ -34,7 +34,7 @@ def level_findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Fi
         "hurts": "Worse than the baseline:",
         "no difference": f"No difference beyond {margin}:",
         "fails": "Runs failed:",
-        "undecided": "Undecided:",
+        "inconclusive": "Inconclusive:",
     }
     for verdict, head in heads.items():
         found = [effect for effect in effects if effect.verdict == verdict]
@@ -64,7 +64,7 @@ def _words_of(effect: Effect) -> str:
     label, points = effect.arm.label, signed(100 * effect.difference.estimate, 1)
     if effect.verdict == "fails":
         return f"{label} ({effect.arm.n_failed} of {effect.arm.n_run} runs)"
-    if effect.verdict == "undecided":
+    if effect.verdict == "inconclusive":
         if effect.n < 2:
             return f"{label} ({'too few replicates' if effect.n else 'not run yet'})"
         more = "over 1,000" if effect.n_needed is None else f"about {roughly(effect.n_needed)}"

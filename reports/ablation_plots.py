@@ -36,7 +36,7 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
     "helps": ("^", GREEN, "helps"),
     "hurts": ("v", RED, "hurts"),
     "no difference": ("s", BLUE, "no difference beyond the margin"),
-    "undecided": ("o", GREY, "undecided"),
+    "inconclusive": ("o", GREY, "inconclusive"),
     "fails": ("X", PURPLE, "runs failed"),
 }
 _SEED_MARKS = "osD^vP*Xhd<>"

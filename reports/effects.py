@@ -20,7 +20,7 @@ from reports.paired import (
 )
 from reports.words import plural
 
-Verdict = Literal["helps", "hurts", "no difference", "undecided", "fails"]
+Verdict = Literal["helps", "hurts", "no difference", "inconclusive", "fails"]
 _POWER = 0.8
 # A standardised difference that few settings reach: assumption.
 _LARGE = 4.0
@@ -115,8 +115,8 @@ class Effect:
         p_family: The paired t-test after all corrections: the looks' and Holm's.
         p_equivalence: Two one-sided tests within the margin, corrected alike.
         verdict: In words.
-        n_needed: About how many replicates would settle it; None unless undecided, or where more
-            than 1,000 were needed.
+        n_needed: About how many replicates would settle it; None unless inconclusive, or where
+            more than 1,000 were needed.
     """
 
     arm: Arm
@@ -159,7 +159,7 @@ def estimate_effects(baseline: Arm, arms: Sequence[Arm], rules: Rules) -> list[E
         judged = replace(effect, p_family=p_family, p_equivalence=p_equal)
         verdict = _verdict(judged, rules)
         needed = None
-        if verdict == "undecided":
+        if verdict == "inconclusive":
             level = rules.alpha / n_tests if n_tests else rules.alpha
             needed = _needed(judged, rules, level)
         found.append(replace(judged, verdict=verdict, n_needed=needed))
@@ -182,7 +182,7 @@ def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
     nothing = Interval(math.nan, math.nan, math.nan)
     if n == 0:
         nan = math.nan
-        return Effect(arm, 0, nothing, nan, nan, nan, nan, nan, "undecided", None)
+        return Effect(arm, 0, nothing, nan, nan, nan, nan, nan, "inconclusive", None)
     seen = spread(differences, rules.resolution)
     decisive, equal, confidence = _after_looks(differences, rules)
     return Effect(
@@ -194,7 +194,7 @@ def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
         p=paired_t(seen),
         p_family=decisive,
         p_equivalence=equal,
-        verdict="undecided",
+        verdict="inconclusive",
         n_needed=None,
     )
 
@@ -237,7 +237,7 @@ def _verdict(effect: Effect, rules: Rules) -> Verdict:
         return "helps" if effect.difference.estimate > 0 else "hurts"
     if effect.p_equivalence <= rules.alpha:
         return "no difference"
-    return "undecided"
+    return "inconclusive"
 
 
 def verdict_words(effect: Effect, rules: Rules) -> str:
@@ -252,10 +252,10 @@ def verdict_words(effect: Effect, rules: Rules) -> str:
     if effect.verdict == "no difference":
         return f"no difference beyond {margin}"
     if effect.n < 2:
-        return "undecided: one replicate cannot be tested" if effect.n else "not run yet"
+        return "inconclusive: one replicate cannot be tested" if effect.n else "not run yet"
     if effect.n_needed is None:
-        return "undecided: more than 1,000 replicates needed"
-    return f"undecided: about {roughly(effect.n_needed)} replicates would settle it"
+        return "inconclusive: more than 1,000 replicates needed"
+    return f"inconclusive: about {roughly(effect.n_needed)} replicates would settle it"
 
 
 def roughly(n: int) -> int:
@@ -264,7 +264,7 @@ def roughly(n: int) -> int:
 
 
 def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[int]:
-    """Return the cells of an adaptive ablation that are still undecided; cell 0 is the baseline.
+    """Return the inconclusive cells of an adaptive ablation; cell 0 is the baseline.
 
     Args:
         scores: Accuracy by cell and replicate; None where a run failed.
@@ -273,7 +273,7 @@ def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[i
     most = max(len(values) for values in scores)
     arms = [_bare_arm(k, values, most) for k, values in enumerate(scores)]
     effects = estimate_effects(arms[0], arms[1:], rules)
-    return {k for k, effect in enumerate(effects, start=1) if effect.verdict == "undecided"}
+    return {k for k, effect in enumerate(effects, start=1) if effect.verdict == "inconclusive"}
 
 
 def _bare_arm(number: int, values: Sequence[float | None], length: int) -> Arm:

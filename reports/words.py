@@ -1,9 +1,10 @@
 """How figures and names are written for people, and made safe for Markdown."""
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from study.config.formatting import format_duration, format_value
 
 # What Markdown, or HTML inside it, could take for markup; an underscore only at a word's edge, and
 # a list's mark only at the start.
@@ -32,24 +33,14 @@ def points(value: float) -> str:
 
 def duration(seconds: Any) -> str:
     """Write a duration with two units at most."""
-    if is_missing(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    return "–" if is_missing(seconds) else format_duration(seconds)
 
 
 def setting(value: Any) -> str:
     """Write a setting's value, a real number with three figures."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.3g}"
-    return "none" if value is None else str(value)
+    return "–" if value != value else format_value(value)
 
 
 def count(value: Any) -> str:

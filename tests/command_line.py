@@ -80,7 +80,7 @@ def start(home: Path, *args: str) -> subprocess.Popen[str]:
 
 
 def kill_after_epoch(process: subprocess.Popen[str], trial: int) -> None:
-    """Kill a process that runs with --json as soon as a trial's first epoch is told (kill -9)."""
+    """Kill a process that runs with --json at a trial's first epoch (kill -9)."""
     assert process.stdout is not None
     for line in process.stdout:
         event = json.loads(line)
@@ -110,7 +110,7 @@ class Run:
         params: Values of the searched settings.
         config: Its whole training configuration.
         value: Validation accuracy of its best epoch.
-        reported: What Optuna was told, by epochs done.
+        reported: What was reported to Optuna, by epochs done.
         epochs: `FIGURES` of each epoch.
         checkpoint: Its folder, where one is kept.
         level: An ablation's level, or the trial that an audit trained.
@@ -147,17 +147,17 @@ def read_runs(home: Path, name: str) -> list[Run]:
         state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
         params = trial.user_attrs.get("levels", trial.params)  # of an ablation, of a search
         assert (state, params) == (row["state"], row["params"]), "two records, two truths"
-        told = shown(home, name, "--trial", str(row["number"]))
+        found = shown(home, name, "--trial", str(row["number"]))
         runs.append(
             Run(
                 number=trial.number,
                 state=state,
                 origin=row["origin"],
                 params=params,
-                config=told["config"],
+                config=found["config"],
                 value=row["value"],
                 reported=trial.intermediate_values,
-                epochs=[{key: epoch[key] for key in FIGURES} for epoch in told["epochs"]],
+                epochs=[{key: epoch[key] for key in FIGURES} for epoch in found["epochs"]],
                 checkpoint=home / row["checkpoint"] if row["checkpoint"] else None,
                 level=row["level"],
             )

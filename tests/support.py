@@ -1,4 +1,4 @@
-"""What several tests need: small folders of real picture files, and the shared photo sets."""
+"""What several tests need: small folders of real image files, and the shared photo sets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ def shared_weights(name: str) -> Path:
 def make_folder(
     root: Path, classes: Mapping[str, int], side: int = 40, seed: int = 0, suffix: str = "png"
 ) -> Path:
-    """Write noisy pictures, one folder a class; class k is brighter in colour channel k mod 3."""
+    """Write noisy images, one folder per class; class k is brighter in colour channel k mod 3."""
     rng = np.random.default_rng(seed)
     for k, (name, n) in enumerate(classes.items()):
         folder = root / name

@@ -93,18 +93,20 @@ class Page(HTMLParser):
 @pytest.mark.slow
 def test_run_leaves_database_checkpoint_and_report(tmp_path: Path) -> None:
     space = "freeze_depth = {low = 0, high = 5}\n"
-    told = study(tmp_path, *search(tmp_path, "s", space, 3, PRETRAINED | {"train.image_size": 64}))
-    assert "report.html" in told
+    printed = study(
+        tmp_path, *search(tmp_path, "s", space, 3, PRETRAINED | {"train.image_size": 64})
+    )
+    assert "report.html" in printed
     runs = read_runs(tmp_path, "s")
     # The linear probe is solved, in one epoch.
     assert [(run.state, len(run.epochs)) for run in runs] == [("complete", n) for n in (1, 2, 2)]
     assert [run.config["freeze_depth"] for run in runs] == [5, 3, 0]  # the recipes
     number, value = best(tmp_path, "s")
-    chosen = runs[number]
-    assert chosen.value == value
-    assert min(run.epochs[-1]["val_loss"] for run in runs) == chosen.epochs[-1]["val_loss"]
-    assert chosen.checkpoint is not None
-    assert {p.name for p in chosen.checkpoint.iterdir()} >= {"model.safetensors", "card.json"}
+    found = runs[number]
+    assert found.value == value
+    assert min(run.epochs[-1]["val_loss"] for run in runs) == found.epochs[-1]["val_loss"]
+    assert found.checkpoint is not None
+    assert {p.name for p in found.checkpoint.iterdir()} >= {"model.safetensors", "card.json"}
     page = Page((tmp_path / "frostline-runs/s/report/report.html").read_text(encoding="utf-8"))
     assert f"{100 * value:.1f} %" in page.text
     assert any(source.startswith("data:image/") for source in page.loaded)

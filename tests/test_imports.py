@@ -1,4 +1,4 @@
-"""The arrows between the rooms: core -> nothing, study -> core, reports -> the record only."""
+"""The arrows between the packages: core -> nothing, study -> core, reports -> the record only."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("core", "study", "reports")
-MODULES = sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 # What a report may read of the study: the record. Parts of it may be files of their own.
 RECORD = (
     "study.config.formatting",
@@ -17,7 +17,7 @@ RECORD = (
     "study.record.models",
     "study.record.record",
 )
-# The command line stands above all three rooms.
+# The command line stands above all three packages.
 ABOVE = ("study/cli/main.py", "study/cli/ablation.py")
 HEAVY = ("torch", "torchvision", "timm")
 # These answer before torch is loaded, or run where it is not needed.
@@ -48,13 +48,13 @@ def imports(path: Path, *, at_top_only: bool = False) -> Iterator[str]:
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             # `from core.models import weights` names a file too.
-            is_folder = (ROOT / module.replace(".", "/")).is_dir() and room(module) in OURS
+            is_folder = (ROOT / module.replace(".", "/")).is_dir() and package(module) in OURS
             yield from [f"{module}.{a.name}" for a in node.names] if is_folder else [module]
         elif not (at_top_only and isinstance(node, ast.FunctionDef)):
             nodes.extend(ast.iter_child_nodes(node))  # type: ignore[arg-type]
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return module.partition(".")[0]
 
 
@@ -69,18 +69,18 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     allowed = {"core": ("core",), "study": ("core", "study"), "reports": ("reports", "study")}
     for module in imports(path):
         assert module not in OURS, f"{name(path)} imports {module}: name the file"
-        if room(module) in OURS:
-            assert room(module) in allowed[room(name(path).split("/")[0])], module
+        if package(module) in OURS:
+            assert package(module) in allowed[package(name(path).split("/")[0])], module
         if name(path).startswith("reports/"):
-            assert room(module) not in HEAVY, module
-            assert room(module) != "study" or module in RECORD, module
+            assert package(module) not in HEAVY, module
+            assert package(module) != "study" or module in RECORD, module
 
 
 def test_the_record_imports_neither_torch_nor_pandas_at_the_top() -> None:
     for module in RECORD:
         path = ROOT / f"{module.replace('.', '/')}.py"
-        rooms = {room(name) for name in imports(path, at_top_only=True)}
-        assert not rooms & {*HEAVY, "pandas"}, module
+        packages = {package(name) for name in imports(path, at_top_only=True)}
+        assert not packages & {*HEAVY, "pandas"}, module
 
 
 @pytest.mark.parametrize("file", WITHOUT_TORCH)
@@ -90,7 +90,7 @@ def test_light_modules_load_nothing_heavy(file: str) -> None:
     todo = [ROOT / file]
     while todo:
         for module in imports(todo.pop(), at_top_only=True):
-            assert room(module) not in (*HEAVY, "optuna", "pandas", "matplotlib"), module
-            if room(module) in OURS and module not in seen:
+            assert package(module) not in (*HEAVY, "optuna", "pandas", "matplotlib"), module
+            if package(module) in OURS and module not in seen:
                 seen.add(module)
                 todo.append(ROOT / f"{module.replace('.', '/')}.py")

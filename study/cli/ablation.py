@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import filesize
+
 from reports.ablation_report import write_ablation
 from reports.ablation_sections import describe_ablation
 from reports.effects import Rules, foresee, open_levels
@@ -12,7 +14,6 @@ from study.ablation.baseline import find_baseline, read_flags
 from study.ablation.designs import BASELINE, Scores, cell_label
 from study.ablation.run import AblationOutcome, Plan, check_begun, make_plan, run_ablation
 from study.cli.views import (
-    format_bytes,
     grid_table,
     make_table,
     print_json,
@@ -123,7 +124,7 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
         return
     print(
         f"About {format_duration(mean)} per run, {format_duration(mean * n)} in all (without "
-        f"loading of images); {format_bytes(kept)} of checkpoints "
+        f"loading of images); {filesize.decimal(kept)} of checkpoints "
         "(ablation.keep_checkpoints = false keeps none)."
     )
 
@@ -151,10 +152,14 @@ def run_plan(
             folder = Path(study.output) / study.name / "ablation"
             paths = write_ablation(store, study.name, folder)
             section, report = paths.sections[0], paths.html
+    findings = [f"{finding.head} {finding.text}" for finding in section.findings]
     if as_json:
-        _print_record(outcome, section, report)
+        _print_record(outcome, section, findings, report)
         return outcome.stopped_because
-    _print_results(outcome, section)
+    done = f"{outcome.n_done} of {outcome.n_planned} runs are done"
+    print(f"\nAblation {outcome.study_name}: {done} ({format_duration(outcome.duration_s)})")
+    print_view(grid_table(section.grids[0]))
+    print(*findings, sep="\n")
     if report:
         print(f"\nReport: {report}")
     where = study.name, study.storage
@@ -166,44 +171,22 @@ def run_plan(
     return outcome.stopped_because
 
 
-def _print_results(outcome: AblationOutcome, section: "Section") -> None:
-    done = f"{outcome.n_done} of {outcome.n_planned} runs are done"
-    print(f"\nAblation {outcome.study_name}: {done} ({format_duration(outcome.duration_s)})")
-    print_view(grid_table(section.grids[0]))
-    for finding in section.findings:
-        print(f"{finding.head} {finding.text}")
-
-
-def _print_record(outcome: AblationOutcome, section: "Section", report: Path | None) -> None:
-    print_json(
-        {
-            "event": "ablation_ended",
-            "study": outcome.study_name,
-            "stopped_because": outcome.stopped_because,
-            "n_done": outcome.n_done,
-            "n_planned": outcome.n_planned,
-            "findings": [f"{finding.head} {finding.text}" for finding in section.findings],
-            "effects": [_effect_record(effect) for effect in section.effects],
-            "report": report,
-        }
-    )
+def _print_record(
+    outcome: AblationOutcome, section: "Section", findings: Sequence[str], report: Path | None
+) -> None:
+    record: dict[str, Any] = {"event": "ablation_ended", "study": outcome.study_name}
+    for key in ("stopped_because", "n_done", "n_planned"):
+        record[key] = getattr(outcome, key)
+    effects = [_effect_record(effect) for effect in section.effects]
+    print_json(record | {"findings": findings, "effects": effects, "report": report})
 
 
 def _effect_record(effect: "Effect") -> dict[str, Any]:
-    return {
-        "factor": effect.arm.factor,
-        "level": effect.arm.level,
-        "n": effect.n,
-        "n_failed": effect.arm.n_failed,
-        "accuracy": effect.arm.accuracy.estimate,
-        "difference": effect.difference.estimate,
-        "low": effect.difference.low,
-        "high": effect.difference.high,
-        "p": effect.p,
-        "p_family": effect.p_family,
-        "verdict": effect.verdict,
-        "n_needed": effect.n_needed,
-    }
+    arm, difference = effect.arm, effect.difference
+    record = {key: getattr(arm, key) for key in ("factor", "level", "n_failed")}
+    record |= {key: getattr(effect, key) for key in ("n", "p", "p_family", "verdict", "n_needed")}
+    record |= {"accuracy": arm.accuracy.estimate, "difference": difference.estimate}
+    return record | {"low": difference.low, "high": difference.high}
 
 
 def print_methods(store: Record, name: str) -> None:

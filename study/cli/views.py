@@ -1,5 +1,6 @@
 """What the commands print: tables and sentences about studies, trials, tests and costs."""
 
+import dataclasses
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import filesize
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -41,13 +43,6 @@ _STOPPED = {
     "space exhausted": "Every setting of the search space has been tried.",
     "interrupted": "Interrupted; the record is complete up to here.",
 }
-_STUDY_FIELDS = ("id", "name", "created_at", "config", "data", "versions")
-_TRIAL_FIELDS = (
-    *("id", "study_id", "number", "run_id", "state", "reason", "origin", "params", "config"),
-    *("config_hash", "seed", "backbone", "freeze_depth", "device", "started_at", "ended_at"),
-    *("duration_s", "epochs_done", "value", "best_epoch", "score", "trained_parameters"),
-    *("total_parameters", "checkpoint", "factor", "level", "replicate"),
-)
 
 
 # How anything is printed.
@@ -98,15 +93,6 @@ def grid_table(grid: "Grid") -> Table:
     return make_table(grid.header, grid.rows, right=grid.header[grid.n_text : end])
 
 
-def format_bytes(size: float) -> str:
-    """Write a number of bytes in the unit that suits it."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 # Studies and trials.
 
 
@@ -130,8 +116,7 @@ def study_record(
     study: "Study", trials: Sequence["Trial"], tests: Sequence["Test"]
 ) -> dict[str, Any]:
     """Return a study as `show --json` prints it."""
-    facts = {name: getattr(study, name) for name in _STUDY_FIELDS}
-    return {**facts, "trials": [trial_record(row) for row in trials], "tests": tests}
+    return _columns(study) | {"trials": [trial_record(row) for row in trials], "tests": tests}
 
 
 def study_view(
@@ -200,7 +185,12 @@ def trials_table(trials: Sequence["Trial"]) -> Table:
 
 def trial_record(trial: "Trial") -> dict[str, Any]:
     """Return a trial as `show --json` prints it."""
-    return {name: getattr(trial, name) for name in _TRIAL_FIELDS}
+    keys = ("backbone", "freeze_depth", "seed")
+    return _columns(trial) | {key: getattr(trial, key) for key in keys}
+
+
+def _columns(row: "Study | Trial") -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
 
 
 def trial_view(trial: "Trial", epochs: Sequence[EpochMetrics]) -> RenderableType:
@@ -346,11 +336,8 @@ def dashboard_command(storage: str) -> str:
 
 def _program(name: str) -> str:
     """Return how to call a program of this environment: by its path where it is not activated."""
-    folder = Path(sys.executable).parent
-    found = shutil.which(name)
-    if found is None or Path(found).parent != folder:
-        return shlex.quote(os.path.relpath(folder / name))
-    return name
+    path = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) == str(path) else shlex.quote(os.path.relpath(path))
 
 
 def print_next(commands: Iterable[str]) -> None:
@@ -419,7 +406,7 @@ def estimate_view(estimate: "Estimate") -> RenderableType:
         (
             *(cost.backbone, f"{cost.image_size} px"),
             *(f"{1 / cost.train_s[depth]:.0f} images/s" for depth in (0, -1)),
-            format_bytes(cost.weights_bytes),
+            filesize.decimal(cost.weights_bytes),
         )
         for cost in estimate.costs
     )
@@ -427,6 +414,6 @@ def estimate_view(estimate: "Estimate") -> RenderableType:
         f"{estimate.n_trials} trials on {estimate.device}, {estimate.n_train} training and "
         f"{estimate.n_val} validation images: about {format_duration(estimate.trial_s)} per "
         f"trial, {format_duration(estimate.total_s)} if none is pruned, "
-        f"{format_bytes(estimate.checkpoint_bytes)} of checkpoints."
+        f"{filesize.decimal(estimate.checkpoint_bytes)} of checkpoints."
     )
     return Group(make_table(("backbone", *right), rows, right=right), Text(total))

@@ -1,1 +1,1 @@
-"""What a study is told: its configuration, read, merged, checked and written."""
+"""The configuration of a study, read, merged, checked and written."""

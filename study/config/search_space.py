@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -174,21 +174,22 @@ def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[F
 
 def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
     """Turn the ends or choices of a dimension into values of its key."""
+    faults: list[Fault] = []
+
+    def checked(value: object, name: str = "") -> Any:
+        found, wrong = check_value(key, value, name)
+        faults.extend(wrong)
+        return found
+
     if "choices" in table:
         listed = table["choices"]
-        named = [
-            ("", value) for value in (listed if isinstance(listed, list | tuple) else [listed])
-        ]
+        listed = listed if isinstance(listed, list | tuple) else [listed]
+        table["choices"] = tuple(checked(value) for value in listed)
     elif is_number(key):
-        named = [(name, table[name]) for name in ("low", "high") if name in table]
+        table |= {name: checked(table[name], name) for name in ("low", "high") if name in table}
     else:
         return [Fault(key, "is no number, so it takes choices = [...], not low and high.")]
-    checked = [check_value(key, value, name) for name, value in named]
-    if "choices" in table:
-        table["choices"] = tuple(value for value, _ in checked)
-    else:
-        table |= {name: value for (name, _), (value, _) in zip(named, checked, strict=True)}
-    return [fault for _, wrong in checked for fault in wrong]
+    return faults
 
 
 def to_table(dimension: Dimension) -> dict[str, Any]:
@@ -224,12 +225,8 @@ def default_params(space: Space) -> dict[str, Any]:
 
 def n_points(space: Space) -> int | None:
     """Count the settings that a space holds (1 where it is empty); None for a continuum."""
-    total = 1
-    for dimension in space.values():
-        if dimension.n_points is None:
-            return None
-        total *= dimension.n_points
-    return total
+    counts = [dimension.n_points for dimension in space.values()]
+    return None if None in counts else math.prod(n for n in counts if n)
 
 
 def distributions(space: Space) -> dict[str, "BaseDistribution"]:
@@ -277,7 +274,7 @@ RECIPES: dict[str, dict[str, ParamValue]] = {
 
 
 def recipes(
-    space: Space, base: TrainConfig, names: Iterable[str] | None = None
+    space: Space, base: TrainConfig, names: Collection[str]
 ) -> dict[str, dict[str, ParamValue]]:
     """Express the known recipes in a space: name -> value of every dimension, no two equal.
 
@@ -288,15 +285,18 @@ def recipes(
     Args:
         space: The search space.
         base: Gives the values of keys that the recipe does not name.
-        names: Only these; None for all.
+        names: Only these.
     """
-    wanted = list(RECIPES) if names is None else [name for name in RECIPES if name in set(names)]
+    searched = space.get("backbone")
+    backbones = searched.choices if isinstance(searched, Choices) else (None,)
+    depths = space.get("freeze_depth", Choices((base.freeze_depth,)))
     found: dict[str, dict[str, ParamValue]] = {}
-    for name in wanted:
-        if not set(RECIPES[name]) & set(space) or not _can_express(RECIPES[name], space, base):
+    for name, recipe in RECIPES.items():
+        is_known = recipe.keys() & space.keys() and depths.holds(recipe["freeze_depth"])
+        if name not in names or not is_known:
             continue
-        for backbone in _backbones(space) if name == _LINEAR_PROBE else _backbones(space)[:1]:
-            recipe = RECIPES[name] | ({} if backbone is None else {"backbone": backbone})
+        for backbone in backbones if name == _LINEAR_PROBE else backbones[:1]:
+            recipe = recipe | ({} if backbone is None else {"backbone": backbone})
             params = {
                 key: dim.nearest(recipe.get(key, getattr(base, key))) for key, dim in space.items()
             }
@@ -304,14 +304,3 @@ def recipes(
                 label = name if backbone is None else f"{name} {backbone}"
                 found[label] = params
     return found
-
-
-def _backbones(space: Space) -> Sequence[ParamValue]:
-    dimension = space.get("backbone")
-    return dimension.choices if isinstance(dimension, Choices) else [None]
-
-
-def _can_express(recipe: Mapping[str, ParamValue], space: Space, base: TrainConfig) -> bool:
-    depth = recipe["freeze_depth"]
-    dimension = space.get("freeze_depth")
-    return base.freeze_depth == depth if dimension is None else dimension.holds(depth)

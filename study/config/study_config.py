@@ -123,12 +123,12 @@ class AblationSection:
     )
     replicates: int = Field(default=5, ge=1)
     """Runs of every setting, with seeds paired over the settings; with adaptive, those of the
-    first look."""
+    first analysis."""
     resplit: bool = False
     """Draw a new training and validation split for every replicate too."""
     adaptive: bool = False
-    """Add replicates where the question is still open, up to max_replicates; the error that
-    looking often would add is paid for."""
+    """Add replicates where a result is inconclusive, up to max_replicates; the significance level
+    is adjusted for the interim analyses."""
     max_replicates: int = Field(default=20, ge=2)
     """With adaptive: most replicates of a setting."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
@@ -207,8 +207,7 @@ SECTIONS: dict[str, type] = {
 """The sections of keys; [space], which holds dimensions, is not among them."""
 FREE_KEYS = frozenset(
     {
-        *(f"study.{key}" for key in ("name", "storage", "output", "trials", "timeout")),
-        *(f"study.{key}" for key in ("patience", "keep_checkpoints", "cache")),
+        *(f"study.{key}" for key in fields_of(StudySection) if key != "seed"),
         *(f"data.{key}" for key in ("root", "download", "cache_dir")),
         *("train.device", "train.workers"),
         *(f"ablation.{key}" for key in fields_of(AblationSection)),
@@ -219,8 +218,8 @@ FREE_KEYS = frozenset(
 
 def default_name(source: str) -> str:
     """Name a study after its data: the folder's or the dataset's name."""
-    kind, _, rest = source.rpartition(":") if source.startswith("torchvision:") else ("", "", "")
-    name = rest if kind else Path(source.removeprefix("folder:")).resolve().name
+    path = source.removeprefix("torchvision:").removeprefix("folder:")
+    name = path if source.startswith("torchvision:") else Path(path).resolve().name
     return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
 
 

@@ -128,13 +128,13 @@ def test_the_page_says_which_levels_help_hurt_and_are_open(levels: Levels) -> No
         "helps": "Better than the baseline:",
         "hurts": "Worse than the baseline:",
         "no difference": "No difference beyond ±1 points:",
-        "undecided": "Undecided:",
+        "inconclusive": "Inconclusive:",
     }
     for verdict, head in heads.items():
         expected = {label for label, own in verdicts.items() if own == verdict}
         assert names(page.finding(head)) == expected
     assert len(set(verdicts.values())) >= 3
-    assert "replicates would settle it" in page.finding("Undecided:")
+    assert "replicates would settle it" in page.finding("Inconclusive:")
 
 
 def test_the_page_says_that_the_test_split_was_read(levels: Levels) -> None:
@@ -248,11 +248,11 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
     assert (cards["Runs"].figure, cards["Runs"].more) == ("7", "0 failed, 23 still missing")
     n = {effect.arm.label: effect.n for effect in found.effects}
     assert n["freeze = 3"] == 2 and n["head = zero"] == 0
-    assert "head = zero (not run yet)" in page.finding("Undecided:")
-    assert "augment = none (too few replicates)" in page.finding("Undecided:")
+    assert "head = zero (not run yet)" in page.finding("Inconclusive:")
+    assert "augment = none (too few replicates)" in page.finding("Inconclusive:")
     last = {row[1]: row[-1] for row in found.grids[0].rows}
     assert last["zero"] == "not run yet"
-    assert last["none"] == "undecided: one replicate cannot be tested"
+    assert last["none"] == "inconclusive: one replicate cannot be tested"
 
 
 @pytest.mark.parametrize("kind", ["ofat", "factorial", "path"])

@@ -215,7 +215,7 @@ def test_an_open_question_needs_more_replicates_than_were_tried() -> None:
         baseline, arms = draw_study(rng, (0.008,) * 3, 5)
         for effect in estimate(baseline, arms, margin=0.001):
             needed = effect.n_needed
-            assert needed is None or (effect.verdict == "undecided" and needed > 5)
+            assert needed is None or (effect.verdict == "inconclusive" and needed > 5)
 
 
 def test_equal_differences_are_judged_by_the_resolution_of_the_metric() -> None:
@@ -223,7 +223,7 @@ def test_equal_differences_are_judged_by_the_resolution_of_the_metric() -> None:
     (sure,) = estimate(baseline, [level])
     (careful,) = estimate(baseline, [level], resolution=1 / 80)
     assert (sure.verdict, sure.p) == ("helps", 0)
-    assert careful.verdict == "undecided"
+    assert careful.verdict == "inconclusive"
     assert careful.p > 0.05 and math.isfinite(careful.standardised)
     (same,) = estimate(baseline, [make_arm("a", baseline.values)], resolution=1e-3)
     assert (same.p, same.verdict) == (1, "no difference")
@@ -368,7 +368,7 @@ def test_levels_with_unequal_replicates_are_each_judged_by_their_own_looks() -> 
 def test_before_its_first_look_an_adaptive_study_decides_nothing() -> None:
     (effect,) = estimate(*draw_study(np.random.default_rng(0), (0.2,), 4), looks=LOOKS)
     assert math.isnan(effect.p_family)
-    assert effect.verdict == "undecided"
+    assert effect.verdict == "inconclusive"
 
 
 # Failed and missing runs
@@ -411,7 +411,7 @@ def test_one_replicate_has_a_difference_and_no_test() -> None:
     assert effect.difference.estimate == pytest.approx(0.1)
     ps = (effect.p, effect.p_family, effect.p_equivalence, effect.difference.low)
     assert np.isnan(ps).all()
-    assert verdict_words(effect, Rules()) == "undecided: one replicate cannot be tested"
+    assert verdict_words(effect, Rules()) == "inconclusive: one replicate cannot be tested"
 
 
 def test_foresight_warns_of_what_cannot_decide() -> None:

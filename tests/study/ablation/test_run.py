@@ -91,11 +91,11 @@ def _plan(
     return make_plan(baseline)
 
 
-def _undecided(scores: Scores, looks: Sequence[int]) -> set[int]:
+def _all_open(scores: Scores, looks: Sequence[int]) -> set[int]:
     raise AssertionError("a fixed ablation takes no look")
 
 
-def _run(plan: Plan, progress: QuietProgress | None = None, decide=_undecided) -> AblationOutcome:
+def _run(plan: Plan, progress: QuietProgress | None = None, decide=_all_open) -> AblationOutcome:
     return run_ablation(plan, progress=progress or QuietProgress(), command="test", decide=decide)
 
 
@@ -478,7 +478,7 @@ def test_adaptive_stops_where_the_effect_is_huge_and_goes_on_where_it_is_open(
     }
     _, huge, unclear = _effects(tmp_path)
     assert (huge["verdict"], huge["n"]) == ("hurts", "4.0")
-    assert (unclear["verdict"], unclear["n"]) == ("undecided", "10.0")
+    assert (unclear["verdict"], unclear["n"]) == ("inconclusive", "10.0")
     assert float(huge["p_family"]) <= 0.05 < float(unclear["p_family"])
 
 

@@ -193,6 +193,10 @@ def test_an_override_changes_fixes_or_empties_dimensions() -> None:
     assert "freeze_depth" not in config.space
     assert config.train.freeze_depth == 3
     assert load_config(overrides=["space={}"]).space == {}
+    # A searched key's base value lies in its dimension, and its default contradicts none.
+    config = load_config(overrides=["space={epochs={low=20,high=30}}", "train.warmup_epochs=15"])
+    assert config.train.epochs == 20
+    assert load_config(overrides=["space.seed=[0,1]", "train.seed=0"]).space["seed"].n_points == 2
 
 
 @pytest.mark.parametrize(
@@ -212,13 +216,6 @@ def test_a_wrong_override_is_reported_as_such(override: str, message: str) -> No
     assert str(caught.value).startswith(message)
 
 
-def test_a_flag_is_named_in_its_fault() -> None:
-    with pytest.raises(ConfigError, match=r"^--trials: study\.trials: must be greater than"):
-        load_config(flags={"study.trials": 0})
-    with pytest.raises(ConfigError, match=r"^--data: data\.source: must name a folder"):
-        load_config(flags={"data.source": ""})
-
-
 def test_a_rule_between_keys_is_reported_where_the_last_of_them_was_given(tmp_path: Path) -> None:
     text = "[train]\nwarmup_epochs = 4\nmixup = 0.2\ncutmix = 1.0"
     mixed, warm = faults_of(text, tmp_path, "epochs=3")
@@ -226,16 +223,6 @@ def test_a_rule_between_keys_is_reported_where_the_last_of_them_was_given(tmp_pa
     assert mixed.startswith("FILE: train: mixup and cutmix")
     (fault,) = faults_of("[space]\nmixup = [0.0, 0.2]", tmp_path, "cutmix=1.0")
     assert fault.startswith("--set: space.mixup: may draw mixup=0.2, but")
-
-
-def test_a_default_given_as_value_contradicts_no_dimension(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "[train]\nseed = 0\n[space]\nseed = [0, 1]"))
-    assert config.space == {"seed": Choices((0, 1))}
-
-
-def test_a_searched_keys_base_value_lies_in_its_dimension() -> None:
-    config = load_config(overrides=["space={epochs={low=20,high=30}}", "train.warmup_epochs=15"])
-    assert config.train.epochs == 20
 
 
 def test_check_backbones_reports_all_unknown_ones() -> None:

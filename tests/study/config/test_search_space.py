@@ -74,23 +74,22 @@ def test_the_nearest_value_is_one_of_the_range(value: float, step: float, n: int
 
 
 @pytest.mark.parametrize(
-    ("value", "found"), [(7, 5), (-1, 0), (2, 2), ("x", 0), (None, 0), (True, 0)]
+    ("dimension", "value", "found"),
+    [
+        *((Range(0, 5), value, found) for value, found in ((7, 5), (-1, 0), ("x", 0), (True, 0))),
+        (Choices((None, 0.1, 1.0)), 0.4, 0.1),
+        (Choices(("a", "b")), "b", "b"),
+        (Choices(("a", "b")), "c", "a"),
+        (Choices((2, 1)), True, 2),  # True == 1, but it is no batch size
+    ],
 )
-def test_the_nearest_whole_number(value: int | str | None, found: int) -> None:
-    assert Range(0, 5).nearest(value) == found
-
-
-def test_the_nearest_choice() -> None:
-    assert Choices((None, 0.1, 1.0)).nearest(0.4) == 0.1
-    assert Choices(("a", "b")).nearest("b") == "b"
-    assert Choices(("a", "b")).nearest("c") == "a"
-    # True == 1, but it is no batch size.
-    assert not Choices((1, 2)).holds(True)
+def test_the_nearest_value(dimension: Range | Choices, value: ParamValue, found: object) -> None:
+    assert dimension.nearest(value) == found
 
 
 def test_the_default_space_has_every_recipe() -> None:
     config = StudyConfig()
-    found = recipes(config.space, config.train)
+    found = recipes(config.space, config.train, config.search.recipe_names)
     assert len(found) == len(config.backbones) + 2
     probe = found[f"linear-probe {config.backbones[1]}"]
     assert probe == {
@@ -102,42 +101,34 @@ def test_the_default_space_has_every_recipe() -> None:
     }
     for params in found.values():
         assert all(config.space[name].holds(value) for name, value in params.items())
-
-
-def test_a_recipes_rate_is_clipped_into_the_space() -> None:
-    found = recipes({"base_lr": Range(1e-4, 5e-4), "freeze_depth": Range(0, 5)}, TrainConfig())
-    assert found["linear-probe"] == {"base_lr": 5e-4, "freeze_depth": 5}
-    found = recipes({"base_lr": Range(0.01, 0.1), "freeze_depth": Range(0, 5)}, TrainConfig())
-    assert found["fine-tune-all"] == {"base_lr": 0.01, "freeze_depth": 0}
+        apply_params(TrainConfig(), params)
 
 
 @pytest.mark.parametrize(
-    ("space", "base", "names"),
+    ("space", "base_depth", "found"),
     [
-        ({"freeze_depth": Range(0, 4)}, TrainConfig(), ["fine-tune-half", "fine-tune-all"]),
-        ({"base_lr": Range(1e-3, 1e-1)}, TrainConfig(freeze_depth=5), ["linear-probe"]),
-        ({"base_lr": Range(1e-3, 1e-1)}, TrainConfig(freeze_depth=2), []),
-        ({"seed": Choices((0, 1))}, TrainConfig(freeze_depth=5), []),
-        ({}, TrainConfig(), []),
+        (
+            {"base_lr": Range(1e-4, 5e-4), "freeze_depth": Range(0, 5)},  # rates are clipped
+            0,
+            {
+                "linear-probe": {"base_lr": 5e-4, "freeze_depth": 5},
+                "fine-tune-half": {"base_lr": 5e-4, "freeze_depth": 3},
+                "fine-tune-all": {"base_lr": 5e-4, "freeze_depth": 0},
+            },
+        ),
+        ({"freeze_depth": Range(1, 4)}, 0, {"fine-tune-half": {"freeze_depth": 3}}),
+        ({"base_lr": Range(1e-3, 1e-1)}, 5, {"linear-probe": {"base_lr": 1e-3}}),
+        ({"base_lr": Range(1e-3, 1e-1)}, 2, {}),
+        ({"seed": Choices((0, 1))}, 5, {}),
+        ({}, 5, {}),
     ],
 )
-def test_a_recipe_that_the_space_cannot_express_is_left_out(
-    space: dict[str, Range | Choices], base: TrainConfig, names: list[str]
+def test_recipes_are_what_a_space_can_express(
+    space: dict[str, Range | Choices], base_depth: int, found: dict[str, object]
 ) -> None:
-    assert list(recipes(space, base)) == names
+    assert recipes(space, TrainConfig(freeze_depth=base_depth), RECIPES) == found
 
 
 def test_only_named_recipes_are_given() -> None:
     assert list(recipes(SPACE, TrainConfig(), ["fine-tune-all"])) == ["fine-tune-all resnet18"]
     assert recipes(SPACE, TrainConfig(), []) == {}
-
-
-def test_equal_recipes_are_given_once() -> None:
-    space = {"head_lr_mult": Range(1.0, 5.0), "freeze_depth": Choices((5, 3))}
-    found = recipes(space, TrainConfig(backbone="resnet18"))
-    assert len({tuple(params.items()) for params in found.values()}) == len(found) == 2
-
-
-def test_every_recipe_is_a_valid_configuration() -> None:
-    for recipe in RECIPES.values():
-        apply_params(TrainConfig(), recipe)
