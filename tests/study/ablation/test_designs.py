@@ -58,14 +58,14 @@ def _signs(design: Design) -> np.ndarray:
     )
 
 
-@settings(deadline=None)  # 128 configurations are checked
 @given(
-    st.sampled_from(list(DESIGNS)), st.lists(st.sampled_from(list(TWO)), unique=True, min_size=3)
+    st.sampled_from(list(DESIGNS)),
+    st.lists(st.sampled_from(list(TWO)), unique=True, min_size=3, max_size=5),
 )
 def test_every_cell_of_every_design_is_allowed_and_no_two_train_the_same(
     kind: str, names: list[str]
 ) -> None:
-    design = DESIGNS[kind](_factors({name: TWO[name] for name in names}), max_cells=128)
+    design = DESIGNS[kind](_factors({name: TWO[name] for name in names}))
     trained = [apply_params(BASE, cell.overrides) for cell in design.cells]
     assert len(set(trained)) == len(trained)
     for cell, config in zip(design.cells, trained, strict=True):

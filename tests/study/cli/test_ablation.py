@@ -165,14 +165,6 @@ def test_dry_run_of_a_file_makes_no_database(
             ["Runs: at most 40 (20 replicates, seeds 1 to 20", "after 4, 6, 9, 20 replicates"],
         ),
         (
-            [
-                *("--design", "factorial", "--set", "ablation.max_cells=8"),
-                *("--factor", "augment=none", "--factor", "head_lr_mult=1"),
-                *("--factor", "flip=0", "--factor", "schedule=constant"),
-            ],
-            ["8 of 16 combinations", "Aliasing: augment × head_lr_mult = flip × schedule"],
-        ),
-        (
             ["--factor", "augment=none", "--replicates", "2", "--resplit"],
             ["each with its own validation split"],
         ),
