@@ -5,7 +5,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -105,13 +105,17 @@ def writing(engine: Engine) -> Iterator[Session]:
         yield session
 
 
-def process_start(pid: int) -> float:
-    """Return when a process was started, seconds since 1970.
-
-    Raises:
-        psutil.Error: There is no such process.
-    """
-    return float(psutil.Process(pid).create_time())
+def this_process(study_id: int, command: str, device: str, versions: Mapping[str, str]) -> Run:
+    """Return this process as one that works on a study."""
+    return Run(
+        study_id=study_id,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        pid_started=psutil.Process().create_time(),
+        command=command,
+        device=device,
+        versions=dict(versions),
+    )
 
 
 def is_alive(run: Run, take_over: bool = False) -> bool:
@@ -126,7 +130,7 @@ def is_alive(run: Run, take_over: bool = False) -> bool:
     if run.host != socket.gethostname():
         return not take_over
     try:
-        return abs(process_start(run.pid) - run.pid_started) < _SAME_START_S
+        return bool(abs(psutil.Process(run.pid).create_time() - run.pid_started) < _SAME_START_S)
     except psutil.Error:
         return False
 

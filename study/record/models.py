@@ -314,14 +314,21 @@ class Test(Base, kw_only=True):
     created_at: Mapped[datetime] = mapped_column(default_factory=now)
     n: Mapped[int]
     n_correct: Mapped[int]
-    accuracy: Mapped[float]
-    low: Mapped[float]
-    high: Mapped[float]
+    accuracy: Mapped[float] = mapped_column(init=False)
+    low: Mapped[float] = mapped_column(init=False)
+    high: Mapped[float] = mapped_column(init=False)
     balanced_acc: Mapped[float]
     macro_f1: Mapped[float]
     val_acc: Mapped[float | None]
     confusion: Mapped[list[list[int]]]
     command: Mapped[str]
+
+    def __post_init__(self) -> None:
+        from scipy.stats import binomtest
+
+        interval = binomtest(self.n_correct, self.n).proportion_ci(0.95, method="wilson")
+        self.accuracy = self.n_correct / self.n
+        self.low, self.high = float(interval.low), float(interval.high)
 
 
 class Design(Base, kw_only=True):
