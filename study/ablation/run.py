@@ -15,7 +15,7 @@ from study.config.errors import ConfigError
 from study.config.load import check_backbones
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
-from study.execution.progress import Counts, Progress, StudyEnded, StudyStarted
+from study.execution.progress import Counts, Progress, StudyStarted
 from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import (
@@ -215,9 +215,7 @@ def run_ablation(
         ) as session:
             ablation = _Ablation(plan, session)
             session.because = ablation.run(command, decide, begin)
-            outcome = ablation.outcome(session.because, time.monotonic() - begin)
-            progress.emit(StudyEnded(outcome))
-            return outcome
+            return ablation.outcome(session.because, time.monotonic() - begin)
 
 
 class _Ablation:

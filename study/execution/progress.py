@@ -123,14 +123,7 @@ class DataProgress:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class StudyEnded:
-    """A run of a study has ended; the outcome is a search's or an ablation's."""
-
-    outcome: object
-
-
-Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress | StudyEnded
+Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress
 # The command line writes the end of a study: it adds the report.
 _JSON_NAMES: dict[type, str] = {
     StudyStarted: "study_started",

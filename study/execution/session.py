@@ -317,13 +317,9 @@ def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()
-        progress.emit(
-            Note("Stopping, and saving the trial's state; press Ctrl-C again to leave at once.")
-        )
+        text = "Stopping, and saving the trial's state; press Ctrl-C again to leave at once."
+        progress.emit(Note(text))
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -19,7 +19,6 @@ from study.execution.progress import (
     Event,
     Note,
     Progress,
-    StudyEnded,
     StudyStarted,
     TrialEnded,
     TrialStarted,
@@ -204,8 +203,6 @@ class LiveProgress(_Board):
                 settings = format_params(trial.started.params) if trial else ""
                 style = "red" if state == "failed" else ""
                 self.console.print(Text(f"{_ended_line(event)}  {settings}".rstrip(), style=style))
-            case StudyEnded():
-                self.close()
         super().emit(event)
 
     def close(self) -> None:

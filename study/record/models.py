@@ -190,14 +190,10 @@ class Trial(Base, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class StudySummary:
-    """A study in one line.
+    """A study in one line: its trials by state, and the best complete one.
 
     Attributes:
         updated_at: When its last trial began or ended; `created_at` where it has none.
-        n_complete: Trials that reached their last epoch.
-        n_pruned: Trials that the pruner stopped.
-        n_failed: Trials that diverged, raised an error, or were cut short.
-        n_running: Trials of a process that works on the study.
         n_interrupted: Trials whose process died, and that the next one will deal with.
         best_value: Validation accuracy of the best complete trial, in [0, 1].
     """
@@ -217,18 +213,13 @@ class StudySummary:
     def of(cls, study: Study, trials: Sequence[Trial]) -> "StudySummary":
         """Sum up a study."""
         states = ("complete", "pruned", "failed", "running", "interrupted")
-        counts = {f"n_{name}": sum(row.state == name for row in trials) for name in states}
+        counts = (sum(row.state == name for row in trials) for name in states)
         complete = [row for row in trials if row.state == "complete"]
         best = min(complete, key=lambda row: row.rank, default=None)
         times = [row.ended_at or row.started_at for row in trials]
-        return cls(
-            name=study.name,
-            created_at=study.created_at,
-            updated_at=max(times, default=study.created_at),
-            best_value=best.value if best else None,
-            best_number=best.number if best else None,
-            **counts,
-        )
+        updated_at = max(times, default=study.created_at)
+        value, number = (best.value, best.number) if best else (None, None)
+        return cls(study.name, study.created_at, updated_at, *counts, value, number)
 
 
 _TYPES = {int: BigInteger, float: Float, bool: Boolean}

@@ -271,17 +271,13 @@ class Record(AbstractContextManager["Record"]):
         trial.checkpoint = checkpoint
         self._save(trial)
 
-    def trials(self, study_id: int) -> list[Trial]:
-        """List a study's trials by number."""
-        return self._trials(study_id)
-
     def trial(self, study_id: int, number: int) -> Trial:
         """Return a trial.
 
         Raises:
             RecordError: The study has no trial of that number.
         """
-        rows = self._trials(study_id, Trial.number == number)
+        rows = self.trials(study_id, Trial.number == number)
         if not rows:
             last = select(func.max(Trial.number)).where(Trial.study_id == study_id)
             top = self._all(last)[0]
@@ -291,11 +287,11 @@ class Record(AbstractContextManager["Record"]):
 
     def find_finished(self, study_id: int, config_hash: str) -> Trial | None:
         """Return the first complete or pruned trial of equal settings, if any."""
-        alike = self._trials(study_id, Trial.config_hash == config_hash)
+        alike = self.trials(study_id, Trial.config_hash == config_hash)
         return next((row for row in alike if row.state in ("complete", "pruned")), None)
 
-    def _trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
-        """Read trials and join them with what Optuna's tables hold of them."""
+    def trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
+        """List a study's trials by number, joined with what Optuna's tables hold of them."""
         query = select(Trial).where(Trial.study_id == study_id, *conditions)
         rows = self._all(query.order_by(Trial.number))
         optunas = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []

@@ -1,8 +1,6 @@
 import io
 import json
 import pickle
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,24 +15,12 @@ from study.execution.progress import (
     Note,
     Progress,
     QuietProgress,
-    StudyEnded,
     StudyStarted,
     TrialEnded,
     TrialStarted,
     choose_progress,
 )
 from study.execution.terminal import LiveProgress, PlainProgress
-
-
-@dataclass(frozen=True)
-class Ended:
-    study_name: str = "ants"
-    stopped_because: str = "trials"
-    counts: Counts = Counts(complete=1, pruned=1, failed=1)
-    best_number: int | None = 0
-    best_value: float | None = 0.9
-    checkpoint: Path | None = None
-    duration_s: float = 1.0
 
 
 def metrics(epoch: int, acc: float, train_loss: float = 0.5, is_best: bool = True) -> EpochMetrics:
@@ -59,7 +45,6 @@ EVENTS: list[Event] = [
     TrialEnded(4, "failed", None, "diverged", 3700),
     TrialStarted(5, "sampler", {}, 2),
     TrialEnded(5, "stopped", None, "interrupted", 1),
-    StudyEnded(Ended()),
 ]
 
 
