@@ -213,13 +213,18 @@ class StudySummary:
     def of(cls, study: Study, trials: Sequence[Trial]) -> "StudySummary":
         """Sum up a study."""
         states = ("complete", "pruned", "failed", "running", "interrupted")
-        counts = (sum(row.state == name for row in trials) for name in states)
+        counts = {f"n_{name}": sum(row.state == name for row in trials) for name in states}
         complete = [row for row in trials if row.state == "complete"]
         best = min(complete, key=lambda row: row.rank, default=None)
         times = [row.ended_at or row.started_at for row in trials]
-        updated_at = max(times, default=study.created_at)
-        value, number = (best.value, best.number) if best else (None, None)
-        return cls(study.name, study.created_at, updated_at, *counts, value, number)
+        return cls(
+            name=study.name,
+            created_at=study.created_at,
+            updated_at=max(times, default=study.created_at),
+            best_value=best.value if best else None,
+            best_number=best.number if best else None,
+            **counts,
+        )
 
 
 _TYPES = {int: BigInteger, float: Float, bool: Boolean}
