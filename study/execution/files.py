@@ -75,7 +75,8 @@ class TrialFiles:
         while len(self._kept) > self._keep_best:
             row = self._kept.pop()
             if self._keep_best:
-                self._session.record.set_checkpoint(row, None)
+                row.checkpoint = None
+                self._session.record.save(row)
             shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
 
     def _record_worst(

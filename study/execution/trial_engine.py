@@ -31,8 +31,6 @@ VAL_SEED = "val_seed"
 """The user attribute that holds the seed of a trial's own validation split."""
 REASON_DIVERGED = "diverged"
 REASON_OUT_OF_MEMORY = "out of memory"
-REASON_ERROR = "error"
-REASON_STOPPED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ class TrialEngine:
                         state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
                         break
         except Interrupted:
-            state, reason = "stopped", REASON_STOPPED
+            state, reason = "stopped", "interrupted"
         except TrainingDiverged as err:
             state, reason = "failed", f"{REASON_DIVERGED}: {err}"
         except torch.OutOfMemoryError as err:
@@ -169,7 +167,7 @@ class TrialEngine:
         except Exception as err:  # one broken setting must not end a night's search
             if outside_cause(err) is not None:
                 raise
-            state, reason = "failed", f"{REASON_ERROR}: {_described(err)}"
+            state, reason = "failed", f"error: {_described(err)}"
         ended = self._end(course, state, reason)
         self._halt_on_equal_failures(ended)
         return ended

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import psutil
 from optuna.storages import RDBStorage
@@ -46,20 +46,15 @@ class RecordError(ValueError):
     """The database cannot be used, or does not hold what was asked for."""
 
 
-class Database(NamedTuple):
-    """An open database: our engine, Optuna's storage in it, and whether it may be changed."""
-
-    engine: Engine
-    optuna: RDBStorage
-    is_writable: bool
-
-
-def open_database(storage: str, *, create: bool) -> Database:
+def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage, bool]:
     """Open a database of ours; an SQLite file that cannot be written is opened for reading.
 
     Args:
         storage: SQLAlchemy URL or path of an SQLite file.
         create: Create it where there is none.
+
+    Returns:
+        Our engine, Optuna's storage in the same database, and whether it may be written.
 
     Raises:
         RecordError: Missing, not a database, another program's, or of another layout.
@@ -90,7 +85,7 @@ def open_database(storage: str, *, create: bool) -> Database:
             f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
             "name another with --storage."
         ) from err
-    return Database(engine, optuna, is_writable)
+    return engine, optuna, is_writable
 
 
 @contextmanager

@@ -94,6 +94,11 @@ class Record(AbstractContextManager["Record"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def save(self, row: Base) -> None:
+        """Add a row, or bring one that was read and changed up to date."""
+        with self._writing() as session:
+            session.add(row)
+
     # Studies
 
     def create_study(
@@ -106,7 +111,7 @@ class Record(AbstractContextManager["Record"]):
         """
         study = Study(name=name, config=config, data=data, versions=dict(versions))
         try:
-            self._save(study)
+            self.save(study)
         except IntegrityError as err:
             rule = f"a study's name must be new, but {self.storage} has a study {name}."
             raise RecordError(f"{rule} Use another --name, or resume that one.") from err
@@ -236,7 +241,7 @@ class Record(AbstractContextManager["Record"]):
 
     def begin_trial(self, trial: Trial) -> None:
         """Enter our part of a trial that is running for Optuna."""
-        self._save(trial)
+        self.save(trial)
 
     def add_epoch(self, trial: Trial, metrics: EpochMetrics, seconds_since_start: float) -> None:
         """Add an epoch, and bring the trial's own figures up to date with it.
@@ -256,7 +261,7 @@ class Record(AbstractContextManager["Record"]):
     def end_trial(self, trial: Trial, state: str) -> None:
         """Close a trial with its last figures, and tell Optuna its state and value."""
         trial.ended_at = now()
-        self._save(trial)
+        self.save(trial)
         self.tell(trial.study_id, trial.number, state, trial.value)
 
     def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:
@@ -265,11 +270,6 @@ class Record(AbstractContextManager["Record"]):
         self.optuna_study(study_id).tell(
             number, value if is_complete else None, state=_STATES[state]
         )
-
-    def set_checkpoint(self, trial: Trial, checkpoint: str | None) -> None:
-        """Note where a trial's weights lie, or that they were removed."""
-        trial.checkpoint = checkpoint
-        self._save(trial)
 
     def trial(self, study_id: int, number: int) -> Trial:
         """Return a trial.
@@ -340,10 +340,6 @@ class Record(AbstractContextManager["Record"]):
         with self._writing() as session:
             session.merge(Prediction(trial_id=trial_id, split=split, **packed))
 
-    def add_test(self, test: Test) -> None:
-        """Keep a result on the test split."""
-        self._save(test)
-
     def tests(self, study_id: int) -> list[Test]:
         """List a study's results on the test split, oldest first."""
         return self._all(select(Test).where(Test.study_id == study_id).order_by(Test.id))
@@ -369,10 +365,6 @@ class Record(AbstractContextManager["Record"]):
             rule = f"database {self.storage} cannot be written."
             raise RecordError(f"{rule} Change its permissions, or name another with --storage.")
         return writing(self.engine)
-
-    def _save(self, row: Base) -> None:
-        with self._writing() as session:
-            session.add(row)
 
     def _update(self, table: type[Any], key: int, **values: Any) -> None:
         with self._writing() as session:

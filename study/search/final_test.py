@@ -72,7 +72,7 @@ def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, com
         confusion=evaluation.confusion.tolist(),
         command=command,
     )
-    record.add_test(test)
+    record.save(test)
 
 
 def _chosen(record: Record, study: Study, number: int | None) -> Trial:

@@ -248,7 +248,7 @@ def add_test(
         val_acc=val_acc, balanced_acc=accuracy, macro_f1=accuracy, confusion=[[1]],
         command=f"python -m study test {name}",
     )  # fmt: skip
-    store.add_test(test)
+    store.save(test)
 
 
 # Ablations

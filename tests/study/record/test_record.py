@@ -152,7 +152,7 @@ def test_a_test_has_its_wilson_interval(store: Record) -> None:
         study_id=study, trial_number=3, n=200, n_correct=170, balanced_acc=0.85, macro_f1=0.85,
         val_acc=0.9, confusion=[[85, 15], [15, 85]], command="test",
     )  # fmt: skip
-    store.add_test(test)
+    store.save(test)
     (row,) = store.tests(study)
     # Wilson's formula by hand: centre (k + z^2/2) / (n + z^2), z = 1.959964.
     assert row.accuracy == 0.85
