@@ -7,6 +7,7 @@ each kill the record is compared with that after the kill before it.
 """
 
 import faulthandler
+import itertools
 import os
 import random
 import re
@@ -21,13 +22,11 @@ from typing import Any
 
 import optuna
 
-from core.metrics import MEASURED
 from core.training import resume
 from study.cli.main import main
 from study.execution import trial_engine
-from study.record.record import EPOCH_FIELDS, Record
+from study.record.record import Record
 
-FIGURES = [name for name in EPOCH_FIELDS if name not in MEASURED]
 # Where a kill lands: the first of these functions that is under way.
 PLACES = {
     "_save": "writing a file", "save_if_due": "writing a file", "train_epoch": "inside an epoch",
@@ -61,21 +60,20 @@ def die(note: Path, place: str = "") -> None:
 def run_child(note: Path, plan: str, amount: float, arguments: list[str]) -> int:
     """Run a command that dies so long after training began, or at the so many-th second commit."""
     whole = {"training": trial_engine.fit, "commits": Record.tell}.get(plan)
-    n_calls = 0
+    calls = itertools.count(1)
 
     def call(*args: Any, **more: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        if plan == "training" and n_calls == 1:
+        n = next(calls)
+        if plan == "training" and n == 1:
             threading.Timer(amount, die, [note]).start()
-        elif plan == "commits" and n_calls == amount:
+        elif plan == "commits" and n == amount:
             die(note, "between the two commits")
         return whole(*args, **more)
 
     if plan == "training":
         trial_engine.fit, resume._EVERY_S = call, 0.5  # states within an epoch, too
     elif plan == "commits":
-        Record.tell = call
+        Record.tell = call  # type: ignore[method-assign]
     return main(arguments)
 
 
@@ -103,18 +101,15 @@ def read(work: Path, name: str) -> Trials:
             if row is None:  # waiting, or asked for and never begun
                 assert state in ("WAITING", "RUNNING", "FAIL"), trial
                 continue
-            epochs = record.epochs(row.id)
-            known = [m.val_acc for m in epochs]
+            known = [m.val_acc for m in record.epochs(row.id)]
             reported = [trial.intermediate_values[k] for k in sorted(trial.intermediate_values)]
             if state in ("COMPLETE", "PRUNED"):
                 assert (reported, row.epochs_done) == (known, len(known)), trial
                 assert state == "PRUNED" or trial.value == row.value, trial
             else:  # the last epoch may not have been reported
                 assert reported in (known, known[:-1]), trial
-            ended_as = {"FAIL": "failed"}.get(state, state.lower())
-            assert state == "RUNNING" or (row.ended_at and row.ended_as == ended_as), trial
-            figures = tuple(getattr(m, key) for m in epochs for key in FIGURES)
-            trials[trial.number] = (state, row.config_hash, row.ended_at, row.reason, figures)
+            assert state == "RUNNING" or (row.ended_at and row.ended_as == row.state), trial
+            trials[trial.number] = (state, row.config_hash, row.ended_at, row.reason, known)
     assert not rows, f"in our tables alone: {list(rows)}"
     return trials
 
