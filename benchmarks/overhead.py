@@ -122,18 +122,16 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
                 study_id=study_id, number=number, run_id=run, origin="sampler", config={},
                 config_hash=str(number), device="none",
             )  # fmt: skip
-            key = store.begin_trial(row)
+            store.begin_trial(row)
         for step in range(1, REPORTS + 1):
             with clock.phase("record"):
-                store.add_epoch(key, metrics(step - 1, 0.9 + step / 1000), 0.1)
+                store.add_epoch(row, metrics(step - 1, 0.9 + step / 1000), 0.1)
             with clock.phase("report and prune"):
                 asked.report(0.9 + step / 1000, step)
                 asked.should_prune()
         with clock.phase("end"):
-            store.end_trial(
-                key, "complete", reason=None, value=0.9, best_epoch=0, epochs_done=REPORTS,
-                duration_s=0.1, checkpoint=None,
-            )  # fmt: skip
+            row.duration_s = 0.1
+            store.end_trial(row, "complete")
 
     return trial
 

@@ -15,7 +15,8 @@ from study.config.errors import ConfigError
 from study.config.load import check_backbones
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
-from study.execution.progress import Counts, Progress, StudyEnded, StudyStarted
+from study.execution.progress import Counts, Progress, StudyStarted
+from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import (
     VAL_SEED,
@@ -214,9 +215,7 @@ def run_ablation(
         ) as session:
             ablation = _Ablation(plan, session)
             session.because = ablation.run(command, decide, begin)
-            outcome = ablation.outcome(session.because, time.monotonic() - begin)
-            progress.emit(StudyEnded(outcome))
-            return outcome
+            return ablation.outcome(session.because, time.monotonic() - begin)
 
 
 class _Ablation:
@@ -236,7 +235,7 @@ class _Ablation:
     def run(self, command: str, decide: Decide, begin: float) -> str:
         """Run what is missing; return why it ended."""
         self.session.images(self._val_seed(0))  # a source that cannot be split again shows here
-        continued = self.engine.recover()
+        continued = recover(self.engine)
         for row in self.session.record.trials(self.session.study_id):
             if is_settled(row):
                 self.rows.setdefault(row.config_hash, row)

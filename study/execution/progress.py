@@ -94,10 +94,10 @@ class TrialEnded:
     Attributes:
         trial: Its number.
         state: `complete`, `pruned`, `failed`, or `stopped`: the next start continues it.
-        value: Validation accuracy of its best epoch, in [0, 1].
+        value: Validation accuracy of its best epoch, in [0, 1]; None if no epoch was finished.
         reason: Why it was pruned, failed or stopped.
-        duration_s: Wall time.
-        score: Score of its best epoch.
+        duration_s: Wall time, in all processes.
+        score: Score of that epoch, as in `EpochMetrics`.
     """
 
     trial: int
@@ -123,14 +123,7 @@ class DataProgress:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class StudyEnded:
-    """A run of a study has ended; the outcome is a search's or an ablation's."""
-
-    outcome: object
-
-
-Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress | StudyEnded
+Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress
 # The command line writes the end of a study: it adds the report.
 _JSON_NAMES: dict[type, str] = {
     StudyStarted: "study_started",
@@ -142,7 +135,7 @@ _JSON_NAMES: dict[type, str] = {
 
 
 class Progress:
-    """Who is told what happens; shows nothing."""
+    """Shows events; this one shows nothing."""
 
     def emit(self, event: Event) -> None:
         """Show an event."""

@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import platform
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +30,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
+from study.record.models import Study
 from study.record.record import Record
 
 # Images are stored this much larger than a network's input, so that random crops of them still
@@ -54,7 +57,7 @@ class Session:
         config: The study's configuration.
         data: Images, in the study's split.
         output: Folder of the study's checkpoints and training states.
-        progress: Who is told what happens.
+        progress: Shows what happens.
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
         resume: Command that continues the study.
@@ -108,7 +111,7 @@ def open_session(
         record: The record.
         config: The resolved configuration.
         trains: What will be trained, or the extremes of it: every network is built once.
-        progress: Who is told what happens.
+        progress: Shows what happens.
         command: Command line, for the record.
         resume: Command that continues the study; None for that of a search.
         allow_changes: Continue a stored study although its configuration or images changed.
@@ -120,18 +123,25 @@ def open_session(
         StudyHalted: The disk is full, a file cannot be used, or the device fails.
         ValueError: Images, weights, backbone or device cannot be used.
     """
-    _refuse_changes(record, config, allow_changes)
+    name, stored = config.study.name, record.find_study(config.study.name)
+    if stored is not None:
+        _check_config(stored, config, allow_changes)
     data = load_images(config, progress)
     preflight(trains, data)
-    study_id = _enter(record, config, data, allow_changes)
+    settings, described = config.to_record(), _described(data)
+    if stored is None:
+        study_id = record.create_study(name, settings, described, versions())
+    else:
+        study_id = stored.id
+        _check_images(stored, described, allow_changes)
     device = describe_device(choose_device(config.train.device))
     run_id = record.begin_run(
         study_id, command=command, device=device, versions=versions(), take_over=take_over
     )
     # Only now: a process that was refused must not have changed the study of the other.
-    record.update_study(study_id, config.to_record(), _described(data))
-    output = Path(config.study.output) / config.study.name
-    resume = resume or f"python -m study resume {config.study.name}"
+    record.update_study(study_id, settings, described)
+    output = Path(config.study.output) / name
+    resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
             record, study_id, run_id, config, data, output, progress, stop, _cache(config), resume
@@ -257,59 +267,44 @@ def without_weights(train: TrainConfig) -> TrainConfig:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide a study's numbers, for the record."""
-    import platform
-    from importlib.metadata import version
-
     ours = {name: version(name) for name in ("frostline", "optuna", "numpy", "pillow")}
     return {"python": platform.python_version(), **library_versions(), **ours}
 
 
-def _refuse_changes(record: Record, config: StudyConfig, allow_changes: bool) -> None:
-    row = record.find_study(config.study.name)
-    if row is None:
-        return
-    stored = StudyConfig.from_record(row.config)
+def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> None:
+    """Refuse to continue a study with settings that change its results."""
+    stored = StudyConfig.from_record(study.config)
     if stored.train.monitor != config.train.monitor:
         raise ConfigError(
-            f"train.monitor must stay {stored.train.monitor}, by which study {config.study.name} "
+            f"train.monitor must stay {stored.train.monitor}, by which study {study.name} "
             f"has ranked its trials, but got {config.train.monitor}. Add --set "
             f"train.monitor={stored.train.monitor}, or use another --name."
         )
     changes = [] if allow_changes else config_diff(stored, config)
     if changes:
         raise ConfigError(
-            f"study {config.study.name} is already in {config.study.storage} with another "
+            f"study {study.name} is already in {config.study.storage} with another "
             "configuration:\n  " + "\n  ".join(changes) + "\nUse another --name, or "
             "--allow-changes to continue with the new one."
         )
 
 
-def _enter(record: Record, config: StudyConfig, data: ImageData, allow_changes: bool) -> int:
-    """Create the study in the record, or check that its images are the same."""
-    row = record.find_study(config.study.name)
-    if row is None:
-        name, settings = config.study.name, config.to_record()
-        return record.create_study(name, settings, _described(data), versions())
-    if row.data["fingerprint"] != data.fingerprint and not allow_changes:
+def _check_images(study: Study, now: dict[str, Any], allow_changes: bool) -> None:
+    """Refuse to continue a study on other images."""
+    then = study.data
+    if then["fingerprint"] != now["fingerprint"] and not allow_changes:
         raise ConfigError(
-            f"the images of study {config.study.name} have changed since it began "
-            f"({row.data['n_train']} + {row.data['n_val']} then, {len(data.train)} + "
-            f"{len(data.val)} training and validation images now, or other contents). Restore "
-            "them, or use another --name. (run and resume take --allow-changes to mix both.)"
+            f"the images of study {study.name} have changed since it began "
+            f"({then['n_train']} + {then['n_val']} then, {now['n_train']} + {now['n_val']} "
+            "training and validation images now, or other contents). Restore them, or use "
+            "another --name. (run and resume take --allow-changes to mix both.)"
         )
-    return row.id
 
 
 def _described(data: ImageData) -> dict[str, Any]:
-    return {
-        "source": data.source,
-        "classes": list(data.classes),
-        "n_train": len(data.train),
-        "n_val": len(data.val),
-        "n_test": len(data.test) if data.test else 0,
-        "fingerprint": data.fingerprint,
-        "warnings": list(data.warnings),
-    }
+    counts = {"n_train": len(data.train), "n_val": len(data.val), "n_test": len(data.test or ())}
+    facts = {"source": data.source, "classes": list(data.classes), **counts}
+    return {**facts, "fingerprint": data.fingerprint, "warnings": list(data.warnings)}
 
 
 @contextmanager
@@ -322,13 +317,9 @@ def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()
-        progress.emit(
-            Note("Stopping, and saving the trial's state; press Ctrl-C again to leave at once.")
-        )
+        text = "Stopping, and saving the trial's state; press Ctrl-C again to leave at once."
+        progress.emit(Note(text))
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

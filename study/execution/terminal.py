@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -19,7 +19,6 @@ from study.execution.progress import (
     Event,
     Note,
     Progress,
-    StudyEnded,
     StudyStarted,
     TrialEnded,
     TrialStarted,
@@ -31,82 +30,71 @@ _REFRESH_PER_S = 2.0
 
 
 @dataclass(slots=True)
-class _Best:
-    """The best accuracy so far, and the score it is the best by; of equals the first."""
-
-    value: float | None = None
-    score: float | None = None
-
-    def add(self, value: float | None, score: float | None) -> None:
-        score = value if score is None else score
-        if score is not None and (self.score is None or score > self.score):
-            self.value, self.score = value, score
-
-
-@dataclass(slots=True)
 class _Running:
     """A trial under way."""
 
     started: TrialStarted
     done: int = 0
     accuracy: float | None = None
-    best: _Best = field(default_factory=_Best)
+    best: float | None = None
 
     @property
     def settings(self) -> str:
         return format_params(self.started.params) or "as configured"
 
 
-@dataclass(slots=True)
-class _Board:
+class _Board(Progress):
     """The state of a study as far as its events say."""
 
-    name: str = ""
-    target: int = 0
-    counts: Counts = Counts()
-    best: _Best = field(default_factory=_Best)
-    begin: float = 0.0
-    finished_before: int = 0
-    running: dict[int, _Running] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.study = StudyStarted("", 0, Counts())
+        self.counts = Counts()
+        self.best: tuple[float, float] | None = None  # score, value
+        self.begin = 0.0
+        self.running: dict[int, _Running] = {}
 
-    def add(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
+        """Take an event in."""
         match event:
             case StudyStarted():
-                self.name, self.target = event.study, event.target
-                self.best = _Best()
-                self.best.add(event.best, event.best_score)
-                self.counts = event.counts
-                self.begin, self.finished_before = time.monotonic(), event.counts.finished
+                self.study, self.counts, self.begin = event, event.counts, time.monotonic()
+                self._add(event.best, event.best_score)
             case TrialStarted():
                 self.running[event.trial] = _Running(event)
             case EpochEnded(number, metrics):
                 trial = self.running[number]
                 trial.done, trial.accuracy = metrics.epoch + 1, metrics.val_acc
-                trial.best.add(metrics.val_acc, metrics.score)
+                if metrics.is_best:
+                    trial.best = metrics.val_acc
             case TrialEnded():
                 self.running.pop(event.trial, None)
                 if event.state != "stopped":
                     n = getattr(self.counts, event.state) + 1
                     self.counts = dataclasses.replace(self.counts, **{event.state: n})
                 if event.state == "complete":
-                    self.best.add(event.value, event.score)
+                    self._add(event.value, event.score)
+
+    def _add(self, value: float | None, score: float | None) -> None:
+        if value is not None:
+            score = value if score is None else score
+            if self.best is None or score > self.best[0]:
+                self.best = score, value
 
     def summary(self) -> str:
         """Return the counts, the best accuracy, the pace and the time left, in one line."""
-        counts, best = self.counts, self.best
-        by_loss = "by loss " if best.score != best.value else ""
+        counts, target, (score, value) = self.counts, self.study.target, self.best or (None, None)
         parts = [
-            f"{counts.finished} of {self.target} trials",
+            f"{counts.finished} of {target} trials",
             f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
-            f"best {by_loss}{format_accuracy(best.value)}",
+            f"best {'' if score == value else 'by loss '}{format_accuracy(value)}",
         ]
-        here = counts.finished - self.finished_before
+        here = counts.finished - self.study.counts.finished
         if here > 0:
             each = (time.monotonic() - self.begin) / here
-            left = max(0, self.target - counts.finished) * each
+            left = max(0, target - counts.finished) * each
             parts.append(f"{3600 / max(each, 1e-9):.0f} trials/h")
             parts.append(f"about {format_duration(left)} left")
-        return " · ".join(parts)
+        return f"{self.study.study}: " + " · ".join(parts)
 
 
 def _ended_line(event: TrialEnded) -> str:
@@ -115,13 +103,13 @@ def _ended_line(event: TrialEnded) -> str:
     return f"{line}  {event.reason}" if event.reason else line
 
 
-class PlainProgress(Progress):
+class PlainProgress(_Board):
     """Lines for a log file or a pipe."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         """Write to a stream; None for standard output."""
+        super().__init__()
         self._out = out or sys.stdout
-        self._board = _Board()
         self._data_shown_at = 0.0
 
     def _print(self, text: str) -> None:
@@ -129,10 +117,10 @@ class PlainProgress(Progress):
 
     def emit(self, event: Event) -> None:
         """Print an event; decoding only every ten seconds."""
-        self._board.add(event)
+        super().emit(event)
         match event:
             case StudyStarted():
-                self._print(f"study {event.study}: {self._board.summary()}")
+                self._print(f"study {self.summary()}")
             case Note(text):
                 self._print(text)
             case DataProgress(done, total):
@@ -142,9 +130,9 @@ class PlainProgress(Progress):
                     self._data_shown_at = now
                     self._print(f"decoding images: {done} of {total}")
             case TrialStarted(number, origin):
-                self._print(f"trial {number:>3}  {origin}: {self._board.running[number].settings}")
+                self._print(f"trial {number:>3}  {origin}: {self.running[number].settings}")
             case EpochEnded(number, metrics):
-                trial = self._board.running[number]
+                trial = self.running[number]
                 self._print(
                     f"trial {number:>3}  epoch {trial.done:>2}/{trial.started.epochs}"
                     f"  accuracy {format_accuracy(metrics.val_acc):>7}"
@@ -153,16 +141,16 @@ class PlainProgress(Progress):
                 )
             case TrialEnded():
                 self._print(_ended_line(event))
-                self._print(f"study {self._board.name}: {self._board.summary()}")
+                self._print(f"study {self.summary()}")
 
 
-class LiveProgress(Progress):
+class LiveProgress(_Board):
     """A table of the running trials that is drawn over itself; ended trials scroll away above."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Draw on a console; None for standard output."""
+        super().__init__()
         self.console = console or Console()
-        self._board = _Board()
         self._decoding: DataProgress | None = None
         self._live = Live(
             console=self.console,
@@ -176,10 +164,10 @@ class LiveProgress(Progress):
         parts: list[Table | Text] = []
         if self._decoding:
             parts.append(Text(f"decoding images: {self._decoding.done} of {self._decoding.total}"))
-        if self._board.running:
+        if self.running:
             parts.append(self._table())
-        if self._board.name:
-            parts.append(Text(f"{self._board.name}: {self._board.summary()}", style="bold"))
+        if self.study.study:
+            parts.append(Text(self.summary(), style="bold"))
         return Group(*parts)
 
     def _table(self) -> Table:
@@ -188,12 +176,12 @@ class LiveProgress(Progress):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("from", no_wrap=True)
         table.add_column("settings")
-        for number, trial in self._board.running.items():
+        for number, trial in self.running.items():
             table.add_row(
                 str(number),
                 f"{trial.done}/{trial.started.epochs}",
                 format_accuracy(trial.accuracy),
-                format_accuracy(trial.best.value),
+                format_accuracy(trial.best),
                 Text(trial.started.origin),
                 Text(trial.settings),
             )
@@ -211,13 +199,11 @@ class LiveProgress(Progress):
                 self._decoding = None
                 self._live.start()
             case TrialEnded(number, state):
-                trial = self._board.running.get(number)
+                trial = self.running.get(number)
                 settings = format_params(trial.started.params) if trial else ""
                 style = "red" if state == "failed" else ""
                 self.console.print(Text(f"{_ended_line(event)}  {settings}".rstrip(), style=style))
-            case StudyEnded():
-                self.close()
-        self._board.add(event)
+        super().emit(event)
 
     def close(self) -> None:
         """Stop drawing."""

@@ -5,10 +5,10 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import psutil
 from optuna.storages import RDBStorage
@@ -46,20 +46,15 @@ class RecordError(ValueError):
     """The database cannot be used, or does not hold what was asked for."""
 
 
-class Database(NamedTuple):
-    """An open database: our engine, Optuna's storage in it, and whether it may be changed."""
-
-    engine: Engine
-    optuna: RDBStorage
-    is_writable: bool
-
-
-def open_database(storage: str, *, create: bool) -> Database:
+def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage, bool]:
     """Open a database of ours; an SQLite file that cannot be written is opened for reading.
 
     Args:
         storage: SQLAlchemy URL or path of an SQLite file.
         create: Create it where there is none.
+
+    Returns:
+        Our engine, Optuna's storage in the same database, and whether it may be written.
 
     Raises:
         RecordError: Missing, not a database, another program's, or of another layout.
@@ -90,7 +85,7 @@ def open_database(storage: str, *, create: bool) -> Database:
             f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
             "name another with --storage."
         ) from err
-    return Database(engine, optuna, is_writable)
+    return engine, optuna, is_writable
 
 
 @contextmanager
@@ -105,13 +100,17 @@ def writing(engine: Engine) -> Iterator[Session]:
         yield session
 
 
-def process_start(pid: int) -> float:
-    """Return when a process was started, seconds since 1970.
-
-    Raises:
-        psutil.Error: There is no such process.
-    """
-    return float(psutil.Process(pid).create_time())
+def this_process(study_id: int, command: str, device: str, versions: Mapping[str, str]) -> Run:
+    """Return this process as one that works on a study."""
+    return Run(
+        study_id=study_id,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        pid_started=psutil.Process().create_time(),
+        command=command,
+        device=device,
+        versions=dict(versions),
+    )
 
 
 def is_alive(run: Run, take_over: bool = False) -> bool:
@@ -126,7 +125,7 @@ def is_alive(run: Run, take_over: bool = False) -> bool:
     if run.host != socket.gethostname():
         return not take_over
     try:
-        return abs(process_start(run.pid) - run.pid_started) < _SAME_START_S
+        return bool(abs(psutil.Process(run.pid).create_time() - run.pid_started) < _SAME_START_S)
     except psutil.Error:
         return False
 

@@ -190,14 +190,10 @@ class Trial(Base, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class StudySummary:
-    """A study in one line.
+    """A study in one line: its trials by state, and the best complete one.
 
     Attributes:
         updated_at: When its last trial began or ended; `created_at` where it has none.
-        n_complete: Trials that reached their last epoch.
-        n_pruned: Trials that the pruner stopped.
-        n_failed: Trials that diverged, raised an error, or were cut short.
-        n_running: Trials of a process that works on the study.
         n_interrupted: Trials whose process died, and that the next one will deal with.
         best_value: Validation accuracy of the best complete trial, in [0, 1].
     """
@@ -314,14 +310,21 @@ class Test(Base, kw_only=True):
     created_at: Mapped[datetime] = mapped_column(default_factory=now)
     n: Mapped[int]
     n_correct: Mapped[int]
-    accuracy: Mapped[float]
-    low: Mapped[float]
-    high: Mapped[float]
+    accuracy: Mapped[float] = mapped_column(init=False)
+    low: Mapped[float] = mapped_column(init=False)
+    high: Mapped[float] = mapped_column(init=False)
     balanced_acc: Mapped[float]
     macro_f1: Mapped[float]
     val_acc: Mapped[float | None]
     confusion: Mapped[list[list[int]]]
     command: Mapped[str]
+
+    def __post_init__(self) -> None:
+        from scipy.stats import binomtest
+
+        interval = binomtest(self.n_correct, self.n).proportion_ci(0.95, method="wilson")
+        self.accuracy = self.n_correct / self.n
+        self.low, self.high = float(interval.low), float(interval.high)
 
 
 class Design(Base, kw_only=True):

@@ -5,8 +5,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
-import socket
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ from study.record.database import (
     check_dead,
     is_alive,
     open_database,
-    process_start,
+    this_process,
     writing,
 )
 from study.record.models import (
@@ -84,15 +82,7 @@ class Record(AbstractContextManager["Record"]):
 
     @classmethod
     def open(cls, storage: str, *, create: bool = False) -> Self:
-        """Open the record.
-
-        Args:
-            storage: SQLAlchemy URL, or path of an SQLite file.
-            create: Create it where there is none.
-
-        Raises:
-            RecordError: Missing, not a database, another program's, or of another version.
-        """
+        """Open the record, as `open_database` does."""
         return cls(storage, create=create)
 
     def close(self) -> None:
@@ -103,6 +93,11 @@ class Record(AbstractContextManager["Record"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def save(self, row: Base) -> None:
+        """Add a row, or bring one that was read and changed up to date."""
+        with self._writing() as session:
+            session.add(row)
 
     # Studies
 
@@ -116,7 +111,7 @@ class Record(AbstractContextManager["Record"]):
         """
         study = Study(name=name, config=config, data=data, versions=dict(versions))
         try:
-            self._add(study)
+            self.save(study)
         except IntegrityError as err:
             rule = f"a study's name must be new, but {self.storage} has a study {name}."
             raise RecordError(f"{rule} Use another --name, or resume that one.") from err
@@ -198,15 +193,7 @@ class Record(AbstractContextManager["Record"]):
         Raises:
             RecordError: Another process works on it.
         """
-        run = Run(
-            study_id=study_id,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            pid_started=process_start(os.getpid()),
-            command=command,
-            device=device,
-            versions=dict(versions),
-        )
+        run = this_process(study_id, command, device, versions)
         with self._writing() as session:
             # The lock where SQLite's own does not serve.
             session.execute(select(Study.id).where(Study.id == study_id).with_for_update())
@@ -252,52 +239,30 @@ class Record(AbstractContextManager["Record"]):
             study, self._optuna.get_trial_id_from_study_id_trial_number(key, number)
         )
 
-    def begin_trial(self, trial: Trial) -> int:
-        """Enter our part of a trial that is running for Optuna; return its key."""
-        self._add(trial)
-        return trial.id
+    def begin_trial(self, trial: Trial) -> None:
+        """Enter our part of a trial that is running for Optuna."""
+        self.save(trial)
 
-    def add_epoch(self, trial_id: int, metrics: EpochMetrics, seconds_since_start: float) -> None:
+    def add_epoch(self, trial: Trial, metrics: EpochMetrics, seconds_since_start: float) -> None:
         """Add an epoch, and bring the trial's own figures up to date with it.
 
         Its accuracy must be reported to Optuna as well.
         """
         values = {name: getattr(metrics, name) for name in EPOCH_FIELDS}
-        values |= {"trial_id": trial_id, "seconds_since_start": seconds_since_start}
-        so_far: Json = {"epochs_done": metrics.epoch + 1}
+        values |= {"trial_id": trial.id, "seconds_since_start": seconds_since_start}
+        trial.epochs_done = metrics.epoch + 1
         if metrics.is_best:
-            so_far |= {"best_epoch": metrics.epoch, "score": metrics.ranked_by}
+            trial.best_epoch, trial.score = metrics.epoch, metrics.ranked_by
+            trial.value = metrics.val_acc
         with self._writing() as session:
             session.execute(insert(EPOCHS), values)
-            session.execute(update(Trial).where(Trial.id == trial_id).values(so_far))
+            session.add(trial)
 
-    def end_trial(
-        self,
-        trial_id: int,
-        state: str,
-        *,
-        reason: str | None,
-        value: float | None,
-        best_epoch: int | None,
-        epochs_done: int,
-        duration_s: float,
-        checkpoint: str | None,
-        score: float | None = None,
-    ) -> None:
-        """Close a trial with its last figures, and tell Optuna its state.
-
-        Its score is the one that came with its epochs, unless another is given.
-        """
-        with self._writing() as session:
-            trial = session.get_one(Trial, trial_id)
-            trial.reason = reason
-            trial.best_epoch = best_epoch
-            trial.epochs_done = epochs_done
-            trial.duration_s = duration_s
-            trial.checkpoint = checkpoint
-            trial.ended_at = now()
-            trial.score = trial.score if score is None else score
-        self.tell(trial.study_id, trial.number, state, value)
+    def end_trial(self, trial: Trial, state: str) -> None:
+        """Close a trial with its last figures, and tell Optuna its state and value."""
+        trial.ended_at = now()
+        self.save(trial)
+        self.tell(trial.study_id, trial.number, state, trial.value)
 
     def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:
         """Tell Optuna how a trial ended; a pruned one keeps its last report as its value."""
@@ -306,21 +271,13 @@ class Record(AbstractContextManager["Record"]):
             number, value if is_complete else None, state=_STATES[state]
         )
 
-    def set_checkpoint(self, trial_id: int, checkpoint: str | None) -> None:
-        """Note where a trial's weights lie, or that they were removed."""
-        self._update(Trial, trial_id, checkpoint=checkpoint)
-
-    def trials(self, study_id: int) -> list[Trial]:
-        """List a study's trials by number."""
-        return self._trials(study_id)
-
     def trial(self, study_id: int, number: int) -> Trial:
         """Return a trial.
 
         Raises:
             RecordError: The study has no trial of that number.
         """
-        rows = self._trials(study_id, Trial.number == number)
+        rows = self.trials(study_id, Trial.number == number)
         if not rows:
             last = select(func.max(Trial.number)).where(Trial.study_id == study_id)
             top = self._all(last)[0]
@@ -330,11 +287,11 @@ class Record(AbstractContextManager["Record"]):
 
     def find_finished(self, study_id: int, config_hash: str) -> Trial | None:
         """Return the first complete or pruned trial of equal settings, if any."""
-        alike = self._trials(study_id, Trial.config_hash == config_hash)
+        alike = self.trials(study_id, Trial.config_hash == config_hash)
         return next((row for row in alike if row.state in ("complete", "pruned")), None)
 
-    def _trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
-        """Read trials and join them with what Optuna's tables hold of them."""
+    def trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
+        """List a study's trials by number, joined with what Optuna's tables hold of them."""
         query = select(Trial).where(Trial.study_id == study_id, *conditions)
         rows = self._all(query.order_by(Trial.number))
         optunas = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
@@ -383,45 +340,6 @@ class Record(AbstractContextManager["Record"]):
         with self._writing() as session:
             session.merge(Prediction(trial_id=trial_id, split=split, **packed))
 
-    def has_predictions(self, trial_id: int, split: str) -> bool:
-        """Return whether a trial's predictions on a split are kept."""
-        with Session(self.engine) as session:
-            return session.get(Prediction, (trial_id, split)) is not None
-
-    def add_test(
-        self,
-        study_id: int,
-        trial_number: int,
-        *,
-        n: int,
-        n_correct: int,
-        balanced_acc: float,
-        macro_f1: float,
-        val_acc: float | None,
-        confusion: list[list[int]],
-        command: str,
-    ) -> int:
-        """Record a result on the test split, with its 95 % Wilson interval; return its key."""
-        from scipy.stats import binomtest
-
-        interval = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
-        test = Test(
-            study_id=study_id,
-            trial_number=trial_number,
-            n=n,
-            n_correct=n_correct,
-            accuracy=n_correct / n,
-            low=float(interval.low),
-            high=float(interval.high),
-            balanced_acc=balanced_acc,
-            macro_f1=macro_f1,
-            val_acc=val_acc,
-            confusion=confusion,
-            command=command,
-        )
-        self._add(test)
-        return test.id
-
     def tests(self, study_id: int) -> list[Test]:
         """List a study's results on the test split, oldest first."""
         return self._all(select(Test).where(Test.study_id == study_id).order_by(Test.id))
@@ -447,10 +365,6 @@ class Record(AbstractContextManager["Record"]):
             rule = f"database {self.storage} cannot be written."
             raise RecordError(f"{rule} Change its permissions, or name another with --storage.")
         return writing(self.engine)
-
-    def _add(self, row: Base) -> None:
-        with self._writing() as session:
-            session.add(row)
 
     def _update(self, table: type[Any], key: int, **values: Any) -> None:
         with self._writing() as session:

@@ -11,6 +11,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
 from study.execution.progress import Counts, Progress, StudyStarted
+from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import TrialEngine, TrialRequest, is_settled
 from study.record.models import Trial
@@ -94,7 +95,7 @@ def _run(session: Session, chosen: list[Trial]) -> str:
     record, study_id = session.record, session.study_id
     space = distributions(session.config.space)
     engine = TrialEngine(session, keep_best=0)
-    requests = engine.recover()
+    requests = recover(engine)
     rows = record.trials(study_id)
     done = {row.level for row in rows if is_settled(row)} | {r.level for r in requests}
     session.progress.emit(StudyStarted(session.config.study.name, len(chosen), Counts.of(rows)))

@@ -61,9 +61,9 @@ def test_trials(
 def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, command: str) -> None:
     labels, predicted = evaluation.labels.tolist(), evaluation.predicted.tolist()
     record.add_predictions(trial.id, "test", labels, predicted)
-    record.add_test(
-        study.id,
-        trial.number,
+    test = Test(
+        study_id=study.id,
+        trial_number=trial.number,
         n=len(labels),
         n_correct=evaluation.n_correct,
         balanced_acc=evaluation.balanced_acc,
@@ -72,6 +72,7 @@ def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, com
         confusion=evaluation.confusion.tolist(),
         command=command,
     )
+    record.save(test)
 
 
 def _chosen(record: Record, study: Study, number: int | None) -> Trial:

@@ -12,11 +12,10 @@ from core.metrics import EpochMetrics
 from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import StudyConfig
-from study.execution.progress import REASON_KILLED, Counts, Progress, StudyEnded, StudyStarted
+from study.execution.progress import REASON_KILLED, Counts, Progress, StudyStarted
+from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import (
-    MOST_RERUNS,
-    RERUNS,
     TrialEngine,
     TrialRequest,
     identity,
@@ -97,9 +96,7 @@ def run_search(
         ) as session,
     ):
         session.because = _Search(session, begin).run()
-        outcome = outcome_of(session, begin)
-        progress.emit(StudyEnded(outcome))
-        return outcome
+        return outcome_of(session, begin)
 
 
 def outcome_of(session: Session, begin: float, *, with_best: bool = True) -> SearchOutcome:
@@ -152,7 +149,7 @@ class _Search:
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
-        continued = self.engine.recover()
+        continued = recover(self.engine)
         self._queue_again()
         self._enqueue_recipes()
         rows = self.session.record.trials(self.session.study_id)

@@ -29,7 +29,7 @@ from study.ablation.factors import Factor, Level
 from study.config.search_space import apply_params
 from study.config.study_config import AblationSection
 from study.record.models import Design as RecordedDesign
-from study.record.models import Misclassified, Run, Study, Trial
+from study.record.models import Misclassified, Run, Study, Test, Trial
 from study.record.record import LEVELS, Record, config_hash
 from support import distributions_of
 
@@ -132,35 +132,27 @@ def _enter(
         config=network | config, config_hash=config_hash(config), device="cpu",
         trained_parameters=5_130, total_parameters=11_181_642, started_at=now,
     )  # fmt: skip
-    trial_id = store.begin_trial(row)
-    best, best_epoch = -1.0, None
+    store.begin_trial(row)
+    best = -1.0
     for epoch, val_acc in enumerate(plan.curve):
-        is_best = val_acc > best
-        if is_best:
-            best, best_epoch = val_acc, epoch
+        is_best, best = val_acc > best, max(val_acc, best)
         seconds = plan.epoch_s * (epoch + 1)
-        store.add_epoch(trial_id, metrics(epoch, val_acc, is_best=is_best), seconds)
+        store.add_epoch(row, metrics(epoch, val_acc, is_best=is_best), seconds)
         trial.report(val_acc, epoch + 1)
     duration = plan.duration_s
     if duration is None:
         duration = 1.0 + plan.epoch_s * len(plan.curve)
     ended = now + timedelta(seconds=duration)
     if plan.state != "running":
-        is_complete = plan.state == "complete"
-        store.end_trial(
-            trial_id,
-            plan.state,
-            reason=plan.reason,
-            value=best if plan.curve else plan.score,
-            score=plan.score,
-            best_epoch=best_epoch,
-            epochs_done=len(plan.curve),
-            duration_s=duration,
-            checkpoint=f"frostline-runs/pets/trial-{number:04d}" if is_complete else None,
-        )
+        row.reason, row.duration_s = plan.reason, duration
+        row.value = best if plan.curve else plan.score
+        row.score = row.score if plan.score is None else plan.score
+        if plan.state == "complete":
+            row.checkpoint = f"frostline-runs/pets/trial-{number:04d}"
+        store.end_trial(row, plan.state)
     times = {"started_at": now, "ended_at": None if plan.state == "running" else ended}
     with store.engine.begin() as connection:
-        connection.execute(update(Trial).where(Trial.id == trial_id).values(**times))
+        connection.execute(update(Trial).where(Trial.id == row.id).values(**times))
     return ended
 
 
@@ -251,11 +243,12 @@ def add_test(
     store: Record, name: str, number: int, accuracy: float, val_acc: float, n: int = 400
 ) -> None:
     """Enter a reading of the test split."""
-    store.add_test(
-        store.study(name).id, number, n=n, n_correct=round(accuracy * n), val_acc=val_acc,
-        balanced_acc=accuracy, macro_f1=accuracy, confusion=[[1]],
+    test = Test(
+        study_id=store.study(name).id, trial_number=number, n=n, n_correct=round(accuracy * n),
+        val_acc=val_acc, balanced_acc=accuracy, macro_f1=accuracy, confusion=[[1]],
         command=f"python -m study test {name}",
     )  # fmt: skip
+    store.save(test)
 
 
 # Ablations
@@ -440,18 +433,14 @@ def _enter_run(
         factor=", ".join(cell.levels) or "baseline",
         level=", ".join(cell.levels.values()) or None, replicate=replicate,
     )  # fmt: skip
-    key = store.begin_trial(trial)
-    is_done = isinstance(score, float)
-    store.end_trial(
-        key,
-        "complete" if is_done else "failed",
-        reason=None if is_done else str(score),
-        value=score if isinstance(score, float) else None,
-        best_epoch=7 if is_done else None,
-        epochs_done=8 if is_done else 1,
-        duration_s=12.5 + 0.1 * number,
-        checkpoint=None,
-    )
+    store.begin_trial(trial)
+    trial.duration_s = 12.5 + 0.1 * number
+    if isinstance(score, float):
+        trial.value, trial.best_epoch, trial.epochs_done = score, 7, 8
+        store.end_trial(trial, "complete")
+    else:
+        trial.reason, trial.epochs_done = str(score), 1
+        store.end_trial(trial, "failed")
 
 
 # Without a store: thousands of them in seconds.

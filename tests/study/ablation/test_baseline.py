@@ -63,12 +63,10 @@ def _add_study(store: Record, config: StudyConfig) -> None:
             study_id=study, number=number, run_id=run, origin="sampler",
             config=dataclasses.asdict(train), config_hash=str(number), device="cpu",
         )  # fmt: skip
-        key = store.begin_trial(trial)
+        store.begin_trial(trial)
         if state != "running":
-            store.end_trial(
-                key, state, reason=None, value=value, best_epoch=0, epochs_done=4, duration_s=1.0,
-                checkpoint=None,
-            )  # fmt: skip
+            trial.value, trial.best_epoch, trial.epochs_done = value, 0, 4
+            store.end_trial(trial, state)
     store.end_run(run, "trials")
 
 

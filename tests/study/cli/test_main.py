@@ -65,21 +65,13 @@ def recorded(here: Path) -> Path:
                 config_hash=str(number),
                 device="cpu",
             )
-            key = store.begin_trial(trial)
+            store.begin_trial(trial)
             figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
-            store.add_epoch(key, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
+            store.add_epoch(trial, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
             folder = here / f"trial-{number}"
             folder.mkdir()
-            store.end_trial(
-                key,
-                "complete",
-                reason=None,
-                value=value,
-                best_epoch=0,
-                epochs_done=1,
-                duration_s=1.0,
-                checkpoint=str(folder) if number else None,
-            )
+            trial.duration_s, trial.checkpoint = 1.0, str(folder) if number else None
+            store.end_trial(trial, "complete")
         store.end_run(run_id, "trials")
     return here
 

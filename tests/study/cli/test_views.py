@@ -71,20 +71,12 @@ def store(tmp_path: Path) -> Record:
             trained_parameters=1234,
             total_parameters=5678,
         )
-        key = made.begin_trial(row)
+        made.begin_trial(row)
         if value is not None:
-            made.add_epoch(key, epoch_of(value), 1.0)
+            made.add_epoch(row, epoch_of(value), 1.0)
             trial.report(value, 1)
-        made.end_trial(
-            key,
-            state,
-            reason=reason,
-            value=value,
-            best_epoch=None if value is None else 0,
-            epochs_done=0 if value is None else 1,
-            duration_s=2.0,
-            checkpoint=None,
-        )
+        row.reason, row.duration_s = reason, 2.0
+        made.end_trial(row, state)
     return made
 
 
@@ -191,9 +183,6 @@ def row_of(val_acc: float | None, number: int = 4) -> Test:
         created_at=datetime(2026, 3, 4, 5, 6),
         n=100,
         n_correct=80,
-        accuracy=0.8,
-        low=0.71,
-        high=0.87,
         balanced_acc=0.8,
         macro_f1=0.8,
         val_acc=val_acc,

@@ -1,8 +1,6 @@
 import io
 import json
 import pickle
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,7 +15,6 @@ from study.execution.progress import (
     Note,
     Progress,
     QuietProgress,
-    StudyEnded,
     StudyStarted,
     TrialEnded,
     TrialStarted,
@@ -26,35 +23,9 @@ from study.execution.progress import (
 from study.execution.terminal import LiveProgress, PlainProgress
 
 
-@dataclass(frozen=True)
-class Ended:
-    study_name: str = "ants"
-    stopped_because: str = "trials"
-    counts: Counts = Counts(complete=1, pruned=1, failed=1)
-    best_number: int | None = 0
-    best_value: float | None = 0.9
-    checkpoint: Path | None = None
-    duration_s: float = 1.0
-
-
-def metrics(epoch: int, val_acc: float, train_loss: float = 0.5) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=epoch,
-        train_loss=train_loss,
-        val_loss=0.4,
-        val_acc=val_acc,
-        val_balanced_acc=val_acc,
-        val_macro_f1=val_acc,
-        base_lr=0.01,
-        head_lr=0.1,
-        images_per_s=123.4,
-        data_s=0.1,
-        train_s=0.2,
-        eval_s=0.3,
-        peak_memory_bytes=1,
-        micro_batch_size=32,
-        is_best=True,
-    )
+def metrics(epoch: int, acc: float, train_loss: float = 0.5, is_best: bool = True) -> EpochMetrics:
+    times = (123.4, 0.1, 0.2, 0.3)
+    return EpochMetrics(epoch, train_loss, 0.4, acc, acc, acc, 0.01, 0.1, *times, 1, 32, is_best)
 
 
 # One complete, one pruned, one failed and one stopped trial.
@@ -74,7 +45,6 @@ EVENTS: list[Event] = [
     TrialEnded(4, "failed", None, "diverged", 3700),
     TrialStarted(5, "sampler", {}, 2),
     TrialEnded(5, "stopped", None, "interrupted", 1),
-    StudyEnded(Ended()),
 ]
 
 
@@ -126,7 +96,7 @@ def test_the_live_table_shows_images_decoded_then_running_trials_and_the_study(
 ) -> None:
     live.emit(EVENTS[0])
     assert "decoding images: 5 of 10" in rendered(live)
-    for event in (*EVENTS[1:6], EpochEnded(2, metrics(1, 0.6))):
+    for event in (*EVENTS[1:6], EpochEnded(2, metrics(1, 0.6, is_best=False))):
         live.emit(event)
     shown = rendered(live)
     live.close()

@@ -8,19 +8,16 @@ import pytest
 from small_study import Listener, config_of, make_home
 
 from core.config import TrainConfig
-from core.fit import build_for
-from core.models.builder import Network, input_of
+from core.models.builder import input_of
 from core.models.weights import WeightsError
 from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
-from study.execution import session as session_module
 from study.execution.progress import Note
 from study.execution.session import (
     corner_configs,
     load_images,
     open_session,
-    preflight,
     stored_side,
     versions,
 )
@@ -165,45 +162,6 @@ def test_what_cannot_be_trained_is_refused_before_the_study_is_entered(
     with pytest.raises(error, match=told), _open(record, _config(home, setting)):
         raise AssertionError("it began")
     assert record.studies() == []
-
-
-def test_every_different_network_is_tried_once(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = []
-
-    def recorded(config: TrainConfig, classes: tuple[str, ...]) -> Network:
-        built.append((config.backbone, config.weights, config.image_size, config.normalize))
-        return build_for(config, classes)
-
-    monkeypatch.setattr(session_module, "build_for", recorded)
-    train = _config(home).train
-    others = [
-        dataclasses.replace(train, base_lr=0.5, seed=4, freeze_depth=2),
-        dataclasses.replace(train, image_size=64),
-        dataclasses.replace(train, backbone="resnet34"),
-        dataclasses.replace(train, normalize="none"),
-        dataclasses.replace(train, backbone="resnet34", augment="none"),
-    ]
-    preflight([train, *others], load_images(_config(home), Listener()))
-    assert built == [
-        ("resnet18", "none", 32, "weights"),
-        ("resnet18", "none", 64, "weights"),
-        ("resnet34", "none", 32, "weights"),
-        ("resnet18", "none", 32, "none"),
-    ]
-
-
-def test_the_largest_batch_of_all_must_fit(home: Path) -> None:
-    train = _config(home).train
-    fits = dataclasses.replace(train, batch_size=12)
-    data = load_images(_config(home), Listener())
-    preflight([train, fits], data)
-    with pytest.raises(ConfigError, match="batch_size=13; set it smaller"):
-        preflight(
-            [train, dataclasses.replace(train, batch_size=13), fits],
-            load_images(_config(home), Listener()),
-        )
 
 
 def test_images_are_stored_large_enough_for_every_network() -> None:

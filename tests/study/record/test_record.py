@@ -23,7 +23,7 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import Base, Misclassified, Trial
+from study.record.models import Base, Misclassified, Test, Trial
 from study.record.record import Record, config_hash
 from support import distributions_of
 
@@ -42,7 +42,7 @@ def _study(store: Record, name: str = "photos") -> tuple[int, int]:
     return study, store.begin_run(study, command="test", device="cpu", versions={})
 
 
-def _trial(store: Record, study: int, run: int, number: int) -> int:
+def _trial(store: Record, study: int, run: int, number: int) -> Trial:
     params = {"base_lr": 0.1 * (number + 1), "backbone": "resnet18"}
     trial = store.start_trial(study, params, distributions_of(params))
     assert trial.number == number
@@ -50,21 +50,21 @@ def _trial(store: Record, study: int, run: int, number: int) -> int:
         study_id=study, number=number, run_id=run, origin="sampler", config=CONFIG,
         config_hash=f"hash{number}", device="cpu",
     )  # fmt: skip
-    return store.begin_trial(row)
+    store.begin_trial(row)
+    return row
 
 
-def _epochs(store: Record, study: int, trial: int, number: int, *values: float) -> None:
+def _epochs(store: Record, row: Trial, *values: float) -> None:
     """Enter epochs, in both tables."""
-    best = max(values)
     for epoch, value in enumerate(values):
-        is_best = value == best and value not in values[:epoch]
-        store.add_epoch(trial, _epoch(epoch, value, is_best=is_best), epoch + 1.0)
-        store.take_up_trial(study, number).report(value, epoch + 1)
+        is_best = value > max(values[:epoch], default=-1)
+        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), epoch + 1.0)
+        store.take_up_trial(row.study_id, row.number).report(value, epoch + 1)
 
 
-def _end(store: Record, trial: int, state: str, value: float | None, **more: object) -> None:
-    facts = {"reason": None, "best_epoch": 1, "epochs_done": 2, "duration_s": 1.5}
-    store.end_trial(trial, state, value=value, checkpoint=None, **{**facts, **more})
+def _end(store: Record, row: Trial, state: str, value: float | None) -> None:
+    row.value, row.reason = value, None if state == "complete" else state
+    store.end_trial(row, state)
 
 
 @pytest.fixture
@@ -75,17 +75,17 @@ def store(tmp_path: Path) -> Record:
 def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> None:
     study, run = _study(store)
     trial = _trial(store, study, run, 0)
-    _epochs(store, study, trial, 0, 0.8, 0.5)
+    _epochs(store, trial, 0.8, 0.5)
     running = store.trial(study, 0)
     assert (running.state, running.value, running.epochs_done) == ("running", 0.8, 2)
     assert (running.seed, running.backbone, running.freeze_depth) == (3, "resnet18", 2)
-    _end(store, trial, "complete", 0.8, best_epoch=0)
+    store.end_trial(trial, "complete")
     row = store.trial(study, 0)
     assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 0)
     assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
     assert row.ended_at is not None
     assert row.ended_at >= row.started_at
-    assert store.epochs(trial) == [_epoch(0, 0.8), _epoch(1, 0.5, is_best=False)]
+    assert store.epochs(trial.id) == [_epoch(0, 0.8), _epoch(1, 0.5, is_best=False)]
     assert store.study("photos").data == DATA
 
 
@@ -94,21 +94,17 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     assert read_trials(store, "photos").empty
     assert "val_acc" in read_epochs(store, "photos").columns
     for number in range(3):
-        trial = _trial(store, study, run, number)
-        for epoch in range(number + 1):
-            store.add_epoch(trial, _epoch(epoch, 0.5), 1.0)
-        _end(store, trial, "complete", 0.5)
+        _epochs(store, _trial(store, study, run, number), *[0.5] * (number + 1))
     trials, epochs = read_trials(store, "photos"), read_epochs(store, "photos")
     assert trials["number"].tolist() == [0, 1, 2]
     assert trials["params_base_lr"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert trials["params_backbone"].tolist() == ["resnet18"] * 3
-    assert epochs[["number", "epoch"]].values.tolist() == [
-        [0, 0], [1, 0], [1, 1], [2, 0], [2, 1], [2, 2],
-    ]  # fmt: skip
+    assert epochs["number"].tolist() == [0, 1, 1, 2, 2, 2]
+    assert epochs["epoch"].tolist() == [0, 0, 1, 0, 1, 2]
     assert epochs["val_acc"].tolist() == [0.5] * 6
 
 
-def test_studies_counts_states_and_names_the_best_complete_trial(store: Record) -> None:
+def test_trials_are_counted_and_found_by_state(store: Record) -> None:
     study, run = _study(store)
     ends = [("complete", 0.5), ("complete", 0.9), ("pruned", 0.95), ("failed", None)]
     for number, (state, value) in enumerate(ends):
@@ -120,17 +116,8 @@ def test_studies_counts_states_and_names_the_best_complete_trial(store: Record) 
     counts = (oldest.n_complete, oldest.n_pruned, oldest.n_failed, oldest.n_running)
     assert counts == (2, 1, 1, 1)
     assert (oldest.best_value, oldest.best_number) == (0.9, 1)
-
-
-def test_find_finished_takes_only_complete_and_pruned_trials(store: Record) -> None:
-    study, run = _study(store)
-    ends = {"running": False, "failed": False, "pruned": True, "complete": True}
-    for number, state in enumerate(ends):
-        trial = _trial(store, study, run, number)
-        if state != "running":
-            _end(store, trial, state, 0.5)
-    found = [store.find_finished(study, f"hash{number}") for number in range(5)]
-    assert [row is not None for row in found] == [*ends.values(), False]
+    found = [store.find_finished(study, f"hash{number}") for number in range(6)]
+    assert [row is not None for row in found] == [True, True, True, False, False, False]
 
 
 def test_config_hash_does_not_depend_on_the_order_of_keys() -> None:
@@ -140,7 +127,7 @@ def test_config_hash_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     study, run = _study(store)
-    trial = _trial(store, study, run, 0)
+    trial = _trial(store, study, run, 0).id
     row = Misclassified(
         trial_id=trial, split="val", rank=0, path="a/1.jpg", label="a", predicted="b",
         probability=0.1, thumbnail=b"jpeg",
@@ -151,7 +138,7 @@ def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
         store.add_predictions(trial, "val", labels, [0, 0, 1])
     ((true, predicted),) = read_predictions(store, "photos").values()
     assert (true.tolist(), predicted.tolist()) == ([70_000, 1, 0], [0, 0, 1])
-    assert [store.has_predictions(trial, split) for split in ("val", "test")] == [True, False]
+    assert read_predictions(store, "photos", "test") == {}
     assert read_misclassified(store, "photos", 0) == [row]
     confusion = read_confusion(store, "photos", 0)
     assert confusion is not None
@@ -159,12 +146,13 @@ def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     assert read_confusion(store, "photos", 0, "test") is None
 
 
-def test_add_test_adds_the_wilson_interval(store: Record) -> None:
+def test_a_test_has_its_wilson_interval(store: Record) -> None:
     study, _ = _study(store)
-    store.add_test(
-        study, 3, n=200, n_correct=170, balanced_acc=0.85, macro_f1=0.85, val_acc=0.9,
-        confusion=[[85, 15], [15, 85]], command="test",
+    test = Test(
+        study_id=study, trial_number=3, n=200, n_correct=170, balanced_acc=0.85, macro_f1=0.85,
+        val_acc=0.9, confusion=[[85, 15], [15, 85]], command="test",
     )  # fmt: skip
+    store.save(test)
     (row,) = store.tests(study)
     # Wilson's formula by hand: centre (k + z^2/2) / (n + z^2), z = 1.959964.
     assert row.accuracy == 0.85
@@ -174,10 +162,9 @@ def test_add_test_adds_the_wilson_interval(store: Record) -> None:
 
 def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
     for name in ("photos", "other"):
-        study, run = _study(store, name)
-        trial = _trial(store, study, run, 0)
-        store.add_epoch(trial, _epoch(0, 0.5), 1.0)
-        store.add_confusion(trial, "val", [[1]])
+        trial = _trial(store, *_study(store, name), 0)
+        _epochs(store, trial, 0.5)
+        store.add_confusion(trial.id, "val", [[1]])
     store.delete_study("photos")
     assert [row.name for row in store.studies()] == ["other"]
     assert len(read_epochs(store, "other")) == 1
@@ -220,22 +207,16 @@ def test_begin_run_lets_one_of_many_processes_in(store: Record) -> None:
         store.begin_run(study, command="x", device="cpu", versions={})
 
 
-def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    script = (
-        f"import sys; sys.path += {[str(Path(__file__).parents[i]) for i in (0, 2)]!r}\n"
-        "from test_record import Record, _study, _trial\n"
-        f"store = Record.open({str(path)!r}, create=True)\n"
-        "_trial(store, *_study(store), 0)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
-    with Record.open(str(path)) as store:
-        study = store.study("photos").id
-        assert [row.state for row in store.trials(study)] == ["interrupted"]
-        (summary,) = store.studies()
-        assert (summary.n_running, summary.n_interrupted) == (0, 1)
-        store.begin_run(study, command="y", device="cpu", versions={})
-        assert [row.state for row in store.trials(study)] == ["running"]
+def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(store: Record) -> None:
+    study, run = _study(store)
+    _trial(store, study, run, 0)
+    with store.engine.begin() as connection:  # another process has its number now
+        connection.execute(sqlalchemy.text("UPDATE frostline_runs SET pid_started = 1"))
+    assert [row.state for row in store.trials(study)] == ["interrupted"]
+    (summary,) = store.studies()
+    assert (summary.n_running, summary.n_interrupted) == (0, 1)
+    store.begin_run(study, command="y", device="cpu", versions={})
+    assert [row.state for row in store.trials(study)] == ["running"]
 
 
 def test_begin_run_takes_over_another_machine_only_when_asked(store: Record) -> None:
@@ -333,9 +314,7 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
         folder, path = Path(name), Path(name) / "s.db"
         with Record.open(str(path), create=True) as store:
             study, run = _study(store)
-            trial = _trial(store, study, run, 0)
-            _epochs(store, study, trial, 0, 0.5)
-            _end(store, trial, "complete", 0.5, best_epoch=0)
+            _end(store, _trial(store, study, run, 0), "complete", 0.5)
         path.chmod(0o444)
         folder.chmod(mode)
         with _without_power():

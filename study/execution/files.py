@@ -1,8 +1,8 @@
-"""Which trials keep their checkpoint, and what it says about the validation images."""
+"""The files of trials: which checkpoints are kept, and what they say of the validation images."""
 
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,59 +18,66 @@ _N_WORST = 16
 _THUMBNAIL = 160
 
 
-class Checkpoints:
-    """The checkpoints of a study's trials.
+class TrialFiles:
+    """The checkpoints and training states of a study's trials.
 
     Args:
         session: The study that this process works on.
-        keep_best: How many to keep: those of the best trials; None for all, 0 for none.
+        keep_best: Checkpoints to keep: those of the best trials; None for all, 0 for none.
     """
 
     def __init__(self, session: Session, keep_best: int | None) -> None:
         self._session = session
         self._keep_best = keep_best
-        self._kept: dict[int, tuple[tuple[float, int], int]] = {}  # number -> rank, trial_id
+        self._kept: list[Trial] = []
 
-    def folder(self, number: int) -> Path:
-        """Return where a trial's checkpoint lies."""
+    def checkpoint(self, number: int) -> Path:
+        """Return the folder of a trial's checkpoint."""
         return self._session.output / f"trial-{number:04d}"
 
-    def load(self, rows: Iterable[Trial]) -> None:
-        """Take over the checkpoints of earlier processes."""
-        self._kept = {row.number: (row.rank, row.id) for row in rows if row.checkpoint}
-        self._drop()
+    def state(self, number: int) -> Path:
+        """Return the file of a trial's training state."""
+        return self._session.output / "state" / f"trial-{number:04d}.pt"
 
-    def record(self, trial_id: int, number: int, score: float) -> str | None:
+    def load(self, rows: Iterable[Trial], continued: Sequence[int]) -> None:
+        """Take over the checkpoints of earlier processes, and the states of continued trials."""
+        self._kept = [row for row in rows if row.checkpoint]
+        self._drop()
+        wanted = {self.state(number) for number in continued}
+        for file in self._session.output.glob("state/*"):
+            if file not in wanted:
+                file.unlink(missing_ok=True)
+
+    def record(self, row: Trial) -> str | None:
         """Record what a complete trial predicts; return its checkpoint's folder if it is kept.
 
         Of a search's best trial so far, its confusion matrix and its worst images are recorded,
         too. It comes before the trial ends: what a kill prevents is then done again.
         """
-        rank = -score, number
-        with np.load(self.folder(number) / PREDICTIONS_FILE) as saved:
+        folder, record = self.checkpoint(row.number), self._session.record
+        with np.load(folder / PREDICTIONS_FILE) as saved:
             labels, predicted = saved["labels"], saved["predicted"]
-            self._session.record.add_predictions(
-                trial_id, "val", labels.tolist(), predicted.tolist()
-            )
-            if self._keep_best and all(rank < other for other, _ in self._kept.values()):
-                self._session.record.add_confusion(trial_id, "val", saved["confusion"].tolist())
-                self._record_worst(trial_id, labels, predicted, saved["probability"])
-        return None if self._keep_best == 0 else str(self.folder(number))
+            record.add_predictions(row.id, "val", labels.tolist(), predicted.tolist())
+            if self._keep_best and all(row.rank < other.rank for other in self._kept):
+                record.add_confusion(row.id, "val", saved["confusion"].tolist())
+                self._record_worst(row.id, labels, predicted, saved["probability"])
+        return None if self._keep_best == 0 else str(folder)
 
-    def keep(self, trial_id: int, number: int, score: float) -> None:
+    def keep(self, row: Trial) -> None:
         """Keep a recorded trial's checkpoint while it is among the best."""
-        self._kept[number] = (-score, number), trial_id
+        self._kept.append(row)
         self._drop()
 
     def _drop(self) -> None:
         if self._keep_best is None:
             return
-        ranked = sorted(self._kept, key=lambda number: self._kept[number])
-        for number in ranked[self._keep_best :]:
-            _, trial_id = self._kept.pop(number)
+        self._kept.sort(key=lambda row: row.rank)
+        while len(self._kept) > self._keep_best:
+            row = self._kept.pop()
             if self._keep_best:
-                self._session.record.set_checkpoint(trial_id, None)
-            shutil.rmtree(self.folder(number), ignore_errors=True)
+                row.checkpoint = None
+                self._session.record.save(row)
+            shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
 
     def _record_worst(
         self,

@@ -1,0 +1,77 @@
+"""Take up the trials that a killed or stopped process left running, before new ones begin."""
+
+from optuna.trial import FrozenTrial, TrialState
+
+from core.config import TrainConfig
+from core.training.resume import epochs_in_state
+from study.execution.progress import REASON_KILLED, Note
+from study.execution.trial_engine import VAL_SEED, TrialEngine, TrialRequest, training_s
+from study.record.models import Trial
+from study.record.record import params_of
+
+MOST_RERUNS = 3
+"""Settings that took the process down with them this often are not run again."""
+RERUNS = "reruns"
+"""The user attribute that holds how often a trial's settings ran before."""
+
+
+def recover(engine: TrialEngine) -> list[TrialRequest]:
+    """Deal with every trial that is still running for Optuna.
+
+    One that ended in our tables is reported to Optuna; one with a usable training state is to be
+    continued; any other is failed, so that its settings run again.
+
+    Returns:
+        The trials to be continued.
+    """
+    record, study_id = engine.session.record, engine.session.study_id
+    rows = {row.number: row for row in record.trials(study_id)}
+    running = record.optuna_study(study_id).get_trials(False, states=(TrialState.RUNNING,))
+    continued = []
+    for trial in running:
+        row = rows.get(trial.number)
+        if row is None:  # asked for, but never begun
+            record.tell(study_id, trial.number, "failed")
+        elif row.ended_at is not None:
+            record.tell(study_id, row.number, row.ended_as, row.value)
+        elif (request := _continuation(engine, row, trial)) is not None:
+            continued.append(request)
+        else:
+            row.reason, row.duration_s = REASON_KILLED, training_s(record.epochs(row.id))
+            record.end_trial(row, "failed")
+            note = f"Trial {row.number} was cut short when its process died"
+            engine.session.progress.emit(Note(f"{note}; its settings run again."))
+    engine.files.load(rows.values(), continued=[request.number for request in continued])
+    return continued
+
+
+def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialRequest | None:
+    """Return the request that continues a trial; None where that cannot be.
+
+    Trials whose process was killed are continued a few times only: they may be the cause.
+    """
+    session = engine.session
+    runs = session.record.runs(session.study_id)
+    was_killed = len(runs) > 1 and runs[-2].ended_at is None
+    reruns = int(trial.user_attrs.get(RERUNS, 0)) + was_killed
+    request = TrialRequest(
+        number=row.number,
+        config=TrainConfig(**row.config),
+        origin=row.origin,
+        params=params_of(trial),
+        val_seed=trial.user_attrs.get(VAL_SEED),
+        factor=row.factor,
+        level=row.level,
+        replicate=row.replicate,
+        identity=row.config_hash,
+        is_continued=True,
+    )
+    data = session.images(request.val_seed)
+    n_done = epochs_in_state(engine.files.state(row.number), request.config, data)
+    if n_done is None and not was_killed and not row.epochs_done:
+        n_done = 0  # stopped by the user before there was anything to save
+    if reruns > MOST_RERUNS or n_done is None or n_done > row.epochs_done:
+        return None
+    if was_killed:
+        session.record.take_up_trial(session.study_id, row.number).set_user_attr(RERUNS, reruns)
+    return request
