@@ -155,7 +155,7 @@ def test_shared_work_changes_no_figure(
         return {p for p in (tmp_path / "cache").rglob("*") if p.is_file()}
 
     with without_figures():
-        study(tmp_path, *search(tmp_path, "alone", space, n, chosen), "--no-sharing")
+        study(tmp_path, *search(tmp_path, "alone", space, n, chosen), "--cache", "0")
         before = arrays()
         study(tmp_path, *search(tmp_path, "cold", space, n, chosen), "--cache", "500MB")
         made = arrays() - before
@@ -236,7 +236,7 @@ def test_figures_depend_on_neither_workers_nor_other_trials(tmp_path: Path) -> N
         last = runs[-1]
         alone = chosen | {f"train.{k}": v for k, v in last.params.items()}
         command = search(tmp_path, "alone", "", 1, alone | {"train.workers": 2})
-        study(tmp_path, *command, "--no-sharing")
+        study(tmp_path, *command, "--cache", "0")
         study(tmp_path, *search(tmp_path, "seed", "", 1, alone | {"train.seed": 1}))
     (again,) = read_runs(tmp_path, "alone")
     (other,) = read_runs(tmp_path, "seed")

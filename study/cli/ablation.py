@@ -163,11 +163,9 @@ def run_plan(
     if report:
         print(f"\nReport: {report}")
     where = study.name, study.storage
-    methods = study_command("report", *where, "--methods")
-    if outcome.stopped_because == "complete":
-        print_next([methods, study_command("test", *where, "--levels all")])
-    else:
-        print_next([study_command("ablate", *where), methods])
+    is_done = outcome.stopped_because == "complete"
+    then = ("test", *where, "--levels all") if is_done else ("ablate", *where)
+    print_next([study_command(*then)])
     return outcome.stopped_because
 
 
@@ -187,14 +185,6 @@ def _effect_record(effect: "Effect") -> dict[str, Any]:
     record |= {key: getattr(effect, key) for key in ("n", "p", "p_family", "verdict", "n_needed")}
     record |= {"accuracy": arm.accuracy.estimate, "difference": difference.estimate}
     return record | {"low": difference.low, "high": difference.high}
-
-
-def print_methods(store: Record, name: str) -> None:
-    """Print an ablation's paragraph for a paper, one per design."""
-    sections = describe_ablation(store, name)
-    for section in sections:
-        # One paragraph is ready to be pasted; several need their titles.
-        print(f"{section.title}: {section.methods}\n" if sections[1:] else section.methods)
 
 
 def test_levels(

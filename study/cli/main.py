@@ -25,7 +25,6 @@ DEFAULT_STORAGE = "studies.db"
 """The database where no other is named; the configuration's default is the same."""
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
 _PACKAGES = ("core", "study", "reports")
-_LISTS = ("--levels", "--beside")  # options that take several values
 _CONFIG_KEYS = {
     "data": "data.source",
     **{name: f"study.{name}" for name in ("name", "trials", "timeout", "storage", "cache")},
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     line = shlex.join(["python", "-m", "study", *given])
     try:
-        with cli.make_context("python -m study", _repeat_lists(given), obj=line) as context:
+        with cli.make_context("python -m study", given, obj=line) as context:
             status: int | None = cli.invoke(context)
         sys.stdout.flush()
         return status or 0
@@ -90,19 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status if isinstance(err, ValueError) else 1
 
 
-def _repeat_lists(words: Sequence[str]) -> list[str]:
-    """Write `--levels A B` as click reads it: `--levels A --levels B`."""
-    written: list[str] = []
-    option = ""
-    for before, word in zip(["", *words], words, strict=False):
-        if word.startswith("-"):
-            option = word if word in _LISTS else ""
-        elif option and before != option:
-            written.append(option)
-        written.append(word)
-    return written
-
-
 def _refuse(message: str) -> int:
     from study.config.formatting import hide_password
 
@@ -124,8 +110,7 @@ def _command_line() -> str:
 
 def _flags() -> dict[str, Any]:
     """Return the keys of the configuration that options set, with their values."""
-    flags = {key: _given(name) for name, key in _CONFIG_KEYS.items() if _given(name) is not None}
-    return {**flags, "study.cache": 0} if _given("no_sharing") else flags
+    return {key: _given(name) for name, key in _CONFIG_KEYS.items() if _given(name) is not None}
 
 
 def _open(storage: str | None = None) -> "Record":
@@ -188,8 +173,7 @@ _storage = _database(default=DEFAULT_STORAGE)
 _settings = _options(
     click.option("--timeout", metavar="TIME", help="Time limit of this run: seconds, 90m, 2h."),
     _many("--set", "overrides", metavar="KEY=VALUE", help="Override a key; may be repeated."),
-    click.option("--cache", metavar="SIZE", help="Most bytes for shared work, such as 8GB."),
-    _flag("--no-sharing", help="Share no work between trials; the results are the same."),
+    click.option("--cache", metavar="SIZE", help="Most bytes for shared work, such as 8GB; or 0."),
     _take_over,
     _quiet,
     _json,
@@ -434,21 +418,6 @@ def show(study: str, trial: int | None, **_: Any) -> None:
 
 @cli.command()
 @_study
-@click.option("--trials", type=int, nargs=2, metavar="A B", required=True, help="Their numbers.")
-@_storage
-@_json
-def diff(study: str, trials: tuple[int, int], **_: Any) -> None:
-    """Show what differs between two trials."""
-    from study.cli.views import differences_view, trial_differences
-
-    with _open() as store:
-        row = store.study(study)
-        a, b = (store.trial(row.id, number) for number in trials)
-    _print(differences_view(a, b), trial_differences(a, b))
-
-
-@cli.command()
-@_study
 @_flag("--yes", help="Do not ask.")
 @_storage
 def delete(study: str, yes: bool, **_: Any) -> None:
@@ -471,7 +440,7 @@ def delete(study: str, yes: bool, **_: Any) -> None:
 @cli.command()
 @_study
 @click.option("--trial", type=int, metavar="N", help="This trial instead of the best.")
-@_many("--levels", metavar="LEVEL ...", help="Of an ablation: all, or 'weights = none' ...")
+@_many("--levels", metavar="LEVEL", help="Of an ablation: all, or 'weights = none'.")
 @_storage
 @_json
 def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **_: Any) -> None:
@@ -508,19 +477,13 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 @cli.command()
 @_study
 @click.option("--out", type=_path, metavar="FOLDER", help="Where to write it.")
-@_flag("--ablation", help="The report of an ablation.")
-@_many("--beside", metavar="STUDY ...", help="Ablations on other datasets to compare with.")
-@_flag("--methods", help="Print the paragraph for a paper, nothing else.")
+@_many("--beside", metavar="STUDY", help="An ablation of other images to compare with.")
 @_storage
-def report(study: str, out: Path | None, beside: Sequence[str], methods: bool, **_: Any) -> None:
+def report(study: str, out: Path | None, beside: Sequence[str], **_: Any) -> None:
     """Write the report: a page, CSV, plots."""
     with _open() as store:
         folder = _output(store, study)
-        if methods:
-            from study.cli.ablation import print_methods
-
-            print_methods(store, study)
-        elif _given("ablation") or beside or _is_ablation(store, study):
+        if beside or _is_ablation(store, study):
             from reports.ablation_report import write_ablation
 
             made = write_ablation(store, study, out or folder / "ablation", beside=beside)
@@ -538,27 +501,15 @@ def report(study: str, out: Path | None, beside: Sequence[str], methods: bool, *
 @cli.command()
 @click.argument("file", type=_path, default="study.toml")
 @click.option("--data", metavar="PATH", help="Folder of images to write into it.")
-@_flag("--demo", help="Write the demo's configuration.")
 @_flag("--force", help="Replace the file.")
-def init(file: Path, data: str | None, demo: bool, force: bool) -> None:
+def init(file: Path, data: str | None, force: bool) -> None:
     """Write a commented study.toml."""
     from study.config.load import load_config
-    from study.config.toml import demo_text, template, write_new
+    from study.config.toml import template, write_new
 
-    config = load_config(flags=_flags())
-    write_new(file, demo_text() if demo else template(config), may_replace=force)
-    todo = "Next:" if data or demo else "Set data.source in it to your images (now the digits):"
+    write_new(file, template(load_config(flags=_flags())), may_replace=force)
+    todo = "Next:" if data else "Set data.source in it to your images (now the digits):"
     print(f"Wrote {file}. {todo}\n  python -m study run --config {shlex.quote(str(file))}")
-
-
-@cli.command()
-def schema() -> None:
-    """Print the JSON schema of study.toml."""
-    import json
-
-    from study.config.toml import config_schema
-
-    print(json.dumps(config_schema(), indent=2))
 
 
 @cli.command()

@@ -52,7 +52,10 @@ def print_view(view: RenderableType) -> None:
     """Print a table or a text."""
     # A pipe gets whole lines, whatever the width that a terminal would have.
     width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False).print(view)
+    console = Console(width=width, highlight=False)
+    with console.capture() as shown:  # rich would end the program where a pipe is closed
+        console.print(view)
+    print(shown.get(), end="")
 
 
 def print_json(value: object) -> None:
@@ -243,36 +246,6 @@ def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
             )
         )
     return make_table(header, rows, right=header)
-
-
-def trial_differences(a: "Trial", b: "Trial") -> dict[str, tuple[Any, Any]]:
-    """Return what differs between two trials: settings first, then results."""
-    pairs = {key: (a.config.get(key), b.config.get(key)) for key in {**a.config, **b.config}}
-    score = () if _are_ranked_by_accuracy((a, b)) else ("score",)
-    results = ("best_epoch", "epochs_done", "trained_parameters", "duration_s")
-    for key in ("state", "value", *score, *results):
-        pairs[key] = getattr(a, key), getattr(b, key)
-    # Epochs are counted from 1 wherever they are shown.
-    first, second = (None if row.best_epoch is None else row.best_epoch + 1 for row in (a, b))
-    pairs["best_epoch"] = first, second
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def differences_view(a: "Trial", b: "Trial") -> RenderableType:
-    """Show what differs between two trials."""
-    rows = (
-        (key, *(format_value(value) for value in pair))
-        for key, pair in trial_differences(a, b).items()
-    )
-    table = make_table(("", f"trial {a.number}", f"trial {b.number}"), rows)
-    if a.value is None or b.value is None:
-        return table
-    gain = 100 * (b.value - a.value)
-    text = f"\nTrial {b.number} differs from trial {a.number} by {gain:+.1f} points of accuracy."
-    if not _are_ranked_by_accuracy((a, b)) and a.ranked_by != b.ranked_by:
-        better = min((a, b), key=lambda row: row.rank)
-        text += f" By {better.chosen_by}, trial {better.number} is better."
-    return Group(table, Text(text))
 
 
 # The end of a run.

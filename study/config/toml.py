@@ -1,4 +1,4 @@
-"""Configurations as TOML text and as JSON schema: read, and written with comments."""
+"""Configurations as TOML text: read, and written with comments."""
 
 import importlib.resources
 import json
@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.config import TrainConfig, fields_of
+from core.config import fields_of
 from study.config.errors import ConfigError
-from study.config.search_space import DEFAULT_SPACE
 from study.config.study_config import SECTIONS, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
@@ -137,17 +136,3 @@ def toml_value(value: object) -> str:
         return f"[{', '.join(toml_value(item) for item in value)}]"
     # A JSON text, number or truth value is a TOML one too.
     return json.dumps(value, ensure_ascii=False)
-
-
-def config_schema() -> dict[str, Any]:
-    """Return the JSON schema of a configuration file."""
-    schema = StudyConfig.model_json_schema()
-    kinds = schema["properties"]["space"]["additionalProperties"]["anyOf"]
-    plain = ["string", "number", "boolean"]
-    schema["properties"]["space"] |= {
-        "additionalProperties": {"anyOf": [*kinds, {"type": ["array", *plain]}]},
-        "propertyNames": {"enum": list(fields_of(TrainConfig))},
-        "default": DEFAULT_SPACE,
-    }
-    schema["title"] = "Frostline study"
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

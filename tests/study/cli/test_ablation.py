@@ -97,7 +97,6 @@ def test_ablate_prints_plan_results_and_next_commands(record: Bees) -> None:
     assert f"Report: {report}" in results
     assert report.is_file()
     storage = " ".join(record.storage)
-    assert f"-m study report bees-ablation {storage} --methods" in results
     assert f"-m study test bees-ablation {storage} --levels all" in results
 
 
@@ -179,15 +178,6 @@ def test_the_plan_says_what_it_can_decide(
         assert "warning" not in shown
 
 
-def test_methods_is_a_paragraph_and_nothing_else(
-    record: Bees, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (paragraph,) = answered(
-        capsys, "report", "bees-ablation", "--methods", *record.storage
-    ).splitlines()
-    assert all(part in paragraph for part in ("squeezenet1_1", "2 replicates (seeds 1 to 2"))
-
-
 def test_report_names_its_files_and_compares_with_other_ablations(
     record: Bees, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +191,7 @@ def test_report_names_its_files_and_compares_with_other_ablations(
     assert files[0] == tmp_path / "ablation.html"
     assert all(path.stat().st_size > 0 for path in files)
     assert "wasps" not in files[0].read_text()
-    answered(capsys, *report, "--beside", "wasps", "flies", "--ablation")
+    answered(capsys, *report, "--beside", "wasps", "--beside", "flies")
     assert all(name in files[0].read_text() for name in ("wasps", "flies"))
 
 
@@ -229,11 +219,9 @@ def test_levels_are_tested_once_with_the_baseline(
         (["resume", "bees-ablation"], ["python -m study ablate bees-ablation"]),
         (["test", "bees", "--levels", "all"], ["--levels", "bees is a search"]),
         (
-            ["test", "bees-ablation", "--levels", "augment=none", "flip = 1"],
+            ["test", "bees-ablation", "--levels", "augment=none", "--levels", "flip = 1"],
             ["augment=none, flip = 1", "baseline; augment = none; head_lr_mult = 1."],
         ),
-        (["report", "bees", "--ablation"], ["bees is no ablation"]),
-        (["report", "bees", "--methods"], ["bees is no ablation"]),
         (["report", "bees-ablation", "--beside", "bees"], ["bees is no ablation"]),
         (["ablate", "bees", "--from", "9"], ["no trial 9"]),
         (["ablate", "bees", "--from", "first"], ["--from", "first"]),
@@ -264,7 +252,7 @@ def test_a_users_mistake_is_refused_and_changes_nothing(
     "args",
     [
         ["ablate", "bees"],
-        ["report", "bees-ablation", "--ablation"],
+        ["report", "bees-ablation"],
         ["test", "bees-ablation", "--levels", "all"],
     ],
 )

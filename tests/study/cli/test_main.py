@@ -23,8 +23,8 @@ from support import distributions_of, make_folder
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("run", "resume", "ablate", "audit", "list", "show", "diff", "delete", "test", "report"),
-    *("init", "schema", "backbones"),
+    *("run", "resume", "ablate", "audit", "list", "show", "delete", "test", "report"),
+    *("init", "backbones"),
 )
 HEAVY = (
     *("torch", "torchvision", "timm", "optuna", "sqlalchemy", "pandas", "scipy", "matplotlib"),
@@ -96,7 +96,7 @@ def test_waiting_threads_are_passive_unless_the_user_says_otherwise(
     monkeypatch.setenv("OMP_WAIT_POLICY", given)
     if not given:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert json.loads(answered(capsys, "schema"))["title"] == "Frostline study"
+    answered(capsys, "--help")
     assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
@@ -115,10 +115,10 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
     assert shown.splitlines()[-1] == "[]"
     assert all(f"python -m study {name} " in shown for name in COMMANDS)
     documented = (
-        "--data --config --name --trials --timeout --set --cache --no-sharing --dry-run "
+        "--data --config --name --trials --timeout --set --cache --dry-run "
         "--allow-changes --take-over --quiet --json --storage --from --design --factor "
-        "--replicates --resplit --adaptive --sample --trial --levels --out --ablation --beside "
-        "--methods --yes --demo --force"
+        "--replicates --resplit --adaptive --sample --trial --levels --out --beside "
+        "--yes --force"
     )
     assert set(documented.split()) <= set(shown.split())
 
@@ -131,8 +131,6 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         (["run", "--trails", "3"], ["'--trails'", "'--trials'", "python -m study run --help"]),
         (["run", "--trials", "many"], ["--trials", "'many'"]),
         (["run", "photos"], ["photos"]),
-        (["diff", "ants"], ["--trials"]),
-        (["diff", "ants", "--trials", "1"], ["--trials", "2"]),
         (["show"], ["STUDY"]),
         (["audit", "ants", "--sample", "-1"], ["--sample", "-1"]),
     ],
@@ -198,7 +196,7 @@ def test_ctrl_c_is_status_130_and_a_bug_keeps_its_traceback(
         assert main(["init"]) == status
 
 
-@pytest.mark.parametrize("command", ["schema", "--help"])
+@pytest.mark.parametrize("command", ["backbones", "--help"])
 def test_a_closed_pipe_is_no_error(command: str) -> None:
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m study {command} | true"],
@@ -225,8 +223,6 @@ def test_init_writes_a_study_that_loads(here: Path, capsys: pytest.CaptureFixtur
     assert config.study.storage == DEFAULT_STORAGE
     assert (config.data.source, config.study.name) == ("folder:photos", "photos")
     assert "--force" in refused(capsys, "init")
-    answered(capsys, "init", "--force", "--demo")
-    assert load_config(Path("study.toml")).train.image_size == 64
 
 
 def test_backbones_are_listed_by_a_part_of_their_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,13 +234,10 @@ def test_backbones_are_listed_by_a_part_of_their_name(capsys: pytest.CaptureFixt
     assert [line.split()[0] for line in lines[2:8]] == list("012345")
 
 
-def test_list_show_and_diff_read_the_record(
-    recorded: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_list_and_show_read_the_record(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answered(capsys, "list").splitlines()[1].split()[:4] == ["ants", "75.0", "%", "1"]
     assert "digits: 8 train, 4 val, 0 test, 1 classes" in answered(capsys, "show", "ants")
     assert "75.0 % (validation, epoch 1)" in answered(capsys, "show", "ants", "--trial", "1")
-    assert "+25.0 points" in answered(capsys, "diff", "ants", "--trials", "0", "1")
 
 
 def test_json_has_the_documented_fields(
@@ -269,7 +262,6 @@ def test_json_has_the_documented_fields(
         "epochs",
     }
     assert trial["epochs"][0]["val_acc"] == 0.75
-    assert read("diff", "ants", "--trials", "0", "1")["value"] == [0.5, 0.75]
 
 
 def test_a_report_that_cannot_be_written_names_its_folder(

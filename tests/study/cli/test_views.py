@@ -132,25 +132,6 @@ def test_a_trial_shows_what_the_cache_saved(trials: list[Trial]) -> None:
     assert "1.5 s (2 of 3 arrays" in text_of(views.trial_view(trials[0], [reader, maker]))
 
 
-def test_two_trials_differ_in_settings_and_results(trials: list[Trial]) -> None:
-    a, b = trials[:2]
-    assert views.trial_differences(a, b) == {"base_lr": (0.1, 0.01), "value": (0.8, 0.9)}
-    view = views.differences_view(a, b)
-    assert ["base_lr", "0.1", "0.01"] in words_of(view)
-    assert "Trial 1 differs from trial 0 by +10.0 points" in text_of(view)
-    assert "is better" not in text_of(view)  # the accuracy shows it already
-
-
-def test_two_trials_that_are_ranked_by_loss_name_the_better_one(trials: list[Trial]) -> None:
-    a, b = (
-        dataclasses.replace(row, score=score, config={**row.config, "monitor": "val_loss"})
-        for row, score in zip(trials[:2], (0.7, 0.6), strict=True)
-    )
-    view = views.differences_view(a, b)
-    assert ["score", "0.7", "0.6"] in words_of(view)
-    assert "By validation loss, trial 0 is better." in text_of(view)
-
-
 def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial]) -> None:
     view = views.summary_view(ENDED, trials, 30)
     text = text_of(view)

@@ -1,14 +1,12 @@
-import json
 from pathlib import Path
 
 import pytest
 
-from core.config import TrainConfig, fields_of
+from core.config import fields_of
 from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import SECTIONS
 from study.config.toml import (
-    config_schema,
     config_text,
     read_value,
     template,
@@ -74,17 +72,3 @@ def test_write_new_replaces_a_file_only_when_asked(tmp_path: Path) -> None:
 def test_toml_value_reads_back_to_the_same(value: object, text: str) -> None:
     assert toml_value(value) == text
     assert read_value(text) == value
-
-
-def test_schema_describes_every_key_with_its_range() -> None:
-    schema = json.loads(json.dumps(config_schema()))
-    assert set(schema["properties"]) == {*SECTIONS, "space"}
-    for section in SECTIONS.values():
-        described = schema["$defs"][section.__name__]
-        assert described["additionalProperties"] is False
-        assert all(value["description"] for value in described["properties"].values())
-    train = schema["$defs"]["TrainConfig"]["properties"]
-    assert train["epochs"]["minimum"] == 1
-    assert train["optimizer"]["enum"] == ["sgd", "adamw"]
-    space = schema["properties"]["space"]
-    assert space["propertyNames"]["enum"] == list(fields_of(TrainConfig))
