@@ -98,6 +98,8 @@ def main() -> None:
     """Print a table: level, seconds of each arm, ratios with their range, peak memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits")
+    parser.add_argument("--backbone", default="timm:tf_efficientnet_lite0")
+    parser.add_argument("--weights", default="auto")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--levels", type=int, nargs="+", default=[5, 4, 3])
@@ -113,6 +115,8 @@ def main() -> None:
     for level in args.levels:
         settings = {
             "train": {
+                "backbone": args.backbone,
+                "weights": args.weights,
                 "image_size": args.size,
                 "freeze_depth": level,
                 "epochs": args.epochs,
