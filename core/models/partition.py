@@ -1,14 +1,14 @@
 """A network cut at a freeze level: the frozen prefix, and the part behind it that is trained."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear
 
-from core.config import TrainConfig
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.models.builder import Network
 from core.models.freeze_stages import freeze_batch_norms, train_mode
 from core.models.fx_graph import trace_nodes
@@ -124,6 +124,24 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
         plan.row_shape,
         is_linear,
     )
+
+
+def cut_head(network: Network, config: TrainConfig) -> Partition:
+    """Cut a network before its head, which is to be solved.
+
+    Raises:
+        ValueError: The head is not one linear layer.
+    """
+    part = cut(network, replace(config, freeze_depth=MAX_FREEZE_DEPTH))
+    if part is None or not part.is_linear:
+        remedy = "train.head_solver=sgd"
+        if config.head_init == "solved":
+            remedy += " --set train.head_init=default"
+        raise ValueError(
+            "train.backbone must have a head of one linear layer where the head is solved, but "
+            f"got backbone={config.backbone!r}. Train it by steps (--set {remedy})."
+        )
+    return part
 
 
 def _plan(

@@ -19,7 +19,7 @@ from core.data.splits import ImageData, Split
 from core.device import amp_dtype
 from core.keys import images_key, key_text, prefix_key
 from core.models.builder import Network
-from core.models.partition import Partition, cut
+from core.models.partition import Partition, cut, cut_head
 from core.training.batches import Views, in_order
 
 _CHUNK = 64  # images that go through the prefix at once
@@ -60,16 +60,10 @@ def evaluation_features(
     They are of evaluation views, from the network below its head at any freeze level.
 
     Raises:
-        ValueError: The head is not one linear layer behind the features.
+        ValueError: The head is not one linear layer.
     """
     config = replace(config, freeze_depth=MAX_FREEZE_DEPTH)
-    part = cut(network, config)
-    if part is None or not part.is_linear:
-        raise ValueError(
-            "a solved head needs a backbone whose head is one linear layer, but got "
-            f"backbone={config.backbone!r}. Train it by steps (--set train.head_solver=sgd --set "
-            "train.head_init=default)."
-        )
+    part = cut_head(network, config)
     device = next(network.model.parameters()).device
     views = Views(config, network.preprocessing, data, device)
     rows = Activations(config, network, part, views, data, cache, pulse)

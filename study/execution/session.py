@@ -25,6 +25,7 @@ from core.data.splits import ImageData, load_data
 from core.device import choose_device, describe_device
 from core.fit import build_for
 from core.models.builder import input_of
+from core.models.partition import cut_head
 from core.models.sources import library_versions
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params
@@ -205,10 +206,10 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
 
     Args:
         config: The study.
-        with_starts: At every start of a head, too.
+        with_starts: At every freeze level and every way to start or solve a head, too.
     """
     corners: list[dict[str, ParamValue]] = [{}]
-    starts = ("head_init",) if with_starts else ()
+    starts = ("head_init", "head_solver", "freeze_depth") if with_starts else ()
     for name in ("backbone", "weights", "image_size", *starts):
         if name in config.space:
             ends = config.space[name].ends
@@ -245,12 +246,17 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     built = set()
     for train in trains:
         choose_device(train.device)
-        network = (
-            train.backbone, train.weights, train.image_size, train.normalize, train.head_init,
-        )  # fmt: skip
-        if network not in built:
-            built.add(network)
-            build_for(train, data.classes)
+        is_solved = train.is_solved or train.head_init == "solved"
+        shape = (train.backbone, train.weights, train.image_size, train.normalize)
+        if (*shape, train.head_init, is_solved) in built:
+            continue
+        built.add((*shape, train.head_init, is_solved))
+        network = build_for(train, data.classes)
+        if is_solved:
+            try:
+                cut_head(network, train)
+            except ValueError as err:
+                raise ConfigError(str(err)) from err
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(

@@ -80,7 +80,9 @@ def test_a_head_that_is_no_linear_layer_is_refused_with_the_remedy(
     config: TrainConfig, data: ImageData, settings: dict[str, Any]
 ) -> None:
     other = replace(config, backbone="squeezenet1_1", weights="none", image_size=64, **settings)
-    with pytest.raises(ValueError, match="backbone='squeezenet1_1'.*train.head_solver=sgd"):
+    with pytest.raises(
+        ValueError, match="train.backbone .*'squeezenet1_1'.*train.head_solver=sgd"
+    ):
         next(fit(other, data))
 
 

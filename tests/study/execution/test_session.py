@@ -41,10 +41,11 @@ def _config(home: Path, *settings: str) -> StudyConfig:
     return config_of(home, 20, *settings)
 
 
-def _open(record: Record, config: StudyConfig, **more: object):
-    return open_session(
-        record, config, [config.train], progress=Listener(), command="test", **more
-    )
+def _open(
+    record: Record, config: StudyConfig, trains: list[TrainConfig] | None = None, **more: object
+):
+    trains = trains or [config.train]
+    return open_session(record, config, trains, progress=Listener(), command="test", **more)
 
 
 def test_a_session_enters_the_study_and_signs_off_with_its_reason(
@@ -162,6 +163,30 @@ def test_what_cannot_be_trained_is_refused_before_the_study_is_entered(
     with pytest.raises(error, match=told), _open(record, _config(home, setting)):
         raise AssertionError("it began")
     assert record.studies() == []
+
+
+@pytest.mark.parametrize(
+    ("space", "remedy"),
+    [
+        ("freeze_depth = {low = 3, high = 5}", "train.head_solver=sgd"),
+        ('head_init = ["default", "solved"]', "train.head_init=default"),
+    ],
+)
+def test_a_solved_head_that_is_no_linear_layer_is_refused_before_the_study_is_entered(
+    space: str, remedy: str, home: Path, record: Record
+) -> None:
+    (home / "study.toml").write_text(f"[space]\n{space}\n")
+    backbone = ('train.backbone="squeezenet1_1"', "train.image_size=64")
+    config = _config(home, *backbone, 'train.head_solver="logistic"')
+    corners = corner_configs(config, with_starts=True)
+    with (
+        pytest.raises(ConfigError, match=f"train.backbone .*'squeezenet1_1'.*{remedy}"),
+        _open(record, config, corners),
+    ):
+        raise AssertionError("it began")
+    assert record.studies() == []
+    by_steps = [dataclasses.replace(c, head_solver="sgd", head_init="default") for c in corners]
+    preflight(by_steps, load_images(config, Listener()))
 
 
 def test_images_are_stored_large_enough_for_every_network() -> None:
