@@ -1,6 +1,5 @@
 """Arrays that runs share: memory-mapped `.npy` files in one folder, under one budget of bytes."""
 
-import contextlib
 import errno
 import hashlib
 import logging
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 PARTIAL = "partial-"
@@ -27,6 +25,9 @@ _log = logging.getLogger(__name__)
 _IN_USE_S = 3600.0
 # A partial array this old was left by a killed process: writing one takes minutes. Assumption.
 _ABANDONED_S = 24 * 3600.0
+# Rows of images leave this share of the budget to features, which save the whole network for a
+# few bytes. Assumption.
+_SHARE_OF_FEATURES = 1 / 4
 
 
 class ArrayCache:
@@ -68,11 +69,15 @@ class ArrayCache:
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         for path in sorted(self.folder.glob(f"{name}.*.npy")):
-            found = _opened(path, rows)
-            if found is not None:
-                self.hits += 1
-                self.saved_s += int(path.name.split(".")[1]) / 1000
-                return found
+            try:
+                array = _mapped(path, rows)
+                os.utime(path)
+            except (OSError, ValueError):  # gone or damaged
+                _remove(path)
+                continue
+            self.hits += 1
+            self.saved_s += int(path.name.split(".")[1]) / 1000
+            return array
         self.misses += 1
         try:
             return self._write(name, rows, make)
@@ -90,12 +95,16 @@ class ArrayCache:
             with os.fdopen(handle, "wb") as file:
                 size = 0
                 for chunk in make():
-                    values = _stored(chunk)
+                    # NumPy knows no bf16.
+                    is_bf16 = chunk.dtype is torch.bfloat16
+                    values = (chunk.view(torch.int16) if is_bf16 else chunk).numpy()
                     if not size:
                         shape = (rows, *values.shape[1:])
-                        _write_header(file, shape, values.dtype)
+                        descr = np.lib.format.dtype_to_descr(values.dtype)
+                        header = {"descr": descr, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
                         size = int(np.prod(shape)) * values.itemsize
-                        is_kept = self._make_room(size, is_narrow=values.ndim == 2)
+                        is_kept = self._make_room(size, is_features=values.ndim == 2)
                     file.write(np.ascontiguousarray(values).data)
                 file.flush()
                 if is_kept:
@@ -108,34 +117,11 @@ class ArrayCache:
         finally:  # a temporary array lives on in its map
             Path(partial).unlink(missing_ok=True)
 
-    def _make_room(self, size: int, *, is_narrow: bool) -> bool:
-        """Say whether a new array may stay, once others made room for it.
-
-        Rows of features save the whole network for a few bytes, so they may evict wider rows
-        that are in use; on the disk these live on as long as they are mapped.
-        """
-        left = self.budget - size
-        arrays = list(self.folder.glob("*.npy"))
-        if left < 0:
-            return False
-        taken = prune(arrays, left, unused_s=_IN_USE_S)
-        if taken > left and is_narrow:
-            wide = [path for path in arrays if path.exists() and _is_wide(path)]
-            others = taken - sum(map(size_bytes, wide))
-            taken = others + prune(wide, left - others, unused_s=0.0)
-        return taken <= left
-
-
-def _opened(path: Path, rows: int) -> Tensor | None:
-    """Return an array that is there and whole, marked as used."""
-    try:
-        array = _mapped(path, rows)
-        os.utime(path)
-        return array
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        return None
+    def _make_room(self, size: int, *, is_features: bool) -> bool:
+        """Say whether a new array may stay, once others made room for it."""
+        budget = self.budget * (1 if is_features else 1 - _SHARE_OF_FEATURES)
+        left = int(budget) - size
+        return left >= 0 and prune(self.folder.glob("*.npy"), left, unused_s=_IN_USE_S) <= left
 
 
 def _mapped(path: Path, rows: int) -> Tensor:
@@ -144,26 +130,6 @@ def _mapped(path: Path, rows: int) -> Tensor:
         raise ValueError(f"{path} is not whole")
     array = torch.from_numpy(values)
     return array.view(torch.bfloat16) if array.dtype is torch.int16 else array
-
-
-def _stored(chunk: Tensor) -> NDArray[Any]:
-    """Return a chunk as NumPy has it, which knows no bf16."""
-    stored = chunk.view(torch.int16) if chunk.dtype is torch.bfloat16 else chunk
-    values: NDArray[Any] = stored.detach().numpy()
-    return values
-
-
-def _write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    descr = np.lib.format.dtype_to_descr(dtype)
-    header = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)  # padded to 64 bytes
-
-
-def _is_wide(path: Path) -> bool:
-    try:
-        return bool(np.load(path, mmap_mode="r").ndim > 2)
-    except (OSError, ValueError):
-        return True
 
 
 def prune(paths: Iterable[Path], budget: int, *, unused_s: float) -> int:

@@ -21,13 +21,10 @@ from core.metrics import EpochMetrics, Evaluation
 from core.models.sources import library_versions
 from core.training.trainer import Trainer
 
-# Inside an epoch the state is written this often: what a kill may cost. Assumption.
+# The state is written this often, which is what a kill may cost, and no more often than keeps
+# writing at this share of the time. Assumptions.
 _EVERY_S = 60.0
-# Writing may take this share of the time that was trained since. Assumption.
 _MOST_SHARE = 1 / 20
-# What the first write is taken to cost: a sync, and all that is written for a byte of trained
-# weights (they, the optimizer's memory, the best epoch's) on a slow disk. Assumptions.
-_LEAST_COST_S, _BYTES_PER_S = 0.02, 50e6
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, BadZipFile)
 # Where and by how many processes a run is computed does not make it another run.
 _MAY_CHANGE = ("device", "workers")
@@ -75,14 +72,7 @@ def _read(file: Path, run: str) -> dict[str, Any] | None:
 
 
 class TrainingState:
-    """A run's state file; one that is missing, damaged or another run's counts as none.
-
-    Args:
-        file: Where it lies; None keeps nothing.
-        config: The run.
-        data: Its images.
-        trainer: What trains it.
-    """
+    """A run's state file, None for none; one that is damaged or another run's counts as none."""
 
     def __init__(
         self, file: Path | None, config: TrainConfig, data: ImageData, trainer: Trainer
@@ -90,8 +80,7 @@ class TrainingState:
         self._file, self._trainer, self._labels = file, trainer, data.val.labels
         self._run = _run_key(config, data)
         self._saved_at = time.perf_counter()
-        weights = trainer.state_dict()["module"].values()
-        self._cost_s = _LEAST_COST_S + sum(t.nbytes for t in weights) / _BYTES_PER_S
+        self._cost_s = 0.0
         self._random: list[Tensor] = []
 
     def restore(self) -> Best | None:
@@ -154,10 +143,8 @@ class TrainingState:
         self._saved_at = time.perf_counter()
         self._cost_s = self._saved_at - begin
 
-    def save_if_due(
-        self, best: Best | None, device: torch.device, *, after_epoch: bool = False
-    ) -> None:
-        """Write the state where it is time to, and writing costs little beside training."""
+    def save_if_due(self, best: Best | None, device: torch.device) -> None:
+        """Write the state where the last one is old enough."""
         trained_s = time.perf_counter() - self._saved_at
-        if (after_epoch or trained_s >= _EVERY_S) and self._cost_s <= _MOST_SHARE * trained_s:
+        if trained_s >= max(_EVERY_S, self._cost_s / _MOST_SHARE):
             self.save(best, device)
