@@ -25,8 +25,8 @@ from PIL import Image
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.device import amp_dtype, choose_device, describe_device, synchronize
-from core.fit import build_for, fit
-from core.models.builder import input_of
+from core.fit import fit
+from core.models.builder import build, input_of
 from core.models.freeze_stages import freeze, train_mode
 from core.training.optim import make_optimizer, parameter_groups
 
@@ -51,7 +51,7 @@ class Bare:
 
     def __init__(self, config: TrainConfig, classes: tuple[str, ...]) -> None:
         self.device = choose_device(config.device)
-        built = build_for(config, classes)
+        built = build(config, classes)
         self.built, self.config = built, config
         trainable = freeze(built.model, built.stages, config.freeze_depth)
         self.model = built.model.to(self.device)

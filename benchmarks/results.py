@@ -122,7 +122,7 @@ def reference(config: StudyConfig) -> float:
     """Test scikit-learn's logistic regression on the frozen network's features."""
     data = load_images(config, QuietProgress())
     train = config.train
-    built = build(train.backbone, train.weights, data.classes, seed=0, image_size=train.image_size)
+    built = build(train, data.classes)
     shown = built.preprocessing
     for name in built.head:
         parent, _, child = name.rpartition(".")

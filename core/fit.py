@@ -80,7 +80,7 @@ def fit(
     device = choose_device(config.device)
     if cache is None or device.type not in _SHARING_DEVICES:
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
-    network = build_for(config, data.classes)
+    network = build(config, data.classes)
     network.model.to(device)
     if config.is_solved:
         metrics, evaluation = fit_solved(network, config, data, cache, pulse)
@@ -178,17 +178,4 @@ def _epoch_metrics(
         micro_batch_size=trainer.micro_batch_size,
         is_best=best is None or score > best.metrics.ranked_by,
         score=score,
-    )
-
-
-def build_for(config: TrainConfig, classes: tuple[str, ...]) -> Network:
-    """Build the network that a configuration names, for these classes."""
-    return build(
-        config.backbone,
-        config.weights,
-        classes,
-        seed=config.seed,
-        image_size=config.image_size,
-        normalize=config.normalize,
-        head_init=config.head_init,
     )

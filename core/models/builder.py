@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing
+from core.config import MAX_FREEZE_DEPTH, HeadInit, Preprocessing, TrainConfig
 from core.device import keep_freed_memory
 from core.models import weights as weights_
 from core.models.freeze_stages import Stages, find_stages
@@ -62,26 +62,8 @@ def input_of(
     return replace(found, image_size=image_size, resize_size=resize)
 
 
-def build(
-    backbone: str,
-    weights: str,
-    classes: tuple[str, ...],
-    *,
-    seed: int,
-    image_size: int | None = None,
-    normalize: str = "weights",
-    head_init: HeadInit = "default",
-) -> Network:
-    """Build a network (in channels-last layout), load its weights, and give it a new head.
-
-    Args:
-        backbone: torchvision name or `timm:NAME`.
-        weights: Source of the weights, as in `TrainConfig.weights`.
-        classes: Target classes.
-        seed: Seed of the head, and of the whole network when it starts from scratch.
-        image_size: Side of the input, pixels; None for the weights' own.
-        normalize: `weights` or `none`.
-        head_init: How the head starts.
+def build(config: TrainConfig, classes: tuple[str, ...]) -> Network:
+    """Build a run's network (in channels-last layout), load its weights, and give it a new head.
 
     Raises:
         BackboneError: Unknown backbone, or it cannot take that input size.
@@ -89,9 +71,10 @@ def build(
         StagesError: It cannot be divided into freeze levels.
     """
     keep_freed_memory()  # a process that builds a network is about to compute with it
-    preprocessing = input_of(backbone, weights, image_size, normalize)
+    backbone, seed = config.backbone, config.seed
+    preprocessing = input_of(backbone, config.weights, config.image_size, config.normalize)
     size = preprocessing.image_size
-    weights = weights_.resolve(backbone, weights)
+    weights = weights_.resolve(backbone, config.weights)
     is_pretrained = weights != "none"
     prototype, source_head = _prototype(
         backbone,
@@ -103,7 +86,7 @@ def build(
     )
     network = copy.deepcopy(prototype)
     network.model.to(memory_format=torch.channels_last)
-    init_head(network, head_init, seed, classes=classes, source=source_head)
+    init_head(network, config.head_init, seed, classes=classes, source=source_head)
     stages = _stages(backbone, size, is_pretrained)
     return Network(network.model, network.head, preprocessing, stages, weights)
 

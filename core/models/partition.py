@@ -100,7 +100,10 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
         trained = trace_nodes(model)
         model.eval()
         plan = _plan(model, trained, trace_nodes(model), limit, size)
-        if plan is None or _holds_for_any(model, plan):
+        # A tensor that tracing computed is a constant of this one network.
+        graphs = (plan.prefix, plan.train_suffix, plan.eval_suffix) if plan else ()
+        names = [str(node.target) for graph in graphs for node in graph.nodes]
+        if not any(name.startswith("_tensor_constant") for name in names):
             _PLANS[key] = plan
     model.eval()
     if plan is None:
@@ -151,8 +154,9 @@ def _plan(
     limit: int,
     image_size: int,
 ) -> _Plan | None:
-    prefix = _before(eval_nodes, limit)
-    if str(_before(train_nodes, limit)) != str(prefix):
+    prefix, crossing = _before(eval_nodes, limit)
+    before_training, crossing_training = _before(train_nodes, limit)
+    if str(before_training) != str(prefix):
         return None
     values = _crossing_values(fx.GraphModule(model, prefix), image_size)
     if values is None:
@@ -161,35 +165,34 @@ def _plan(
     # The one output is the tensor; the rest is written into the suffix.
     output = next(node for node in prefix.nodes if node.op == "output")
     output.args = (output.args[0][at],)
-    row_shape = tuple(values[at].shape[1:])
-    train_suffix = _behind(train_nodes, limit, values, at)
-    return _Plan(prefix, train_suffix, _behind(eval_nodes, limit, values, at), row_shape)
+    suffixes = (
+        _behind(nodes, limit, dict(zip(sources, values, strict=True)), sources[at])
+        for nodes, sources in ((train_nodes, crossing_training), (eval_nodes, crossing))
+    )
+    return _Plan(prefix, *suffixes, tuple(values[at].shape[1:]))
 
 
-def _used_behind(nodes: list[fx.Node], limit: int) -> tuple[list[fx.Node], list[fx.Node]]:
-    """List what a suffix takes from before the cut: values, and parameters, which stay its own."""
-    taken = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
-    found = [node for node in nodes[: limit + 1] if node in taken]
-    values = [node for node in found if node.op != "get_attr"]
-    return values, [node for node in found if node.op == "get_attr"]
-
-
-def _before(nodes: list[fx.Node], limit: int) -> fx.Graph:
-    """Copy what lies before the cut; its outputs are the values that are used behind it."""
+def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:
+    """Copy what lies before the cut; its outputs are the values, listed, that are used behind."""
+    used = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
+    # A suffix reads parameters itself.
+    crossing = [n for n in nodes[: limit + 1] if n in used and n.op != "get_attr"]
     graph = fx.Graph()
     kept: dict[fx.Node, fx.Node] = {}
     for node in nodes[: limit + 1]:
         kept[node] = graph.node_copy(node, kept.__getitem__)
-    graph.output(tuple(kept[node] for node in _used_behind(nodes, limit)[0]))
-    return graph
+    graph.output(tuple(kept[node] for node in crossing))
+    return graph, crossing
 
 
-def _behind(nodes: list[fx.Node], limit: int, values: list[Any], at: int) -> fx.Graph:
+def _behind(
+    nodes: list[fx.Node], limit: int, values: dict[fx.Node, Any], tensor: fx.Node
+) -> fx.Graph:
     """Copy what lies behind the cut; its one input is the tensor that crosses."""
     graph = fx.Graph()
-    crossing, parameters = _used_behind(nodes, limit)
-    kept: dict[fx.Node, Any] = dict(zip(crossing, values, strict=True))
-    kept[crossing[at]] = graph.placeholder("rows")
+    kept = {**values, tensor: graph.placeholder("rows")}
+    used = {source for node in nodes[limit + 1 :] for source in node.all_input_nodes}
+    parameters = [node for node in nodes[: limit + 1] if node in used and node not in values]
     for node in (*parameters, *nodes[limit + 1 :]):
         kept[node] = graph.node_copy(node, kept.__getitem__)
     return graph
@@ -208,15 +211,3 @@ def _crossing_values(prefix: fx.GraphModule, image_size: int) -> list[Any] | Non
         found.append(values)
         rest.append([value for value in values if not isinstance(value, Tensor)])
     return found[0] if rest[0] == rest[1] else None
-
-
-def _holds_for_any(model: nn.Module, plan: _Plan) -> bool:
-    """Say whether a plan holds for every network of this build.
-
-    Not where tracing computed a tensor and left it on this one as a constant.
-    """
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    graphs = (plan.prefix, plan.train_suffix, plan.eval_suffix)
-    attributes = [n.target for graph in graphs for n in graph.nodes if n.op == "get_attr"]
-    return all(str(target) in own for target in attributes)

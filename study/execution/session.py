@@ -23,8 +23,7 @@ from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.splits import ImageData, load_data
 from core.device import choose_device, describe_device
-from core.fit import build_for
-from core.models.builder import input_of
+from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
 from study.config.errors import ConfigError
@@ -251,7 +250,7 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         if (*shape, train.head_init, is_solved) in built:
             continue
         built.add((*shape, train.head_init, is_solved))
-        network = build_for(train, data.classes)
+        network = build(train, data.classes)
         if is_solved:
             try:
                 cut_head(network, train)

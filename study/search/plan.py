@@ -134,7 +134,7 @@ def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> Backbo
     names = tuple(f"class {i}" for i in range(n_classes))
     side = input_of(train.backbone, train.weights, train.image_size).image_size
     # The time of a step does not depend on the weights' values: none need be downloaded.
-    built = build(train.backbone, "none", names, seed=0, image_size=side)
+    built = build(replace(train, weights="none", image_size=side), names)
     batch = min(train.batch_size, train.micro_batch_size or train.batch_size)
     images = torch.randn(batch, 3, side, side, device=device)
     images = images.to(memory_format=torch.channels_last)

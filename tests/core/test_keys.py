@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from core.config import TrainConfig
-from core.fit import build_for
 from core.keys import key_text, prefix_key, source_digest
+from core.models.builder import build
 from core.models.partition import cut
 
 CORE = Path(__file__).parents[2] / "core"
@@ -32,7 +32,7 @@ def test_a_change_in_any_folder_of_core_changes_the_digest(tmp_path: Path) -> No
 
 def _key(**settings: Any) -> str:
     config = replace(BASE, **settings)
-    network = build_for(config, ("a", "b"))
+    network = build(config, ("a", "b"))
     with torch.no_grad():  # what is trained does not count
         network.model.get_parameter("fc.weight").add_(1)
     part = cut(network, config)

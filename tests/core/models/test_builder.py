@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from core.config import TrainConfig
 from core.models.builder import Network, build, count_parameters, init_head, matching_rows
 from core.models.sources import BackboneError, Classifier, State, create, imagenet_classes
 
@@ -12,9 +13,11 @@ def _classifier() -> Classifier:
     return create("resnet18", 64, 2, is_pretrained=False)
 
 
-def _build(weights: object = "none", **more: object) -> Network:
-    settings = {"classes": ("a", "b"), "seed": 0, "image_size": 64, **more}
-    return build("mobilenet_v3_small", str(weights), **settings)  # type: ignore[arg-type]
+def _build(
+    weights: object = "none", classes: tuple[str, ...] = ("a", "b"), **more: object
+) -> Network:
+    settings = {"backbone": "mobilenet_v3_small", "weights": str(weights), "image_size": 64} | more
+    return build(TrainConfig(**settings), classes)
 
 
 def _equal(one: State, two: State) -> bool:
@@ -126,4 +129,4 @@ def test_parameters_are_counted_with_the_runs_own_classes() -> None:
 
 def test_input_size_that_a_backbone_cannot_take_is_refused() -> None:
     with pytest.raises(BackboneError, match="image_size=100"):
-        build("vit_b_16", "none", ("a", "b"), seed=0, image_size=100)
+        build(TrainConfig(backbone="vit_b_16", weights="none", image_size=100), ("a", "b"))

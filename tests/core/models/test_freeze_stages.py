@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import MAX_FREEZE_DEPTH
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.models.builder import build, stages_of
 from core.models.freeze_stages import StagesError, describe_levels, find_stages, freeze, train_mode
 
@@ -68,7 +68,7 @@ def test_vit_blocks_fall_into_groups_of_nearly_equal_length() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "timm:vit_tiny_patch16_224"])
 def test_top_level_trains_the_head_alone_and_level_zero_everything(name: str) -> None:
-    built = build(name, "none", ("a", "b"), seed=0, image_size=_small(name))
+    built = build(TrainConfig(backbone=name, weights="none", image_size=_small(name)), ("a", "b"))
     trainable = freeze(built.model, built.stages, MAX_FREEZE_DEPTH)
     assert {n.rpartition(".")[0] for n in trainable} == set(built.head)
     assert freeze(built.model, built.stages, 0) == [n for n, _ in built.model.named_parameters()]
@@ -86,7 +86,10 @@ def test_top_level_trains_the_head_alone_and_level_zero_everything(name: str) ->
 )
 def test_frozen_prefix_is_bit_identical_after_training_steps(name: str, depth: int) -> None:
     torch.manual_seed(0)
-    built = build(name, "none", ("a", "b", "c"), seed=0, image_size=None if "vit" in name else 64)
+    built = build(
+        TrainConfig(backbone=name, weights="none", image_size=None if "vit" in name else 64),
+        ("a", "b", "c"),
+    )
     model, size = built.model, built.preprocessing.image_size
     trainable = freeze(model, built.stages, depth)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -108,14 +111,14 @@ def test_frozen_prefix_is_bit_identical_after_training_steps(name: str, depth: i
 
 
 def test_frozen_dropout_and_stochastic_depth_are_off() -> None:
-    built = build("swin_t", "none", ("a", "b"), seed=0, image_size=64)
+    built = build(TrainConfig(backbone="swin_t", weights="none", image_size=64), ("a", "b"))
     train_mode(built.model, built.stages, MAX_FREEZE_DEPTH)
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(built.model(images), built.model(images))
 
 
 def test_freeze_statistics_reaches_batch_norms_of_trained_stages() -> None:
-    built = build("resnet18", "none", ("a", "b"), seed=0, image_size=64)
+    built = build(TrainConfig(backbone="resnet18", weights="none", image_size=64), ("a", "b"))
     train_mode(built.model, built.stages, 0, freeze_statistics=True)
     modes = {type(m): m.training for m in built.model.modules()}
     assert (modes[nn.BatchNorm2d], modes[nn.Conv2d]) == (False, True)

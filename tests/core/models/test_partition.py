@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from core.config import TrainConfig
-from core.fit import build_for
+from core.models.builder import build
 from core.models.freeze_stages import train_mode
 from core.models.partition import cut
 
@@ -21,7 +21,7 @@ def test_the_parts_do_exactly_what_the_network_does(backbone: str) -> None:
     images = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
     for depth in (2, 3, 5):
         config = replace(BASE, backbone=backbone, image_size=64, freeze_depth=depth)
-        network = build_for(config, ("a", "b", "c"))
+        network = build(config, ("a", "b", "c"))
         part = cut(network, config)
         assert part is not None
         twin = copy.deepcopy(network.model)
@@ -45,7 +45,7 @@ def test_a_head_alone_behind_features_is_told_from_others() -> None:
     cases = {"timm:test_resnet": True, "timm:mobilenetv3_small_050": True, "squeezenet1_1": False}
     for backbone, is_linear in cases.items():
         config = replace(BASE, backbone=backbone, image_size=64, freeze_depth=5)
-        part = cut(build_for(config, ("a", "b")), config)
+        part = cut(build(config, ("a", "b")), config)
         assert part is not None and part.is_linear is is_linear
 
 
@@ -53,5 +53,5 @@ def test_a_cut_that_hands_over_the_batch_size_is_not_kept() -> None:
     kept = []
     for depth in range(1, 6):
         config = replace(BASE, backbone="shufflenet_v2_x0_5", freeze_depth=depth)
-        kept.append(cut(build_for(config, ("a", "b")), config) is not None)
+        kept.append(cut(build(config, ("a", "b")), config) is not None)
     assert False in kept and kept[-1]

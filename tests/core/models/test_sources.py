@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import pytest
 from torch import nn
 
-from core.config import Preprocessing
+from core.config import Preprocessing, TrainConfig
 from core.models import sources
 from core.models.builder import build, input_of
 from core.models.sources import BackboneError, Classifier, backbone_names, create, find_source
@@ -38,7 +38,7 @@ def test_names_of_both_libraries_are_listed() -> None:
 
 def test_a_further_source_needs_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sources.SOURCES, "tiny:", _Tiny())  # type: ignore[arg-type]
-    built = build("tiny:net", "none", ("a", "b"), seed=0)
+    built = build(TrainConfig(backbone="tiny:net", weights="none"), ("a", "b"))
     assert (built.head, built.preprocessing.image_size) == (("6",), 16)
     assert len(built.model.get_parameter("6.weight")) == 2
 

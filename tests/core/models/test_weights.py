@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from core.config import TrainConfig
 from core.models.builder import build, input_of
 from core.models.sources import State, create, imagenet_classes
 from core.models.weights import WeightsError, match_names, packaged_file, read_file, read_state
@@ -26,7 +27,9 @@ def test_file_of_weights_is_loaded_and_the_head_is_new(tmp_path: Path, layout: s
             torch.save({"epoch": 3, layout: state}, path)
         case prefix:
             torch.save({"state_dict": {f"{prefix}{k}": v for k, v in state.items()}}, path)
-    own = build("resnet18", str(path), ("a", "b", "c"), seed=0, image_size=64).model.state_dict()
+    own = build(
+        TrainConfig(backbone="resnet18", weights=str(path), image_size=64), ("a", "b", "c")
+    ).model.state_dict()
     assert all(torch.equal(own[k], v) for k, v in state.items() if not k.startswith("fc."))
     assert tuple(own["fc.weight"].shape) == (3, 512)
 
@@ -44,7 +47,7 @@ def test_weights_of_another_backbone_are_refused_with_counts(tmp_path: Path) -> 
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(_state("mobilenet_v3_small"), path)
     with pytest.raises(WeightsError, match=r"of its 100 tensors 100 are missing"):
-        build("resnet18", str(path), ("a", "b"), seed=0, image_size=64)
+        build(TrainConfig(backbone="resnet18", weights=str(path), image_size=64), ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_file_put_into_the_librarys_cache_is_used(
         torch.save(state, offline / file)
     else:
         safetensors.torch.save_file(state, offline / file)
-    built = build(name, "imagenet", ("a", "b"), seed=0, image_size=64)
+    built = build(TrainConfig(backbone=name, weights="imagenet", image_size=64), ("a", "b"))
     assert torch.equal(built.model.state_dict()[tensor], state[tensor])
 
 
@@ -130,7 +133,10 @@ def test_packaged_weights_come_with_their_normalisation_and_classifier() -> None
     preprocessing = input_of(LITE, "auto", None)
     assert preprocessing.mean == (0.5, 0.5, 0.5)
     assert (preprocessing.image_size, preprocessing.interpolation) == (224, "bicubic")
-    built = build(LITE, "auto", ("hotdog", "b"), seed=0, head_init="source-classes", image_size=64)
+    built = build(
+        TrainConfig(backbone=LITE, weights="auto", head_init="source-classes", image_size=64),
+        ("hotdog", "b"),
+    )
     assert built.weights == "packaged"
     row = list(read_file(file).values())[-1][imagenet_classes().index("hotdog")]
     assert built.model.get_parameter("classifier.bias")[0] == row
@@ -138,4 +144,4 @@ def test_packaged_weights_come_with_their_normalisation_and_classifier() -> None
 
 def test_package_that_is_not_there_lists_what_packages_carry() -> None:
     with pytest.raises(WeightsError, match="Packages carry: timm:tf_efficientnet_lite0"):
-        build("resnet18", "packaged", ("a", "b"), seed=0, image_size=64)
+        build(TrainConfig(backbone="resnet18", weights="packaged", image_size=64), ("a", "b"))

@@ -15,8 +15,9 @@ import torch
 from core.cache import ArrayCache
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
-from core.fit import build_for, fit
+from core.fit import fit
 from core.metrics import MEASURED, EpochMetrics
+from core.models.builder import build
 from core.training import activations
 from core.training.activations import evaluation_features, kept_partition
 from support import make_folder
@@ -182,12 +183,12 @@ def test_a_cut_is_kept_where_rows_are_small_for_what_they_cost() -> None:
         config = replace(
             BASE, backbone="timm:tf_efficientnet_lite0", image_size=224, freeze_depth=depth
         )
-        kept.append(kept_partition(build_for(config, ("a", "b")), config, CPU) is not None)
+        kept.append(kept_partition(build(config, ("a", "b")), config, CPU) is not None)
     assert kept == [False, False, False, True, True, True]
 
 
 def test_evaluation_features_are_what_the_head_sees(data: ImageData, tmp_path: Path) -> None:
-    network = build_for(BASE, data.classes)
+    network = build(BASE, data.classes)
     cache = ArrayCache(tmp_path, 1 << 30)
     train, val = evaluation_features(network, BASE, data, cache)
     assert (len(train), len(val)) == (len(data.train), len(data.val))

@@ -13,7 +13,7 @@ from core.training.optim import lr_factor, make_optimizer, parameter_groups, set
 
 def _groups(depth: int, **settings: object) -> tuple[list[dict[str, object]], torch.nn.Module]:
     config = TrainConfig(base_lr=0.01, head_lr_mult=10, weight_decay=1e-3, **settings)
-    built = build("resnet18", "none", ("a", "b"), seed=0, image_size=64)
+    built = build(TrainConfig(backbone="resnet18", weights="none", image_size=64), ("a", "b"))
     freeze(built.model, built.stages, depth)
     return parameter_groups(built.model, built.head, config), built.model
 

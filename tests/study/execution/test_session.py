@@ -18,6 +18,7 @@ from study.execution.session import (
     corner_configs,
     load_images,
     open_session,
+    preflight,
     stored_side,
     versions,
 )
