@@ -12,7 +12,7 @@ share: a fit of n rows is penalised by 1 / (C * n).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ _RISE = 1.01  # a loss by so much above the least ends the path
 _CHOICE_ROWS = 10_000  # the strength is chosen on so many rows at most
 _LEAST_SPREAD = 0.05  # of the median; nearly constant features gave losses of 14 instead of 0.6
 _CHUNK_ROWS = 4096
-_GROUP_NUMBERS = 2**26  # held at once by the folds solved together: 256 MB in float32
 _HISTORY = 10
 _MAX_STEPS = 500
 _MAX_SEARCH = 12
@@ -69,11 +68,11 @@ def solve_head(
         decay: Strengths to try, above 0. By default C from 1e-4 to 100 in half decades.
 
     Raises:
-        ValueError: For features that are not finite, labels outside of the classes, a strength
-            that is not above 0, or folds that leave nothing to fit.
+        ValueError: For features that are not finite, or folds that leave nothing to fit.
     """
-    _check(features, labels, n_classes, decay)
     n, device = len(features), features.device
+    if not all(bool(part.isfinite().all()) for part in torch.split(features, _CHUNK_ROWS)):
+        raise ValueError("features must be finite: they hold NaN or infinity")
     if device.type == "mps":  # has neither float64 nor eigh
         features = features.cpu()
     labels, fold_of = labels.to(features.device), fold_of.to(features.device)
@@ -111,21 +110,6 @@ def solve_head(
         oof_log_probs=_out_of_fold(basis.rows, heads, fold_of).to(device),
         converged=converged and folds_converged,
     )
-
-
-def _check(
-    features: Tensor, labels: Tensor, n_classes: int, decay: Sequence[float] | None
-) -> None:
-    """Refuse what cannot be fitted; see `solve_head`."""
-    n = len(features)
-    if not all(bool(part.isfinite().all()) for part in torch.split(features, _CHUNK_ROWS)):
-        raise ValueError("features must be finite: they hold NaN or infinity")
-    if n < 2 or len(labels) != n:
-        raise ValueError(f"labels must match 2 rows or more: {n} rows, {len(labels)} labels")
-    if n_classes < 2 or int(labels.min()) < 0 or int(labels.max()) >= n_classes:
-        raise ValueError(f"labels must be from 0 to n_classes - 1, n_classes is {n_classes}")
-    if decay is not None and not (decay and all(0 < d < math.inf for d in decay)):
-        raise ValueError(f"decay must hold numbers above 0: {list(decay)}")
 
 
 def _by_class(labels: Tensor) -> Tensor:
@@ -212,21 +196,15 @@ class _Fits:
     masks: Tensor
 
     def solve(self, c: float, start: Tensor | None, tolerance: float) -> tuple[Tensor, bool]:
-        """Return the heads, (D, B, K), and whether all converged."""
+        """Run L-BFGS on all fits at once; return the heads, (D, B, K), and whether all converged.
+
+        Heads start from those of `start`, else from the classes' frequencies.
+        """
         if start is None:
             bias = (self.masks.to(self.rows.dtype).t() @ self.hot).clamp(min=0.5)
             start = self.rows.new_zeros(len(self.scale), *bias.shape)
             start[-1] = (bias / bias.sum(dim=1, keepdim=True)).log()
-        n, width = self.rows.shape
-        each = self.hot.shape[1] * (4 * n + (2 * _HISTORY + 6) * width)
-        size = max(1, _GROUP_NUMBERS // each)  # as many together as memory allows
-        parts = zip(torch.split(self.masks, size, 1), torch.split(start, size, 1), strict=True)
-        solved = [replace(self, masks=m)._minimise(c, head, tolerance) for m, head in parts]
-        heads, converged = zip(*solved, strict=True)
-        return torch.cat(heads, dim=1), all(converged)
-
-    def _minimise(self, c: float, head: Tensor, tolerance: float) -> tuple[Tensor, bool]:
-        """Run L-BFGS on all fits at once from their heads."""
+        head = start
         rows, hot, masks = self.rows, self.hot, self.masks
         n_problems, n_classes = masks.shape[1], hot.shape[1]
         sizes = masks.sum(dim=0)
@@ -236,10 +214,8 @@ class _Fits:
         decay = decay.repeat(len(self.scale), 1, 1)  # (D, B, 1)
         decay[-1] = 0
 
-        def back(residual: Tensor) -> Tensor:
-            return (
-                (residual.flatten(1).t() @ rows).t().reshape(head.shape)
-            )  # rows.t() @ ... was slow
+        def back(residual: Tensor) -> Tensor:  # rows.t() @ ... was slow
+            return (residual.flatten(1).t() @ rows).t().reshape(head.shape)
 
         def forth(head: Tensor) -> Tensor:
             return (rows @ head.flatten(1)).view(-1, n_problems, n_classes)
@@ -248,9 +224,8 @@ class _Fits:
         logits = forth(head)
         probs = logits.softmax(dim=2)
         spread = (probs * (1 - probs) * share).sum(dim=0).clamp(min=1e-4)
-        inverse = 1 / (
-            self.scale[:, None, None] * spread + decay
-        )  # the diagonal Hessian's, (D, B, K)
+        # The diagonal Hessian's, (D, B, K).
+        inverse = 1 / (self.scale[:, None, None] * spread + decay)
         gradient = back(probs * share) - target + decay * head
         history: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(_MAX_STEPS):
@@ -265,11 +240,8 @@ class _Fits:
             taken = direction * length
             head = head + taken
             new = back(logits.softmax(dim=2).mul_(share)) - target + decay * head
-            history = [
-                *history[1 - _HISTORY :],
-                (taken, new - gradient, _dot(taken, new - gradient)),
-            ]
-            gradient = new
+            change, gradient = new - gradient, new
+            history = [*history[1 - _HISTORY :], (taken, change, _dot(taken, change))]
         return head, False
 
 

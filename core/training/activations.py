@@ -72,7 +72,10 @@ def evaluation_features(
 
 
 class Activations:
-    """Batches of rows behind a frozen prefix; `pulse` is called per chunk of images."""
+    """Batches of rows behind a frozen prefix, as `Views` gives images.
+
+    `pulse` is called per chunk of images.
+    """
 
     def __init__(
         self,

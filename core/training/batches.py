@@ -1,7 +1,6 @@
 """What the trainer is fed: batches of inputs, ready on the device, from views of images."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,24 +18,6 @@ _EVAL_BATCH = {"cpu": 64, "cuda": 256}
 # Evaluation views are the same in every epoch; up to this many bytes of them are kept.
 _KEPT_EVAL_BYTES = 1 << 30
 _MOST_WORKERS = 8
-
-
-class BatchSource(Protocol):
-    """Batches of a run, in the order that its seed gives.
-
-    Attributes:
-        steps_per_epoch: Batches of an epoch.
-        val_labels: Labels of the validation split, in the order of `val`.
-    """
-
-    steps_per_epoch: int
-    val_labels: IntArray
-
-    def train(self, epoch: int, first: int, /) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over an epoch's inputs (N, ...) and labels (N,) from a batch on."""
-
-    def val(self) -> Iterator[Tensor]:
-        """Iterate over the validation split's inputs in its order."""
 
 
 def view_spec(config: TrainConfig, shown: Preprocessing) -> ViewSpec:
@@ -69,10 +50,14 @@ class Normalizer:
 
 
 class Views:
-    """Batches of images through their views.
+    """Batches of images through their views, in the order that the seed gives.
 
     On a GPU the training images lie in its memory and views are made there, where they fit and
     the augmentation can be done in batches; otherwise views are made on the CPU.
+
+    Attributes:
+        steps_per_epoch: Batches of an epoch.
+        val_labels: Labels of the validation split, in the order of `val`.
     """
 
     def __init__(

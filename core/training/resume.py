@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from core.training.trainer import Trainer
 # writing at this share of the time. Assumptions.
 _EVERY_S = 60.0
 _MOST_SHARE = 1 / 20
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, BadZipFile)
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError)
 # Where and by how many processes a run is computed does not make it another run.
 _MAY_CHANGE = ("device", "workers")
 
@@ -62,9 +61,6 @@ def _run_key(config: TrainConfig, data: ImageData) -> str:
 def _read(file: Path, run: str) -> dict[str, Any] | None:
     """Read a state; None for one that is missing, damaged or another run's."""
     try:
-        with ZipFile(file) as parts:  # PyTorch itself compares no checksums
-            if parts.testzip() is not None:
-                return None
         state = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE:
         return None

@@ -18,7 +18,8 @@ from core.config import TrainConfig
 from core.device import amp_dtype, synchronize
 from core.metrics import Evaluation, IntArray, TrainingDiverged
 from core.models.partition import Trainable
-from core.training.batches import BatchSource
+from core.training.activations import Activations
+from core.training.batches import Views
 from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 
 # Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
@@ -62,7 +63,7 @@ class Trainer:
         config: TrainConfig,
         trained: Trainable,
         head: tuple[str, ...],
-        batches: BatchSource,
+        batches: Views | Activations,
         device: torch.device,
     ) -> None:
         self.position = Position()

@@ -131,7 +131,7 @@ def test_a_run_killed_before_its_checkpoint_still_writes_it(
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "other"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "other"])
 def test_a_file_that_is_not_this_runs_is_passed_over(
     data: ImageData, tmp_path: Path, damage: str
 ) -> None:
@@ -141,13 +141,11 @@ def test_a_file_that_is_not_this_runs_is_passed_over(
     next(run)
     next(run)
     run.close()
-    content = bytearray(file.read_bytes())
     if damage == "other":
         torch.save([1, 2], file)
-    elif damage != "foreign":
-        flipped = content.copy()
-        flipped[len(content) // 2] ^= 4
-        file.write_bytes(content[: len(content) // 2] if damage == "cut" else flipped)
+    elif damage == "cut":
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
     assert [_figures(m) for m in fit(config, data, state_file=file)] == _whole(
         config, data, tmp_path
     )
