@@ -165,11 +165,11 @@ def _plan(
     # The one output is the tensor; the rest is written into the suffix.
     output = next(node for node in prefix.nodes if node.op == "output")
     output.args = (output.args[0][at],)
-    suffixes = (
+    train_suffix, eval_suffix = (
         _behind(nodes, limit, dict(zip(sources, values, strict=True)), sources[at])
         for nodes, sources in ((train_nodes, crossing_training), (eval_nodes, crossing))
     )
-    return _Plan(prefix, *suffixes, tuple(values[at].shape[1:]))
+    return _Plan(prefix, train_suffix, eval_suffix, tuple(values[at].shape[1:]))
 
 
 def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:

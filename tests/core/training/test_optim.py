@@ -1,9 +1,11 @@
-import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.models.builder import build
@@ -37,42 +39,27 @@ def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
     assert all(p.ndim < 2 for p in named["backbone, no decay"]["params"])
     assert all(p.ndim >= 2 for p in named["backbone"]["params"])
     assert [tuple(p.shape) for p in named["head"]["params"]] == [(2, 512)]
+    assert {group["weight_decay"] for group in _groups(0, decay_all=True)[0]} == {1e-3}
 
 
-def test_decay_all_decays_everything() -> None:
-    groups, _ = _groups(0, decay_all=True)
-    assert {group["weight_decay"] for group in groups} == {1e-3}
-
-
-def test_cosine_starts_at_the_peak_and_falls_towards_zero() -> None:
-    config = TrainConfig(epochs=2, schedule="cosine")
-    factors = [lr_factor(config, step, 10) for step in range(20)]
-    assert factors[0] == 1
-    assert factors[10] == pytest.approx(0.5)
-    assert factors[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 19 / 20)))
-
-
-def test_step_schedule_agrees_with_pytorchs_step_lr() -> None:
-    config = TrainConfig(epochs=9, schedule="step", step_epochs=3, step_gamma=0.5)
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    reference = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
-    for epoch in range(9):
-        assert lr_factor(config, epoch * 4, 4) == pytest.approx(reference.get_last_lr()[0])
-        optimizer.step()
-        reference.step()
-
-
-def test_one_cycle_agrees_with_pytorchs() -> None:
-    config = TrainConfig(epochs=5, schedule="one-cycle")
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    reference = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=101, cycle_momentum=False
-    )
-    # 101 steps put PyTorch's turning point (0.3 * 101 - 1) a little off ours (0.3 * 100).
-    for step in range(100):
-        assert lr_factor(config, step, 20) == pytest.approx(reference.get_last_lr()[0], abs=0.02)
+@pytest.mark.parametrize(
+    ("schedule", "of_pytorch", "tolerance"),
+    [
+        ("step", lambda o: lr_scheduler.StepLR(o, step_size=3 * 4, gamma=0.5), 1e-6),
+        ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, 9 * 4), 1e-6),
+        # PyTorch's turning point, 0.3 * n - 1, is a little off ours.
+        ("one-cycle", lambda o: lr_scheduler.OneCycleLR(o, 1.0, 37, cycle_momentum=False), 0.05),
+    ],
+)
+def test_schedules_agree_with_pytorchs(
+    schedule: str, of_pytorch: Callable[[Optimizer], LRScheduler], tolerance: float
+) -> None:
+    config = TrainConfig(epochs=9, schedule=schedule, step_epochs=3, step_gamma=0.5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = of_pytorch(optimizer)
+    for step in range(9 * 4):
+        expected = reference.get_last_lr()[0]
+        assert lr_factor(config, step, 4) == pytest.approx(expected, abs=tolerance)
         optimizer.step()
         reference.step()
 
