@@ -1,5 +1,6 @@
 """What several tests need: small folders of real image files, and the shared photo sets."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from PIL import Image
+
+from core.metrics import MEASURED, EpochMetrics
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -41,6 +44,12 @@ def make_folder(
             pixels[..., k % 3] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.{suffix}")
     return root
+
+
+def figures(metrics: EpochMetrics) -> dict[str, Any]:
+    """Return an epoch's figures, but for what is measured and differs from run to run."""
+    found = dataclasses.asdict(metrics)
+    return {name: value for name, value in found.items() if name not in MEASURED}
 
 
 def distributions_of(*params: Mapping[str, Any]) -> dict[str, BaseDistribution]:

@@ -7,8 +7,8 @@ import safetensors.torch
 import timm
 import torch
 
-from core.config import DataConfig, TrainConfig
-from core.data.splits import ImageData, load_data
+from core.config import TrainConfig
+from core.data.splits import ImageData
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.sources import create
@@ -16,7 +16,6 @@ from core.models.weights import WeightsError
 from core.training import trainer
 from core.training.batches import Views
 from core.training.checkpoint import load_checkpoint, read_card
-from support import make_folder
 
 TINY = TrainConfig(
     backbone="timm:test_resnet",
@@ -29,14 +28,6 @@ TINY = TrainConfig(
     head_solver="sgd",
     device="cpu",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "photos", {"red": 20, "blue": 20}, side=40)
-    config = DataConfig(source=f"folder:{folder / 'photos'}", cache_dir=str(folder / "cache"))
-    return load_data(config, 40)
 
 
 def _numbers(epochs: list[EpochMetrics]) -> list[tuple[float, ...]]:

@@ -1,4 +1,3 @@
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,22 +7,13 @@ import safetensors.torch
 import torch
 
 from core.cache import ArrayCache
-from core.config import DataConfig, TrainConfig
-from core.data.splits import ImageData, load_data
+from core.config import TrainConfig
+from core.data.splits import ImageData
 from core.fit import fit
-from core.metrics import MEASURED
 from core.models.sources import create
 from core.training.batches import Views
 from core.training.checkpoint import load_checkpoint
-from support import make_folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "photos", {"red": 30, "blue": 30, "dim": 20}, side=40)
-    config = DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
-    return load_data(config, 40)
+from support import figures
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def _figures(
     config: TrainConfig, data: ImageData, cache: ArrayCache | None = None
 ) -> list[dict[str, Any]]:
-    found = [dataclasses.asdict(m) for m in fit(config, data, cache=cache)]
-    return [{k: v for k, v in figures.items() if k not in MEASURED} for figures in found]
+    return [figures(metrics) for metrics in fit(config, data, cache=cache)]
 
 
 def test_cache_seed_and_options_of_training_change_no_bit(

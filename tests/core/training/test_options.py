@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from core.cache import ArrayCache
-from core.config import MAX_FREEZE_DEPTH, DataConfig, TrainConfig
-from core.data.splits import ImageData, load_data
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
+from core.data.splits import ImageData
 from core.fit import fit
 from core.models.sources import create
 from core.training.no_effect import without_effect
 from core.training.trainer import Trainer
-from support import make_folder
 
 BASE = TrainConfig(
     backbone="timm:test_resnet",
@@ -75,14 +74,6 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "photos", {"red": 8, "blue": 8}, side=40)
-    config = DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
-    return load_data(config, 48)
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ArrayCache:
     return ArrayCache(tmp_path_factory.mktemp("arrays"), 1 << 30)
 
@@ -101,24 +92,17 @@ def _trained(
     config: TrainConfig, data: ImageData, cache: ArrayCache, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
     """Return what was trained, after the last epoch."""
-    if config.is_solved:
-        with tempfile.TemporaryDirectory() as folder:
-            list(fit(config, data, cache=cache, checkpoint_dir=Path(folder)))
-            return safetensors.torch.load_file(Path(folder) / "model.safetensors")
     kept: dict[str, Tensor] = {}
-    snapshot = Trainer.snapshot
-    monkeypatch.setattr(Trainer, "end_epoch", _keeping(Trainer.end_epoch, kept, snapshot))
-    list(fit(config, data, cache=cache))
-    monkeypatch.undo()
-    return kept
+    end_epoch = Trainer.end_epoch
 
-
-def _keeping(end_epoch: Any, kept: dict[str, Tensor], snapshot: Any) -> Any:
-    def keeping(trainer: Trainer) -> None:
-        kept.update(snapshot(trainer))
+    def keep(trainer: Trainer) -> None:
+        kept.update(trainer.snapshot())
         end_epoch(trainer)
 
-    return keeping
+    with monkeypatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(Trainer, "end_epoch", keep)
+        list(fit(config, data, cache=cache, checkpoint_dir=Path(folder)))
+        return kept or safetensors.torch.load_file(Path(folder) / "model.safetensors")
 
 
 def _differ(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:

@@ -1,4 +1,3 @@
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,11 @@ import safetensors.torch
 import torch
 
 from core.cache import ArrayCache
-from core.config import DataConfig, TrainConfig
-from core.data.splits import ImageData, load_data
+from core.config import TrainConfig
+from core.data.splits import ImageData
 from core.fit import Interrupted, fit
-from core.metrics import MEASURED, EpochMetrics
 from core.training import resume
-from support import make_folder
+from support import figures
 
 BASE = TrainConfig(
     backbone="timm:test_resnet",
@@ -26,14 +24,6 @@ BASE = TrainConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "photos", {"red": 20, "blue": 20}, side=40)
-    config = DataConfig(source=str(folder / "photos"), cache_dir=str(folder / "cache"))
-    return load_data(config, 40)
-
-
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is always time to write the state."""
@@ -41,13 +31,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "_MOST_SHARE", float("inf"))
 
 
-def _figures(metrics: EpochMetrics) -> dict[str, Any]:
-    figures = dataclasses.asdict(metrics)
-    return {name: value for name, value in figures.items() if name not in MEASURED}
-
-
 def _whole(config: TrainConfig, data: ImageData, folder: Path) -> list[dict[str, Any]]:
-    return [_figures(m) for m in fit(config, data, checkpoint_dir=folder)]
+    return [figures(m) for m in fit(config, data, checkpoint_dir=folder)]
 
 
 def _in_pieces(
@@ -70,7 +55,7 @@ def _in_pieces(
         )  # fmt: skip
         try:
             for metrics in epochs:
-                found.append(_figures(metrics))
+                found.append(figures(metrics))
             return found
         except Interrupted:
             assert file.is_file()
@@ -114,10 +99,10 @@ def test_a_killed_run_continues_after_its_last_epoch(data: ImageData, tmp_path: 
     whole = _whole(BASE, data, tmp_path / "whole")
     file = tmp_path / "state.pt"
     epochs = fit(BASE, data, state_file=file)
-    first = [_figures(next(epochs)) for _ in range(2)]
+    first = [figures(next(epochs)) for _ in range(2)]
     next(epochs)  # the state is saved once the caller has recorded the epoch
     epochs.close()
-    assert first + [_figures(m) for m in fit(BASE, data, state_file=file)] == whole
+    assert first + [figures(m) for m in fit(BASE, data, state_file=file)] == whole
 
 
 @pytest.mark.usefixtures("always")
@@ -146,7 +131,7 @@ def test_a_file_that_is_not_this_runs_is_passed_over(
     elif damage == "cut":
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
-    assert [_figures(m) for m in fit(config, data, state_file=file)] == _whole(
+    assert [figures(m) for m in fit(config, data, state_file=file)] == _whole(
         config, data, tmp_path
     )
 
@@ -183,4 +168,4 @@ def test_the_state_is_written_inside_an_epoch_when_it_is_time(
         list(fit(BASE, data, state_file=file, should_stop=die))
     state = torch.load(file, weights_only=True)
     assert (state["trainer"]["position"]["epoch"], state["trainer"]["position"]["step"]) == (0, 2)
-    assert [_figures(m) for m in fit(BASE, data, state_file=file)] == _whole(BASE, data, tmp_path)
+    assert [figures(m) for m in fit(BASE, data, state_file=file)] == _whole(BASE, data, tmp_path)
