@@ -39,14 +39,9 @@ class Network:
 def input_of(
     backbone: str, weights: str, image_size: int | None, normalize: str = "weights"
 ) -> Preprocessing:
-    """Return a run's preprocessing without building the network.
+    """Return a run's preprocessing without building the network, by keys of `TrainConfig`.
 
-    Args:
-        backbone: torchvision name or `timm:NAME`.
-        weights: Source of the weights, as in `TrainConfig.weights`.
-        image_size: Side of the input, pixels; the resize follows in proportion. None for the
-            weights' own.
-        normalize: `weights` or `none`.
+    The resize follows the image size in proportion.
 
     Raises:
         BackboneError: Unknown backbone or weights tag.
@@ -104,8 +99,8 @@ def _prototype(
 
     Args:
         backbone: torchvision name or `timm:NAME`.
-        weights: Source of the weights, resolved.
-        image_size: Side of the input, pixels.
+        weights: Resolved.
+        image_size: Pixels.
         n_classes: Outputs.
         seed: Of a network from scratch; else None.
         file: Fingerprint of the weights' file: one that was replaced is read again.
@@ -138,8 +133,8 @@ def init_head(
 
     Args:
         network: Network whose head has one row per target class.
-        how: Initialisation; `source-classes` starts as `default` and then copies the rows of
-            source classes of the same names.
+        how: `source-classes` starts as `default` and then copies the rows of source classes of
+            the same names.
         seed: Seed of the random rows.
         classes: Target classes, in order.
         source: The source classifier's tensors by their full names, if there is one.

@@ -126,12 +126,7 @@ def describe_levels(model: nn.Module, stages: Stages) -> list[Level]:
 
 
 def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Stages:
-    """Trace a network and divide it into the stages that freeze levels count.
-
-    Args:
-        model: Network with its new head, on the CPU.
-        head: Names of the head's modules.
-        image_size: Side of the input, pixels.
+    """Trace a network on the CPU and divide it into the stages that freeze levels count.
 
     Raises:
         StagesError: `torch.fx` cannot follow the network, or it has too few cut points.

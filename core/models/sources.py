@@ -241,13 +241,7 @@ def backbone_names() -> tuple[str, ...]:
 
 
 def create(backbone: str, image_size: int, n_classes: int, *, is_pretrained: bool) -> Classifier:
-    """Build a network with random weights.
-
-    Args:
-        backbone: torchvision name or `timm:NAME`.
-        image_size: Side of the input, pixels; position embeddings get this size.
-        n_classes: Outputs.
-        is_pretrained: Build it as pretrained weights want it.
+    """Build a network with random weights, as pretrained weights want it where `is_pretrained`.
 
     Raises:
         BackboneError: Unknown name, or the network cannot take that input size.

