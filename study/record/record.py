@@ -285,11 +285,6 @@ class Record(AbstractContextManager["Record"]):
             raise RecordError(f"there is no trial {number} in that study; {range_}.")
         return rows[0]
 
-    def find_finished(self, study_id: int, config_hash: str) -> Trial | None:
-        """Return the first complete or pruned trial of equal settings, if any."""
-        alike = self.trials(study_id, Trial.config_hash == config_hash)
-        return next((row for row in alike if row.state in ("complete", "pruned")), None)
-
     def trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
         """List a study's trials by number, joined with what Optuna's tables hold of them."""
         query = select(Trial).where(Trial.study_id == study_id, *conditions)
