@@ -92,7 +92,7 @@ def print_plan(plan: Plan) -> None:
 
 def foresee_plan(plan: Plan) -> list[str]:
     """Say before a run what its replicates can decide."""
-    warnings = foresee(plan.looks[-1], plan.n_tests, _rules(plan))
+    warnings = foresee(plan.looks[-1], plan.design.n_tests, _rules(plan))
     baseline, *levels = plan.configs()
     is_without_seed = baseline.is_solved and any(config.is_solved for config in levels)
     if is_without_seed and not plan.baseline.settings.resplit:
