@@ -14,7 +14,7 @@ from study.search.search import SearchOutcome, run_search
 from support import make_folder
 
 SETTINGS = [
-    'train.backbone="resnet18"',
+    'train.backbone="timm:test_resnet"',
     'train.weights="none"',
     "train.image_size=32",
     "train.epochs=2",

@@ -110,11 +110,7 @@ def find_baseline(
 
 def _choose(store: Record, study: Study, which: str) -> Trial:
     if which == "best":
-        complete = [row for row in store.trials(study.id) if row.state == "complete"]
-        if not complete:
-            rule = f"study {study.name} must have a complete trial to be ablated, but has none."
-            raise ConfigError(f"{rule} Continue it: python -m study resume {study.name}")
-        return min(complete, key=lambda row: row.rank)
+        return store.best_trial(study)
     if not which.isdigit():
         raise ConfigError(f"--from must be best or a trial's number, but got {which!r}.")
     trial = store.trial(study.id, int(which))

@@ -97,8 +97,9 @@ class Design(ABC):
     def _make(self, max_cells: int) -> None:
         """Set the cells, and what else is known of them."""
 
-    def n_tests(self, replicates: int) -> int:
-        """Count the effects that are tested over replicates: one per factor."""
+    @property
+    def n_tests(self) -> int:
+        """Count the effects that are tested: one per factor."""
         return len(self.factors)
 
     def n_runs(self, replicates: int) -> int:
@@ -181,12 +182,12 @@ class OneFactorAtATime(Design):
         return propose_levels(baseline, space)
 
     def _make(self, max_cells: int) -> None:
-        self.cells = [Cell({}, {})]
-        for factor in self.factors:
-            for level in factor.levels:
-                self.cells.append(Cell({factor.name: level.label}, dict(level.overrides)))
+        levels = [(factor.name, level) for factor in self.factors for level in factor.levels]
+        alone = [Cell({name: level.label}, dict(level.overrides)) for name, level in levels]
+        self.cells = [Cell({}, {}), *alone]
 
-    def n_tests(self, replicates: int) -> int:
+    @property
+    def n_tests(self) -> int:
         """Count the levels, each of which is compared with the baseline."""
         return len(self.cells) - 1
 
@@ -226,7 +227,8 @@ class Factorial(Design):
             for row in self.coded
         ]
 
-    def n_tests(self, replicates: int) -> int:
+    @property
+    def n_tests(self) -> int:
         """Count the main effects and the interactions of two factors."""
         return math.comb(len(self.factors) + 1, 2)
 

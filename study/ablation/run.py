@@ -6,16 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import optuna
-
 from core.config import TrainConfig
 from study.ablation.baseline import Baseline, factors_of
 from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
 from study.config.errors import ConfigError
-from study.config.load import check_backbones
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
-from study.execution.progress import Counts, Progress, StudyStarted
+from study.execution.progress import Progress, StudyStarted
 from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import (
@@ -52,11 +49,6 @@ class Plan:
     def n_runs(self) -> int:
         """Count the runs: all that an adaptive ablation may need, all steps of a path."""
         return self.design.n_runs(self.looks[-1])
-
-    @property
-    def n_tests(self) -> int:
-        """Count the effects that are tested."""
-        return self.design.n_tests(self.looks[-1])
 
     def configs(self) -> list[TrainConfig]:
         """Return what each cell trains, with the first replicate's seed.
@@ -157,24 +149,16 @@ class AblationOutcome:
     Attributes:
         study_name: The ablation's study.
         stopped_because: `complete`, `timeout` or `interrupted`.
-        counts: Trials of the study by state.
         n_done: Runs of this design that are done.
         n_planned: Runs of this design in all, as far as it is known.
-        best_number: The best complete trial, if any.
-        best_value: Its validation accuracy, in [0, 1].
-        duration_s: Wall time of this run.
-        checkpoint: Always None: an ablation chooses nothing.
+        duration_s: Wall time of this process.
     """
 
     study_name: str
     stopped_because: str
-    counts: Counts
     n_done: int
     n_planned: int
-    best_number: int | None
-    best_value: float | None
     duration_s: float
-    checkpoint: Path | None = None
 
 
 def run_ablation(
@@ -189,7 +173,7 @@ def run_ablation(
 
     Args:
         plan: What to run.
-        progress: What the user sees.
+        progress: Shows what happens.
         command: Command line, for the record.
         decide: Says which cells are still open; asked by adaptive ablations only.
         take_over: Begin although a process of another machine has not signed off.
@@ -200,22 +184,22 @@ def run_ablation(
         ValueError: Images, weights, backbone or device cannot be used.
     """
     begin = time.monotonic()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    check_backbones(plan.baseline.config)
     with Record.open(plan.baseline.config.study.storage, create=True) as store:
         config = settled_config(plan, store)
+        name = config.study.name
         with open_session(
             store,
             config,
             plan.configs(),
             progress=progress,
             command=command,
-            resume=f"python -m study ablate {config.study.name}",
+            resume=f"python -m study ablate {name}",
             take_over=take_over,
         ) as session:
             ablation = _Ablation(plan, session)
             session.because = ablation.run(command, decide, begin)
-            return ablation.outcome(session.because, time.monotonic() - begin)
+            n_done, duration_s = len(ablation.done_rows()), time.monotonic() - begin
+            return AblationOutcome(name, session.because, n_done, plan.n_runs, duration_s)
 
 
 class _Ablation:
@@ -225,6 +209,7 @@ class _Ablation:
         self.plan = plan
         self.design = plan.design
         self.session = session
+        self.record, self.study_id = session.record, session.study_id
         self.config = session.config
         keeps_all = self.config.ablation.keep_checkpoints
         self.engine = TrialEngine(session, keep_best=None if keeps_all else 0)
@@ -236,27 +221,18 @@ class _Ablation:
         """Run what is missing; return why it ended."""
         self.session.images(self._val_seed(0))  # a source that cannot be split again shows here
         continued = recover(self.engine)
-        for row in self.session.record.trials(self.session.study_id):
+        for row in self.record.trials(self.study_id):
             if is_settled(row):
                 self.rows.setdefault(row.config_hash, row)
         self._record_design(command)
-        best = self._best()
-        self.session.progress.emit(
-            StudyStarted(
-                self.config.study.name,
-                self.plan.n_runs,
-                self._counts(),
-                best.value if best else None,
-                best.ranked_by if best else None,
-            )
-        )
+        name, timeout = self.config.study.name, self.config.study.timeout
+        self.session.progress.emit(StudyStarted.of(name, self.plan.n_runs, self.done_rows()))
         for request in continued:
             self._run(request)
         for cell, replicate in self.design.missing(self.plan.looks, self._done, decide):
             self._record_design(command)  # a path may have taken a step
             if self.session.stop.is_set():
                 return "interrupted"
-            timeout = self.config.study.timeout
             if timeout is not None and time.monotonic() - begin > timeout:
                 return "timeout"
             if not self._run(self._request(cell, replicate)):
@@ -264,11 +240,16 @@ class _Ablation:
         self._record_design(command)
         return "complete"
 
+    def done_rows(self) -> list[Trial]:
+        """Return the runs of this design that are done; levels that train the same share them."""
+        texts = [text for cell in self.design.cells for text in self._identities(cell)]
+        return [self.rows[text] for text in texts if text in self.rows]
+
     def _run(self, request: TrialRequest) -> bool:
         """Run a trial; return whether it ended."""
         if self.engine.run(request).state == "stopped":
             return False
-        row = self.session.record.trial(self.session.study_id, request.number)
+        row = self.record.trial(self.study_id, request.number)
         self.rows[row.config_hash] = row
         return True
 
@@ -277,9 +258,8 @@ class _Ablation:
         val_seed = self._val_seed(replicate)
         levels = {f.name: cell.levels.get(f.name, f.baseline) for f in self.design.factors}
         attrs = {"cell": cell.label, "replicate": replicate, LEVELS: levels, VAL_SEED: val_seed}
-        trial = self.session.record.start_trial(self.session.study_id, {}, {}, attrs)
         return TrialRequest(
-            number=trial.number,
+            number=self.record.start_trial(self.study_id, {}, {}, attrs).number,
             config=self._train(cell, replicate),
             origin=f"{cell.label}, replicate {replicate + 1}",
             params=levels,
@@ -287,17 +267,12 @@ class _Ablation:
             factor=", ".join(cell.levels) or BASELINE,
             level=", ".join(cell.levels.values()) or None,
             replicate=replicate,
-            identity=self._identity(cell, replicate),
+            identity=self._identities(cell)[replicate],
         )
 
     def _train(self, cell: Cell, replicate: int) -> TrainConfig:
         train = apply_params(self.config.train, cell.overrides)
         return dataclasses.replace(train, seed=train.seed + replicate)
-
-    def _identity(self, cell: Cell, replicate: int) -> str:
-        """Return the hash by which two runs are the same: settings, seed, and split."""
-        own, val_seed = identity(self._train(cell, replicate)), self._val_seed(replicate)
-        return own if val_seed is None else config_hash({"run": own, "val_seed": val_seed})
 
     def _val_seed(self, replicate: int) -> int | None:
         """Return the seed of a replicate's own validation split; None for the study's.
@@ -310,10 +285,15 @@ class _Ablation:
         return (self.config.data.split_seed if known is None else known) + 1 + replicate
 
     def _identities(self, cell: Cell) -> list[str]:
-        """Return the identities of a cell's replicates."""
+        """Return per replicate the hash by which runs are the same: settings, seed and split."""
         key = tuple(cell.levels.items())
         if key not in self._known:
-            self._known[key] = [self._identity(cell, r) for r in range(self.plan.looks[-1])]
+            replicates = range(self.plan.looks[-1])
+            hashes = [identity(self._train(cell, r)) for r in replicates]
+            if self.config.ablation.resplit:
+                runs = [{"run": hashes[r], "val_seed": self._val_seed(r)} for r in replicates]
+                hashes = [config_hash(run) for run in runs]
+            self._known[key] = hashes
         return self._known[key]
 
     def _done(self, cell: Cell) -> dict[int, float | None]:
@@ -324,9 +304,8 @@ class _Ablation:
 
     def _record_design(self, command: str) -> None:
         """Bring the design in the record up to date."""
-        baseline = self.plan.baseline
         spec = self.design.to_record() | {
-            "origin": baseline.origin,
+            "origin": self.plan.baseline.origin,
             "settings": dataclasses.asdict(self.config.ablation) | {"factors": None},
             "looks": list(self.plan.looks),
             "first_seed": self.config.train.seed,
@@ -337,28 +316,4 @@ class _Ablation:
         self._recorded = spec
         parts = {name: spec[name] for name in ("kind", "factors", "coded")}
         key = config_hash(parts | {"resplit": self.config.ablation.resplit})
-        self.session.record.put_design(self.session.study_id, key, self.design.kind, spec, command)
-
-    def _counts(self) -> Counts:
-        """Count the runs of this design that are done."""
-        values = [value for cell in self.design.cells for value in self._done(cell).values()]
-        n_failed = values.count(None)
-        return Counts(complete=len(values) - n_failed, failed=n_failed)
-
-    def _best(self) -> Trial | None:
-        done = [row for row in self.rows.values() if row.state == "complete"]
-        return min(done, key=lambda row: row.rank, default=None)
-
-    def outcome(self, because: str, duration_s: float) -> AblationOutcome:
-        """Sum up after this run."""
-        best, done = self._best(), self._counts()
-        return AblationOutcome(
-            study_name=self.config.study.name,
-            stopped_because=because,
-            counts=Counts.of(self.session.record.trials(self.session.study_id)),
-            n_done=done.complete + done.failed,
-            n_planned=self.plan.n_runs,
-            best_number=best.number if best else None,
-            best_value=best.value if best else None,
-            duration_s=duration_s,
-        )
+        self.record.put_design(self.study_id, key, self.design.kind, spec, command)

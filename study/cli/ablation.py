@@ -28,7 +28,7 @@ from study.execution.progress import Progress
 from study.execution.session import load_images, preflight
 from study.record.record import Record
 from study.search.final_test import test_trials
-from study.search.plan import estimate_runs
+from study.search.plan import estimate
 
 if TYPE_CHECKING:
     from reports.ablation_sections import Section
@@ -92,7 +92,7 @@ def print_plan(plan: Plan) -> None:
 
 def foresee_plan(plan: Plan) -> list[str]:
     """Say before a run what its replicates can decide."""
-    warnings = foresee(plan.looks[-1], plan.n_tests, _rules(plan))
+    warnings = foresee(plan.looks[-1], plan.design.n_tests, _rules(plan))
     baseline, *levels = plan.configs()
     is_without_seed = baseline.is_solved and any(config.is_solved for config in levels)
     if is_without_seed and not plan.baseline.settings.resplit:
@@ -114,17 +114,15 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
     check_begun(plan)
-    seconds, size = estimate_runs(plan.configs(), data)
-    n, mean = plan.n_runs, sum(seconds) / len(seconds)
-    kept = size * n if plan.baseline.settings.keep_checkpoints else 0
-    facts = {"n_runs": n, "total_s": mean * n, "checkpoint_bytes": kept}
+    n_kept = plan.n_runs if plan.baseline.settings.keep_checkpoints else 0
+    found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
     progress.close()
     if as_json:
-        print_json({"design": plan.design.to_record(), **facts})
+        print_json({"design": plan.design.to_record(), "estimate": found})
         return
     print(
-        f"About {format_duration(mean)} per run, {format_duration(mean * n)} in all (without "
-        f"loading of images); {filesize.decimal(kept)} of checkpoints "
+        f"About {format_duration(found.trial_s)} per run, {format_duration(found.total_s)} in all "
+        f"(without loading of images); {filesize.decimal(found.checkpoint_bytes)} of checkpoints "
         "(ablation.keep_checkpoints = false keeps none)."
     )
 

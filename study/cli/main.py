@@ -285,7 +285,7 @@ def _estimate(config: "StudyConfig") -> int:
     from study.config.load import check_backbones
     from study.config.toml import config_text
     from study.execution.session import corner_configs, load_images, preflight, without_weights
-    from study.search.plan import estimate
+    from study.search.plan import estimate_search
 
     check_backbones(config)
     if not _given("as_json"):
@@ -293,7 +293,7 @@ def _estimate(config: "StudyConfig") -> int:
     with _progress() as progress:
         data = load_images(config, progress)
     preflight([without_weights(train) for train in corner_configs(config, with_starts=True)], data)
-    found = estimate(config, data)
+    found = estimate_search(config, data)
     _print(estimate_view(found), {"config": config.to_record(), "estimate": found})
     return 0
 
@@ -357,12 +357,12 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
     from study.cli.views import grid_table, print_json, print_view
     from study.search.audit import audit_study
 
-    outcome = None
+    because = None
     with _open() as store:
         with _progress() as progress:
             if sample:
                 line = _command_line()
-                outcome = audit_study(
+                because = audit_study(
                     store, study, sample, progress=progress, command=line, take_over=take_over
                 )
         found = read_audit(store, study)
@@ -376,7 +376,7 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
             print(f"{grid.note}\n")
     none = "" if found.n_pruned else "No trial of this study was pruned; nothing to audit."
     print(*filter(None, (found.early.why_empty, none, *found.findings)), sep="\n")
-    return _INTERRUPTED if outcome and outcome.stopped_because == "interrupted" else 0
+    return _INTERRUPTED if because == "interrupted" else 0
 
 
 # The record.

@@ -40,7 +40,7 @@ _STOPPED = {
     "trials": "All trials are done.",
     "timeout": "The time limit is reached (study.timeout).",
     "patience": "No improvement for study.patience trials.",
-    "space exhausted": "Every setting of the search space has been tried.",
+    "space exhausted": "The search space holds no setting that has not been tried.",
     "interrupted": "Interrupted; the record is complete up to here.",
 }
 

@@ -2,19 +2,19 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from core.metrics import EpochMetrics
 from study.config.formatting import json_text
 from study.config.search_space import ParamValue
-
-if TYPE_CHECKING:
-    from study.record.models import Trial
+from study.record.models import Trial, best_of
 
 REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
+COPY = "same as "
+"""How the origin of a trial begins that has an earlier one's result: it does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Counts:
     cut_short: int = 0
 
     @classmethod
-    def of(cls, trials: "Iterable[Trial]") -> "Counts":
-        """Count the trials of a study."""
-        rows = list(trials)
+    def of(cls, trials: Iterable[Trial]) -> "Counts":
+        """Count the trials of a study, but for copies."""
+        rows = [row for row in trials if not row.origin.startswith(COPY)]
         states = [row.ended_as if row.ended_at else "running" for row in rows]
         cut_short = sum(row.reason == REASON_KILLED for row in rows)
         names = ("complete", "pruned", "failed", "running")
@@ -67,6 +67,13 @@ class StudyStarted:
     counts: Counts
     best: float | None = None
     best_score: float | None = None
+
+    @classmethod
+    def of(cls, study: str, target: int, trials: Sequence[Trial]) -> "StudyStarted":
+        """Sum up the trials that a study has already."""
+        best = best_of(trials)
+        shown = (best.value, best.ranked_by) if best else (None, None)
+        return cls(study, target, Counts.of(trials), *shown)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import optuna
 import platformdirs
 import psutil
 import torch
@@ -123,6 +124,7 @@ def open_session(
         StudyHalted: The disk is full, a file cannot be used, or the device fails.
         ValueError: Images, weights, backbone or device cannot be used.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     name, stored = config.study.name, record.find_study(config.study.name)
     if stored is not None:
         _check_config(stored, config, allow_changes)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from study.config.formatting import format_accuracy, format_duration, format_params
 from study.execution.progress import (
+    COPY,
     Counts,
     DataProgress,
     EpochEnded,
@@ -67,8 +68,8 @@ class _Board(Progress):
                 if metrics.is_best:
                     trial.best = metrics.val_acc
             case TrialEnded():
-                self.running.pop(event.trial, None)
-                if event.state != "stopped":
+                trial = self.running.pop(event.trial)
+                if event.state != "stopped" and not trial.started.origin.startswith(COPY):
                     n = getattr(self.counts, event.state) + 1
                     self.counts = dataclasses.replace(self.counts, **{event.state: n})
                 if event.state == "complete":

@@ -1,7 +1,7 @@
 """The tables of the record. An instance is a row, and what `Record` returns; times are UTC."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import NoneType
@@ -188,6 +188,12 @@ class Trial(Base, kw_only=True):
         return (-(self.ranked_by or 0.0), self.number)
 
 
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """Return the best complete trial, if any."""
+    complete = (row for row in trials if row.state == "complete")
+    return min(complete, key=lambda row: row.rank, default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class StudySummary:
     """A study in one line: its trials by state, and the best complete one.
@@ -214,8 +220,7 @@ class StudySummary:
         """Sum up a study."""
         states = ("complete", "pruned", "failed", "running", "interrupted")
         counts = {f"n_{name}": sum(row.state == name for row in trials) for name in states}
-        complete = [row for row in trials if row.state == "complete"]
-        best = min(complete, key=lambda row: row.rank, default=None)
+        best = best_of(trials)
         times = [row.ended_at or row.started_at for row in trials]
         return cls(
             name=study.name,

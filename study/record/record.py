@@ -40,6 +40,7 @@ from study.record.models import (
     StudySummary,
     Test,
     Trial,
+    best_of,
     now,
 )
 
@@ -285,10 +286,17 @@ class Record(AbstractContextManager["Record"]):
             raise RecordError(f"there is no trial {number} in that study; {range_}.")
         return rows[0]
 
-    def find_finished(self, study_id: int, config_hash: str) -> Trial | None:
-        """Return the first complete or pruned trial of equal settings, if any."""
-        alike = self.trials(study_id, Trial.config_hash == config_hash)
-        return next((row for row in alike if row.state in ("complete", "pruned")), None)
+    def best_trial(self, study: Study) -> Trial:
+        """Return a study's best complete trial.
+
+        Raises:
+            RecordError: It has none.
+        """
+        best = best_of(self.trials(study.id))
+        if best is None:
+            rule = f"study {study.name} must have a complete trial, but has none."
+            raise RecordError(f"{rule} Continue it: python -m study resume {study.name}")
+        return best
 
     def trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
         """List a study's trials by number, joined with what Optuna's tables hold of them."""

@@ -1,22 +1,19 @@
 """Audit a search's pruner: train some of its pruned trials to the end, in a study of their own."""
 
 import dataclasses
-import time
 
 import numpy as np
-import optuna
 
 from core.config import TrainConfig
 from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
-from study.execution.progress import Counts, Progress, StudyStarted
+from study.execution.progress import Progress, StudyStarted
 from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import TrialEngine, TrialRequest, is_settled
 from study.record.models import Trial
 from study.record.record import Record
-from study.search.search import SearchOutcome, outcome_of
 
 SUFFIX = "-audit"
 """What the audit's study is called after the search's name."""
@@ -32,7 +29,7 @@ def audit_study(
     progress: Progress,
     command: str,
     take_over: bool = False,
-) -> SearchOutcome | None:
+) -> str | None:
     """Train pruned trials of a study to their full budget, as if they had not been pruned.
 
     The sample is drawn at random, but the same whenever the command is given again: with a larger
@@ -42,18 +39,17 @@ def audit_study(
         record: The record.
         name: The search.
         n_trials: How many of its pruned trials to train; fewer where it has fewer.
-        progress: Who is told what happens.
+        progress: Shows what happens.
         command: Command line, for the record.
         take_over: Begin although a process of another machine has not signed off.
 
     Returns:
-        How the run ended; None where nothing was pruned.
+        Why the run ended, `trials` or `interrupted`; None where nothing was pruned.
 
     Raises:
         ConfigError: The study is an ablation or an audit.
         RecordError: There is no such study, or another process runs its audit.
     """
-    begin = time.monotonic()
     study = record.study(name)
     rows = record.trials(study.id)
     if record.designs(study.id) or any(row.factor == FACTOR for row in rows):
@@ -65,21 +61,17 @@ def audit_study(
         return None
     order = np.random.default_rng(study.id).permutation(len(pruned))
     chosen = [pruned[k] for k in order[:n_trials]]
-    config = _audit_config(StudyConfig.from_record(study.config))
-    trains = [TrainConfig(**row.config) for row in chosen]
-    resume = f"python -m study audit {name} --sample {n_trials}"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with open_session(
         record,
-        config,
-        trains,
+        _audit_config(StudyConfig.from_record(study.config)),
+        [TrainConfig(**row.config) for row in chosen],
         progress=progress,
         command=command,
-        resume=resume,
+        resume=f"python -m study audit {name} --sample {n_trials}",
         take_over=take_over,
     ) as session:
         session.because = _run(session, chosen)
-        return outcome_of(session, begin, with_best=False)
+        return session.because
 
 
 def _audit_config(source: StudyConfig) -> StudyConfig:
@@ -98,7 +90,8 @@ def _run(session: Session, chosen: list[Trial]) -> str:
     requests = recover(engine)
     rows = record.trials(study_id)
     done = {row.level for row in rows if is_settled(row)} | {r.level for r in requests}
-    session.progress.emit(StudyStarted(session.config.study.name, len(chosen), Counts.of(rows)))
+    name = session.config.study.name
+    session.progress.emit(StudyStarted.of(name, len(chosen), rows))
     for request in requests:
         engine.run(request)  # each only saves its state again, once a stop was asked for
     for row in chosen:
@@ -107,14 +100,14 @@ def _run(session: Session, chosen: list[Trial]) -> str:
         if str(row.number) in done:
             continue
         params = {key: value for key, value in row.params.items() if key in space}
-        trial = record.start_trial(study_id, params, space, {"audits": row.number})
+        number = record.start_trial(study_id, params, space, {"audits": row.number}).number
         request = TrialRequest(
-            number=trial.number,
+            number=number,
             config=TrainConfig(**row.config),
             origin=f"audit of trial {row.number}",
             params=params,
             factor=FACTOR,
             level=str(row.number),
         )
-        engine.run(request, trial=trial)
+        engine.run(request)
     return "interrupted" if session.stop.is_set() else "trials"

@@ -23,8 +23,9 @@ def test_study(
     record: Record, name: str, number: int | None, *, progress: Progress, command: str
 ) -> Test:
     """Test one trial, as `test_trials` does; None for the best by validation."""
-    trial = _chosen(record, record.study(name), number)
-    return test_trials(record, name, [trial.number], progress=progress, command=command)[0]
+    if number is None:
+        number = record.best_trial(record.study(name)).number
+    return test_trials(record, name, [number], progress=progress, command=command)[0]
 
 
 def test_trials(
@@ -36,7 +37,7 @@ def test_trials(
         record: The record.
         name: The study.
         numbers: Its trials.
-        progress: Who is told what happens.
+        progress: Shows what happens.
         command: Command line, for the record.
 
     Returns:
@@ -48,11 +49,12 @@ def test_trials(
     """
     study = record.study(name)
     known = {row.trial_number: row for row in record.tests(study.id)}
-    missing = [_chosen(record, study, n) for n in dict.fromkeys(numbers) if n not in known]
-    if missing:
+    new = [number for number in dict.fromkeys(numbers) if number not in known]
+    trials = [_with_checkpoint(study, record.trial(study.id, number)) for number in new]
+    if trials:
         config = StudyConfig.from_record(study.config)
         split = _test_split(study, load_images(config, progress))
-        for trial in missing:
+        for trial in trials:
             _add(record, study, trial, _evaluate(config, split, trial), command)
         known = {row.trial_number: row for row in record.tests(study.id)}
     return [known[number] for number in numbers]
@@ -75,17 +77,7 @@ def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, com
     record.save(test)
 
 
-def _chosen(record: Record, study: Study, number: int | None) -> Trial:
-    if number is not None:
-        trial = record.trial(study.id, number)
-    else:
-        complete = [row for row in record.trials(study.id) if row.state == "complete"]
-        if not complete:
-            raise ConfigError(
-                f"study {study.name} must have a complete trial to be tested, but has none. "
-                f"Continue it: python -m study resume {study.name}"
-            )
-        trial = min(complete, key=lambda row: row.rank)
+def _with_checkpoint(study: Study, trial: Trial) -> Trial:
     if trial.checkpoint is None or not Path(trial.checkpoint).is_dir():
         raise ConfigError(
             f"trial {trial.number} of study {study.name} must have its checkpoint, but "

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
-from study.config.search_space import Choices, Dimension
+from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig
 from study.execution.session import corner_configs
+from study.search.samplers import grid_of
 
 _MEASURED_STEPS = 3
 
@@ -49,7 +50,7 @@ class Estimate:
         n_train: Training images.
         n_val: Validation images.
         costs: Per backbone.
-        trial_s: Mean seconds of a trial over backbones and freeze levels, all epochs.
+        trial_s: Mean seconds of a trial, all epochs.
         total_s: All trials; pruning makes it less.
         checkpoint_bytes: Checkpoints that are kept, at the largest backbone.
     """
@@ -64,70 +65,61 @@ class Estimate:
     checkpoint_bytes: int
 
 
-def estimate(config: StudyConfig, data: ImageData) -> Estimate:
-    """Measure a training step and a forward pass of each backbone and add up the study.
+def estimate_search(config: StudyConfig, data: ImageData) -> Estimate:
+    """Estimate a search, as `estimate` does: every backbone at every freeze level counts alike."""
+    depths = grid_of(distributions(config.space)).get("freeze_depth", [config.train.freeze_depth])
+    trains = [
+        apply_params(train, {"freeze_depth": depth})
+        for train in corner_configs(config)
+        for depth in depths
+    ]
+    settings = config.study
+    return estimate(trains, data, n_trials=settings.trials, n_kept=settings.keep_checkpoints)
+
+
+def estimate(
+    trains: Sequence[TrainConfig], data: ImageData, *, n_trials: int, n_kept: int
+) -> Estimate:
+    """Measure a training step and a forward pass of each network and add up a study.
 
     Between the measured levels (everything trained, head alone) a step's time follows the share
     of the forward pass that is not frozen. Decoding and augmentation are not in it.
 
+    Args:
+        trains: The settings that are run, or typical ones.
+        data: Images.
+        n_trials: Trials.
+        n_kept: Checkpoints that stay on disk.
+
     Raises:
         ValueError: A backbone or the device cannot be used.
     """
-    device = choose_device(config.train.device)
-    n_classes = len(data.classes)
-    costs = tuple(_measure(train, n_classes, device) for train in corner_configs(config))
-    depths = _levels(config.space.get("freeze_depth"), config.train.freeze_depth)
-    per_trial = [
-        _trial_seconds(config.train, cost, depth, data) for cost in costs for depth in depths
-    ]
-    trial_s = statistics.fmean(per_trial)
-    return Estimate(
-        device=str(device),
-        n_trials=config.study.trials,
-        n_train=len(data.train),
-        n_val=len(data.val),
-        costs=costs,
-        trial_s=trial_s,
-        total_s=trial_s * config.study.trials,
-        checkpoint_bytes=config.study.keep_checkpoints * max(c.weights_bytes for c in costs),
-    )
-
-
-def estimate_runs(trains: Sequence[TrainConfig], data: ImageData) -> tuple[list[float], int]:
-    """Estimate single runs, as `estimate` does a study.
-
-    Args:
-        trains: What is run.
-        data: Images.
-
-    Returns:
-        Seconds of each run, and the bytes of the largest checkpoint.
-    """
-    known: dict[tuple[object, ...], BackboneCost] = {}
+    device = choose_device(trains[0].device)
+    costs: dict[tuple[object, ...], BackboneCost] = {}
     seconds = []
     for train in trains:
         shape = (train.backbone, train.image_size, train.batch_size, train.micro_batch_size)
-        if shape not in known:
-            device = choose_device(train.device)
-            known[shape] = _measure(train, len(data.classes), device)
-        cost = known[shape]
-        seconds.append(_trial_seconds(train, cost, train.freeze_depth, data))
-    return seconds, max(cost.weights_bytes for cost in known.values())
+        if shape not in costs:
+            costs[shape] = _measure(train, len(data.classes), device)
+        seconds.append(_trial_seconds(train, costs[shape], data))
+    trial_s = statistics.fmean(seconds)
+    return Estimate(
+        device=str(device),
+        n_trials=n_trials,
+        n_train=len(data.train),
+        n_val=len(data.val),
+        costs=tuple(costs.values()),
+        trial_s=trial_s,
+        total_s=trial_s * n_trials,
+        checkpoint_bytes=n_kept * max(cost.weights_bytes for cost in costs.values()),
+    )
 
 
-def _trial_seconds(train: TrainConfig, cost: BackboneCost, depth: int, data: ImageData) -> float:
-    if replace(train, freeze_depth=depth).is_solved:  # one pass over the evaluation views
+def _trial_seconds(train: TrainConfig, cost: BackboneCost, data: ImageData) -> float:
+    if train.is_solved:  # one pass over the evaluation views
         return (len(data.train) + len(data.val)) * cost.eval_s
-    epoch_s = len(data.train) * cost.train_s[depth] + len(data.val) * cost.eval_s
+    epoch_s = len(data.train) * cost.train_s[train.freeze_depth] + len(data.val) * cost.eval_s
     return train.epochs * epoch_s
-
-
-def _levels(dimension: Dimension | None, fixed: int) -> list[int]:
-    if dimension is None:
-        return [fixed]
-    if isinstance(dimension, Choices):
-        return [int(value) for value in dimension.choices if value is not None]
-    return list(range(int(dimension.low), int(dimension.high) + 1))
 
 
 def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> BackboneCost:

@@ -1,8 +1,10 @@
 """Run a search: ask Optuna, run the trial, tell it; stop and continue as the user wishes."""
 
+import itertools
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -11,21 +13,19 @@ from optuna.trial import TrialState
 from core.metrics import EpochMetrics
 from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
-from study.config.study_config import StudyConfig
-from study.execution.progress import REASON_KILLED, Counts, Progress, StudyStarted
+from study.config.study_config import EXHAUSTIVE, StudyConfig
+from study.execution.progress import COPY, REASON_KILLED, Counts, Progress, StudyStarted
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
-from study.execution.trial_engine import (
-    TrialEngine,
-    TrialRequest,
-    identity,
-    reported_step,
-)
+from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
+from study.record.models import Trial, best_of
 from study.record.record import Record
-from study.search.samplers import make_pruner, make_sampler, quiet_experiments
+from study.search.samplers import grid_of, make_pruner, make_sampler, quiet_experiments
 
-_ORIGIN, _QUEUED = "origin", "queued"
-_COPY, _RECIPE, _IS_RECIPE = "same as ", "recipe:", "is_recipe"
+_ORIGIN, _QUEUED, _RECIPE = "origin", "queued", "recipe"
+# A sampler that proposes so many settings in a row that were tried will hardly propose another.
+# Assumption.
+_MOST_COPIES = 100
 HALTED = ("interrupted", "timeout")
 """A study that stopped for these can be continued as it is; else it is at its end."""
 
@@ -81,7 +81,6 @@ def run_search(
         ValueError: Images, weights, backbone or device cannot be used.
     """
     begin = time.monotonic()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_backbones(config)
     with (
         Record.open(config.study.storage, create=True) as record,
@@ -96,42 +95,19 @@ def run_search(
         ) as session,
     ):
         session.because = _Search(session, begin).run()
-        return outcome_of(session, begin)
-
-
-def outcome_of(session: Session, begin: float, *, with_best: bool = True) -> SearchOutcome:
-    """Sum up a study after a run of it that began at `begin`, by the monotonic clock."""
-    trials = session.record.trials(session.study_id)
-    complete = [row for row in trials if row.state == "complete"] if with_best else []
-    best = min(complete, key=lambda row: row.rank, default=None)
-    return SearchOutcome(
-        study_name=session.config.study.name,
-        stopped_because=session.because,
-        counts=Counts.of(trials),
-        best_number=best.number if best else None,
-        best_value=best.value if best else None,
-        best_params=dict(best.params) if best else {},
-        checkpoint=Path(best.checkpoint) if best and best.checkpoint else None,
-        n_val=len(session.data.val),
-        duration_s=time.monotonic() - begin,
-    )
-
-
-@dataclass(slots=True)
-class _Standing:
-    """What the stop rules look at; it follows from the study's finished trials in their order."""
-
-    n_finished: int = 0
-    n_since_best: int = 0
-    best: float | None = None
-    settings: set[str] = field(default_factory=set)
-
-    def add(self, state: str, score: float | None, settings: str) -> None:
-        self.n_finished += 1
-        self.settings.add(settings)
-        is_best = state == "complete" and (self.best is None or (score or 0.0) > self.best)
-        self.n_since_best = 0 if is_best else self.n_since_best + 1
-        self.best = (score or 0.0) if is_best else self.best
+        trials = record.trials(session.study_id)
+        best = best_of(trials)
+        return SearchOutcome(
+            study_name=config.study.name,
+            stopped_because=session.because,
+            counts=Counts.of(trials),
+            best_number=best.number if best else None,
+            best_value=best.value if best else None,
+            best_params=dict(best.params) if best else {},
+            checkpoint=Path(best.checkpoint) if best and best.checkpoint else None,
+            n_val=len(session.data.val),
+            duration_s=time.monotonic() - begin,
+        )
 
 
 class _Search:
@@ -139,46 +115,43 @@ class _Search:
 
     def __init__(self, session: Session, begin: float) -> None:
         self.session = session
+        self.record, self.study_id = session.record, session.study_id
         self.config = session.config
         self.begin = begin
         self.distributions = distributions(self.config.space)
-        self.study = session.record.optuna_study(session.study_id)
+        self.n_points = n_points(self.config.space)
+        if self.config.search.sampler == "grid":
+            self.n_points = math.prod(map(len, grid_of(self.distributions).values()))
+        self.study = self.record.optuna_study(self.study_id)
         self.study.pruner = make_pruner(self.config.search.pruner, self.config.train.epochs)
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
-        self.standing = _Standing()
+        self.rows: list[Trial] = []  # those that ended by themselves, in their order
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
         continued = recover(self.engine)
         self._queue_again()
         self._enqueue_recipes()
-        rows = self.session.record.trials(self.session.study_id)
-        for row in rows:
-            if row.ended_at is not None and row.reason != REASON_KILLED:
-                self.standing.add(row.state, row.ranked_by, row.config_hash)
-        complete = [row for row in rows if row.state == "complete"]
-        best = min(complete, key=lambda row: row.rank, default=None)
-        self.session.progress.emit(
-            StudyStarted(
-                self.config.study.name,
-                self.config.study.trials,
-                Counts.of(rows),
-                best.value if best else None,
-                best.ranked_by if best else None,
-            )
-        )
+        rows = self.record.trials(self.study_id)
+        self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
+        settings = self.config.study
+        self.session.progress.emit(StudyStarted.of(settings.name, settings.trials, rows))
         while (because := self._reason_to_stop()) is None:
             if continued:
-                self._continue(continued.pop(0))
+                request = continued.pop(0)
+                trial = self.record.take_up_trial(self.study_id, request.number)
+                self._train(request, trial)
             else:
-                self._one_trial()
+                request = self._one_trial()
+            row = self.record.trial(self.study_id, request.number)
+            if row.ended_at:
+                self.rows.append(row)
         return because
 
     def _queue_again(self) -> None:
         """Queue the settings of trials that were killed, unless that was done before."""
-        record = self.session.record
         trials = self.study.get_trials(deepcopy=False)
-        reasons = {row.number: row.reason for row in record.trials(self.session.study_id)}
+        reasons = {row.number: row.reason for row in self.record.trials(self.study_id)}
         queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
         for trial in trials:
             # One that is not in the record was asked for, but never begun.
@@ -191,23 +164,13 @@ class _Search:
             reruns = int(trial.user_attrs.get(RERUNS, 0)) + 1
             is_whole = set(params) == set(self.distributions)
             if is_whole and reruns <= MOST_RERUNS and origin not in queued:
-                is_recipe = trial.user_attrs.get(_IS_RECIPE, False)
-                self._enqueue(params, origin, reruns, is_recipe=is_recipe)
+                is_recipe = trial.user_attrs.get(_RECIPE, False)
+                self._enqueue(params, origin, is_recipe=is_recipe, reruns=reruns)
 
     def _enqueue(
-        self,
-        params: Mapping[str, ParamValue],
-        origin: str,
-        reruns: int = 0,
-        *,
-        is_recipe: bool = False,
+        self, params: Mapping[str, ParamValue], origin: str, *, is_recipe: bool, reruns: int = 0
     ) -> None:
-        attrs = {
-            _ORIGIN: origin,
-            RERUNS: reruns,
-            _QUEUED: dict(params),
-            _IS_RECIPE: is_recipe,
-        }
+        attrs = {_ORIGIN: origin, RERUNS: reruns, _QUEUED: dict(params), _RECIPE: is_recipe}
         self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
     def _enqueue_recipes(self) -> None:
@@ -218,32 +181,31 @@ class _Search:
         queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
         wanted = self.config.search.recipe_names
         for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            if f"{_RECIPE}{name}" not in queued:
-                self._enqueue(params, f"{_RECIPE}{name}", is_recipe=True)
+            if f"recipe:{name}" not in queued:
+                self._enqueue(params, f"recipe:{name}", is_recipe=True)
 
     def _reason_to_stop(self) -> str | None:
-        """Return why the study is to stop."""
-        settings, standing = self.config.study, self.standing
+        """Return why the study is to stop; trials that copy a result do not count."""
+        settings = self.config.study
+        counted = [row for row in self.rows if not _is_copy(row)]
         if self.session.stop.is_set():
             return "interrupted"
-        if standing.n_finished >= settings.trials:
+        if len(counted) >= settings.trials:
             return "trials"
         if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
             return "timeout"
-        if settings.patience is not None and standing.n_since_best >= settings.patience:
+        best = best_of(counted)
+        n_since_best = sum(best is None or row.number > best.number for row in counted)
+        if settings.patience is not None and n_since_best >= settings.patience:
             return "patience"
-        size = n_points(self.config.space)
-        if size is not None and len(standing.settings) >= size:
+        tried = {frozenset(row.params.items()) for row in self.rows}
+        n_copies = len(list(itertools.takewhile(_is_copy, reversed(self.rows))))
+        if n_copies >= _MOST_COPIES or (self.n_points and len(tried) >= self.n_points):
             return "space exhausted"
         return None
 
-    def _continue(self, request: TrialRequest) -> None:
-        """Continue a trial that an earlier process began."""
-        record, study_id = self.session.record, self.session.study_id
-        self._run(request, record.take_up_trial(study_id, request.number))
-
-    def _one_trial(self) -> None:
-        """Ask for the next trial, and run it."""
+    def _one_trial(self) -> TrialRequest:
+        """Ask for the next trial, and train it, unless its result is known; return its request."""
         trial = self._ask()
         origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
         request = TrialRequest(trial.number, self.config.train, origin, trial.params)
@@ -251,21 +213,21 @@ class _Search:
             request = replace(request, config=apply_params(self.config.train, trial.params))
         except ValueError as err:  # a combination of settings that the rules forbid
             self.engine.record_untrained(request, "failed", f"not allowed: {err}", None)
-            self.standing.add("failed", None, identity(request.config))
-            return
-        own = identity(request.config)
-        equal = self.session.record.find_finished(self.session.study_id, own)
+            return request
+        own, known = identity(request.config), ("complete", "pruned")
+        alike = (row for row in self.rows if row.config_hash == own and row.state in known)
+        equal = next(alike, None)
         if equal is None:
-            self._run(request, trial)
-            return
-        for metrics in self.session.record.epochs(equal.id):
+            self._train(request, trial)
+            return request
+        for metrics in self.record.epochs(equal.id):
             trial.report(metrics.val_acc, reported_step(request.config, metrics))
-        copy = replace(request, origin=f"{_COPY}{equal.number}")
+        copy = replace(request, origin=f"{COPY}{equal.number}")
         self.engine.record_untrained(copy, equal.state, equal.reason, equal)
-        self.standing.add(equal.state, equal.ranked_by, own)
+        return request
 
-    def _run(self, request: TrialRequest, trial: optuna.Trial) -> None:
-        is_recipe = trial.user_attrs.get(_IS_RECIPE, False)  # or the retry of one
+    def _train(self, request: TrialRequest, trial: optuna.Trial) -> None:
+        is_recipe = trial.user_attrs.get(_RECIPE, False)  # or the retry of one
 
         def should_prune(_: EpochMetrics) -> bool:
             if request.config.is_solved:
@@ -274,17 +236,19 @@ class _Search:
             with quiet_experiments():
                 return trial.should_prune() and not is_recipe
 
-        result = self.engine.run(request, should_prune, trial)
-        if result.state != "stopped":
-            self.standing.add(result.state, result.score, identity(request.config))
+        self.engine.run(request, should_prune, trial)
 
     def _ask(self) -> optuna.Trial:
-        settings = self.config
         trials = self.study.get_trials(deepcopy=False)
         waiting = (trial.number for trial in trials if trial.state is TrialState.WAITING)
-        number = next(waiting, len(trials))
+        number, sampler = next(waiting, len(trials)), self.config.search.sampler
+        if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
+            sampler = "random"  # the own one might propose the same settings forever
+        seed = self.config.study.seed
         with quiet_experiments():
-            self.study.sampler = make_sampler(
-                settings.search.sampler, settings.study.seed, number, self.distributions
-            )
+            self.study.sampler = make_sampler(sampler, seed, number, self.distributions)
             return self.study.ask(self.distributions)
+
+
+def _is_copy(row: Trial) -> bool:
+    return row.origin.startswith(COPY)

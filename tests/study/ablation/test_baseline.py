@@ -107,7 +107,7 @@ def test_a_wrong_trial_or_study_is_told(here: Path) -> None:
         _find(which="last")
     with pytest.raises(RecordError, match="there is no study beez in studies.db. There is: bees"):
         _find("beez")
-    with pytest.raises(ConfigError, match="study empty must have a complete trial to be ablated"):
+    with pytest.raises(RecordError, match="study empty must have a complete trial, but has"):
         _find("empty")
     with pytest.raises(RecordError, match="there is no database other.db"):
         _find(storage="other.db")

@@ -47,7 +47,7 @@ from support import make_folder
 
 # The head alone is trained: a fifth of a second a run.
 SETTINGS = [
-    'train.backbone="resnet18"',
+    'train.backbone="timm:test_resnet"',
     'train.weights="none"',
     "train.image_size=32",
     "train.freeze_depth=5",

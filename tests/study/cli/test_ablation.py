@@ -143,8 +143,9 @@ def test_dry_run_of_a_file_makes_no_database(
     line = ["ablate", *record.file("photos"), "--storage", str(tmp_path / "new.db"), *FLAGS]
     keep = ["--set", "ablation.keep_checkpoints=false"]
     found = json.loads(answered(capsys, *line, *keep, "--json", "--dry-run").splitlines()[-1])
-    assert (found["n_runs"], found["checkpoint_bytes"]) == (6, 0)
-    assert found["total_s"] > 0
+    estimate = found["estimate"]
+    assert (estimate["n_trials"], estimate["checkpoint_bytes"]) == (6, 0)
+    assert estimate["total_s"] > 0
     assert [cell["levels"] for cell in found["design"]["cells"]] == [
         {},
         {"augment": "none"},
