@@ -270,7 +270,7 @@ def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
     rows = _rows(home)[before:]
     assert [(row.state, row.level) for row in rows] == [("failed", "1e+30")] * 3
     assert all((row.reason or "").startswith("diverged: the ") for row in rows)
-    assert (outcome.n_done, outcome.counts.failed) == (6, 3)
+    assert outcome.n_done == 6
     states = [trial.state for trial in _optuna_trials(home)[before:]]
     assert states == [TrialState.FAIL] * 3
     assert _run(plan).n_done == 6

@@ -16,7 +16,7 @@ from support import make_folder
 # Small checkpoints and a tenth of a second per run; what it learns does not matter here.
 SETTINGS = (
     *("train.backbone=squeezenet1_1", "train.weights=none", "train.image_size=32"),
-    *("train.epochs=1", "train.batch_size=8", "train.device=cpu"),
+    *("train.epochs=1", "train.batch_size=8", "train.device=cpu", "train.head_solver=sgd"),
 )
 TOML = """
 [space]

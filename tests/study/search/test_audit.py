@@ -16,6 +16,7 @@ from study.record.record import Record
 from study.search.audit import audit_study
 
 SETTINGS = [
+    'train.backbone="resnet18"',
     "train.epochs=3",
     'search.pruner="halving"',
     "search.recipes=false",
