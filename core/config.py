@@ -87,7 +87,7 @@ class TrainConfig:
     """Everything that decides one training run, down to its seed.
 
     Two runs with equal configurations on equal data and the same device give equal numbers. The
-    text below a key is its meaning, as `study init` and the JSON schema give it. `neutral` is the
+    text below a key is its meaning, as `study init` gives it. `neutral` is the
     value at which a component does nothing, with what must then change too: what an ablation that
     leaves one component out sets.
     """
