@@ -53,15 +53,14 @@ class Bare:
         self.device = choose_device(config.device)
         built = build(config, classes)
         self.built, self.config = built, config
-        trainable = freeze(built.model, built.stages, config.freeze_depth)
+        freeze(built.model, built.stages, config.freeze_depth)
         self.model = built.model.to(self.device)
-        groups = parameter_groups(self.model, trainable, built.head, config)
+        groups = parameter_groups(self.model, built.head, config)
         self.optimizer = make_optimizer(groups, config, self.device)
         dtype = amp_dtype(config.amp, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
         side = built.preprocessing.image_size
-        images = torch.randn(config.batch_size, 3, side, side, device=self.device)
-        self.images = images
+        self.images = torch.randn(config.batch_size, 3, side, side, device=self.device)
         self.labels = torch.randint(len(classes), (config.batch_size,), device=self.device)
 
     def images_per_s(self, steps: int) -> float:
