@@ -67,7 +67,8 @@ class Estimate:
 
 def estimate_search(config: StudyConfig, data: ImageData) -> Estimate:
     """Estimate a search, as `estimate` does: every backbone at every freeze level counts alike."""
-    depths = grid_of(distributions(config.space)).get("freeze_depth", [config.train.freeze_depth])
+    own = {key: dim for key, dim in config.space.items() if key == "freeze_depth"}
+    depths = grid_of(distributions(own)).get("freeze_depth", [config.train.freeze_depth])
     trains = [
         apply_params(train, {"freeze_depth": depth})
         for train in corner_configs(config)

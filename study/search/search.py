@@ -1,7 +1,6 @@
 """Run a search: ask Optuna, run the trial, tell it; stop and continue as the user wishes."""
 
 import itertools
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
 from study.record.models import Trial, best_of
 from study.record.record import Record
-from study.search.samplers import grid_of, make_pruner, make_sampler, quiet_experiments
+from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
 _ORIGIN, _QUEUED, _RECIPE = "origin", "queued", "recipe"
 # A sampler that proposes so many settings in a row that were tried will hardly propose another.
@@ -120,8 +119,6 @@ class _Search:
         self.begin = begin
         self.distributions = distributions(self.config.space)
         self.n_points = n_points(self.config.space)
-        if self.config.search.sampler == "grid":
-            self.n_points = math.prod(map(len, grid_of(self.distributions).values()))
         self.study = self.record.optuna_study(self.study_id)
         self.study.pruner = make_pruner(self.config.search.pruner, self.config.train.epochs)
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)

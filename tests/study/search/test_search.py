@@ -1,53 +1,64 @@
-import sqlite3
+import json
 from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
 
+import optuna
 import pytest
+from optuna_dashboard import wsgi
 from small_study import config_of, make_home, optuna_trials, rows_of, run
 
 from study.config.errors import ConfigError
+from study.config.study_config import StudyConfig
 from study.execution.progress import QuietProgress
-from study.record.database import RecordError
+from study.record.models import Trial
 from study.record.record import Record
 from study.search.final_test import test_study as read_test_split
-from support import make_folder
 
 SPACE = """
+[search]
+pruner = "halving"
 [space]
 freeze_depth = {low = 0, high = 5}
-base_lr = {low = 1e-4, high = 1e-2, log = true}
+base_lr = {low = 1e-3, high = 1.0, log = true}
 """
+N_TRIALS = 8
+
+
+def _config(home: Path, trials: int, *more: str, **flags: object) -> StudyConfig:
+    settings = ("train.epochs=5", "study.keep_checkpoints=1", *more)
+    return config_of(home, trials, *settings, **flags)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished search that keeps one checkpoint; tests leave it as it is."""
+    home = make_home(tmp_path_factory.mktemp("done"), SPACE, n=24)
+    assert run(_config(home, N_TRIALS)).stopped_because == "trials"
+    return home
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path, SPACE, n=24)
+    return make_home(tmp_path, SPACE)
 
 
-def _trials(home: Path, name: str = "photos") -> list[tuple[object, ...]]:
-    return [
-        (row.number, row.state, row.origin, row.value, row.params) for row in rows_of(home, name)
-    ]
+def _figures(rows: list[Trial]) -> list[tuple[object, ...]]:
+    return [(row.number, row.state, row.origin, row.value, row.params) for row in rows]
 
 
-def test_a_study_tries_recipes_first_then_the_sampler_and_keeps_the_best(home: Path) -> None:
-    outcome = run(config_of(home, 6, "study.keep_checkpoints=1"))
-    assert outcome.stopped_because == "trials"
-    rows = rows_of(home)
-    assert [row.origin.partition(":")[0] for row in rows] == ["recipe"] * 3 + ["sampler"] * 3
-    best = {row.number: row.value for row in rows if row.state == "complete"}
-    assert outcome.best_value == best[outcome.best_number]
-    assert outcome.checkpoint is not None
-    assert (outcome.checkpoint / "model.safetensors").is_file()
-    assert len(list((home / "runs" / "photos").glob("trial-*"))) == 1
-    assert [t.params for t in optuna_trials(home)] == [row.params for row in rows]
-    assert all(t.intermediate_values for t in optuna_trials(home))
+def test_a_study_tries_recipes_first_and_never_prunes_them(done: Path) -> None:
+    rows = rows_of(done)
+    assert [row.origin.partition(":")[0] for row in rows[:4]] == ["recipe"] * 3 + ["sampler"]
+    assert [row.state for row in rows[:3]] == ["complete"] * 3
+    assert "pruned" in [row.state for row in rows]
 
 
 @pytest.mark.parametrize("monitor", ["val_loss", "val_acc"])
 def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
 ) -> None:
-    outcome = run(config_of(home, 6, f"train.monitor={monitor}", 'search.pruner="none"'))
+    outcome = run(_config(home, 4, f"train.monitor={monitor}"))
     with Record.open(str(home / "s.db")) as store:
         trials = store.trials(store.study("photos").id)
         epochs = {row.number: store.epochs(row.id) for row in trials}
@@ -57,140 +68,141 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
         best = epochs[row.number][row.best_epoch]
         assert best.score == max(epoch.score or 0.0 for epoch in epochs[row.number]) == row.score
         assert (row.value, best.is_best) == (best.val_acc, True)
-    ranked = sorted(trials, key=lambda row: (-(row.score or 0.0), row.number))
-    assert (outcome.best_number, outcome.best_value) == (ranked[0].number, ranked[0].value)
-    assert (summary.best_number, summary.best_value) == (ranked[0].number, ranked[0].value)
-    if monitor == "val_acc":
-        assert all(row.score == row.value for row in trials)
+        assert monitor == "val_loss" or row.score == row.value
+    complete = [row for row in trials if row.state == "complete"]
+    first = max(complete, key=lambda row: (row.score or 0.0, -row.number))
+    assert (outcome.best_number, outcome.best_value) == (first.number, first.value)
+    assert (summary.best_number, summary.best_value) == (first.number, first.value)
+    assert outcome.checkpoint is not None
+    assert [path.parent for path in (home / "runs").rglob("model.safetensors")] == [
+        outcome.checkpoint
+    ]
 
 
-def test_stopping_and_resuming_gives_the_same_study(home: Path) -> None:
-    run(config_of(home, 5, **{"study.name": "whole"}))
-    for n in (2, 4, 5):
-        outcome = run(config_of(home, n, **{"study.name": "cut"}))
-    assert outcome.counts.finished == 5
-    assert _trials(home, "cut") == _trials(home, "whole")
+def test_stopping_and_resuming_gives_the_same_study(done: Path) -> None:
+    for n in (2, 5, N_TRIALS):
+        outcome = run(_config(done, n, **{"study.name": "cut"}))
+    assert outcome.counts.finished == N_TRIALS
+    assert _figures(rows_of(done, "cut")) == _figures(rows_of(done))
 
 
-def test_a_finished_study_runs_nothing_more(home: Path) -> None:
-    run(config_of(home, 3))
-    before = _trials(home)
-    assert run(config_of(home, 3)).stopped_because == "trials"
-    assert _trials(home) == before
+def test_a_finished_study_runs_nothing_more_and_keeps_what_ranks_its_trials(done: Path) -> None:
+    before = rows_of(done)
+    assert run(_config(done, N_TRIALS)).stopped_because == "trials"
+    with pytest.raises(ConfigError, match="train.monitor must stay val_loss, by which"):
+        run(_config(done, 20, "train.monitor=val_acc"), allow_changes=True)
+    assert rows_of(done) == before
 
 
-def test_a_changed_configuration_is_refused_with_the_difference(home: Path) -> None:
-    run(config_of(home, 1))
-    with pytest.raises(ConfigError, match=r"train.epochs: 2 -> 3"):
-        run(config_of(home, 2, "train.epochs=3"))
-    assert len(_trials(home)) == 1
-    assert run(config_of(home, 2, "train.epochs=3"), allow_changes=True).counts.finished == 2
+def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done: Path) -> None:
+    rows, trials = rows_of(done), optuna_trials(done)
+    names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    with Record.open(str(done / "s.db")) as store:
+        epochs = [store.epochs(row.id) for row in rows]
+    for row, trial, own in zip(rows, trials, epochs, strict=True):
+        assert (trial.number, trial.params) == (row.number, row.params)
+        assert trial.state.name == names[row.state]
+        assert trial.intermediate_values == {m.epoch + 1: m.val_acc for m in own}
+    storage = optuna.storages.RDBStorage(f"sqlite:///{done}/s.db")
+    answer: list[str] = []
+    environ: dict[str, Any] = {"PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0"}
+    setup_testing_defaults(environ)
+    body = b"".join(wsgi(storage)(environ, lambda *head: answer.append(head[0])))
+    assert answer == ["200 OK"]
+    shown = [trial["state"].upper() for trial in json.loads(body)["trials"]]
+    assert shown == [trial.state.name for trial in trials]
 
 
-def test_a_study_keeps_what_ranks_its_trials(home: Path) -> None:
-    run(config_of(home, 1, "train.monitor=val_acc"))
-    with pytest.raises(
-        ConfigError, match=r"train.monitor must stay val_acc, by which study photos"
-    ):
-        run(config_of(home, 2), allow_changes=True)
-    assert run(config_of(home, 2, "train.monitor=val_acc")).counts.finished == 2
+def test_the_test_split_is_read_once_and_needs_the_trials_checkpoint(done: Path) -> None:
+    options = {"progress": QuietProgress(), "command": "study test photos"}
+    with Record.open(str(done / "s.db")) as store:
+        row = read_test_split(store, "photos", None, **options)
+        (kept,) = (trial.number for trial in rows_of(done) if trial.checkpoint)
+        assert (row.trial_number, row.n) == (kept, 10)
+        assert 0 <= row.low <= row.accuracy <= row.high <= 1
+        assert read_test_split(store, "photos", kept, **options) == row
+        assert store.tests(store.study("photos").id) == [row]
+        with pytest.raises(ConfigError, match="must have its checkpoint"):
+            read_test_split(store, "photos", (kept + 1) % N_TRIALS, **options)
 
 
-def test_changed_images_are_refused(home: Path) -> None:
-    run(config_of(home, 1))
-    make_folder(home / "photos", {"red": 30}, seed=5)
-    with pytest.raises(ConfigError, match="images of study photos have changed"):
-        run(config_of(home, 2))
-
-
-def test_an_equal_setting_is_not_trained_again(home: Path) -> None:
-    (home / "study.toml").write_text("[space]\nfreeze_depth = {choices = [4, 5]}\n")
-    config = config_of(home, 5, 'search.sampler="random"', 'search.pruner="none"', "base_lr=0.001")
-    outcome = run(config)
-    assert outcome.stopped_because == "space exhausted"
+def _repeated(home: Path) -> list[Trial]:
+    """Check the copies of a study, and return its other trials."""
     rows = rows_of(home)
-    trained = [row for row in rows if row.epochs_done]
-    repeated = [row for row in rows if row.origin.startswith("same as")]
-    assert len(trained) == 2
-    assert len({row.config_hash for row in trained}) == 2
-    for row in repeated:
-        original = trained[int(row.origin.rpartition(" ")[2])]
-        assert (row.value, row.score, row.state) == (
-            original.value,
-            original.score,
-            original.state,
-        )
+    for row in rows:
+        if row.origin.startswith("same as "):
+            equal = rows[int(row.origin.removeprefix("same as "))]
+            assert equal.epochs_done > 0
+            assert (row.epochs_done, row.duration_s) == (0, 0.0)
+            for name in ("config_hash", "state", "value", "score"):
+                assert getattr(row, name) == getattr(equal, name)
+    own = [row for row in rows if not row.origin.startswith("same as ")]
+    assert len({row.config_hash for row in own}) == len(own)
+    return own
 
 
-def test_a_diverging_trial_fails_with_its_reason_and_the_study_goes_on(home: Path) -> None:
-    (home / "study.toml").write_text("[space]\nbase_lr = {choices = [1e-3, 1e30]}\n")
-    config = config_of(home, 2, 'search.sampler="grid"', "freeze_depth=5")
-    outcome = run(config)
+def test_a_solved_head_that_is_proposed_again_is_no_trial_of_the_target(home: Path) -> None:
+    # A solved head has no learning rate, so all trials of level 5 are one.
+    space = "space={freeze_depth=[4, 5], base_lr={low=1e-3, high=1.0, log=true}}"
+    outcome = run(_config(home, 6, 'train.head_solver="logistic"', "study.patience=50", space))
+    own = _repeated(home)
+    assert outcome.stopped_because == "trials"
+    assert (outcome.counts.finished, len(own)) == (6, 6)
+    assert [row.freeze_depth for row in own].count(5) == 1
+    assert len(rows_of(home)) > 6
+
+
+@pytest.mark.parametrize(
+    ("space", "sampler", "n_own", "n_all"),
+    [
+        ("{freeze_depth=[5], base_lr=[0.1, 0.2, 0.3]}", "random", 1, None),
+        ("{freeze_depth=[5], base_lr=[0.1, 0.2, 0.3]}", "grid", 1, 3),
+        ("{freeze_depth=[5], base_lr={low=0.1, high=1.0}}", "tpe", 1, 8),  # 7 copies in a row
+    ],
+)
+def test_a_study_ends_where_no_setting_is_new(
+    space: str, sampler: str, n_own: int, n_all: int | None, home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("study.search.search._MOST_COPIES", 7 if sampler == "tpe" else 100)
+    settings = ('train.head_solver="logistic"', f'search.sampler="{sampler}"')
+    outcome = run(_config(home, 50, *settings, "search.recipes=false", f"space={space}"))
+    assert outcome.stopped_because == "space exhausted"
+    assert (outcome.counts.finished, len(_repeated(home))) == (n_own, n_own)
+    assert n_all is None or len(rows_of(home)) == n_all
+
+
+def test_a_diverging_trial_fails_with_its_reason_and_the_study_continues(home: Path) -> None:
+    settings = ("space={base_lr=[1e-3, 1e30]}", 'search.sampler="grid"', "freeze_depth=5")
+    outcome = run(_config(home, 2, *settings))
     assert (outcome.counts.complete, outcome.counts.failed) == (1, 1)
     (failed,) = [row for row in rows_of(home) if row.state == "failed"]
-    assert failed.reason is not None
-    assert failed.reason.startswith("diverged: the training loss is no longer finite")
+    assert str(failed.reason).startswith("diverged: the training loss is no longer finite")
 
 
-def test_patience_ends_a_study_that_does_not_improve(home: Path) -> None:
-    outcome = run(config_of(home, 50, "study.patience=2", 'search.pruner="none"'))
+def test_patience_and_timeout_end_a_study(home: Path) -> None:
+    outcome = run(_config(home, 50, "study.patience=2", 'search.pruner="none"'))
     assert outcome.stopped_because == "patience"
     assert outcome.best_number is not None
     assert outcome.counts.finished == outcome.best_number + 3
+    later = run(_config(home, 50, "study.timeout=1e-3", 'search.pruner="none"'))
+    assert (later.stopped_because, later.counts) == ("timeout", outcome.counts)
 
 
-def test_a_timeout_ends_a_study(home: Path) -> None:
-    outcome = run(config_of(home, 5000, "study.timeout=3"))
-    assert outcome.stopped_because == "timeout"
-    assert 0 < outcome.counts.finished < 5000
+def test_recipes_that_a_killed_start_did_not_queue_are_queued(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = optuna.Study.enqueue_trial
 
+    def dies(study: optuna.Study, *args: Any, **more: Any) -> None:
+        if study.trials:
+            raise KeyboardInterrupt
+        whole(study, *args, **more)
 
-def test_a_batch_larger_than_the_data_is_refused_before_any_trial(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.batch_size must be <= .* training images, 28"):
-        run(config_of(home, 2, "train.batch_size=500"))
-
-
-def test_weights_are_checked_before_any_trial(home: Path) -> None:
-    with pytest.raises(ValueError, match="there is no file"):
-        run(config_of(home, 2, 'train.weights="nowhere.pth"'))
-    with Record.open(str(home / "s.db")) as store:
-        assert store.studies() == []
-
-
-def test_the_test_split_is_read_once_and_recorded(home: Path) -> None:
-    outcome = run(config_of(home, 2))
-    with Record.open(str(home / "s.db")) as store:
-        options = {"progress": QuietProgress(), "command": "study test photos"}
-        row = read_test_split(store, "photos", None, **options)
-        assert row.trial_number == outcome.best_number
-        assert row.n == 10
-        assert 0 <= row.low <= row.accuracy <= row.high <= 1
-        again = read_test_split(store, "photos", None, **options)
-        assert again == row
-        assert len(store.tests(store.study("photos").id)) == 1
-
-
-def test_a_removed_checkpoint_cannot_be_tested(home: Path) -> None:
-    run(config_of(home, 3, "study.keep_checkpoints=1", 'search.pruner="none"'))
-    with Record.open(str(home / "s.db")) as store:
-        rows = store.trials(store.study("photos").id)
-        gone = next(row.number for row in rows if row.checkpoint is None)
-        with pytest.raises(ConfigError, match="must have its checkpoint"):
-            read_test_split(store, "photos", gone, progress=QuietProgress(), command="x")
-
-
-def test_recipes_are_never_pruned(home: Path) -> None:
-    run(config_of(home, 9, "train.epochs=4", 'search.pruner="halving"'))
-    rows = rows_of(home)
-    assert [row.state for row in rows if row.origin.startswith("recipe:")] == ["complete"] * 3
-    assert "pruned" in [row.state for row in rows]
-
-
-def test_the_database_is_untouched_when_it_is_not_ours(home: Path) -> None:
-    with sqlite3.connect(home / "s.db") as connection:
-        connection.execute("CREATE TABLE theirs (id INTEGER)")
-    connection.close()
-    before = (home / "s.db").read_bytes()
-    with pytest.raises(RecordError, match="another program"):
-        run(config_of(home, 1))
-    assert (home / "s.db").read_bytes() == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "enqueue_trial", dies)
+        run(_config(home, 1))
+    assert len(optuna_trials(home)) == 1
+    run(_config(home, 1))
+    origins = [trial.user_attrs["origin"] for trial in optuna_trials(home)]
+    assert len(origins) == len(set(origins)) == 3
