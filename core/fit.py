@@ -127,7 +127,7 @@ def fit(
         trainer.end_epoch()
         yield metrics
         # Only now: the caller has recorded the epoch, which the state then counts as done.
-        state.save_if_due(best, device)
+        state.save_if_due(best, device, after_epoch=True)
     if best is not None:
         _save(checkpoint_dir, config, network, data, best)
 

@@ -20,10 +20,13 @@ from core.metrics import EpochMetrics, Evaluation
 from core.models.sources import library_versions
 from core.training.trainer import Trainer
 
-# The state is written this often, which is what a kill may cost, and no more often than keeps
-# writing at this share of the time. Assumptions.
+# Inside an epoch the state is written this often: what a kill may cost. Assumption.
 _EVERY_S = 60.0
+# Writing may take this share of the time that was trained since. Assumption.
 _MOST_SHARE = 1 / 20
+# What the first write is taken to cost: a sync, and all that is written for a byte of trained
+# weights (they, the optimizer's memory, the best epoch's) on a slow disk. Assumptions.
+_LEAST_COST_S, _BYTES_PER_S = 0.02, 50e6
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError)
 # Where and by how many processes a run is computed does not make it another run.
 _MAY_CHANGE = ("device", "workers")
@@ -76,7 +79,8 @@ class TrainingState:
         self._file, self._trainer, self._labels = file, trainer, data.val.labels
         self._run = _run_key(config, data)
         self._saved_at = time.perf_counter()
-        self._cost_s = 0.0
+        weights = trainer.state_dict()["module"].values()
+        self._cost_s = _LEAST_COST_S + sum(t.nbytes for t in weights) / _BYTES_PER_S
         self._random: list[Tensor] = []
 
     def restore(self) -> Best | None:
@@ -139,8 +143,10 @@ class TrainingState:
         self._saved_at = time.perf_counter()
         self._cost_s = self._saved_at - begin
 
-    def save_if_due(self, best: Best | None, device: torch.device) -> None:
-        """Write the state where the last one is old enough."""
+    def save_if_due(
+        self, best: Best | None, device: torch.device, *, after_epoch: bool = False
+    ) -> None:
+        """Write the state where it is time to, and writing costs little beside training."""
         trained_s = time.perf_counter() - self._saved_at
-        if trained_s >= max(_EVERY_S, self._cost_s / _MOST_SHARE):
+        if (after_epoch or trained_s >= _EVERY_S) and self._cost_s <= _MOST_SHARE * trained_s:
             self.save(best, device)

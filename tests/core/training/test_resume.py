@@ -25,9 +25,8 @@ BASE = TrainConfig(
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is always time to write the state."""
-    monkeypatch.setattr(resume, "_EVERY_S", 0.0)
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing costs nothing, so that the state is written whenever it is time to."""
     monkeypatch.setattr(resume, "_MOST_SHARE", float("inf"))
 
 
@@ -62,7 +61,7 @@ def _in_pieces(
     raise AssertionError("it never ended")
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("free")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -94,7 +93,7 @@ def test_a_run_in_pieces_gives_the_same_bits(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("free")
 def test_a_killed_run_continues_after_its_last_epoch(data: ImageData, tmp_path: Path) -> None:
     whole = _whole(BASE, data, tmp_path / "whole")
     file = tmp_path / "state.pt"
@@ -105,7 +104,7 @@ def test_a_killed_run_continues_after_its_last_epoch(data: ImageData, tmp_path: 
     assert first + [figures(m) for m in fit(BASE, data, state_file=file)] == whole
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("free")
 def test_a_run_killed_before_its_checkpoint_still_writes_it(
     data: ImageData, tmp_path: Path
 ) -> None:
@@ -115,7 +114,7 @@ def test_a_run_killed_before_its_checkpoint_still_writes_it(
     assert (tmp_path / "late" / "card.json").is_file()
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("free")
 @pytest.mark.parametrize("damage", ["cut", "foreign", "other"])
 def test_a_file_that_is_not_this_runs_is_passed_over(
     data: ImageData, tmp_path: Path, damage: str
@@ -136,20 +135,19 @@ def test_a_file_that_is_not_this_runs_is_passed_over(
     )
 
 
-def test_the_state_is_not_written_again_where_that_would_cost_too_much(
+def test_the_state_is_not_written_where_that_would_cost_too_much(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "_LEAST_COST_S", 1e6)
+    list(fit(BASE, data, state_file=tmp_path / "state.pt"))
+    assert not (tmp_path / "state.pt").exists()
+
+
+@pytest.mark.usefixtures("free")
+def test_the_state_is_written_inside_an_epoch_when_it_is_time(
     data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "_EVERY_S", 0.0)
-    monkeypatch.setattr(resume, "_MOST_SHARE", 1e-9)
-    file = tmp_path / "state.pt"
-    list(fit(BASE, data, state_file=file))
-    assert torch.load(file, weights_only=True)["trainer"]["position"]["total_steps"] == 1
-
-
-@pytest.mark.usefixtures("always")
-def test_the_state_is_written_inside_an_epoch_when_it_is_time(
-    data: ImageData, tmp_path: Path
-) -> None:
     file = tmp_path / "state.pt"
 
     class Killed(Exception):
