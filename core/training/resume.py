@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _MOST_SHARE = 1 / 20
 # What the first write is taken to cost: a sync, and all that is written for a byte of trained
 # weights (they, the optimizer's memory, the best epoch's) on a slow disk. Assumptions.
 _LEAST_COST_S, _BYTES_PER_S = 0.02, 50e6
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError)
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, BadZipFile)
 # Where and by how many processes a run is computed does not make it another run.
 _MAY_CHANGE = ("device", "workers")
 
@@ -64,6 +65,9 @@ def _run_key(config: TrainConfig, data: ImageData) -> str:
 def _read(file: Path, run: str) -> dict[str, Any] | None:
     """Read a state; None for one that is missing, damaged or another run's."""
     try:
+        with ZipFile(file) as parts:  # PyTorch itself compares no checksums
+            if parts.testzip() is not None:
+                return None
         state = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE:
         return None

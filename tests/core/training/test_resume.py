@@ -115,7 +115,7 @@ def test_a_run_killed_before_its_checkpoint_still_writes_it(
 
 
 @pytest.mark.usefixtures("free")
-@pytest.mark.parametrize("damage", ["cut", "foreign", "other"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "other"])
 def test_a_file_that_is_not_this_runs_is_passed_over(
     data: ImageData, tmp_path: Path, damage: str
 ) -> None:
@@ -127,6 +127,10 @@ def test_a_file_that_is_not_this_runs_is_passed_over(
     run.close()
     if damage == "other":
         torch.save([1, 2], file)
+    elif damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
     elif damage == "cut":
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
