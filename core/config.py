@@ -81,6 +81,11 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
 
+    def __post_init__(self) -> None:
+        """Check that the centre crop lies inside the resized image."""
+        is_inside = self.resize_size >= self.image_size
+        check_rules(self, {"resize_size must be >= image_size": is_inside})
+
 
 @dataclass(frozen=True, slots=True, config=SECTION)
 class TrainConfig:

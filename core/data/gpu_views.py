@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.config import Preprocessing, TrainConfig
 from core.data.draws import FloatArray, IntArray, crop_boxes, eval_boxes, flips, view_draws
 from core.data.splits import Split
-from core.data.views import ViewSpec
 
 # Share of the device's free memory that images may take; the rest is the network's. Assumption.
 _MEMORY_SHARE = 0.3
 
 
-def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
+def fits_device(split: Split, augment: str, device: torch.device) -> bool:
     """Say whether a split's images fit the device and its augmentation can be done there."""
-    if spec.augment not in ("none", "standard") or device.type != "cuda":
+    if augment not in ("none", "standard") or device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
     height, width = split.store.sizes[split.indices].max(axis=0)  # images are padded to these
@@ -31,8 +31,10 @@ def fits_device(split: Split, spec: ViewSpec, device: torch.device) -> bool:
 class DeviceViews:
     """Training views, augmented by `none` or `standard`, of images in the device's memory."""
 
-    def __init__(self, split: Split, spec: ViewSpec, device: torch.device) -> None:
-        self.split, self.spec, self.device = split, spec, device
+    def __init__(
+        self, split: Split, shown: Preprocessing, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.shown, self.config, self.device = shown, config, device
         self.sizes: IntArray = split.store.sizes[split.indices]
         height, width = (int(side) for side in self.sizes.max(axis=0))
         shape = (len(split), 3, height, width)
@@ -42,9 +44,9 @@ class DeviceViews:
             h, w = self.sizes[row]
             self.pixels[row, :, :h, :w] = image.permute(2, 0, 1).to(device)
 
-    def epoch(self, seed: int, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+    def epoch(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over views of an epoch at these positions, float in [0, 255], (B, 3, S, S)."""
-        boxes, mirrored = self._boxes(seed, epoch)
+        boxes, mirrored = self._boxes(epoch)
         # One copy an epoch; whole numbers of pixels and the fractions of a resize fit 32 bits.
         table = np.concatenate([boxes, mirrored[:, None]], axis=1).astype(np.float32)
         rows = torch.from_numpy(table).to(self.device)
@@ -53,13 +55,14 @@ class DeviceViews:
             part = rows[which]
             yield self.views(which, part[:, :4], part[:, 4] > 0)
 
-    def _boxes(self, seed: int, epoch: int) -> tuple[FloatArray, FloatArray]:
-        if self.spec.augment == "none":
-            boxes = eval_boxes(self.sizes, self.spec.image_size, self.spec.resize_size)
-            return boxes, np.zeros(len(self.split))
-        draws = view_draws(len(self.split), seed, epoch)
-        crops = crop_boxes(draws, self.sizes, self.spec.crop_scale)
-        return crops.astype(np.float64), flips(draws, self.spec.flip).astype(np.float64)
+    def _boxes(self, epoch: int) -> tuple[FloatArray, FloatArray]:
+        n, config = len(self.sizes), self.config
+        if config.augment == "none":
+            boxes = eval_boxes(self.sizes, self.shown.image_size, self.shown.resize_size)
+            return boxes, np.zeros(n)
+        draws = view_draws(n, config.seed, epoch)
+        crops = crop_boxes(draws, self.sizes, config.crop_scale)
+        return crops.astype(np.float64), flips(draws, config.flip).astype(np.float64)
 
     def views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
         """Cut boxes out of images and resize them.
@@ -73,7 +76,7 @@ class DeviceViews:
             Views, rounded to whole numbers in [0, 255], float32, (B, 3, S, S).
         """
         height, width = self.pixels.shape[2:]
-        is_crop = self.spec.augment != "none"
+        is_crop = self.config.augment != "none"
         rows = self._weights(boxes[:, 0], boxes[:, 2], height, is_crop)  # (B, S, H)
         columns = self._weights(boxes[:, 1], boxes[:, 3], width, is_crop)  # (B, S, W)
         columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
@@ -90,13 +93,13 @@ class DeviceViews:
         A crop reads nothing outside its box; the evaluation view resizes the whole image first,
         so its filter may reach beyond.
         """
-        size = self.spec.image_size
+        size = self.shown.image_size
         scale = (length / size)[:, None, None]  # (B, 1, 1), image pixels per view pixel
         support = scale.clamp(min=1.0)
         out = torch.arange(size, device=self.device, dtype=start.dtype)[None, :, None] + 0.5
         centre = start[:, None, None] + out * scale  # (B, S, 1)
         pixel = torch.arange(n, device=self.device, dtype=start.dtype)[None, None] + 0.5
-        weights = _filter((pixel - centre) / support, self.spec.interpolation)
+        weights = _filter((pixel - centre) / support, self.shown.interpolation)
         if is_crop:
             inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
             weights = weights * inside

@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from core.config import Augment
+from core.config import Preprocessing, TrainConfig
 from core.data.draws import (
     FloatArray,
     IntArray,
@@ -25,94 +24,65 @@ from core.data.draws import (
 from core.data.splits import Split
 
 
-@dataclass(frozen=True, slots=True)
-class ViewSpec:
-    """How views are made.
-
-    Attributes:
-        image_size: Side of a view, pixels.
-        resize_size: Shorter side before the evaluation view's centre crop, pixels.
-        interpolation: `bilinear` or `bicubic`, antialiased.
-        augment: What the training view does.
-        crop_scale: Smallest share of the image in a random crop.
-        flip: Probability of a left-right flip.
-        rand_magnitude: RandAugment's magnitude.
-    """
-
-    image_size: int
-    resize_size: int
-    interpolation: Literal["bilinear", "bicubic"]
-    augment: Augment
-    crop_scale: float
-    flip: float
-    rand_magnitude: int
-
-    def __post_init__(self) -> None:
-        """Check that the centre crop lies inside the resized image.
-
-        Raises:
-            ValueError: It does not.
-        """
-        if self.resize_size < self.image_size:
-            raise ValueError(
-                "resize_size must be >= image_size, but got "
-                f"resize_size={self.resize_size!r} and image_size={self.image_size!r}."
-            )
-
-
-def eval_views(split: Split, positions: IntArray, spec: ViewSpec) -> Tensor:
+def eval_views(split: Split, positions: IntArray, shown: Preprocessing) -> Tensor:
     """Make evaluation views of a split's images, shorter side resized and centre cropped.
 
     Args:
         split: Images.
         positions: Which of the split's images, (B,).
-        spec: Sizes and interpolation.
+        shown: Sizes and interpolation.
 
     Returns:
         Views, uint8, (B, 3, S, S).
     """
-    views = _empty_views(len(positions), spec)
+    views = _empty_views(len(positions), shown)
     for row, position in enumerate(positions):
         image = _image(split, int(position))
-        size = resized_size(np.array([image.shape[1:]]), spec.resize_size)[0].tolist()
-        resized = functional.resize(image, size, _mode(spec), antialias=True)
-        views[row] = functional.center_crop(resized, [spec.image_size, spec.image_size])
+        size = resized_size(np.array([image.shape[1:]]), shown.resize_size)[0].tolist()
+        resized = functional.resize(image, size, _mode(shown), antialias=True)
+        views[row] = functional.center_crop(resized, [shown.image_size, shown.image_size])
     return views
 
 
-def train_views(split: Split, positions: IntArray, spec: ViewSpec, draws: FloatArray) -> Tensor:
+def train_views(
+    split: Split,
+    positions: IntArray,
+    shown: Preprocessing,
+    config: TrainConfig,
+    draws: FloatArray,
+) -> Tensor:
     """Make training views.
 
     Args:
         split: Images.
         positions: Which of the split's images, (B,).
-        spec: What a view is.
+        shown: Sizes and interpolation.
+        config: Augmentation.
         draws: The epoch's random numbers for the whole split, from `view_draws`.
 
     Returns:
         Views, uint8, (B, 3, S, S).
     """
-    if spec.augment == "none":
-        return eval_views(split, positions, spec)
+    if config.augment == "none":
+        return eval_views(split, positions, shown)
     draws = draws[positions]
-    boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], spec.crop_scale)
+    boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], config.crop_scale)
     seeds = policy_seeds(draws)
-    mirrored = flips(draws, spec.flip)
-    size = [spec.image_size, spec.image_size]
-    policy = _policy(spec)
-    views = _empty_views(len(positions), spec)
+    mirrored = flips(draws, config.flip)
+    size = [shown.image_size, shown.image_size]
+    policy = _policy(config)
+    views = _empty_views(len(positions), shown, is_plain=policy is not None)
     for row, position in enumerate(positions):
         crop = _image(split, int(position), boxes[row])
-        view = functional.resize(crop, size, _mode(spec), antialias=True)
+        view = functional.resize(crop, size, _mode(shown), antialias=True)
         view = view.flip(-1) if mirrored[row] else view
         views[row] = _apply_seeded(policy, view, int(seeds[row])) if policy else view
     return views
 
 
-def _empty_views(n: int, spec: ViewSpec) -> Tensor:
+def _empty_views(n: int, shown: Preprocessing, *, is_plain: bool = False) -> Tensor:
     """Return memory for n views, laid out as they come, which spares a transposing copy."""
-    shape = (n, 3, spec.image_size, spec.image_size)
-    is_plain = spec.augment in ("trivial", "rand")
+    shape = (n, 3, shown.image_size, shown.image_size)
     layout = torch.contiguous_format if is_plain else torch.channels_last
     return torch.empty(shape, dtype=torch.uint8, memory_format=layout)
 
@@ -126,16 +96,16 @@ def _image(split: Split, position: int, box: IntArray | None = None) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
-def _mode(spec: ViewSpec) -> InterpolationMode:
-    bicubic = spec.interpolation == "bicubic"
+def _mode(shown: Preprocessing) -> InterpolationMode:
+    bicubic = shown.interpolation == "bicubic"
     return InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
 
 
-def _policy(spec: ViewSpec) -> Any:
+def _policy(config: TrainConfig) -> Any:
     """Return what is done to a view after crop and flip, if anything."""
-    if spec.augment == "trivial":
+    if config.augment == "trivial":
         return v2.TrivialAugmentWide()
-    return v2.RandAugment(magnitude=spec.rand_magnitude) if spec.augment == "rand" else None
+    return v2.RandAugment(magnitude=config.rand_magnitude) if config.augment == "rand" else None
 
 
 def _apply_seeded(transform: Any, view: Tensor, seed: int) -> Tensor:
@@ -153,18 +123,16 @@ _Key = tuple[int, IntArray]  # a batch: its epoch and its images' positions
 class _TrainViews(Dataset[Tensor]):
     """Makes batches by key; keeps the current epoch's draws."""
 
-    def __init__(self, split: Split, spec: ViewSpec, seed: int) -> None:
-        self.split = split
-        self.spec = spec
-        self.seed = seed
+    def __init__(self, split: Split, shown: Preprocessing, config: TrainConfig) -> None:
+        self.split, self.shown, self.config = split, shown, config
         self._epoch = -1
 
     def __getitem__(self, key: _Key) -> Tensor:
         epoch, positions = key
         if epoch != self._epoch:
             self._epoch = epoch
-            self._draws = view_draws(len(self.split), self.seed, epoch)
-        return train_views(self.split, positions, self.spec, self._draws)
+            self._draws = view_draws(len(self.split), self.config.seed, epoch)
+        return train_views(self.split, positions, self.shown, self.config, self._draws)
 
 
 class Loader:
@@ -174,13 +142,15 @@ class Loader:
 
     Args:
         split: Images.
-        spec: How views are made.
-        seed: Seed of the run.
+        shown: Sizes and interpolation.
+        config: Augmentation and seed.
         workers: Loader processes; 0 makes views in this one.
     """
 
-    def __init__(self, split: Split, spec: ViewSpec, seed: int, workers: int) -> None:
-        self._views = _TrainViews(split, spec, seed)
+    def __init__(
+        self, split: Split, shown: Preprocessing, config: TrainConfig, workers: int
+    ) -> None:
+        self._views = _TrainViews(split, shown, config)
         self._workers = workers
         self._keys: list[_Key] = []  # the epoch's; the loader reads them at each iteration
         self._loader: DataLoader[Tensor] | None = None

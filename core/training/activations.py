@@ -118,22 +118,27 @@ class Activations:
         return rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows
 
     def _train_rows(self, epoch: int) -> Callable[[Tensor], Tensor]:
-        spec, split = self._views.spec, self._data.train
-        if spec.augment == "none":  # the evaluation view, the same in every epoch
+        config, shown, split = self._config, self._views.shown, self._data.train
+        if config.augment == "none":  # the evaluation view, the same in every epoch
             return self.evaluation_rows(split)
-        is_rand = spec.augment == "rand"
         view = (
-            (spec.image_size, spec.interpolation, spec.augment, spec.crop_scale, spec.flip),
-            spec.rand_magnitude if is_rand else None,
+            (
+                shown.image_size,
+                shown.interpolation,
+                config.augment,
+                config.crop_scale,
+                config.flip,
+            ),
+            config.rand_magnitude if config.augment == "rand" else None,
             self._views.is_made_on_device,
-            (self._config.seed, epoch),
+            (config.seed, epoch),
         )
         return self._rows(split, view, lambda chunks: self._views.train_inputs(epoch, chunks))
 
     def evaluation_rows(self, split: Split) -> Callable[[Tensor], Tensor]:
         """Return what gives the rows of a split's evaluation views at some positions."""
-        spec = self._views.spec
-        view = (spec.image_size, spec.resize_size, spec.interpolation)
+        shown = self._views.shown
+        view = (shown.image_size, shown.resize_size, shown.interpolation)
         return self._rows(split, view, lambda chunks: self._views.eval_inputs(split, chunks))
 
     def _rows(

@@ -10,7 +10,7 @@ from core.config import Preprocessing, TrainConfig
 from core.data.draws import IntArray, batch_positions, epoch_order
 from core.data.gpu_views import DeviceViews, fits_device
 from core.data.splits import ImageData, Split
-from core.data.views import Loader, ViewSpec, eval_views
+from core.data.views import Loader, eval_views
 from core.device import usable_cores
 
 # Larger batches evaluate no faster on two cores, and 256 keep an H200 busy at 224 px (assumption).
@@ -18,19 +18,6 @@ _EVAL_BATCH = {"cpu": 64, "cuda": 256}
 # Evaluation views are the same in every epoch; up to this many bytes of them are kept.
 _KEPT_EVAL_BYTES = 1 << 30
 _MOST_WORKERS = 8
-
-
-def view_spec(config: TrainConfig, shown: Preprocessing) -> ViewSpec:
-    """Return how a run's views are made."""
-    return ViewSpec(
-        image_size=shown.image_size,
-        resize_size=shown.resize_size,
-        interpolation=shown.interpolation,
-        augment=config.augment,
-        crop_scale=config.crop_scale,
-        flip=config.flip,
-        rand_magnitude=config.rand_magnitude,
-    )
 
 
 class Normalizer:
@@ -63,12 +50,11 @@ class Views:
     def __init__(
         self, config: TrainConfig, shown: Preprocessing, data: ImageData, device: torch.device
     ) -> None:
-        self.spec = view_spec(config, shown)
-        self.device = device
+        self.shown, self.device = shown, device
         self.normalize = Normalizer(shown, device)
         self.val_labels = data.val.labels
         self.steps_per_epoch = len(batch_positions(np.arange(len(data.train)), config.batch_size))
-        self.is_made_on_device = fits_device(data.train, self.spec, device)
+        self.is_made_on_device = fits_device(data.train, config.augment, device)
         self._data, self._config = data, config
         self._labels = torch.from_numpy(data.train.labels)
         self._loader: Loader | None = None
@@ -89,22 +75,22 @@ class Views:
 
     def train_inputs(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over the inputs of an epoch's training views at these positions."""
-        split, seed = self._data.train, self._config.seed
+        split, config = self._data.train, self._config
         split.store.mark_used()
         if self.is_made_on_device:
             if self._device_views is None:
-                self._device_views = DeviceViews(split, self.spec, self.device)
-            yield from map(self.normalize, self._device_views.epoch(seed, epoch, batches))
+                self._device_views = DeviceViews(split, self.shown, config, self.device)
+            yield from map(self.normalize, self._device_views.epoch(epoch, batches))
             return
         if self._loader is None:
-            workers = default_workers(self._config.workers, self.device)
-            self._loader = Loader(split, self.spec, seed, workers)
+            workers = default_workers(config.workers, self.device)
+            self._loader = Loader(split, self.shown, config, workers)
         yield from map(self.normalize, self._loader.epoch(epoch, batches))
 
     def eval_inputs(self, split: Split, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over the inputs of a split's evaluation views at these positions."""
         for positions in batches:
-            yield self.normalize(eval_views(split, positions, self.spec))
+            yield self.normalize(eval_views(split, positions, self.shown))
 
     def val(self) -> Iterator[Tensor]:
         """Iterate over the validation split's inputs in its order."""
@@ -112,8 +98,8 @@ class Views:
             yield from map(self.normalize, self._kept_val)
             return
         kept = []
-        size = len(self.val_labels) * 3 * self.spec.image_size**2
-        for images in eval_batches(self._data.val, self.spec, self.device):
+        size = len(self.val_labels) * 3 * self.shown.image_size**2
+        for images in eval_batches(self._data.val, self.shown, self.device):
             if size <= _KEPT_EVAL_BYTES:
                 images = images.to(self.device)
                 kept.append(images)
@@ -126,10 +112,10 @@ def in_order(n: int, size: int) -> list[IntArray]:
     return [np.arange(at, min(at + size, n)) for at in range(0, n, size)]
 
 
-def eval_batches(split: Split, spec: ViewSpec, device: torch.device) -> Iterator[Tensor]:
+def eval_batches(split: Split, shown: Preprocessing, device: torch.device) -> Iterator[Tensor]:
     """Iterate over a split's evaluation views, uint8, on the CPU."""
     for positions in in_order(len(split), _EVAL_BATCH.get(device.type, 64)):
-        yield eval_views(split, positions, spec)
+        yield eval_views(split, positions, shown)
 
 
 def default_workers(workers: int | None, device: torch.device) -> int:

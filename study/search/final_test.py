@@ -8,7 +8,7 @@ import torch
 from core.data.splits import ImageData, Split
 from core.device import amp_dtype, choose_device
 from core.metrics import Evaluation
-from core.training.batches import Normalizer, eval_batches, view_spec
+from core.training.batches import Normalizer, eval_batches
 from core.training.checkpoint import load_checkpoint
 from core.training.trainer import evaluate
 from study.config.errors import ConfigError
@@ -104,8 +104,8 @@ def _test_split(study: Study, data: ImageData) -> Split:
 def _evaluate(config: StudyConfig, split: Split, trial: Trial) -> Evaluation:
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     device = choose_device(config.train.device)
-    spec = view_spec(card.config, card.preprocessing)
-    batches = map(Normalizer(card.preprocessing, device), eval_batches(split, spec, device))
+    shown = card.preprocessing
+    batches = map(Normalizer(shown, device), eval_batches(split, shown, device))
     dtype = amp_dtype(card.config.amp, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         return evaluate(model.to(device), batches, split.labels)

@@ -1,8 +1,7 @@
 import pytest
 
-from core.config import DataConfig
+from core.config import DataConfig, Preprocessing
 from core.data.splits import ImageData, load_data
-from core.data.views import ViewSpec
 from support import make_folder
 
 
@@ -16,13 +15,5 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
 
 
 @pytest.fixture(scope="session")
-def spec() -> ViewSpec:
-    return ViewSpec(
-        image_size=24,
-        resize_size=28,
-        interpolation="bilinear",
-        augment="standard",
-        crop_scale=0.35,
-        flip=0.5,
-        rand_magnitude=9,
-    )
+def shown() -> Preprocessing:
+    return Preprocessing(24, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from core.config import Preprocessing, TrainConfig
 from core.data.draws import IntArray, batch_positions, epoch_order, view_draws
 from core.data.splits import ImageData
-from core.data.views import Loader, ViewSpec, eval_views, train_views
+from core.data.views import Loader, eval_views, train_views
 
 
 def _batches(data: ImageData, epoch: int, size: int) -> list[IntArray]:
@@ -17,10 +18,10 @@ def _batches(data: ImageData, epoch: int, size: int) -> list[IntArray]:
 @pytest.mark.parametrize("augment", ["standard", "trivial", "rand", "none"])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_views_are_the_same_with_any_number_of_workers(
-    noise: ImageData, spec: ViewSpec, augment: str, workers: int
+    noise: ImageData, shown: Preprocessing, augment: str, workers: int
 ) -> None:
-    spec = replace(spec, augment=augment)
-    alone, helped = Loader(noise.train, spec, 7, 0), Loader(noise.train, spec, 7, workers)
+    config = TrainConfig(augment=augment, seed=7)
+    alone, helped = (Loader(noise.train, shown, config, n) for n in (0, workers))
     next(helped.epoch(5, _batches(noise, 5, 8)))  # an epoch left early does not spoil the next
     for epoch in (0, 1):
         batches = _batches(noise, epoch, 8)
@@ -28,48 +29,50 @@ def test_views_are_the_same_with_any_number_of_workers(
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
-def test_views_are_the_same_in_any_batch_and_order(noise: ImageData, spec: ViewSpec) -> None:
-    n = len(noise.train)
-    views = train_views(noise.train, np.arange(n), spec, view_draws(n, 7, 3))
-    backwards = train_views(noise.train, np.arange(n)[::-1], spec, view_draws(n, 7, 3)).flip(0)
-    assert torch.equal(views, backwards)
+def test_views_are_the_same_in_any_batch_and_order(noise: ImageData, shown: Preprocessing) -> None:
+    n, config = len(noise.train), TrainConfig(seed=7)
+    views, backwards = (
+        train_views(noise.train, positions, shown, config, view_draws(n, 7, 3))
+        for positions in (np.arange(n), np.arange(n)[::-1])
+    )
+    assert torch.equal(views, backwards.flip(0))
     for size in (4, 13):
         batches = _batches(noise, 3, size)
-        made = Loader(noise.train, spec, 7, 0).epoch(3, batches)
+        made = Loader(noise.train, shown, config, 0).epoch(3, batches)
         for positions, batch in zip(batches, made, strict=True):
             assert torch.equal(batch, views[torch.from_numpy(positions)])
 
 
-def test_every_epoch_and_seed_has_other_views(noise: ImageData, spec: ViewSpec) -> None:
+def test_every_epoch_and_seed_has_other_views(noise: ImageData, shown: Preprocessing) -> None:
     first, *others = (
-        train_views(noise.train, np.arange(6), spec, view_draws(len(noise.train), *key))
-        for key in ((0, 0), (0, 1), (1, 0))
+        train_views(noise.train, np.arange(6), shown, TrainConfig(), draws)
+        for draws in (view_draws(len(noise.train), *key) for key in ((0, 0), (0, 1), (1, 0)))
     )
     assert not any(torch.equal(first, views) for views in others)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_views_leave_the_global_generators_alone(
-    noise: ImageData, spec: ViewSpec, workers: int, monkeypatch: pytest.MonkeyPatch
+    noise: ImageData, shown: Preprocessing, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded the GPU"))
     before = torch.random.get_rng_state()
-    loader = Loader(noise.train, replace(spec, augment="rand"), 7, workers)
+    loader = Loader(noise.train, shown, TrainConfig(augment="rand", seed=7), workers)
     for epoch in (0, 1):
         list(loader.epoch(epoch, _batches(noise, epoch, 8)))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_evaluation_view_is_torchvisions_resize_and_centre_crop(
-    noise: ImageData, spec: ViewSpec
+    noise: ImageData, shown: Preprocessing
 ) -> None:
-    views = eval_views(noise.val, np.arange(len(noise.val)), spec)
+    views = eval_views(noise.val, np.arange(len(noise.val)), shown)
     reference = v2.Compose([v2.Resize(28, antialias=True), v2.CenterCrop(24)])
     for row, index in enumerate(noise.val.indices):
         image = torch.from_numpy(np.array(noise.val.store.image(int(index)))).permute(2, 0, 1)
         assert torch.equal(views[row], reference(image))
 
 
-def test_a_centre_crop_beyond_the_image_is_refused(spec: ViewSpec) -> None:
+def test_a_centre_crop_beyond_the_image_is_refused(shown: Preprocessing) -> None:
     with pytest.raises(ValueError, match="resize_size must be >= image_size, but got resize_si"):
-        replace(spec, resize_size=20)
+        replace(shown, resize_size=20)
