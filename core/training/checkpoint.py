@@ -119,5 +119,4 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
         labels=evaluation.labels,
         predicted=evaluation.predicted,
         probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),
-        confusion=evaluation.confusion,
     )

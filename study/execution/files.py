@@ -51,15 +51,14 @@ class TrialFiles:
     def record(self, row: Trial) -> str | None:
         """Record what a complete trial predicts; return its checkpoint's folder if it is kept.
 
-        Of a search's best trial so far, its confusion matrix and its worst images are recorded,
-        too. It comes before the trial ends: what a kill prevents is then done again.
+        Of a search's best trial so far, its worst images are recorded, too. It comes before the
+        trial ends: what a kill prevents is then done again.
         """
         folder, record = self.checkpoint(row.number), self._session.record
         with np.load(folder / PREDICTIONS_FILE) as saved:
             labels, predicted = saved["labels"], saved["predicted"]
             record.add_predictions(row.id, "val", labels.tolist(), predicted.tolist())
             if self._keep_best and all(row.rank < other.rank for other in self._kept):
-                record.add_confusion(row.id, "val", saved["confusion"].tolist())
                 self._record_worst(row.id, labels, predicted, saved["probability"])
         return None if self._keep_best == 0 else str(folder)
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from study.record.models import EPOCHS, Confusion, Misclassified, Prediction, Trial
+from study.record.models import EPOCHS, Misclassified, Prediction, Trial
 from study.record.record import EPOCH_FIELDS, Record, unpack_classes
 
 if TYPE_CHECKING:
@@ -57,16 +57,6 @@ def read_epochs(store: Record, name: str) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["number", *columns])
 
 
-def read_confusion(
-    store: Record, name: str, number: int, split: str = "val"
-) -> NDArray[np.int64] | None:
-    """Read a trial's confusion matrix, (K, K), rows the truth; None if it was not kept."""
-    trial = store.trial(store.study(name).id, number)
-    with Session(store.engine) as session:
-        row = session.get(Confusion, (trial.id, split))
-    return None if row is None else np.array(row.matrix, dtype=np.int64)
-
-
 def read_misclassified(store: Record, name: str, number: int) -> list[Misclassified]:
     """Read the images that a trial classified wrongly, the worst first."""
     trial = store.trial(store.study(name).id, number)
@@ -76,9 +66,15 @@ def read_misclassified(store: Record, name: str, number: int) -> list[Misclassif
 
 
 def read_predictions(
-    store: Record, name: str, split: str = "val"
+    store: Record, name: str, split: str = "val", number: int | None = None
 ) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Read what a study's trials predict for each image of a split.
+
+    Args:
+        store: The record.
+        name: The study.
+        split: `val` or `test`.
+        number: This trial alone.
 
     Returns:
         Trial number -> true and predicted class numbers, (N,) each; trials without are left out.
@@ -88,8 +84,18 @@ def read_predictions(
         .join(Trial, Trial.id == Prediction.trial_id)
         .where(Trial.study_id == store.study(name).id, Prediction.split == split)
     )
+    if number is not None:
+        query = query.where(Trial.number == number)
     with Session(store.engine) as session:
         return {
-            number: (np.array(unpack_classes(labels)), np.array(unpack_classes(predicted)))
-            for number, labels, predicted in session.execute(query)
+            trial: (np.array(unpack_classes(labels)), np.array(unpack_classes(predicted)))
+            for trial, labels, predicted in session.execute(query)
         }
+
+
+def read_confusion(store: Record, name: str, number: int) -> NDArray[np.int64] | None:
+    """Count a trial's validation images by class, (K, K), rows the truth; None if unknown."""
+    for labels, predicted in read_predictions(store, name, number=number).values():
+        n = len(store.study(name).data["classes"])
+        return np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
+    return None

@@ -253,15 +253,6 @@ EPOCHS = Table(
 """One row per epoch of a trial; the columns are the fields of `EpochMetrics`, which is the row."""
 
 
-class Confusion(Base, kw_only=True):
-    """A trial's confusion matrix on a split, (K, K): rows are true, columns predicted classes."""
-
-    __tablename__ = f"{PREFIX}confusions"
-    trial_id: Mapped[OfTrial] = mapped_column(primary_key=True)
-    split: Mapped[str] = mapped_column(primary_key=True)
-    matrix: Mapped[list[list[int]]]
-
-
 class Prediction(Base, kw_only=True):
     """What a trial predicts for every image of a split: class numbers, packed."""
 

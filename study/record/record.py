@@ -30,7 +30,6 @@ from study.record.database import (
 from study.record.models import (
     EPOCHS,
     Base,
-    Confusion,
     Design,
     Json,
     Misclassified,
@@ -321,11 +320,6 @@ class Record(AbstractContextManager["Record"]):
             return [EpochMetrics(*row) for row in session.execute(query)]
 
     # Predictions and tests
-
-    def add_confusion(self, trial_id: int, split: str, matrix: list[list[int]]) -> None:
-        """Keep a trial's confusion matrix on a split; it replaces an earlier one."""
-        with self._writing() as session:
-            session.merge(Confusion(trial_id=trial_id, split=split, matrix=matrix))
 
     def add_misclassified(self, trial_id: int, rows: Sequence[Misclassified]) -> None:
         """Keep the images that a trial classified wrongly; they replace earlier ones."""

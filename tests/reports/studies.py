@@ -217,15 +217,14 @@ def thumbnail(seed: int, size: tuple[int, int] = (96, 72)) -> bytes:
 def add_results(
     store: Record, name: str, number: int, classes: Sequence[str], n_wrong: int
 ) -> None:
-    """Give a trial a confusion matrix and worst images, as a finished one has."""
+    """Give a trial predictions and worst images, as a finished one has."""
     rng = np.random.default_rng(3)
     k = len(classes)
-    matrix = np.diag(rng.integers(20, 36, k))
-    for _ in range(n_wrong):
-        i, j = rng.choice(k, 2, replace=False)
-        matrix[i, j] += 1
+    right = np.repeat(np.arange(k), rng.integers(20, 36, k))
+    wrong = [rng.choice(k, 2, replace=False) for _ in range(n_wrong)]
+    labels, predicted = np.concatenate([np.stack([right, right], axis=1), wrong]).T.tolist()
     trial = store.trial(store.study(name).id, number)
-    store.add_confusion(trial.id, "val", matrix.tolist())
+    store.add_predictions(trial.id, "val", labels, predicted)
     rows = []
     for rank in range(min(12, n_wrong)):
         i, j = rng.choice(k, 2, replace=False)

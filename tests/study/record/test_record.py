@@ -130,18 +130,18 @@ def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
         trial_id=trial, split="val", rank=0, path="a/1.jpg", label="a", predicted="b",
         probability=0.1, thumbnail=b"jpeg",
     )  # fmt: skip
-    for labels in ([0, 1, 1], [70_000, 1, 0]):
-        store.add_confusion(trial, "val", [[3, 1], [0, 4]])
+    for labels in ([0, 1, 1], [1, 1, 0]):
         store.add_misclassified(trial, [dataclasses.replace(row)])
         store.add_predictions(trial, "val", labels, [0, 0, 1])
     ((true, predicted),) = read_predictions(store, "photos").values()
-    assert (true.tolist(), predicted.tolist()) == ([70_000, 1, 0], [0, 0, 1])
+    assert (true.tolist(), predicted.tolist()) == ([1, 1, 0], [0, 0, 1])
     assert read_predictions(store, "photos", "test") == {}
+    store.add_predictions(trial, "test", [70_000], [0])
+    assert read_predictions(store, "photos", "test")[0][0] == [70_000]
     assert read_misclassified(store, "photos", 0) == [row]
     confusion = read_confusion(store, "photos", 0)
     assert confusion is not None
-    assert confusion.tolist() == [[3, 1], [0, 4]]
-    assert read_confusion(store, "photos", 0, "test") is None
+    assert confusion.tolist() == [[0, 1], [2, 0]]
 
 
 def test_a_test_has_its_wilson_interval(store: Record) -> None:
@@ -162,7 +162,7 @@ def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
     for name in ("photos", "other"):
         trial = _trial(store, *_study(store, name), 0)
         _epochs(store, trial, 0.5)
-        store.add_confusion(trial.id, "val", [[1]])
+        store.add_predictions(trial.id, "val", [0], [0])
     store.delete_study("photos")
     assert [row.name for row in store.studies()] == ["other"]
     assert len(read_epochs(store, "other")) == 1
