@@ -1,14 +1,12 @@
-"""What a user sees in a terminal while a study runs: a live table, or plain lines."""
+"""What a user sees while a study runs: plain lines, or in a terminal lines that are redrawn."""
 
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from study.config.formatting import format_accuracy, format_duration, format_params
@@ -30,129 +28,112 @@ _DATA_EVERY_S = 10.0
 _REFRESH_PER_S = 2.0
 
 
-@dataclass(slots=True)
-class _Running:
-    """A trial under way."""
+class PlainProgress(Progress):
+    """Lines for a log file or a pipe."""
 
-    started: TrialStarted
-    done: int = 0
-    accuracy: float | None = None
-    best: float | None = None
-
-    @property
-    def settings(self) -> str:
-        return format_params(self.started.params) or "as configured"
-
-
-class _Board(Progress):
-    """The state of a study as far as its events say."""
-
-    def __init__(self) -> None:
-        self.study = StudyStarted("", 0, Counts())
-        self.counts = Counts()
-        self.best: tuple[float, float] | None = None  # score, value
-        self.begin = 0.0
-        self.running: dict[int, _Running] = {}
+    def __init__(self, out: TextIO | None = None) -> None:
+        """Write to a stream; None for standard output."""
+        self._out = out or sys.stdout
+        self._data_shown_at = 0.0
+        self._study = StudyStarted("", 0, Counts())
+        self._counts = Counts()
+        self._best: tuple[float, float] | None = None  # score, value
+        self._begin = 0.0
+        self._trial = TrialStarted(-1, "", {}, 0)
 
     def emit(self, event: Event) -> None:
-        """Take an event in."""
+        """Show an event; decoding only every ten seconds."""
         match event:
+            case DataProgress(done, total):
+                self._show_decoding(done, total)
+            case Note(text):
+                self._keep(text, style="yellow")
             case StudyStarted():
-                self.study, self.counts, self.begin = event, event.counts, time.monotonic()
+                self._study, self._counts, self._begin = event, event.counts, time.monotonic()
                 self._add(event.best, event.best_score)
-            case TrialStarted():
-                self.running[event.trial] = _Running(event)
+                self._show("study", self._summary())
+            case TrialStarted(number, origin, params):
+                self._trial = event
+                settings = format_params(params) or "as configured"
+                self._show("trial", f"trial {number:>3}  {origin}: {settings}")
+                self._show("epoch", "")
             case EpochEnded(number, metrics):
-                trial = self.running[number]
-                trial.done, trial.accuracy = metrics.epoch + 1, metrics.val_acc
-                if metrics.is_best:
-                    trial.best = metrics.val_acc
+                self._show(
+                    "epoch",
+                    f"trial {number:>3}  epoch {metrics.epoch + 1:>2}/{self._trial.epochs}"
+                    f"  accuracy {format_accuracy(metrics.val_acc):>7}"
+                    f"  loss {metrics.val_loss:.3f} (training {metrics.train_loss:.3f})"
+                    f"  {metrics.images_per_s:.0f} images/s",
+                )
             case TrialEnded():
-                trial = self.running.pop(event.trial)
-                if event.state != "stopped" and not trial.started.origin.startswith(COPY):
-                    n = getattr(self.counts, event.state) + 1
-                    self.counts = dataclasses.replace(self.counts, **{event.state: n})
-                if event.state == "complete":
-                    self._add(event.value, event.score)
+                self._end(event)
+
+    def _end(self, event: TrialEnded) -> None:
+        if event.state != "stopped" and not self._trial.origin.startswith(COPY):
+            n = getattr(self._counts, event.state) + 1
+            self._counts = dataclasses.replace(self._counts, **{event.state: n})
+        if event.state == "complete":
+            self._add(event.value, event.score)
+        line = f"trial {event.trial:>3}  {event.state:<8}  {format_accuracy(event.value):>7}"
+        line += f"  {format_duration(event.duration_s):>9}"
+        line += f"  {event.reason}" if event.reason else ""
+        settings = format_params(self._trial.params)
+        self._keep(line, settings, style="red" if event.state == "failed" else "")
+        self._show("trial", "")
+        self._show("epoch", "")
+        self._show("study", self._summary())
 
     def _add(self, value: float | None, score: float | None) -> None:
         if value is not None:
             score = value if score is None else score
-            if self.best is None or score > self.best[0]:
-                self.best = score, value
+            if self._best is None or score > self._best[0]:
+                self._best = score, value
 
-    def summary(self) -> str:
+    def _summary(self) -> str:
         """Return the counts, the best accuracy, the pace and the time left, in one line."""
-        counts, target, (score, value) = self.counts, self.study.target, self.best or (None, None)
+        counts, target, (score, value) = (
+            self._counts,
+            self._study.target,
+            self._best or (None,) * 2,
+        )
         parts = [
             f"{counts.finished} of {target} trials",
             f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
             f"best {'' if score == value else 'by loss '}{format_accuracy(value)}",
         ]
-        here = counts.finished - self.study.counts.finished
+        here = counts.finished - self._study.counts.finished
         if here > 0:
-            each = (time.monotonic() - self.begin) / here
+            each = (time.monotonic() - self._begin) / here
             left = max(0, target - counts.finished) * each
             parts.append(f"{3600 / max(each, 1e-9):.0f} trials/h")
             parts.append(f"about {format_duration(left)} left")
-        return f"{self.study.study}: " + " · ".join(parts)
+        return f"study {self._study.study}: " + " · ".join(parts)
 
+    def _show_decoding(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self._data_shown_at = self._data_shown_at or now
+        if now - self._data_shown_at >= _DATA_EVERY_S:
+            self._data_shown_at = now
+            self._show("data", f"decoding images: {done} of {total}")
 
-def _ended_line(event: TrialEnded) -> str:
-    line = f"trial {event.trial:>3}  {event.state:<8}  {format_accuracy(event.value):>7}"
-    line += f"  {format_duration(event.duration_s):>9}"
-    return f"{line}  {event.reason}" if event.reason else line
+    def _show(self, name: str, text: str) -> None:
+        """Show what holds now, in place of what was shown by this name, where that can be."""
+        if text:
+            self._keep(text)
 
-
-class PlainProgress(_Board):
-    """Lines for a log file or a pipe."""
-
-    def __init__(self, out: TextIO | None = None) -> None:
-        """Write to a stream; None for standard output."""
-        super().__init__()
-        self._out = out or sys.stdout
-        self._data_shown_at = 0.0
-
-    def _print(self, text: str) -> None:
+    def _keep(self, text: str, settings: str = "", *, style: str = "") -> None:
+        """Show what stays on the screen; `settings` where they would scroll away with a trial."""
         print(text, file=self._out, flush=True)
 
-    def emit(self, event: Event) -> None:
-        """Print an event; decoding only every ten seconds."""
-        super().emit(event)
-        match event:
-            case StudyStarted():
-                self._print(f"study {self.summary()}")
-            case Note(text):
-                self._print(text)
-            case DataProgress(done, total):
-                now = time.monotonic()
-                self._data_shown_at = self._data_shown_at or now
-                if now - self._data_shown_at >= _DATA_EVERY_S:
-                    self._data_shown_at = now
-                    self._print(f"decoding images: {done} of {total}")
-            case TrialStarted(number, origin):
-                self._print(f"trial {number:>3}  {origin}: {self.running[number].settings}")
-            case EpochEnded(number, metrics):
-                trial = self.running[number]
-                self._print(
-                    f"trial {number:>3}  epoch {trial.done:>2}/{trial.started.epochs}"
-                    f"  accuracy {format_accuracy(metrics.val_acc):>7}"
-                    f"  loss {metrics.val_loss:.3f} (training {metrics.train_loss:.3f})"
-                    f"  {metrics.images_per_s:.0f} images/s"
-                )
-            case TrialEnded():
-                self._print(_ended_line(event))
-                self._print(f"study {self.summary()}")
 
-
-class LiveProgress(_Board):
-    """A table of the running trials that is drawn over itself; ended trials scroll away above."""
+class LiveProgress(PlainProgress):
+    """The running trial and the study, drawn over themselves; ended trials scroll away above."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Draw on a console; None for standard output."""
         super().__init__()
         self.console = console or Console()
-        self._decoding: DataProgress | None = None
+        self._lines: dict[str, str] = {}
         self._live = Live(
             console=self.console,
             get_renderable=self.render,
@@ -160,51 +141,21 @@ class LiveProgress(_Board):
             transient=True,
         )
 
-    def render(self) -> Group:
+    def render(self) -> Text:
         """Return what the terminal shows now."""
-        parts: list[Table | Text] = []
-        if self._decoding:
-            parts.append(Text(f"decoding images: {self._decoding.done} of {self._decoding.total}"))
-        if self.running:
-            parts.append(self._table())
-        if self.study.study:
-            parts.append(Text(self.summary(), style="bold"))
-        return Group(*parts)
+        return Text(
+            "\n".join(filter(None, map(self._lines.get, ("data", "trial", "epoch", "study"))))
+        )
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False)
-        for name in ("trial", "epoch", "accuracy", "best"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("from", no_wrap=True)
-        table.add_column("settings")
-        for number, trial in self.running.items():
-            table.add_row(
-                str(number),
-                f"{trial.done}/{trial.started.epochs}",
-                format_accuracy(trial.accuracy),
-                format_accuracy(trial.best),
-                Text(trial.started.origin),
-                Text(trial.settings),
-            )
-        return table
+    def _show_decoding(self, done: int, total: int) -> None:
+        self._show("data", f"decoding images: {done} of {total}" if done < total else "")
 
-    def emit(self, event: Event) -> None:
-        """Change the table, or print above it."""
-        match event:
-            case Note(text):
-                self.console.print(Text(text, style="yellow"))
-            case DataProgress(done, total):
-                self._decoding = event if done < total else None
-                self._live.start()
-            case StudyStarted():
-                self._decoding = None
-                self._live.start()
-            case TrialEnded(number, state):
-                trial = self.running.get(number)
-                settings = format_params(trial.started.params) if trial else ""
-                style = "red" if state == "failed" else ""
-                self.console.print(Text(f"{_ended_line(event)}  {settings}".rstrip(), style=style))
-        super().emit(event)
+    def _show(self, name: str, text: str) -> None:
+        self._lines[name] = text
+        self._live.start()
+
+    def _keep(self, text: str, settings: str = "", *, style: str = "") -> None:
+        self.console.print(Text(f"{text}  {settings}".rstrip(), style=style))
 
     def close(self) -> None:
         """Stop drawing."""
