@@ -68,6 +68,11 @@ class ImageData:
     warnings: tuple[str, ...]
 
 
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of decoded images and of the arrays that runs share."""
+    return Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
+
+
 def load_data(
     config: DataConfig, store_size: int, progress: Callable[[int, int], None] | None = None
 ) -> ImageData:
@@ -83,8 +88,8 @@ def load_data(
     """
     found = find_images(config)
     notes = found.warnings
-    cache = Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
-    store = build_store(found.images, config.store_size or store_size, cache, progress)
+    size = config.store_size or store_size
+    store = build_store(found.images, size, cache_folder(config), progress)
     images = _readable(found.images, store.broken, config.skip_unreadable, notes)
     parts = _split(images, config, notes)
     absent = sorted(set(found.classes) - {image.label for image in parts["train"]})

@@ -181,11 +181,10 @@ def _stages(backbone: str, image_size: int, is_pretrained: bool) -> Stages:
     return find_stages(network.model, network.head, image_size)
 
 
-def count_parameters(
-    backbone: str, weights: str, image_size: int | None, depth: int, n_classes: int
-) -> tuple[int, int]:
-    """Return how many scalars a freeze level trains, and how many the network has."""
-    side = input_of(backbone, weights, image_size).image_size
+def count_parameters(config: TrainConfig, n_classes: int) -> tuple[int, int]:
+    """Return how many scalars a run trains, and how many its network has."""
+    backbone, weights, depth = config.backbone, config.weights, config.freeze_depth
+    side = input_of(backbone, weights, config.image_size).image_size
     sizes = list(_stages(backbone, side, weights_.resolve(backbone, weights) != "none").sizes)
     # The stages were measured with the source's classes; a head's size goes with its classes.
     sizes[MAX_FREEZE_DEPTH] = sizes[MAX_FREEZE_DEPTH] * n_classes // _SOURCE_CLASSES

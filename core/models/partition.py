@@ -12,6 +12,7 @@ from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.models.builder import Network
 from core.models.freeze_stages import freeze_batch_norms, train_mode
 from core.models.fx_graph import trace_nodes
+from core.models.sources import BackboneError
 
 # Numbers beside the tensor must be the same for both, or they depend on the batch.
 _PROBE_BATCHES = (2, 3)
@@ -133,14 +134,14 @@ def cut_head(network: Network, config: TrainConfig) -> Partition:
     """Cut a network before its head, which is to be solved.
 
     Raises:
-        ValueError: The head is not one linear layer.
+        BackboneError: The head is not one linear layer.
     """
     part = cut(network, replace(config, freeze_depth=MAX_FREEZE_DEPTH))
     if part is None or not part.is_linear:
         remedy = "train.head_solver=sgd"
         if config.head_init == "solved":
             remedy += " --set train.head_init=default"
-        raise ValueError(
+        raise BackboneError(
             "train.backbone must have a head of one linear layer where the head is solved, but "
             f"got backbone={config.backbone!r}. Train it by steps (--set {remedy})."
         )

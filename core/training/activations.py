@@ -60,7 +60,7 @@ def evaluation_features(
     They are of evaluation views, from the network below its head at any freeze level.
 
     Raises:
-        ValueError: The head is not one linear layer.
+        BackboneError: The head is not one linear layer.
     """
     config = replace(config, freeze_depth=MAX_FREEZE_DEPTH)
     part = cut_head(network, config)

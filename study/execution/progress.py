@@ -19,15 +19,7 @@ COPY = "same as "
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Trials of a study by state.
-
-    Attributes:
-        complete: Reached their last epoch.
-        pruned: Stopped by the pruner.
-        failed: Diverged, raised an error, or were killed.
-        running: Under way, or interrupted and to be continued.
-        cut_short: Those of the failed whose process was killed; their settings run again.
-    """
+    """Trials of a study by state; `cut_short` are the failed ones whose process was killed."""
 
     complete: int = 0
     pruned: int = 0
@@ -46,7 +38,7 @@ class Counts:
 
     @property
     def finished(self) -> int:
-        """Return how many trials ended by themselves, as the study's target counts them."""
+        """Trials that ended by themselves, as the study's target counts them."""
         return self.complete + self.pruned + self.failed - self.cut_short
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import platform
 import signal
 import threading
@@ -14,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 import optuna
-import platformdirs
 import psutil
 import torch
 from optuna.exceptions import StorageInternalError
@@ -22,13 +22,13 @@ from sqlalchemy.exc import DBAPIError
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
-from core.data.splits import ImageData, load_data
+from core.data.splits import ImageData, cache_folder, load_data
 from core.device import choose_device, describe_device
 from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
 from study.config.errors import ConfigError
-from study.config.search_space import ParamValue, apply_params
+from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
 from study.record.models import Study
@@ -140,13 +140,14 @@ def open_session(
     run_id = record.begin_run(
         study_id, command=command, device=device, versions=versions(), take_over=take_over
     )
-    # Only now: a process that was refused must not have changed the study of the other.
-    record.update_study(study_id, settings, described)
-    output = Path(config.study.output) / name
+    if stored is not None:  # only now: a process that was refused must not have changed it
+        stored.config, stored.data = settings, described
+        record.save(stored)
+    output, cache = Path(config.study.output) / name, _cache(config)
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
-            record, study_id, run_id, config, data, output, progress, stop, _cache(config), resume
+            record, study_id, run_id, config, data, output, progress, stop, cache, resume
         )
         try:
             yield session
@@ -167,9 +168,8 @@ def outside_cause(err: Exception) -> str | None:
     That is a full disk, a file that cannot be read or written, the database, and a device that
     fails for another reason than its memory. None for any other error.
     """
-    cause: BaseException | None = err
-    if isinstance(err, StorageInternalError):  # Optuna's word for an error of the database
-        cause = err.__cause__
+    # Optuna's word for an error of the database
+    cause = err.__cause__ if isinstance(err, StorageInternalError) else err
     text = " ".join(str(getattr(cause, "orig", cause)).split())
     if isinstance(cause, OSError | DBAPIError):
         is_full = "disk is full" in text or "No space left" in text
@@ -187,8 +187,7 @@ def outside_cause(err: Exception) -> str | None:
 
 def _cache(config: StudyConfig) -> ArrayCache | None:
     """Return the arrays that trials share; None where nothing is to be shared."""
-    # Next to the decoded images, as core.data.splits places them.
-    folder = Path(config.data.cache_dir or platformdirs.user_cache_dir("frostline")) / "arrays"
+    folder = cache_folder(config.data) / "arrays"
     budget: int | None = config.study.cache
     if budget is None:
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -209,16 +208,13 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
         config: The study.
         with_starts: At every freeze level and every way to start or solve a head, too.
     """
-    corners: list[dict[str, ParamValue]] = [{}]
     starts = ("head_init", "head_solver", "freeze_depth") if with_starts else ()
-    for name in ("backbone", "weights", "image_size", *starts):
-        if name in config.space:
-            ends = config.space[name].ends
-            corners = [{**corner, name: end} for corner in corners for end in ends]
+    names = ("backbone", "weights", "image_size", *starts)
+    ends = {name: config.space[name].ends for name in names if name in config.space}
     if "batch_size" in config.space:
-        largest = max(int(v) for v in config.space["batch_size"].ends if v is not None)
-        corners = [{**corner, "batch_size": largest} for corner in corners]
-    return [apply_params(config.train, corner) for corner in corners]
+        ends["batch_size"] = (max(config.space["batch_size"].ends, key=lambda n: int(n or 0)),)
+    corners = itertools.product(*ends.values())
+    return [apply_params(config.train, dict(zip(ends, c, strict=True))) for c in corners]
 
 
 def load_images(config: StudyConfig, progress: Progress) -> ImageData:
@@ -237,27 +233,18 @@ def _load(config: StudyConfig, data: Any, progress: Progress) -> ImageData:
 def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     """Build every network once, so that a fault shows before the first trial.
 
-    Args:
-        trains: What will be trained, or the extremes of it.
-        data: Images.
-
     Raises:
         ValueError: A backbone, its weights, the device, or the batch size cannot be used.
     """
-    built = set()
-    for train in trains:
+    different = {
+        (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved): t
+        for t in trains
+    }
+    for train in different.values():
         choose_device(train.device)
-        is_solved = train.is_solved or train.head_init == "solved"
-        shape = (train.backbone, train.weights, train.image_size, train.normalize)
-        if (*shape, train.head_init, is_solved) in built:
-            continue
-        built.add((*shape, train.head_init, is_solved))
         network = build(train, data.classes)
-        if is_solved:
-            try:
-                cut_head(network, train)
-            except ValueError as err:
-                raise ConfigError(str(err)) from err
+        if train.is_solved or train.head_init == "solved":
+            cut_head(network, train)
     largest = max(train.batch_size for train in trains)
     if largest > len(data.train):
         raise ConfigError(
@@ -268,8 +255,7 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
 
 def without_weights(train: TrainConfig) -> TrainConfig:
     """Return a configuration of the same network that needs nothing from outside."""
-    start = "default" if train.head_init == "source-classes" else train.head_init
-    return dataclasses.replace(train, weights="none", normalize="none", head_init=start)
+    return dataclasses.replace(train, weights="none", normalize="none")
 
 
 def versions() -> dict[str, str]:

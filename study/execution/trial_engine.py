@@ -95,23 +95,6 @@ def _never(metrics: EpochMetrics) -> bool:
     return False
 
 
-@dataclass(slots=True)
-class _Course:
-    """A trial under way: its row, the epochs of earlier processes, and when it would have begun.
-
-    Attributes:
-        begin: By `time.perf_counter`; earlier by what the earlier epochs took.
-    """
-
-    row: Trial
-    known: list[EpochMetrics]
-    begin: float
-
-    @property
-    def duration_s(self) -> float:
-        return time.perf_counter() - self.begin
-
-
 class TrialEngine:
     """Runs the trials of one process, and keeps their record.
 
@@ -149,10 +132,12 @@ class TrialEngine:
         """
         if trial is None:
             trial = self._record.take_up_trial(self.session.study_id, request.number)
-        course = self._begin(request)
+        begin = time.perf_counter()
+        row, known = self._begin(request)
+        begin -= training_s(known)  # when it would have begun in one process
         state, reason = "complete", None
         try:
-            with contextlib.closing(self._epochs(request, course, trial)) as epochs:
+            with contextlib.closing(self._epochs(request, row, known, begin, trial)) as epochs:
                 for metrics in epochs:
                     if on_epoch(metrics) and metrics.epoch + 1 < request.config.n_epochs:
                         state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
@@ -168,7 +153,8 @@ class TrialEngine:
             if outside_cause(err) is not None:
                 raise
             state, reason = "failed", f"error: {_described(err)}"
-        ended = self._end(course, state, reason)
+        row.reason = reason
+        ended = self._end(row, state, begin)
         self._halt_on_equal_failures(ended)
         return ended
 
@@ -184,9 +170,9 @@ class TrialEngine:
         self._record.end_trial(row, state)
         self.session.progress.emit(_ended(row, state))
 
-    def _begin(self, request: TrialRequest) -> _Course:
-        """Enter a trial as running, or take up the record of one that is continued."""
-        session, begin, config = self.session, time.perf_counter(), request.config
+    def _begin(self, request: TrialRequest) -> tuple[Trial, list[EpochMetrics]]:
+        """Enter a trial as running; or take up one that is continued, with its epochs so far."""
+        session, config = self.session, request.config
         epochs: list[EpochMetrics] = []
         if request.is_continued:
             row = self._record.trial(session.study_id, request.number)
@@ -198,17 +184,11 @@ class TrialEngine:
         else:
             # An earlier study of this name may have left one.
             self.files.state(request.number).unlink(missing_ok=True)
-            trained, total = count_parameters(
-                config.backbone,
-                config.weights,
-                config.image_size,
-                config.freeze_depth,
-                len(session.data.classes),
-            )
+            trained, total = count_parameters(config, len(session.data.classes))
             device = describe_device(choose_device(config.device))
             row = self._enter(request, device, trained, total)
         self._emit_started(request)
-        return _Course(row, epochs, begin - training_s(epochs))
+        return row, epochs
 
     def _emit_started(self, request: TrialRequest) -> None:
         self.session.progress.emit(
@@ -238,7 +218,12 @@ class TrialEngine:
         return row
 
     def _epochs(
-        self, request: TrialRequest, course: _Course, trial: optuna.Trial
+        self,
+        request: TrialRequest,
+        row: Trial,
+        known: list[EpochMetrics],
+        begin: float,
+        trial: optuna.Trial,
     ) -> Generator[EpochMetrics]:
         """Give each epoch once it is recorded and reported; first the last of earlier ones.
 
@@ -246,13 +231,11 @@ class TrialEngine:
         pruner. A state older than the record gives recorded epochs again, which are equal.
         """
         session, number = self.session, request.number
-        n_known = len(course.known)
-        if n_known:
-            last = course.known[-1]
+        if known:
             trials = self._record.optuna_study(session.study_id).get_trials(deepcopy=False)
-            if n_known not in trials[number].intermediate_values:
-                trial.report(last.val_acc, n_known)
-            yield last
+            if len(known) not in trials[number].intermediate_values:
+                trial.report(known[-1].val_acc, len(known))
+            yield known[-1]
         run = fit(
             request.config,
             session.images(request.val_seed),
@@ -263,19 +246,18 @@ class TrialEngine:
         )
         with contextlib.closing(run):
             for metrics in run:
-                if metrics.epoch < n_known:
+                if metrics.epoch < len(known):
                     continue
-                self._record.add_epoch(course.row, metrics, course.duration_s)
+                self._record.add_epoch(row, metrics, time.perf_counter() - begin)
                 trial.report(metrics.val_acc, reported_step(request.config, metrics))
                 session.progress.emit(EpochEnded(number, metrics))
                 yield metrics
 
-    def _end(self, course: _Course, state: str, reason: str | None) -> TrialEnded:
+    def _end(self, row: Trial, state: str, begin: float) -> TrialEnded:
         """Close a trial's record, unless it is to be continued."""
-        row = course.row
         if state == "complete":
             row.checkpoint = self.files.record(row)
-        row.reason, row.duration_s = reason, course.duration_s
+        row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)
             self.files.state(row.number).unlink(missing_ok=True)

@@ -196,13 +196,7 @@ def best_of(trials: Iterable[Trial]) -> Trial | None:
 
 @dataclass(frozen=True, slots=True)
 class StudySummary:
-    """A study in one line: its trials by state, and the best complete one.
-
-    Attributes:
-        updated_at: When its last trial began or ended; `created_at` where it has none.
-        n_interrupted: Trials whose process died, and that the next one will deal with.
-        best_value: Validation accuracy of the best complete trial, in [0, 1].
-    """
+    """A study in one line: its trials by state, and the best complete one's accuracy."""
 
     name: str
     created_at: datetime

@@ -158,10 +158,6 @@ class Record(AbstractContextManager["Record"]):
         rows = self._all(select(Study).order_by(Study.id.desc()))
         return [StudySummary.of(row, self.trials(row.id)) for row in rows]
 
-    def update_study(self, study_id: int, config: Json, data: Json) -> None:
-        """Replace a study's configuration and description of its images."""
-        self._update(Study, study_id, config=config, data=data)
-
     def delete_study(self, name: str) -> None:
         """Remove a study with all that belongs to it, from Optuna's tables too.
 
@@ -204,7 +200,9 @@ class Record(AbstractContextManager["Record"]):
 
     def end_run(self, run_id: int, outcome: str) -> None:
         """Sign a process off."""
-        self._update(Run, run_id, ended_at=now(), outcome=outcome)
+        with self._writing() as session:
+            ended = {"ended_at": now(), "outcome": outcome}
+            session.execute(update(Run).where(Run.id == run_id).values(ended))
 
     def runs(self, study_id: int) -> list[Run]:
         """List the processes that worked on a study, oldest first."""
@@ -367,10 +365,6 @@ class Record(AbstractContextManager["Record"]):
             rule = f"database {self.storage} cannot be written."
             raise RecordError(f"{rule} Change its permissions, or name another with --storage.")
         return writing(self.engine)
-
-    def _update(self, table: type[Any], key: int, **values: Any) -> None:
-        with self._writing() as session:
-            session.execute(update(table).where(table.id == key).values(values))
 
     def _all(self, query: Select[Any]) -> list[Any]:
         with Session(self.engine) as session:

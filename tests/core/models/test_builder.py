@@ -123,8 +123,11 @@ def test_parameters_are_counted_with_the_runs_own_classes() -> None:
     built = _build(classes=("a", "b", "c"))
     total = sum(p.numel() for p in built.model.parameters())
     head = sum(p.numel() for p in built.model.get_submodule(built.head[0]).parameters())
-    assert count_parameters("mobilenet_v3_small", "none", 64, 0, 3) == (total, total)
-    assert count_parameters("mobilenet_v3_small", "none", 64, 5, 3) == (head, total)
+    for depth, trained in ((0, total), (5, head)):
+        config = TrainConfig(
+            backbone="mobilenet_v3_small", weights="none", image_size=64, freeze_depth=depth
+        )
+        assert count_parameters(config, 3) == (trained, total)
 
 
 def test_input_size_that_a_backbone_cannot_take_is_refused() -> None:

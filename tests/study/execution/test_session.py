@@ -9,6 +9,7 @@ from small_study import Listener, config_of, make_home
 
 from core.config import TrainConfig
 from core.models.builder import input_of
+from core.models.sources import BackboneError
 from core.models.weights import WeightsError
 from study.config.errors import ConfigError
 from study.config.load import load_config
@@ -181,7 +182,7 @@ def test_a_solved_head_that_is_no_linear_layer_is_refused_before_the_study_is_en
     config = _config(home, *backbone, 'train.head_solver="logistic"')
     corners = corner_configs(config, with_starts=True)
     with (
-        pytest.raises(ConfigError, match=f"train.backbone .*'squeezenet1_1'.*{remedy}"),
+        pytest.raises(BackboneError, match=f"train.backbone .*'squeezenet1_1'.*{remedy}"),
         _open(record, config, corners),
     ):
         raise AssertionError("it began")
