@@ -34,7 +34,7 @@ from study.config.study_config import StudyConfig
 from study.execution.progress import QuietProgress
 from study.execution.session import load_images
 from study.record.record import Record
-from study.search.final_test import test_study
+from study.search.final_test import test_trials
 from study.search.search import run_search
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -112,7 +112,7 @@ def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
         study = store.study(config.study.name)
         numbers = [row.number for row in store.trials(study.id) if row.state == "complete"]
         rows = [
-            test_study(store, study.name, k, progress=progress, command="benchmarks/results.py")
+            test_trials(store, study.name, [k], progress=progress, command="benchmarks/results.py")
             for k in numbers
         ]
     return [row.accuracy for row in rows], seconds, rows[0].n if rows else 0

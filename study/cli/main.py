@@ -408,12 +408,12 @@ def show(study: str, trial: int | None, **_: Any) -> None:
         if trial is None:
             trials, tests = store.trials(row.id), store.tests(row.id)
             view = views.study_view(row, trials, tests)
-            _print(view, views.study_record(row, trials, tests))
+            _print(view, {**views.columns(row), "trials": trials, "tests": tests})
         else:
             found = store.trial(row.id, trial)
             epochs = store.epochs(found.id)
             view = views.trial_view(found, epochs)
-            _print(view, {**views.trial_record(found), "epochs": epochs})
+            _print(view, {**views.columns(found), "epochs": epochs})
 
 
 @cli.command()
@@ -446,7 +446,7 @@ def delete(study: str, yes: bool, **_: Any) -> None:
 def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **_: Any) -> None:
     """Evaluate the best trial on the test split, once."""
     from study.cli.views import describe_use
-    from study.search.final_test import test_study
+    from study.search.final_test import test_trials
 
     with _open() as store, _progress() as progress:
         is_ablation, folder = _is_ablation(store, study), _output(store, study)
@@ -463,10 +463,11 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
             return
         if is_ablation and trial is None:
             raise _no_best(study, f"test {shlex.quote(study)} --levels all")
-        study_id = store.study(study).id
-        n_before = len(store.tests(study_id))
-        row = test_study(store, study, trial, progress=progress, command=line)
-        tests = store.tests(study_id)
+        found = store.study(study)
+        n_before = len(store.tests(found.id))
+        number = store.best_trial(found).number if trial is None else trial
+        (row,) = test_trials(store, study, [number], progress=progress, command=line)
+        tests = store.tests(found.id)
         if (folder / "report" / "report.html").exists():  # what it says of the test has changed
             from reports.html import write_report
 

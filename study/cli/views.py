@@ -115,13 +115,6 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
     return make_table(("study", *right, "updated (UTC)"), rows, right=right)
 
 
-def study_record(
-    study: "Study", trials: Sequence["Trial"], tests: Sequence["Test"]
-) -> dict[str, Any]:
-    """Return a study as `show --json` prints it."""
-    return _columns(study) | {"trials": [trial_record(row) for row in trials], "tests": tests}
-
-
 def study_view(
     study: "Study", trials: Sequence["Trial"], tests: Sequence["Test"]
 ) -> RenderableType:
@@ -186,13 +179,8 @@ def trials_table(trials: Sequence["Trial"]) -> Table:
     return make_table((*right, "state", "from", "settings"), rows, right=right)
 
 
-def trial_record(trial: "Trial") -> dict[str, Any]:
-    """Return a trial as `show --json` prints it."""
-    keys = ("backbone", "freeze_depth", "seed")
-    return _columns(trial) | {key: getattr(trial, key) for key in keys}
-
-
-def _columns(row: "Study | Trial") -> dict[str, Any]:
+def columns(row: "Study | Trial") -> dict[str, Any]:
+    """Return a row as `show --json` prints it."""
     return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
 
 
@@ -230,21 +218,16 @@ def _cache_words(epochs: Sequence[EpochMetrics]) -> str | None:
 
 def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
     """Show a trial's epochs; a star marks the best ones so far."""
-    score = ("score",) if any(row.score not in (None, row.val_acc) for row in epochs) else ()
-    header = ("epoch", "train loss", "val loss", "accuracy", *score, "balanced", "base_lr")
-    header = (*header, "images/s")
-    rows = []
-    for row in epochs:
-        star = " *" if row.is_best else "  "
-        accuracy = format_accuracy(row.val_acc)
-        rows.append(
-            (
-                *(row.epoch + 1, f"{row.train_loss:.4f}", f"{row.val_loss:.4f}"),
-                *((accuracy, f"{row.ranked_by:.4f}{star}") if score else (accuracy + star,)),
-                *(format_accuracy(row.val_balanced_acc), f"{row.base_lr:.3g}"),
-                f"{row.images_per_s:.0f}",
-            )
+    header = "epoch", "train loss", "val loss", "accuracy", "score", "balanced", "base_lr", "speed"
+    rows = (
+        (
+            *(row.epoch + 1, f"{row.train_loss:.4f}", f"{row.val_loss:.4f}"),
+            *(format_accuracy(row.val_acc), f"{row.ranked_by:.4f} {'*' if row.is_best else ' '}"),
+            *(format_accuracy(row.val_balanced_acc), f"{row.base_lr:.3g}"),
+            f"{row.images_per_s:.0f} images/s",
         )
+        for row in epochs
+    )
     return make_table(header, rows, right=header)
 
 
@@ -254,10 +237,8 @@ def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
 def selection_bias(value: float, n_val: int, n_trials: int) -> float:
     """Return how far the accuracy of the best of many trials is too high at most.
 
-    If all trials were equally good and their validation errors independent, the best one would
-    lie this far above the truth: the expected largest of `n_trials` normal draws (Blom 1958)
-    times the standard error of an accuracy on `n_val` images. Trials share the images and are
-    not equally good, so the bias is smaller.
+    That is where all are equally good and their errors independent: the expected largest of
+    `n_trials` normal draws (Blom 1958) times the standard error of an accuracy on `n_val` images.
     """
     if n_trials < 2 or n_val < 1:
         return 0.0
@@ -336,13 +317,7 @@ def describe_test(row: "Test") -> str:
 
 
 def describe_use(row: "Test", tests: Sequence["Test"], *, is_new: bool) -> str:
-    """Say what a test gave, and whether it is the only use of the test split.
-
-    Args:
-        row: The test.
-        tests: All tests of the study, oldest first.
-        is_new: Whether it was made just now.
-    """
+    """Say what a test gave, and whether it is the only one of the study's `tests`."""
     lines = [describe_test(row)]
     if not is_new:
         lines.append(f"(From the record: tested on {str(row.created_at)[:16]} UTC.)")

@@ -30,18 +30,10 @@ def audit_study(
     command: str,
     take_over: bool = False,
 ) -> str | None:
-    """Train pruned trials of a study to their full budget, as if they had not been pruned.
+    """Train `n_trials` pruned trials of a study to the end, as if they had not been pruned.
 
     The sample is drawn at random, but the same whenever the command is given again: with a larger
-    number it is extended. Nothing is chosen by it, so the test split is not read.
-
-    Args:
-        record: The record.
-        name: The search.
-        n_trials: How many of its pruned trials to train; fewer where it has fewer.
-        progress: Shows what happens.
-        command: Command line, for the record.
-        take_over: Begin although a process of another machine has not signed off.
+    number it is extended.
 
     Returns:
         Why the run ended, `trials` or `interrupted`; None where nothing was pruned.

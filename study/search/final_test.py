@@ -19,15 +19,6 @@ from study.record.models import Study, Test, Trial
 from study.record.record import Record
 
 
-def test_study(
-    record: Record, name: str, number: int | None, *, progress: Progress, command: str
-) -> Test:
-    """Test one trial, as `test_trials` does; None for the best by validation."""
-    if number is None:
-        number = record.best_trial(record.study(name)).number
-    return test_trials(record, name, [number], progress=progress, command=command)[0]
-
-
 def test_trials(
     record: Record, name: str, numbers: Sequence[int], *, progress: Progress, command: str
 ) -> list[Test]:

@@ -1,4 +1,4 @@
-"""Run a search: ask Optuna, run the trial, tell it; stop and continue as the user wishes."""
+"""Run a search: ask Optuna for settings, run them, and stop or continue as the user wishes."""
 
 import itertools
 import time
@@ -68,7 +68,7 @@ def run_search(
 
     Args:
         config: The resolved configuration.
-        progress: Who is told what happens.
+        progress: Shows what happens.
         command: Command line, for the record.
         allow_changes: Continue a stored study although its configuration or images changed.
         take_over: Begin although a process of another machine has not signed off.
@@ -110,7 +110,7 @@ def run_search(
 
 
 class _Search:
-    """One process's part in a study, from its first ask to its last tell."""
+    """One process's part in a study."""
 
     def __init__(self, session: Session, begin: float) -> None:
         self.session = session
@@ -139,8 +139,9 @@ class _Search:
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
             else:
-                request = self._one_trial()
-            row = self.record.trial(self.study_id, request.number)
+                trial = self._ask()
+                self._train_or_copy(trial)
+            row = self.record.trial(self.study_id, trial.number)
             if row.ended_at:
                 self.rows.append(row)
         return because
@@ -201,27 +202,25 @@ class _Search:
             return "space exhausted"
         return None
 
-    def _one_trial(self) -> TrialRequest:
-        """Ask for the next trial, and train it, unless its result is known; return its request."""
-        trial = self._ask()
+    def _train_or_copy(self, trial: optuna.Trial) -> None:
+        """Train a trial, unless its settings are not allowed or their result is known."""
         origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
         request = TrialRequest(trial.number, self.config.train, origin, trial.params)
         try:
             request = replace(request, config=apply_params(self.config.train, trial.params))
         except ValueError as err:  # a combination of settings that the rules forbid
             self.engine.record_untrained(request, "failed", f"not allowed: {err}", None)
-            return request
+            return
         own, known = identity(request.config), ("complete", "pruned")
         alike = (row for row in self.rows if row.config_hash == own and row.state in known)
         equal = next(alike, None)
         if equal is None:
             self._train(request, trial)
-            return request
+            return
         for metrics in self.record.epochs(equal.id):
             trial.report(metrics.val_acc, reported_step(request.config, metrics))
         copy = replace(request, origin=f"{COPY}{equal.number}")
         self.engine.record_untrained(copy, equal.state, equal.reason, equal)
-        return request
 
     def _train(self, request: TrialRequest, trial: optuna.Trial) -> None:
         is_recipe = trial.user_attrs.get(_RECIPE, False)  # or the retry of one

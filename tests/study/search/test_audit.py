@@ -72,9 +72,9 @@ def test_the_share_that_would_have_won_is_counted_against_the_best(home: Path) -
         _audit(store, 3)
         found = read_audit(store, "photos")
         rows = store.trials(store.study("photos-audit").id)
-    best = found.best
+    best = found.best_score
     assert best is not None
-    assert found.n_won == sum((row.value or 0) > best for row in rows)
+    assert found.n_won == sum((row.ranked_by or 0) > best for row in rows)
     assert found.share_won is not None
     assert found.share_won.low <= found.n_won / 3 <= found.share_won.high
     assert len(found.trials) == 3

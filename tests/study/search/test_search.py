@@ -13,7 +13,7 @@ from study.config.study_config import StudyConfig
 from study.execution.progress import QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
-from study.search.final_test import test_study as read_test_split
+from study.search.final_test import test_trials as read_test_split
 
 SPACE = """
 [search]
@@ -116,14 +116,15 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done:
 def test_the_test_split_is_read_once_and_needs_the_trials_checkpoint(done: Path) -> None:
     options = {"progress": QuietProgress(), "command": "study test photos"}
     with Record.open(str(done / "s.db")) as store:
-        row = read_test_split(store, "photos", None, **options)
         (kept,) = (trial.number for trial in rows_of(done) if trial.checkpoint)
+        assert kept == store.best_trial(store.study("photos")).number
+        (row,) = read_test_split(store, "photos", [kept], **options)
         assert (row.trial_number, row.n) == (kept, 10)
         assert 0 <= row.low <= row.accuracy <= row.high <= 1
-        assert read_test_split(store, "photos", kept, **options) == row
+        assert read_test_split(store, "photos", [kept], **options) == [row]
         assert store.tests(store.study("photos").id) == [row]
         with pytest.raises(ConfigError, match="must have its checkpoint"):
-            read_test_split(store, "photos", (kept + 1) % N_TRIALS, **options)
+            read_test_split(store, "photos", [(kept + 1) % N_TRIALS], **options)
 
 
 def _repeated(home: Path) -> list[Trial]:
