@@ -5,11 +5,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from core.config import Preprocessing, TrainConfig
@@ -77,13 +77,8 @@ def read_card(folder: Path) -> Card:
         WeightsError: No card there, or not one of ours.
     """
     try:
-        raw: dict[str, Any] = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-        shown = raw["preprocessing"]
-        shown |= {name: tuple(shown[name]) for name in ("mean", "std")}
-        raw |= {"classes": tuple(raw["classes"]), "preprocessing": Preprocessing(**shown)}
-        raw |= {"config": TrainConfig(**raw["config"]), "metrics": EpochMetrics(**raw["metrics"])}
-        return Card(**raw)
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        return TypeAdapter(Card).validate_json((folder / CARD_FILE).read_bytes())
+    except (OSError, ValueError) as err:
         text = f"checkpoint {folder} has no readable {CARD_FILE} ({err}). Train the trial again."
         raise WeightsError(text) from err
 

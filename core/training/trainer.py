@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy import random as nprandom
-from numpy.random import Philox
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
 
 from core.config import TrainConfig
 from core.device import amp_dtype, synchronize
@@ -25,7 +23,6 @@ from core.training.optim import lr_factor, make_optimizer, parameter_groups, set
 # Reading a loss makes the host wait for a GPU; once in so many steps costs nothing measurable
 # and still stops a diverged run within a fraction of a second.
 _FINITE_CHECK_EVERY = 16
-_TAG_MIX = 102
 
 
 @dataclass(slots=True)
@@ -80,6 +77,11 @@ class Trainer:
         self._ema: ModelEmaV3 | None = None
         if config.ema_decay is not None:
             self._ema = ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
+        self._mix: Any = None
+        if config.mixup or config.cutmix:
+            kind = v2.MixUp if config.mixup else v2.CutMix
+            n_classes = len(module.get_parameter(f"{head[0]}.weight"))
+            self._mix = kind(alpha=config.mixup or config.cutmix, num_classes=n_classes)
         self._kept = self._ema.module if self._ema is not None else module
         self._evaluated = trained.to_evaluate(self._kept)
         if device.type == "cuda":
@@ -137,10 +139,11 @@ class Trainer:
 
     def _train_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Take one optimizer step; a GPU that runs out of memory gets half as much at a time."""
-        mixed = self._mix(inputs, labels)
+        if self._mix is not None:  # the labels become shares of classes
+            inputs, labels = self._mix(inputs, labels)
         while True:
             try:
-                loss = self._accumulate(*mixed)
+                loss = self._accumulate(inputs, labels)
                 break
             except torch.OutOfMemoryError:
                 if self.micro_batch_size == 1:
@@ -160,7 +163,7 @@ class Trainer:
             self._ema.update(self._module, step=self.position.total_steps + 1)
         return loss
 
-    def _accumulate(self, inputs: Tensor, labels: Tensor, partners: Tensor, lam: float) -> Tensor:
+    def _accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Run forward and backward over micro-batches; return the summed loss, (), detached."""
         total = torch.zeros((), device=self._device)
         options: Any = {"reduction": "sum", "label_smoothing": self._config.label_smoothing}
@@ -168,31 +171,10 @@ class Trainer:
         for at in range(0, len(labels), self.micro_batch_size):
             part = slice(at, at + self.micro_batch_size)
             with self._autocast:
-                logits = self._forward(inputs[part])
-                loss = lam * cross_entropy(logits, labels[part], **options)
-                if lam < 1:
-                    loss = loss + (1 - lam) * cross_entropy(logits, partners[part], **options)
+                loss = cross_entropy(self._forward(inputs[part]), labels[part], **options)
             torch.autograd.backward(self._scaler.scale(loss * scale))
             total += loss.detach()
         return total
-
-    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Blend each image with its mirror in the batch (mixup), or paste a box of it (CutMix).
-
-        The share is drawn from (seed, epoch, step) alone.
-        """
-        alpha = self._config.mixup or self._config.cutmix
-        if not alpha:
-            return images, labels, labels, 1.0
-        at = self.position
-        key = np.random.SeedSequence((self._config.seed, _TAG_MIX, at.epoch, at.total_steps))
-        rng = nprandom.Generator(Philox(key))
-        lam = float(rng.beta(alpha, alpha))
-        if self._config.mixup:
-            images = images.mul(lam).add_(images.flip(0), alpha=1 - lam)
-        else:
-            images, lam = _cut_mix(images, lam, rng)
-        return images, labels, labels.flip(0), lam
 
     def evaluate(self) -> Evaluation:
         """Evaluate the weights that would be kept on the validation split."""
@@ -236,17 +218,3 @@ def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> E
         logits = [model(inputs).float() for inputs in batches]
         log_probs = torch.cat(logits).log_softmax(dim=1).cpu().numpy()  # the one transfer
     return Evaluation(labels, log_probs)
-
-
-def _cut_mix(images: Tensor, lam: float, rng: nprandom.Generator) -> tuple[Tensor, float]:
-    """Paste a box of the mirrored batch; return the images and the share left uncovered."""
-    height, width = images.shape[-2:]
-    cut = float(np.sqrt(1 - lam))
-    row, column = int(rng.integers(height)), int(rng.integers(width))
-    half_h, half_w = int(height * cut) // 2, int(width * cut) // 2
-    rows = slice(max(0, row - half_h), min(height, row + half_h))
-    columns = slice(max(0, column - half_w), min(width, column + half_w))
-    mixed = images.clone()
-    mixed[..., rows, columns] = images.flip(0)[..., rows, columns]
-    covered = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return mixed, 1 - covered / (height * width)
