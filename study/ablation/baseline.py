@@ -63,45 +63,37 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
 
 
 def find_baseline(
-    storage: str | None,
-    base: str,
-    which: str,
-    name: str | None,
-    overrides: Sequence[str],
-    flags: Mapping[str, object],
+    base: str, which: str, overrides: Sequence[str], flags: Mapping[str, object]
 ) -> Baseline:
     """Find the baseline that a user named.
 
     Args:
-        storage: Database; None for the file's own, or the default.
         base: A study's name, or the path of a TOML file.
         which: `best`, or a trial's number.
-        name: Name of the ablation's study; None for that of the base with `-ablation`.
         overrides: `section.key=value` of --set.
-        flags: Key with its section -> value.
+        flags: Key with its section -> value. `study.name` is that of the ablation's study, else
+            the name of the base with `-ablation`.
 
     Raises:
         ConfigError: The file is wrong, or the trial cannot be a baseline.
         RecordError: There is no such database, study or trial.
     """
+    name = flags.get("study.name")
     if base.endswith(".toml"):
         if which != "best":
             rule = f"--from takes a trial of a study, but {base} is a file."
             raise ConfigError(f"{rule} Leave --from out, or name the study.")
-        given = {"study.storage": storage, "study.name": name}
-        given = {key: value for key, value in given.items() if value}
-        return _from_file(load_config(Path(base), overrides, {**flags, **given}), base, name)
-    storage = storage or StudyConfig().study.storage
+        return _from_file(load_config(Path(base), overrides, flags), base, bool(name))
     # The database may have been moved since the record in it was written.
-    flags = {**flags, "study.storage": storage}
-    with Record.open(storage) as store:
+    flags = {"study.storage": StudyConfig().study.storage, **flags}
+    with Record.open(str(flags["study.storage"])) as store:
         study = store.study(base)
         designs = store.designs(study.id)
         if not designs:
             trial = _choose(store, study, which)
             best = ", its best" if which == "best" else ""
             origin = f"trial {trial.number} of study {base}{best}"
-            return _from_trial(study, trial, origin, name or base + _SUFFIX, overrides, flags)
+            return _from_trial(study, trial, origin, overrides, flags)
     if which != "best" or name not in (None, base):
         rule = f"{base} is an ablation, which continues with its own baseline and name."
         raise ConfigError(f"{rule} Leave --from and --name out, or name the search or file.")
@@ -125,7 +117,6 @@ def _from_trial(
     study: Study,
     trial: Trial,
     origin: str,
-    name: str,
     overrides: Sequence[str],
     flags: Mapping[str, object],
 ) -> Baseline:
@@ -134,13 +125,14 @@ def _from_trial(
     train = dataclasses.replace(TrainConfig(**trial.config), seed=trial.seed + 1)
     record = source.to_record()
     record |= {"train": dataclasses.asdict(train), "space": {}}
-    record["study"] |= {"name": name, "timeout": None}
+    record["study"] |= {"name": study.name + _SUFFIX, "timeout": None}
     config = parse_config(record, f"study {study.name}", overrides, flags)
     return Baseline(config, origin, source.space, source)
 
 
-def _from_file(config: StudyConfig, path: str, name: str | None) -> Baseline:
-    study = dataclasses.replace(config.study, name=name or config.study.name + _SUFFIX)
+def _from_file(config: StudyConfig, path: str, is_named: bool) -> Baseline:
+    name = config.study.name + ("" if is_named else _SUFFIX)
+    study = dataclasses.replace(config.study, name=name)
     space = {key: dim for key, dim in config.space.items() if key != "seed"}
     made = config.model_copy(update={"study": study, "space": {}})
     return Baseline(made, f"the settings of {Path(path).name}", space)

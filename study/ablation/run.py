@@ -101,10 +101,6 @@ def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
     What a run sees must not depend on the other cells of the design, so the size is that of the
     ablation in the record, or of the study that found the baseline, or enough for every cell.
 
-    Args:
-        plan: What is to be run.
-        store: The record, if there is one.
-
     Raises:
         ConfigError: The study of this name is a search, or has another baseline.
     """
@@ -169,19 +165,12 @@ def run_ablation(
     decide: Decide,
     take_over: bool = False,
 ) -> AblationOutcome:
-    """Run or continue an ablation.
+    """Run or continue an ablation; it raises what `open_session` does, with the same arguments.
 
-    Args:
-        plan: What to run.
-        progress: Shows what happens.
-        command: Command line, for the record.
-        decide: Says which cells are still open; asked by adaptive ablations only.
-        take_over: Begin although a process of another machine has not signed off.
+    `decide` says which cells are still open; it is asked by adaptive ablations only.
 
     Raises:
-        ConfigError: The ablation of this name has another baseline, or cannot be run.
-        RecordError: The database is not ours, or the study is being run elsewhere.
-        ValueError: Images, weights, backbone or device cannot be used.
+        ConfigError: The ablation of this name has another baseline.
     """
     begin = time.monotonic()
     with Record.open(plan.baseline.config.study.storage, create=True) as store:

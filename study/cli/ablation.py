@@ -42,26 +42,13 @@ def plan_ablation(
     overrides: Sequence[str],
     flags: Mapping[str, Any],
 ) -> Plan:
-    """Settle baseline, factors and design.
-
-    Args:
-        base: A study's name, or the path of a TOML file.
-        which: `best`, or a trial's number.
-        factors: `KEY=V1,V2` of --factor.
-        overrides: `section.key=value` of --set.
-        flags: Key with its section -> value.
-
-    Raises:
-        ConfigError: Something is wrong; it lists every fault.
-        RecordError: There is no such database, study or trial.
-    """
+    """Settle baseline, factors (`KEY=V1,V2` of --factor) and design, as `find_baseline` does."""
     levels, faults = read_flags(factors)
     if faults:
         raise ConfigError(*faults)
     if levels:
         flags = {**flags, "ablation.factors": levels}
-    storage, name = (flags.get(f"study.{key}") for key in ("storage", "name"))
-    baseline = find_baseline(storage, base, which, name, overrides, flags)
+    baseline = find_baseline(base, which, overrides, flags)
     plan = make_plan(baseline)
     check_backbones(baseline.config)
     return plan

@@ -7,15 +7,7 @@ from study.record.record import Record
 
 
 def delete_study(store: Record, name: str, *, command: str) -> list[Path]:
-    """Delete a study for good; the report that was written for it stays.
-
-    Args:
-        store: The record.
-        name: The study.
-        command: Command line, for the record while it lasts.
-
-    Returns:
-        The checkpoint folders that were removed.
+    """Delete a study for good, but for its report; return the checkpoint folders that went.
 
     Raises:
         RecordError: There is no such study, or a process is running it.

@@ -24,16 +24,6 @@ def test_trials(
 ) -> list[Test]:
     """Evaluate trials on the test split and record it; recorded results are returned as they are.
 
-    Args:
-        record: The record.
-        name: The study.
-        numbers: Its trials.
-        progress: Shows what happens.
-        command: Command line, for the record.
-
-    Returns:
-        Per trial, its accuracy with a 95 % Wilson interval, and its validation accuracy.
-
     Raises:
         ConfigError: A trial without checkpoint, no test split, or other images.
         RecordError: No such study or trial.

@@ -66,18 +66,7 @@ def run_search(
 ) -> SearchOutcome:
     """Run or continue the study that a configuration names.
 
-    Args:
-        config: The resolved configuration.
-        progress: Shows what happens.
-        command: Command line, for the record.
-        allow_changes: Continue a stored study although its configuration or images changed.
-        take_over: Begin although a process of another machine has not signed off.
-
-    Raises:
-        ConfigError: The configuration differs from the stored one, or cannot be run.
-        RecordError: The database is not ours, or another process runs the study.
-        StudyHalted: The study cannot continue until the user has done something.
-        ValueError: Images, weights, backbone or device cannot be used.
+    The arguments, and what it raises, are those of `open_session`.
     """
     begin = time.monotonic()
     check_backbones(config)

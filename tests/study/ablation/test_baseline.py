@@ -1,5 +1,6 @@
 import dataclasses
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,15 @@ def _add_study(store: Record, config: StudyConfig) -> None:
     store.end_run(run, "trials")
 
 
-def _find(base: str = "bees", which: str = "best", **more: object) -> Baseline:
-    known = {"storage": None, "name": None, "overrides": [], "flags": {}} | more
-    return find_baseline(base=base, which=which, **known)
+def _find(
+    base: str = "bees",
+    which: str = "best",
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+    **study: object,
+) -> Baseline:
+    named = {f"study.{key}": value for key, value in study.items()}
+    return find_baseline(base, which, overrides, {**(flags or {}), **named})
 
 
 def test_the_best_trial_is_the_first_complete_one_of_the_highest_accuracy(here: Path) -> None:

@@ -85,10 +85,8 @@ def _plan(
         "ablation.replicates": replicates,
     }
     overrides = [*SETTINGS, *settings]
-    baseline = find_baseline(
-        str(home / "s.db"), str(home / "study.toml"), "best", name, overrides, flags
-    )
-    return make_plan(baseline)
+    flags |= {"study.storage": str(home / "s.db")} | ({"study.name": name} if name else {})
+    return make_plan(find_baseline(str(home / "study.toml"), "best", overrides, flags))
 
 
 def _all_open(scores: Scores, looks: Sequence[int]) -> set[int]:
