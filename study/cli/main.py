@@ -251,7 +251,7 @@ def _search(config: "StudyConfig") -> int:
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":
         return _INTERRUPTED
-    return 0 if outcome.best_number is not None else 1
+    return 0 if outcome.best else 1
 
 
 def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path) -> None:
@@ -260,22 +260,21 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
     from study.search.search import HALTED
 
     name, storage, report = config.study.name, config.study.storage, None
-    with _open(storage) as store:
-        if not _given("as_json"):
-            trials = store.trials(store.study(name).id)
-            views.print_view(views.summary_view(outcome, trials, config.study.trials))
-        if outcome.stopped_because != "interrupted":  # drawing takes seconds
-            from reports.html import write_report
+    if not _given("as_json"):
+        views.print_view(views.summary_view(outcome, config.study))
+    if outcome.stopped_because != "interrupted":  # drawing takes seconds
+        from reports.html import write_report
 
+        with _open(storage) as store:
             report = write_report(store, name, folder).html
     if _given("as_json"):
-        facts = {key: getattr(outcome, key) for key in outcome.__dataclass_fields__}
-        views.print_json({"event": "study_ended", **facts, "report": report})
+        facts = {key: getattr(outcome, key) for key in ("stopped_because", "counts", "best")}
+        views.print_json({"event": "study_ended", "study": name, **facts, "report": report})
         return
     if report:
         print(f"Report: {report}")
     first = "resume" if outcome.stopped_because in HALTED else "show"
-    commands = [first] if outcome.best_number is None else [first, "test"]
+    commands = [first, "test"] if outcome.best else [first]
     lines = [views.study_command(command, name, storage) for command in commands]
     views.print_next([*lines, views.dashboard_command(storage)])
 

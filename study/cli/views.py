@@ -29,6 +29,7 @@ from study.config.formatting import (
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
     from reports.publish import Grid
+    from study.config.study_config import StudySection
     from study.record.models import Study, StudySummary, Test, Trial
     from study.search.plan import Estimate
     from study.search.search import SearchOutcome
@@ -246,31 +247,30 @@ def selection_bias(value: float, n_val: int, n_trials: int) -> float:
     return largest * math.sqrt(value * (1 - value) / n_val)
 
 
-def summary_view(
-    outcome: "SearchOutcome", trials: Sequence["Trial"], target: int
-) -> RenderableType:
+def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableType:
     """Show how a run ended: the best trials, and how far to trust the best one."""
     counts = outcome.counts
     head = Text(
         f"\n{_STOPPED.get(outcome.stopped_because, outcome.stopped_because)} Study "
-        f"{outcome.study_name}: {counts.finished} of {target} trials, {counts.complete} complete, "
+        f"{study.name}: {counts.finished} of {study.trials} trials, {counts.complete} complete, "
         f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
     )
+    trials = outcome.trials
     best = [row for row in best_first(trials) if row.state == "complete"][:_SUMMARY_ROWS]
-    if not best or outcome.best_value is None:
+    if not best:
         failed = next((row for row in reversed(trials) if row.state == "failed"), None)
         why = f" The last one failed: {failed.reason}." if failed else ""
         return Group(head, Text(f"No trial is complete.{why}"))
     lines = [_ranking_words(best)]
     n_seen = counts.complete + counts.pruned
-    bias = selection_bias(outcome.best_value, outcome.n_val, n_seen)
+    bias = selection_bias(best[0].value or 0.0, outcome.n_val, n_seen)
     if bias > 0:
         lines.append(
             f"Selected from {n_seen} trials on {outcome.n_val} validation images, the best "
             f"accuracy may be up to {100 * bias:.1f} points too high. The test split decides."
         )
-    kept = outcome.checkpoint / "model.safetensors" if outcome.checkpoint else "not kept"
-    lines.append(f"Best checkpoint: {kept}")
+    folder = best[0].checkpoint
+    lines.append(f"Best checkpoint: {f'{folder}/model.safetensors' if folder else 'not kept'}")
     return Group(head, trials_table(best), *(Text(line) for line in lines if line))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -9,7 +10,7 @@ from typing import TextIO
 from core.metrics import EpochMetrics
 from study.config.formatting import json_text
 from study.config.search_space import ParamValue
-from study.record.models import Trial, best_of
+from study.record.models import UNFINISHED, Trial, best_of
 
 REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
@@ -31,10 +32,8 @@ class Counts:
     def of(cls, trials: Iterable[Trial]) -> "Counts":
         """Count the trials of a study, but for copies."""
         rows = [row for row in trials if not row.origin.startswith(COPY)]
-        states = [row.ended_as if row.ended_at else "running" for row in rows]
-        cut_short = sum(row.reason == REASON_KILLED for row in rows)
-        names = ("complete", "pruned", "failed", "running")
-        return cls(**{name: states.count(name) for name in names}, cut_short=cut_short)
+        states = Counter("running" if row.state in UNFINISHED else row.state for row in rows)
+        return cls(**states, cut_short=sum(row.reason == REASON_KILLED for row in rows))
 
     @property
     def finished(self) -> int:

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
@@ -34,26 +33,26 @@ class SearchOutcome:
     """How a search ended.
 
     Attributes:
-        study_name: The study.
         stopped_because: `trials`, `timeout`, `patience`, `space exhausted` or `interrupted`.
-        counts: Trials of the study by state.
-        best_number: The best complete trial, by `train.monitor`, if any.
-        best_value: Its validation accuracy, in [0, 1].
-        best_params: Its values of the searched settings.
-        checkpoint: Its checkpoint folder, if it is still there.
+        trials: Those of the study.
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
     """
 
-    study_name: str
     stopped_because: str
-    counts: Counts
-    best_number: int | None
-    best_value: float | None
-    best_params: dict[str, ParamValue]
-    checkpoint: Path | None
+    trials: list[Trial]
     n_val: int
     duration_s: float
+
+    @property
+    def counts(self) -> Counts:
+        """Trials by state."""
+        return Counts.of(self.trials)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best complete trial, by `train.monitor`, if any."""
+        return best_of(self.trials)
 
 
 def run_search(
@@ -83,19 +82,8 @@ def run_search(
         ) as session,
     ):
         session.because = _Search(session, begin).run()
-        trials = record.trials(session.study_id)
-        best = best_of(trials)
-        return SearchOutcome(
-            study_name=config.study.name,
-            stopped_because=session.because,
-            counts=Counts.of(trials),
-            best_number=best.number if best else None,
-            best_value=best.value if best else None,
-            best_params=dict(best.params) if best else {},
-            checkpoint=Path(best.checkpoint) if best and best.checkpoint else None,
-            n_val=len(session.data.val),
-            duration_s=time.monotonic() - begin,
-        )
+        trials, n_val = record.trials(session.study_id), len(session.data.val)
+        return SearchOutcome(session.because, trials, n_val, time.monotonic() - begin)
 
 
 class _Search:

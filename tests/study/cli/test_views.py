@@ -10,8 +10,7 @@ from rich.console import Console, RenderableType
 from core.metrics import EpochMetrics
 from core.models.freeze_stages import Level
 from study.cli import views
-from study.config.study_config import StudyConfig
-from study.execution.progress import Counts
+from study.config.study_config import StudyConfig, StudySection
 from study.record.models import Test, Trial
 from study.record.record import Record
 from study.search.plan import BackboneCost, Estimate
@@ -27,17 +26,7 @@ DATA = {
     "fingerprint": "0",
     "warnings": [],
 }
-ENDED = SearchOutcome(
-    study_name="ants",
-    stopped_because="timeout",
-    counts=Counts(complete=2, pruned=1, failed=1),
-    best_number=1,
-    best_value=0.9,
-    best_params={},
-    checkpoint=Path("runs/ants/trial-1"),
-    n_val=20,
-    duration_s=65.0,
-)
+SECTION = StudySection(name="ants", trials=30)
 
 
 def epoch_of(value: float) -> EpochMetrics:
@@ -133,17 +122,16 @@ def test_a_trial_shows_what_the_cache_saved(trials: list[Trial]) -> None:
 
 
 def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial]) -> None:
-    view = views.summary_view(ENDED, trials, 30)
+    view = views.summary_view(SearchOutcome("timeout", trials, 20, 65.0), SECTION)
     text = text_of(view)
-    for part in ("study.timeout", "4 of 30 trials, 2 complete", "runs/ants/trial-1"):
+    for part in ("study.timeout", "4 of 30 trials, 2 complete", "checkpoint: not kept"):
         assert part in text
     assert "Selected from 3 trials on 20 validation images" in text
     assert [row[0] for row in words_of(view) if "complete" in row][-2:] == ["1", "0"]
 
 
 def test_the_summary_of_failures_says_why(trials: list[Trial]) -> None:
-    ended = dataclasses.replace(ENDED, best_number=None, best_value=None, checkpoint=None)
-    text = text_of(views.summary_view(ended, trials[3:], 30))
+    text = text_of(views.summary_view(SearchOutcome("timeout", trials[3:], 20, 65.0), SECTION))
     assert "No trial is complete. The last one failed: diverged [bad]." in text
 
 

@@ -71,11 +71,10 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
         assert monitor == "val_loss" or row.score == row.value
     complete = [row for row in trials if row.state == "complete"]
     first = max(complete, key=lambda row: (row.score or 0.0, -row.number))
-    assert (outcome.best_number, outcome.best_value) == (first.number, first.value)
+    assert outcome.best == first
     assert (summary.best_number, summary.best_value) == (first.number, first.value)
-    assert outcome.checkpoint is not None
     assert [path.parent for path in (home / "runs").rglob("model.safetensors")] == [
-        outcome.checkpoint
+        Path(str(first.checkpoint))
     ]
 
 
@@ -184,8 +183,8 @@ def test_a_diverging_trial_fails_with_its_reason_and_the_study_continues(home: P
 def test_patience_and_timeout_end_a_study(home: Path) -> None:
     outcome = run(_config(home, 50, "study.patience=2", 'search.pruner="none"'))
     assert outcome.stopped_because == "patience"
-    assert outcome.best_number is not None
-    assert outcome.counts.finished == outcome.best_number + 3
+    assert outcome.best is not None
+    assert outcome.counts.finished == outcome.best.number + 3
     later = run(_config(home, 50, "study.timeout=1e-3", 'search.pruner="none"'))
     assert (later.stopped_because, later.counts) == ("timeout", outcome.counts)
 
