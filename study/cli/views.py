@@ -104,11 +104,12 @@ def studies_table(summaries: Sequence["StudySummary"]) -> RenderableType:
     """Show all studies of a database."""
     if not summaries:
         return Text("There is no study yet; `python -m study run` makes one.")
-    right = ("best", "trial", "complete", "pruned", "failed", "running", "interrupted")
+    states = ("complete", "pruned", "failed", "running", "interrupted")
+    right = ("best", "trial", *states)
     rows = (
         (
             *(row.name, format_accuracy(row.best_value), row.best_number),
-            *(row.n_complete, row.n_pruned, row.n_failed, row.n_running, row.n_interrupted),
+            *(getattr(row.counts, state) for state in states),
             str(row.updated_at)[:19],
         )
         for row in summaries

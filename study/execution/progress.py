@@ -2,43 +2,14 @@
 
 import dataclasses
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 from core.metrics import EpochMetrics
 from study.config.formatting import json_text
 from study.config.search_space import ParamValue
-from study.record.models import UNFINISHED, Trial, best_of
-
-REASON_KILLED = "killed"
-"""Reason of a trial whose process died: its settings run again, so it does not count."""
-COPY = "same as "
-"""How the origin of a trial begins that has an earlier one's result: it does not count."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Trials of a study by state; `cut_short` are the failed ones whose process was killed."""
-
-    complete: int = 0
-    pruned: int = 0
-    failed: int = 0
-    running: int = 0
-    cut_short: int = 0
-
-    @classmethod
-    def of(cls, trials: Iterable[Trial]) -> "Counts":
-        """Count the trials of a study, but for copies."""
-        rows = [row for row in trials if not row.origin.startswith(COPY)]
-        states = Counter("running" if row.state in UNFINISHED else row.state for row in rows)
-        return cls(**states, cut_short=sum(row.reason == REASON_KILLED for row in rows))
-
-    @property
-    def finished(self) -> int:
-        """Trials that ended by themselves, as the study's target counts them."""
-        return self.complete + self.pruned + self.failed - self.cut_short
+from study.record.models import Counts, Trial, best_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
 from core.training.resume import epochs_in_state
-from study.execution.progress import REASON_KILLED, Note
+from study.execution.progress import Note
 from study.execution.trial_engine import VAL_SEED, TrialEngine, TrialRequest, training_s
-from study.record.models import Trial
+from study.record.models import REASON_KILLED, Trial
 from study.record.record import params_of
 
 MOST_RERUNS = 3

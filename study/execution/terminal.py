@@ -11,8 +11,6 @@ from rich.text import Text
 
 from study.config.formatting import format_accuracy, format_duration, format_params
 from study.execution.progress import (
-    COPY,
-    Counts,
     DataProgress,
     EpochEnded,
     Event,
@@ -22,6 +20,7 @@ from study.execution.progress import (
     TrialEnded,
     TrialStarted,
 )
+from study.record.models import COPY, Counts
 
 # Seconds between two lines about decoding where lines cannot be overwritten.
 _DATA_EVERY_S = 10.0

@@ -1,6 +1,7 @@
 """The tables of the record. An instance is a row, and what `Record` returns; times are UTC."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,10 @@ PREFIX = "frostline_"
 Json = dict[str, Any]
 UNFINISHED = ("running", "interrupted")
 """States of a trial that has not ended."""
+REASON_KILLED = "killed"
+"""Reason of a trial whose process died: its settings run again, so it does not count."""
+COPY = "same as "
+"""How the origin of a trial begins that has an earlier one's result: it does not count."""
 
 
 def now() -> datetime:
@@ -195,35 +200,48 @@ def best_of(trials: Iterable[Trial]) -> Trial | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """Trials of a study by state; `cut_short` are the failed ones whose process was killed."""
+
+    complete: int = 0
+    pruned: int = 0
+    failed: int = 0
+    running: int = 0
+    interrupted: int = 0
+    cut_short: int = 0
+
+    @classmethod
+    def of(cls, trials: Iterable[Trial]) -> "Counts":
+        """Count the trials of a study, but for copies."""
+        rows = [row for row in trials if not row.origin.startswith(COPY)]
+        cut_short = sum(row.reason == REASON_KILLED for row in rows)
+        return cls(**Counter(row.state for row in rows), cut_short=cut_short)
+
+    @property
+    def finished(self) -> int:
+        """Trials that ended by themselves, as the study's target counts them."""
+        return self.complete + self.pruned + self.failed - self.cut_short
+
+
+@dataclass(frozen=True, slots=True)
 class StudySummary:
     """A study in one line: its trials by state, and the best complete one's accuracy."""
 
     name: str
     created_at: datetime
     updated_at: datetime
-    n_complete: int
-    n_pruned: int
-    n_failed: int
-    n_running: int
-    n_interrupted: int
+    counts: Counts
     best_value: float | None
     best_number: int | None
 
     @classmethod
     def of(cls, study: Study, trials: Sequence[Trial]) -> "StudySummary":
         """Sum up a study."""
-        states = ("complete", "pruned", "failed", "running", "interrupted")
-        counts = {f"n_{name}": sum(row.state == name for row in trials) for name in states}
-        best = best_of(trials)
+        best, counts = best_of(trials), Counts.of(trials)
+        shown = (best.value, best.number) if best else (None, None)
         times = [row.ended_at or row.started_at for row in trials]
-        return cls(
-            name=study.name,
-            created_at=study.created_at,
-            updated_at=max(times, default=study.created_at),
-            best_value=best.value if best else None,
-            best_number=best.number if best else None,
-            **counts,
-        )
+        updated_at = max(times, default=study.created_at)
+        return cls(study.name, study.created_at, updated_at, counts, *shown)
 
 
 _TYPES = {int: BigInteger, float: Float, bool: Boolean}

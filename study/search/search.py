@@ -12,11 +12,11 @@ from core.metrics import EpochMetrics
 from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import EXHAUSTIVE, StudyConfig
-from study.execution.progress import COPY, REASON_KILLED, Counts, Progress, StudyStarted
+from study.execution.progress import Progress, StudyStarted
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
-from study.record.models import Trial, best_of
+from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 

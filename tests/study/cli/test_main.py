@@ -247,7 +247,11 @@ def test_json_has_the_documented_fields(
         return json.loads(answered(capsys, *args, "--json"))
 
     (summary,) = read("list")
-    assert (summary["name"], summary["best_value"], summary["n_complete"]) == ("ants", 0.75, 2)
+    assert (summary["name"], summary["best_value"], summary["counts"]["complete"]) == (
+        "ants",
+        0.75,
+        2,
+    )
     study = read("show", "ants")
     assert set(study) == {
         *("id", "name", "created_at", "config", "data", "versions", "trials", "tests")

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from core.metrics import EpochMetrics
 from study.execution.progress import (
-    Counts,
     DataProgress,
     EpochEnded,
     Event,
@@ -21,6 +20,7 @@ from study.execution.progress import (
     choose_progress,
 )
 from study.execution.terminal import LiveProgress, PlainProgress
+from study.record.models import Counts
 
 
 def metrics(epoch: int, acc: float, train_loss: float = 0.5, is_best: bool = True) -> EpochMetrics:
@@ -121,7 +121,8 @@ def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks(
     assert [event["event"] for event in events] == [
         "note", "study_started", *trial, trial[0], *trial[2:], *(trial[0], trial[3]) * 2, "epoch",
     ]  # fmt: skip
-    counts = {"complete": 2, "pruned": 0, "failed": 0, "running": 0, "cut_short": 0}
+    others = ("pruned", "failed", "running", "interrupted", "cut_short")
+    counts = {"complete": 2} | dict.fromkeys(others, 0)
     assert events[1] == {
         "event": "study_started", "study": "ants", "target": 6, "counts": counts, "best": 0.8,
         "best_score": 0.8,

@@ -23,7 +23,7 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import Base, Misclassified, Test, Trial
+from study.record.models import Base, Counts, Misclassified, Test, Trial
 from study.record.record import Record, config_hash
 from support import distributions_of
 
@@ -112,8 +112,8 @@ def test_trials_are_counted_by_state(store: Record) -> None:
     _trial(store, study, run, 4)
     _study(store, "empty")
     newest, oldest = store.studies()
-    assert (newest.name, newest.best_value, newest.n_complete) == ("empty", None, 0)
-    counts = (oldest.n_complete, oldest.n_pruned, oldest.n_failed, oldest.n_running)
+    assert (newest.name, newest.best_value, newest.counts) == ("empty", None, Counts())
+    counts = dataclasses.astuple(oldest.counts)[:4]
     assert counts == (2, 1, 1, 1)
     assert (oldest.best_value, oldest.best_number) == (0.9, 1)
 
@@ -212,7 +212,7 @@ def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(store: Rec
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET pid_started = 1"))
     assert [row.state for row in store.trials(study)] == ["interrupted"]
     (summary,) = store.studies()
-    assert (summary.n_running, summary.n_interrupted) == (0, 1)
+    assert (summary.counts.running, summary.counts.interrupted) == (0, 1)
     store.begin_run(study, command="y", device="cpu", versions={})
     assert [row.state for row in store.trials(study)] == ["running"]
 
