@@ -12,7 +12,7 @@ from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
 from study.config.errors import ConfigError
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
-from study.execution.progress import Progress, StudyStarted
+from study.execution.progress import Progress, StudyState
 from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import (
@@ -214,8 +214,8 @@ class _Ablation:
             if is_settled(row):
                 self.rows.setdefault(row.config_hash, row)
         self._record_design(command)
-        name, timeout = self.config.study.name, self.config.study.timeout
-        self.session.progress.emit(StudyStarted.of(name, self.plan.n_runs, self.done_rows()))
+        timeout = self.config.study.timeout
+        self._show()
         for request in continued:
             self._run(request)
         for cell, replicate in self.design.missing(self.plan.looks, self._done, decide):
@@ -240,7 +240,12 @@ class _Ablation:
             return False
         row = self.record.trial(self.study_id, request.number)
         self.rows[row.config_hash] = row
+        self._show()
         return True
+
+    def _show(self) -> None:
+        name = self.config.study.name
+        self.session.progress.emit(StudyState.of(name, self.plan.n_runs, self.done_rows()))
 
     def _request(self, cell: Cell, replicate: int) -> TrialRequest:
         """Begin a trial of Optuna's for a run, and return its request."""

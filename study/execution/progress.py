@@ -13,13 +13,13 @@ from study.record.models import Counts, Trial, best_of
 
 
 @dataclass(frozen=True, slots=True)
-class StudyStarted:
-    """Trials begin.
+class StudyState:
+    """Where a study stands: before its first trial of this run, and after each.
 
     Attributes:
         study: Name of the study.
-        target: Finished trials that the study shall have in total.
-        counts: Trials that it has already.
+        target: Finished trials that it shall have in total.
+        counts: Trials that it has.
         best: Validation accuracy of the best complete trial so far, in [0, 1].
         best_score: What it is the best by, as in `EpochMetrics`.
     """
@@ -31,8 +31,8 @@ class StudyStarted:
     best_score: float | None = None
 
     @classmethod
-    def of(cls, study: str, target: int, trials: Sequence[Trial]) -> "StudyStarted":
-        """Sum up the trials that a study has already."""
+    def of(cls, study: str, target: int, trials: Sequence[Trial]) -> "StudyState":
+        """Sum up the trials that a study has."""
         best = best_of(trials)
         shown = (best.value, best.ranked_by) if best else (None, None)
         return cls(study, target, Counts.of(trials), *shown)
@@ -66,7 +66,6 @@ class TrialEnded:
         value: Validation accuracy of its best epoch, in [0, 1]; None if no epoch was finished.
         reason: Why it was pruned, failed or stopped.
         duration_s: Wall time, in all processes.
-        score: Score of that epoch, as in `EpochMetrics`.
     """
 
     trial: int
@@ -74,7 +73,6 @@ class TrialEnded:
     value: float | None
     reason: str | None
     duration_s: float
-    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +90,10 @@ class DataProgress:
     total: int
 
 
-Event = StudyStarted | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress
+Event = StudyState | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress
 # The command line writes the end of a study: it adds the report.
 _JSON_NAMES: dict[type, str] = {
-    StudyStarted: "study_started",
+    StudyState: "study",
     TrialStarted: "trial_started",
     EpochEnded: "epoch",
     TrialEnded: "trial_ended",

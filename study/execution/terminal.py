@@ -1,6 +1,5 @@
 """What a user sees while a study runs: plain lines, or in a terminal lines that are redrawn."""
 
-import dataclasses
 import sys
 import time
 from typing import TextIO
@@ -16,11 +15,10 @@ from study.execution.progress import (
     Event,
     Note,
     Progress,
-    StudyStarted,
+    StudyState,
     TrialEnded,
     TrialStarted,
 )
-from study.record.models import COPY, Counts
 
 # Seconds between two lines about decoding where lines cannot be overwritten.
 _DATA_EVERY_S = 10.0
@@ -34,10 +32,8 @@ class PlainProgress(Progress):
         """Write to a stream; None for standard output."""
         self._out = out or sys.stdout
         self._data_shown_at = 0.0
-        self._study = StudyStarted("", 0, Counts())
-        self._counts = Counts()
-        self._best: tuple[float, float] | None = None  # score, value
-        self._begin = 0.0
+        self._first: StudyState | None = None
+        self._begin = time.monotonic()
         self._trial = TrialStarted(-1, "", {}, 0)
 
     def emit(self, event: Event) -> None:
@@ -47,10 +43,10 @@ class PlainProgress(Progress):
                 self._show_decoding(done, total)
             case Note(text):
                 self._keep(text, style="yellow")
-            case StudyStarted():
-                self._study, self._counts, self._begin = event, event.counts, time.monotonic()
-                self._add(event.best, event.best_score)
-                self._show("study", self._summary())
+            case StudyState():
+                if self._first is None:
+                    self._first, self._begin = event, time.monotonic()
+                self._show("study", self._summary(event, self._first))
             case TrialStarted(number, origin, params):
                 self._trial = event
                 settings = format_params(params) or "as configured"
@@ -68,11 +64,6 @@ class PlainProgress(Progress):
                 self._end(event)
 
     def _end(self, event: TrialEnded) -> None:
-        if event.state != "stopped" and not self._trial.origin.startswith(COPY):
-            n = getattr(self._counts, event.state) + 1
-            self._counts = dataclasses.replace(self._counts, **{event.state: n})
-        if event.state == "complete":
-            self._add(event.value, event.score)
         line = f"trial {event.trial:>3}  {event.state:<8}  {format_accuracy(event.value):>7}"
         line += f"  {format_duration(event.duration_s):>9}"
         line += f"  {event.reason}" if event.reason else ""
@@ -80,33 +71,22 @@ class PlainProgress(Progress):
         self._keep(line, settings, style="red" if event.state == "failed" else "")
         self._show("trial", "")
         self._show("epoch", "")
-        self._show("study", self._summary())
 
-    def _add(self, value: float | None, score: float | None) -> None:
-        if value is not None:
-            score = value if score is None else score
-            if self._best is None or score > self._best[0]:
-                self._best = score, value
-
-    def _summary(self) -> str:
+    def _summary(self, now: StudyState, first: StudyState) -> str:
         """Return the counts, the best accuracy, the pace and the time left, in one line."""
-        counts, target, (score, value) = (
-            self._counts,
-            self._study.target,
-            self._best or (None,) * 2,
-        )
+        counts = now.counts
         parts = [
-            f"{counts.finished} of {target} trials",
+            f"{counts.finished} of {now.target} trials",
             f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
-            f"best {'' if score == value else 'by loss '}{format_accuracy(value)}",
+            f"best {'' if now.best_score == now.best else 'by loss '}{format_accuracy(now.best)}",
         ]
-        here = counts.finished - self._study.counts.finished
+        here = counts.finished - first.counts.finished
         if here > 0:
             each = (time.monotonic() - self._begin) / here
-            left = max(0, target - counts.finished) * each
+            left = max(0, now.target - counts.finished) * each
             parts.append(f"{3600 / max(each, 1e-9):.0f} trials/h")
             parts.append(f"about {format_duration(left)} left")
-        return f"study {self._study.study}: " + " · ".join(parts)
+        return f"study {now.study}: " + " · ".join(parts)
 
     def _show_decoding(self, done: int, total: int) -> None:
         now = time.monotonic()

@@ -291,9 +291,7 @@ def training_s(epochs: list[EpochMetrics]) -> float:
 
 
 def _ended(row: Trial, state: str) -> TrialEnded:
-    return TrialEnded(
-        row.number, state, row.value, row.reason, row.duration_s or 0.0, row.ranked_by
-    )
+    return TrialEnded(row.number, state, row.value, row.reason, row.duration_s or 0.0)
 
 
 def _described(err: Exception) -> str:

@@ -8,7 +8,7 @@ from core.config import TrainConfig
 from study.config.errors import ConfigError
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
-from study.execution.progress import Progress, StudyStarted
+from study.execution.progress import Progress, StudyState
 from study.execution.recovery import recover
 from study.execution.session import Session, corner_configs, open_session, stored_side
 from study.execution.trial_engine import TrialEngine, TrialRequest, is_settled
@@ -82,10 +82,15 @@ def _run(session: Session, chosen: list[Trial]) -> str:
     requests = recover(engine)
     rows = record.trials(study_id)
     done = {row.level for row in rows if is_settled(row)} | {r.level for r in requests}
-    name = session.config.study.name
-    session.progress.emit(StudyStarted.of(name, len(chosen), rows))
+
+    def show() -> None:
+        state = StudyState.of(session.config.study.name, len(chosen), record.trials(study_id))
+        session.progress.emit(state)
+
+    show()
     for request in requests:
         engine.run(request)  # each only saves its state again, once a stop was asked for
+        show()
     for row in chosen:
         if session.stop.is_set():
             return "interrupted"
@@ -102,4 +107,5 @@ def _run(session: Session, chosen: list[Trial]) -> str:
             level=str(row.number),
         )
         engine.run(request)
+        show()
     return "interrupted" if session.stop.is_set() else "trials"

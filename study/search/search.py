@@ -12,7 +12,7 @@ from core.metrics import EpochMetrics
 from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import EXHAUSTIVE, StudyConfig
-from study.execution.progress import Progress, StudyStarted
+from study.execution.progress import Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
@@ -108,8 +108,7 @@ class _Search:
         self._enqueue_recipes()
         rows = self.record.trials(self.study_id)
         self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
-        settings = self.config.study
-        self.session.progress.emit(StudyStarted.of(settings.name, settings.trials, rows))
+        self._show(rows)
         while (because := self._reason_to_stop()) is None:
             if continued:
                 request = continued.pop(0)
@@ -121,7 +120,12 @@ class _Search:
             row = self.record.trial(self.study_id, trial.number)
             if row.ended_at:
                 self.rows.append(row)
+                self._show(self.rows)
         return because
+
+    def _show(self, rows: list[Trial]) -> None:
+        settings = self.config.study
+        self.session.progress.emit(StudyState.of(settings.name, settings.trials, rows))
 
     def _queue_again(self) -> None:
         """Queue the settings of trials that were killed, unless that was done before."""

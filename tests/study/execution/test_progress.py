@@ -14,7 +14,7 @@ from study.execution.progress import (
     Note,
     Progress,
     QuietProgress,
-    StudyStarted,
+    StudyState,
     TrialEnded,
     TrialStarted,
     choose_progress,
@@ -33,11 +33,12 @@ EVENTS: list[Event] = [
     DataProgress(5, 10),
     DataProgress(10, 10),
     Note("3 files are no images [ignored]"),
-    StudyStarted("ants", 6, Counts(complete=2), 0.8, 0.8),
+    StudyState("ants", 6, Counts(complete=2), 0.8, 0.8),
     TrialStarted(2, "recipe:linear-probe", {"base_lr": 0.00123, "depth": 5}, 2),
     EpochEnded(2, metrics(0, 0.7)),
     EpochEnded(2, metrics(1, 0.9)),
     TrialEnded(2, "complete", 0.9, None, 4.25),
+    StudyState("ants", 6, Counts(complete=3), 0.9, 0.9),
     TrialStarted(3, "sampler", {}, 2),
     EpochEnded(3, metrics(0, 0.1)),
     TrialEnded(3, "pruned", 0.1, "hopeless", 61),
@@ -45,6 +46,7 @@ EVENTS: list[Event] = [
     TrialEnded(4, "failed", None, "diverged", 3700),
     TrialStarted(5, "sampler", {}, 2),
     TrialEnded(5, "stopped", None, "interrupted", 1),
+    StudyState("ants", 6, Counts(complete=3, pruned=1, failed=1), 0.9, 0.7),
 ]
 
 
@@ -76,7 +78,9 @@ def test_plain_lines_show_each_trial_and_where_the_study_stands() -> None:
     assert "trial   3  pruned     10.0 %  1 min 01 s  hopeless" in lines
     assert "trial   4  failed          -  1 h 01 min  diverged" in lines
     assert "trial   5  stopped         -      1.0 s  interrupted" in lines
-    assert lines[-1].startswith("study ants: 5 of 6 trials · 3 complete, 1 pruned, 1 failed")
+    assert lines[-1].startswith(
+        "study ants: 5 of 6 trials · 3 complete, 1 pruned, 1 failed · best by loss 90.0 %"
+    )
 
 
 @pytest.fixture
@@ -119,19 +123,20 @@ def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks(
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     trial = ["trial_started", "epoch", "epoch", "trial_ended"]
     assert [event["event"] for event in events] == [
-        "note", "study_started", *trial, trial[0], *trial[2:], *(trial[0], trial[3]) * 2, "epoch",
+        *("note", "study", *trial, "study", trial[0], *trial[2:]),
+        *(*(trial[0], trial[3]) * 2, "study", "epoch"),
     ]  # fmt: skip
     others = ("pruned", "failed", "running", "interrupted", "cut_short")
     counts = {"complete": 2} | dict.fromkeys(others, 0)
     assert events[1] == {
-        "event": "study_started", "study": "ants", "target": 6, "counts": counts, "best": 0.8,
+        "event": "study", "study": "ants", "target": 6, "counts": counts, "best": 0.8,
         "best_score": 0.8,
     }  # fmt: skip
     assert events[2]["params"] == {"base_lr": 0.00123, "depth": 5}
     assert (events[4]["trial"], events[4]["val_acc"], events[4]["epoch"]) == (2, 0.9, 1)
     assert events[5] == {
         "event": "trial_ended", "trial": 2, "state": "complete", "value": 0.9, "reason": None,
-        "duration_s": 4.25, "score": None,
+        "duration_s": 4.25,
     }  # fmt: skip
     assert events[-1]["train_loss"] is None
 
