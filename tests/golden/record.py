@@ -1,12 +1,8 @@
-"""Recorded figures of five small studies; run by hand.
+"""Recorded figures of five small studies: `python tests/golden/record.py [STUDY ...]` records them.
 
-    python tests/golden/record.py             record them anew
-    python tests/golden/record.py --compare   say which differ from what is recorded
-
-README.md says when a recorded file may change.
+README.md says when a recorded file may change; test_golden.py says which figures did.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -169,38 +165,15 @@ def is_near(old: Any, new: Any, relative: float) -> bool:
     return are_numbers and abs(old - new) <= relative * max(abs(old), abs(new))
 
 
-def _compare(name: str) -> bool:
-    """Print how a study's figures compare with the recorded ones; say whether they are near."""
-    old, new = recorded(name), measure(name)
-    are_near = True
-    for file in sorted(old.keys() | new.keys()):
-        found = differences(old.get(file, {}), new.get(file, {}))
-        far = [row for row in found if not is_near(*row[1:], relative=1e-6)]
-        word = "equal within 1e-6" if found else "equal to the bit"
-        print(f"{file}: {f'{len(far)} figures differ' if far else word}", flush=True)
-        for where, before, now in far:
-            print(f"  {where}: {before} -> {now}")
-        are_near &= not far
-    return are_near
-
-
-def main() -> int:
-    """Record or compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compare", action="store_true", help="write nothing")
-    parser.add_argument("names", nargs="*", choices=[[], *STUDIES], help="only these studies")
-    args = parser.parse_args()
-    names = args.names or list(STUDIES)
-    if args.compare:
-        return 0 if all([_compare(name) for name in names]) else 1
-    for name in names:
+def main() -> None:
+    """Record the studies that are named, or all."""
+    for name in sys.argv[1:] or STUDIES:
         for old in recorded(name):
             (HERE / old).unlink()
         for file, figures in measure(name).items():
             (HERE / file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
             print(f"wrote {file}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
