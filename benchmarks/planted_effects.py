@@ -153,12 +153,12 @@ def equivalence(n: int) -> Iterator[Row]:
             wrong += any(each.p_equivalence <= 0.05 for each in found)
             told += any(each.verdict == "no difference" for each in found)
         how = f"n = {replicates}"
-        yield row("told equal at the margin, test", how, wrong, n, "<= 5 %")
-        yield row("told equal at the margin, verdict", how, told, n, "<= 5 %")
+        yield row("found equal at the margin, test", how, wrong, n, "<= 5 %")
+        yield row("found equal at the margin, verdict", how, told, n, "<= 5 %")
     rng, rules = np.random.default_rng(320), Rules(margin=0.02)
     found = [fixed(rng, (0.0,) * 3, 10, rules) for _ in range(n)]
     hits = sum(each.verdict == "no difference" for study in found for each in study)
-    yield row("told equal where it is", "n = 10", hits, 3 * n, "")
+    yield row("found equal where it is", "n = 10", hits, 3 * n, "")
 
 
 def calibration(n: int) -> Iterator[Row]:
@@ -234,10 +234,10 @@ def interactions(n: int) -> Iterator[Row]:
             seen["analysis of variance"] += source.p <= 0.05
         for how, hits in seen.items():
             aim = "found" if size else "<= 5 %"
-            yield row(f"interaction told, planted: {told}", how, hits, few, aim)
+            yield row(f"interaction found, planted: {told}", how, hits, few, aim)
         if not size:
             how = "t over replicates, Holm"
-            yield row("any of 6 effects told, none planted", how, family, few, "<= 5 %")
+            yield row("any of 6 effects found, none planted", how, family, few, "<= 5 %")
 
 
 def cost(n: int) -> list[str]:

@@ -120,7 +120,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked, so that a clock tells the truth."""
+    """Wait until the device has done what it was asked, so that a clock is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -24,7 +24,7 @@ from core.models.builder import Network
 from core.models.sources import library_versions
 from core.models.weights import fingerprint
 
-# Variables by which the mathematical libraries are told to compute differently.
+# Variables by which the mathematical libraries compute differently.
 _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
 # Lines of /proc/cpuinfo by which libraries choose their kernels and block sizes.
 _CPU_LINES = ("model name", "flags", "Features", "cache size")

@@ -1,4 +1,4 @@
-"""Recorded figures of five small studies: `python tests/golden/record.py [STUDY ...]` records them.
+"""Figures of five small studies: `python tests/golden/record.py [STUDY ...]` records them.
 
 README.md says when a recorded file may change; test_golden.py says which figures did.
 """
