@@ -9,16 +9,16 @@ from scipy import stats
 from reports.ablation import Ablation
 from reports.path import path_steps
 from study.ablation.designs import Cell, Path
-from tests.reports.studies import follow, in_memory, two_levels
+from tests.reports.studies import design_of, follow, in_memory
 
 NAMES = ("augment", "freeze", "schedule", "mixup")
 GAINS = dict(zip(NAMES, (0.02, 0.12, 0.0, 0.06), strict=True))
 NAN = math.nan
 
 
-def walk(gains: dict[str, float], seed: int = 0, n: int = 5, sd: float = 0.01) -> Ablation:
+def walk(gains: dict[str, float], seed: int = 0) -> Ablation:
     """Run a path as an ablation does; return it as read."""
-    rng = np.random.default_rng(seed)
+    rng, n = np.random.default_rng(seed), 5
     seeds = rng.normal(0, 0.02, n)
     drawn: dict[frozenset[str], np.ndarray] = {}
 
@@ -26,11 +26,11 @@ def walk(gains: dict[str, float], seed: int = 0, n: int = 5, sd: float = 0.01) -
         left = frozenset(cell.levels)  # the factors that are still as at the start
         if left not in drawn:
             mean = 0.6 + sum(gain for name, gain in gains.items() if name not in left)
-            drawn[left] = mean + seeds + rng.normal(0, sd, n)
+            drawn[left] = mean + seeds + rng.normal(0, 0.01, n)
         return drawn[left]
 
-    design, steps = follow(Path(two_levels(*gains)), lambda cell, r: float(values(cell)[r]), n)
-    return in_memory(design, [values(cell) for cell in design.cells], steps=steps)
+    design = follow(design_of("path", *gains), lambda cell, r: float(values(cell)[r]), n)
+    return in_memory(design, [values(cell) for cell in design.cells])
 
 
 def test_the_largest_gain_comes_first_and_the_baseline_last() -> None:
@@ -75,11 +75,11 @@ def test_the_chosen_steps_interval_covers_its_gain_as_often_as_it_says(
 
 
 def unfinished(values: dict[frozenset[str], list[float]], steps: list[str]) -> Ablation:
-    design = Path(two_levels("a", "b"))
+    design = design_of("path", "a", "b")
+    assert isinstance(design, Path)
     for step in steps:
         design.take(step)
-    scores = [values.get(frozenset(cell.levels), [NAN, NAN]) for cell in design.cells]
-    return in_memory(design, scores, steps=steps)
+    return in_memory(design, [values.get(frozenset(c.levels), [NAN, NAN]) for c in design.cells])
 
 
 def test_a_path_that_was_not_begun_has_its_start_only() -> None:
