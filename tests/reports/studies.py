@@ -254,17 +254,8 @@ def make_ablation(
 ) -> Record:
     """Enter a simulated ablation, replicate by replicate, as a run would have; add to a database.
 
-    Args:
-        path: Database; made where it is missing.
-        design: What is run.
-        score: How each run goes.
-        name: Of the study.
-        looks: Numbers of replicates at which an adaptive one looks; one for a fixed one.
-        margin: Accuracy points that do not matter.
-        test: Test accuracy of a run; None for a run that was not tested.
-        command: Command line that made it.
-        origin: Of the baseline.
-        data: As in `DATA`.
+    `looks` are the numbers of replicates at which an adaptive one looks, one for a fixed one;
+    `test` gives the test accuracy of a run, None where it was not tested; `data` as in `DATA`.
     """
     train = TrainConfig(backbone="resnet18", weights="imagenet:IMAGENET1K_V1", epochs=8)
     config = {"train": dataclasses.asdict(train)}

@@ -176,6 +176,7 @@ def test_failed_runs_are_findings(tmp_path: Path) -> None:
     assert page.finding("Runs failed:") == "freeze = 5 (5 of 5 runs); head = zero (1 of 5 runs)."
     verdicts = {effect.arm.label: effect for effect in found.effects}
     assert verdicts["freeze = 5"].n == 0
+    assert found.grids[0].rows[-1][found.grids[0].header.index("n")] == "4 (1 failed)"
     # What was cut short from outside will come again: it is missing, not failed.
     assert verdicts["freeze = 3"].verdict != "fails" and verdicts["freeze = 3"].n == 4
     cards = {card.name: card for card in found.cards}

@@ -88,8 +88,7 @@ def test_a_path_that_was_not_begun_has_its_start_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "after", "gain"),
-    [([0.6, 0.7], [0.8, NAN], 0.2), ([NAN, NAN], [0.8, 0.9], NAN)],
+    ("start", "after", "gain"), [([0.6, 0.7], [0.8, NAN], 0.2), ([NAN, NAN], [0.8, 0.9], NAN)]
 )
 def test_a_step_with_fewer_than_two_pairs_has_no_test(
     start: list[float], after: list[float], gain: float

@@ -14,14 +14,7 @@ from study.record.database import RecordError
 from study.record.frames import read_trials
 from study.record.record import Record
 from tests.reports.pages import Page
-from tests.reports.studies import (
-    SPACE,
-    Plan,
-    add_results,
-    add_test,
-    make_study,
-    searched_plans,
-)
+from tests.reports.studies import SPACE, Plan, add_results, add_test, make_study, searched_plans
 
 pytestmark = pytest.mark.usefixtures("unsaved")
 TRAPS = ("<script>alert(1)</script>|*x*", "a$b$", "ordinary", "_under_", "日本 🐱", "x" * 90)
@@ -82,7 +75,7 @@ def test_the_report_says_what_was_found(searched: Report) -> None:
     assert sum(row[1] in ("finished", "pruned", "failed") for row in page.tables[-2]) == 40
 
 
-def test_the_page_is_complete_in_itself(searched: Report) -> None:
+def test_the_page_is_complete_in_itself_and_the_csv_has_every_trial(searched: Report) -> None:
     paths, page = searched
     assert "Content-Security-Policy" in page.source
     for source in page.sources:
@@ -90,12 +83,8 @@ def test_the_page_is_complete_in_itself(searched: Report) -> None:
     assert sum(source.startswith("data:image/jpeg") for source in page.sources) == 12
     plots = sum(source.startswith("data:image/svg") for source in page.sources)
     assert plots == len(paths.figures) > 10
-
-
-def test_the_csv_holds_every_trial_as_it_is(searched: Report) -> None:
-    frame = pd.read_csv(searched[0].csv)
-    assert frame["number"].tolist() == list(range(40))
-    assert frame["value"].max() < 1
+    frame = pd.read_csv(paths.csv)
+    assert frame["number"].tolist() == list(range(40)) and frame["value"].max() < 1
     assert {f"params_{name}" for name in SPACE} <= set(frame.columns)
 
 
