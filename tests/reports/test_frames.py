@@ -1,5 +1,7 @@
 """The frames behind the plots and tables of a search."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,24 +22,16 @@ from reports.frames import (
 )
 
 
-def trials_of(**columns: list[object]) -> pd.DataFrame:
+def trials_of(**columns: Sequence[object]) -> pd.DataFrame:
     n = len(next(iter(columns.values())))
-    minute = pd.Timedelta(minutes=1)
-    start = pd.Timestamp("2026-03-01")
-    frame = {
-        "number": list(range(n)),
-        "state": ["complete"] * n,
-        "reason": [None] * n,
-        "origin": ["sampler"] * n,
-        "value": [0.5] * n,
-        "score": [float("nan")] * n,
-        "started_at": [start + i * minute for i in range(n)],
-        "ended_at": [start + (i + 1) * minute for i in range(n)],
-        "duration_s": [60.0] * n,
-        "backbone": ["resnet18"] * n,
-        "freeze_depth": [0] * n,
-    }
-    return pd.DataFrame(frame | columns)
+    starts = pd.date_range("2026-03-01", periods=n, freq="min")
+    plain = {
+        "number": range(n), "state": "complete", "reason": None, "origin": "sampler",
+        "value": 0.5, "score": np.nan, "started_at": starts,
+        "ended_at": starts + pd.Timedelta(minutes=1), "duration_s": 60.0,
+        "backbone": "resnet18", "freeze_depth": 0,
+    }  # fmt: skip
+    return pd.DataFrame(plain | columns)
 
 
 def test_dimensions_come_from_the_space_in_its_order() -> None:
@@ -90,10 +84,9 @@ def test_diverged_and_copied_trials_are_told_from_the_others() -> None:
 
 
 def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
-    start = pd.Timestamp("2026-03-01")
-    at = [start + pd.Timedelta(seconds=s) for s in (0, 10, 12, 1000, 1500)]
-    end = [start + pd.Timedelta(seconds=s) for s in (20, 15, 30, 1010, 1500)]
-    found = busy_seconds(trials_of(started_at=at, ended_at=[*end[:4], pd.NaT]))
+    at = pd.to_datetime([0, 10, 12, 1000, 1500], unit="s")
+    end = pd.to_datetime([20, 15, 30, 1010, None], unit="s")
+    found = busy_seconds(trials_of(started_at=at, ended_at=end))
     assert found.tolist()[:4] == [20.0, 15.0, 30.0, 40.0]
     assert np.isnan(found.iloc[4])
 

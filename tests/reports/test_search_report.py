@@ -6,12 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from reports.frames import best_number
 from reports.html import ReportPaths, write_report
 from reports.record import read_record
 from reports.tables import trials_table
 from study.record.database import RecordError
-from study.record.frames import read_trials
 from study.record.record import Record
 from tests.reports.pages import Page
 from tests.reports.studies import SPACE, Plan, add_results, add_test, make_study, searched_plans
@@ -30,12 +28,6 @@ def report(store: Record, folder: Path, name: str = "pets") -> Report:
     return paths, Page(paths.html)
 
 
-def best_of(store: Record, name: str = "pets") -> int:
-    number = best_number(read_trials(store, name))
-    assert number is not None
-    return number
-
-
 def finished(final: float = 0.9, **more: object) -> Plan:
     return Plan(PARAMS | more, [final - 0.3, final - 0.1, final])
 
@@ -46,7 +38,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("searched")
     classes = [f"class-{i}" for i in range(10)]
     store = make_study(folder / "s.db", searched_plans(40, 2), classes=classes)
-    number = best_of(store)
+    number = store.best_trial(store.study("pets")).number
     add_results(store, "pets", number, classes, 23)
     add_test(store, "pets", number, 0.88, 0.935)
     return report(store, folder)
@@ -123,7 +115,7 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
     store = make_study(
         tmp_path / "s.db", plans, name=trap, space=space, classes=TRAPS, warnings=[trap]
     )
-    add_results(store, trap, best_of(store, trap), TRAPS, 20)
+    add_results(store, trap, store.best_trial(store.study(trap)).number, TRAPS, 20)
     paths, page = report(store, tmp_path, trap)  # which refuses a page with a script
     assert page.text.count(trap) > 6
     assert any(path.name.startswith("slice--b-lr-x-") for path in paths.figures)
