@@ -247,7 +247,7 @@ def make_ablation(
     name: str = "pets-ablation",
     looks: Sequence[int] = (5,),
     margin: float = 1.0,
-    test: Simulator = lambda cell, replicate: None,
+    test: Callable[[Cell, int], float | None] = lambda cell, replicate: None,
     command: str = "python -m study ablate pets",
     origin: str = "trial 4 of study pets, its best",
     **data: Any,
@@ -265,15 +265,14 @@ def make_ablation(
         found = score(cell, replicate)
         if found is None:
             continue
-        plan = Plan({}, [], config_hash=spec["runs"][k][replicate])
-        if isinstance(found, str):
-            plan.state, plan.reason = "failed", found
-        else:
-            plan.score = found
-        number = _enter(store, study_id, run_id, plan, {}).number
-        on_test = test(cell, replicate)
-        if plan.score is not None and isinstance(on_test, float):
-            add_test(store, name, number, on_test, plan.score)
+        plan = (
+            Plan({}, [], "failed", found) if isinstance(found, str) else Plan({}, [], score=found)
+        )
+        plan.config_hash = spec["runs"][k][replicate]
+        row = _enter(store, study_id, run_id, plan, {})
+        tested = test(cell, replicate)
+        if tested is not None:
+            add_test(store, name, row.number, tested, found)
     store.end_run(run_id, "complete")
     store.put_design(study_id, "key", design.kind, spec, command)
     return store

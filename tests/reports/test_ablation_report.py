@@ -72,11 +72,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def levels(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The drawn report of five levels, the test split read for the baseline and one of them."""
-
-    def test(cell: Cell, replicate: int) -> Score:
-        return 0.78 if not cell.levels else 0.85 if cell.label == "augment = mixup" else None
-
-    return report(tmp_path_factory.mktemp("machine-path"), OFAT, simulate(TRUTH), test=test)
+    tested = {"baseline": 0.78, "augment = mixup": 0.85}
+    folder = tmp_path_factory.mktemp("machine-path")
+    return report(folder, OFAT, simulate(TRUTH), test=lambda cell, r: tested.get(cell.label))
 
 
 def test_every_file_is_written(levels: Report) -> None:
@@ -274,16 +272,6 @@ def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
     assert not found.effects
 
 
-def test_a_factorial_without_a_whole_replicate_claims_nothing(tmp_path: Path) -> None:
-    score = simulate({"b = on": -0.3})
-    _, page, _ = report(
-        tmp_path,
-        design_of("factorial", "a", "b", "c"),
-        lambda cell, r: "diverged: nan" if "b" in cell.levels else score(cell, r),
-    )
-    assert page.finding("Not estimated:") and not page.finding("Matters:")
-
-
 def test_a_path_tells_its_order_and_its_gains(tmp_path: Path) -> None:
     # Towards the baseline: what is still `on` costs.
     score = simulate({"augment = on": -0.03, "freeze = on": -0.12})
@@ -299,14 +287,20 @@ def test_a_path_tells_its_order_and_its_gains(tmp_path: Path) -> None:
     assert {path.stem for path in paths.figures} == {"path-waterfall"}
 
 
-def test_a_path_that_was_cut_short_is_told_as_far_as_it_went(tmp_path: Path) -> None:
-    score = simulate({"freeze = on": -0.1})
+@pytest.mark.parametrize(
+    ("kind", "rest", "head"),
+    [("factorial", "diverged: nan", "Not estimated:"), ("path", None, "Path:")],
+)
+def test_a_design_without_a_whole_replicate_claims_nothing(
+    kind: str, rest: Score, head: str, tmp_path: Path
+) -> None:
+    score = simulate({"b = on": -0.3})
     _, page, _ = report(
         tmp_path,
-        design_of("path", "augment", "freeze"),
-        lambda cell, r: score(cell, r) if len(cell.levels) == 2 else None,
+        design_of(kind, "a", "b"),
+        lambda cell, r: score(cell, r) if len(cell.levels) == 2 else rest,
     )
-    assert page.finding("Path:") == "no step was finished yet."
+    assert page.finding(head) and not page.finding("Matters:") and not page.finding("Order:")
 
 
 # Several designs, several data sets
@@ -347,12 +341,11 @@ def test_ablations_of_several_datasets_are_compared(tmp_path: Path) -> None:
 
 def test_a_level_that_failed_on_a_dataset_ranks_last_there(tmp_path: Path) -> None:
     score = simulate(TRUTH)
-
-    def failing(cell: Cell, replicate: int) -> Score:
-        is_lost = cell.label == "augment = mixup" and replicate == 1
-        return "diverged: nan" if is_lost else score(cell, replicate)
-
-    make_ablation(tmp_path / "s.db", OFAT, failing, name="other", source="folder:b").close()
+    lost = {("augment = mixup", 1): "diverged: nan"}
+    made = {"name": "other", "source": "folder:b"}
+    make_ablation(
+        tmp_path / "s.db", OFAT, lambda c, r: lost.get((c.label, r)) or score(c, r), **made
+    ).close()
     with make_ablation(tmp_path / "s.db", OFAT, score) as store:
         ablations = [read_ablations(store, name)[0] for name in (NAME, "other")]
     rows = {row[0]: row for row in compare_across(ablations).grids[0].rows}

@@ -8,7 +8,7 @@ from scipy import stats
 
 from reports.ablation import Ablation
 from reports.path import path_steps
-from study.ablation.designs import Cell, Path
+from study.ablation.designs import Cell
 from tests.reports.studies import design_of, follow, in_memory
 
 NAMES = ("augment", "freeze", "schedule", "mixup")
@@ -74,17 +74,9 @@ def test_the_chosen_steps_interval_covers_its_gain_as_often_as_it_says(
     assert false / n_studies < 1 - floor
 
 
-def unfinished(values: dict[frozenset[str], list[float]], steps: list[str]) -> Ablation:
-    design = design_of("path", "a", "b")
-    assert isinstance(design, Path)
-    for step in steps:
-        design.take(step)
-    return in_memory(design, [values.get(frozenset(c.levels), [NAN, NAN]) for c in design.cells])
-
-
 def test_a_path_that_was_not_begun_has_its_start_only() -> None:
-    steps = path_steps(unfinished({frozenset("ab"): [0.6, 0.7]}, []))
-    assert [step.number for step in steps] == [0]
+    begun = in_memory(design_of("path", "a", "b"), np.full((3, 2), 0.6))
+    assert [step.number for step in path_steps(begun)] == [0]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +85,10 @@ def test_a_path_that_was_not_begun_has_its_start_only() -> None:
 def test_a_step_with_fewer_than_two_pairs_has_no_test(
     start: list[float], after: list[float], gain: float
 ) -> None:
-    values = {frozenset("ab"): start, frozenset("b"): after}
-    (_, step) = path_steps(unfinished(values, ["a"]))
-    assert step.gain is not None
+    values = {"a = on, b = on": start, "b = on": after}
+    design = follow(design_of("path", "a", "b"), lambda cell, r: 0.1 * (cell.label == "b = on"), 2)
+    steps = path_steps(in_memory(design, [values.get(c.label, [NAN, NAN]) for c in design.cells]))
+    step = steps[1]
+    assert step.factor == "a" and step.gain is not None
     assert step.gain.estimate == pytest.approx(gain, nan_ok=True)
     assert math.isnan(step.gain.low) and math.isnan(step.p)

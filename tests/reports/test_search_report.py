@@ -93,8 +93,7 @@ def test_trials_show_their_score_where_that_is_not_the_accuracy(tmp_path: Path) 
 
 
 def test_the_same_record_gives_the_same_report(tmp_path: Path) -> None:
-    plans = [finished(0.8 + 0.01 * i, base_lr=10 ** (-2 - i / 9)) for i in range(9)]
-    with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
+    with make_study(tmp_path / "s.db", MANY, space=SMALL) as store:
         pages = [write_report(store, "pets", tmp_path / folder).html for folder in "ab"]
     first, second = (re.sub(r"written [0-9: UTC-]+", "", p.read_text("utf-8")) for p in pages)
     assert first == second
@@ -122,6 +121,12 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
 
 
 RATES = [{"base_lr": 10 ** (-4 + i / 6)} for i in range(12)]
+PRUNED = [
+    Plan(PARAMS | rate, [0.4, 0.5 + 0.02 * i], "pruned", "pruned after epoch 2")
+    for i, rate in enumerate(RATES)
+]
+MANY = [finished(0.5 + 0.01 * i, **rate) for i, rate in enumerate(RATES)]
+COPY = Plan(PARAMS, [], "complete", "same settings", "same as 3", score=0.5)
 RARE = {
     "no trials": ([], ["The study has no trials yet."]),
     "one finished": (
@@ -137,15 +142,8 @@ RARE = {
         ["No trial has an accuracy (3 failed).", "3 trials failed (3 × diverged)"],
     ),
     "all pruned": (
-        [
-            Plan(PARAMS | rate, [0.4, 0.5 + 0.02 * i], "pruned", "pruned after epoch 2")
-            for i, rate in enumerate(RATES)
-        ],
-        [
-            "the best pruned trial; none has finished",
-            "From 12 trials: 0 finished",
-            "No confusion matrix is kept",
-        ],
+        PRUNED,
+        ["the best pruned trial; none has finished", "From 12 trials: 0 finished", "No confusion"],
     ),
     "equal accuracies": (
         [Plan(PARAMS | rate, [0.5, 0.9]) for rate in RATES],
@@ -156,13 +154,7 @@ RARE = {
         [Plan({"backbone": "resnet18"}, [0.7, 0.7 + 0.01 * i]) for i in range(10)],
         ["No setting was searched over more than one value.", "It had one value only."],
     ),
-    "copies": (
-        [
-            *(finished(0.5 + 0.01 * i, **rate) for i, rate in enumerate(RATES)),
-            Plan(PARAMS, [], "complete", "same settings", "same as 3", score=0.5),
-        ],
-        ["same as 3", "Left out: 1 trial with no accuracy of its own"],
-    ),
+    "copies": ([*MANY, COPY], ["same as 3", "Left out: 1 trial with no accuracy of its own"]),
 }
 
 
