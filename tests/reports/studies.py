@@ -80,7 +80,10 @@ def _enter(
     store.begin_trial(row)
     for epoch, val_acc in enumerate(plan.curve):
         is_best = val_acc > max(plan.curve[:epoch], default=-1)
-        store.add_epoch(row, _metrics(epoch, val_acc, is_best), plan.epoch_s * (epoch + 1))
+        losses, rates, times = (1.1 - val_acc, 1.2 - val_acc), (0.01, 0.1), (240.0, 0.4, 3.0, 0.5)
+        accuracies = (val_acc, max(val_acc - 0.01, 0.0), max(val_acc - 0.02, 0.0))
+        figures = EpochMetrics(epoch, *losses, *accuracies, *rates, *times, 2**30, 32, is_best)
+        store.add_epoch(row, figures, plan.epoch_s * (epoch + 1))
         trial.report(val_acc, epoch + 1)
     if plan.state != "running":
         row.reason, row.duration_s = plan.reason, 1.0 + plan.epoch_s * len(plan.curve)
@@ -88,16 +91,6 @@ def _enter(
             row.score, row.value = plan.score, row.value if plan.curve else plan.score
         store.end_trial(row, plan.state)
     return row
-
-
-def _metrics(epoch: int, val_acc: float, is_best: bool) -> EpochMetrics:
-    loss = 2.3 * (1 - val_acc) + 0.05
-    return EpochMetrics(
-        epoch=epoch, train_loss=0.9 * loss, val_loss=loss, val_acc=val_acc,
-        val_balanced_acc=max(val_acc - 0.01, 0.0), val_macro_f1=max(val_acc - 0.02, 0.0),
-        base_lr=0.01 / (epoch + 1), head_lr=0.1 / (epoch + 1), images_per_s=240.0, data_s=0.4,
-        train_s=3.0, eval_s=0.5, peak_memory_bytes=2**30, micro_batch_size=32, is_best=is_best,
-    )  # fmt: skip
 
 
 # Searches
@@ -125,12 +118,12 @@ def make_study(
     return store
 
 
-def searched_plans(n: int, seed: int) -> list[Plan]:
-    """Plan a search like a real one: recipes first, a third pruned, a few failures."""
-    rng = np.random.default_rng(seed)
+def searched_plans() -> list[Plan]:
+    """Plan a search like a real one: recipes first, a quarter pruned, a few failures."""
+    rng = np.random.default_rng(2)
     plans: list[Plan] = []
     at_3: list[float] = []
-    for number in range(n):
+    for number in range(40):
         params = {
             "backbone": SPACE["backbone"]["choices"][number % 3],
             "freeze_depth": int(rng.integers(0, 6)),
@@ -138,25 +131,22 @@ def searched_plans(n: int, seed: int) -> list[Plan]:
             "head_lr_mult": float(10 ** rng.uniform(0, 2)),
             "weight_decay": float(10 ** rng.uniform(-6, -2)),
         }
-        origin = "sampler"
         if number < 3:
             params |= {"freeze_depth": 5, "base_lr": 0.01, "head_lr_mult": 10.0}
-            origin = f"recipe:linear-probe-{params['backbone']}"
+        origin = f"recipe:linear-probe-{params['backbone']}" if number < 3 else "sampler"
         off = 0.09 * (np.log10(params["base_lr"]) + 2.4) ** 2
         final = 0.95 - 0.01 * (number % 3) - 0.012 * (params["freeze_depth"] - 2) ** 2 - off
         final += rng.normal(0, 0.01)
         rise = final - (final - 0.35) * np.exp(-0.55 * np.arange(1, 11))
         points = np.clip(rise + rng.normal(0, 0.006, 10), 0, 1).tolist()
-        plan = Plan(params, points, origin=origin, epoch_s=2.0 + number % 3)
+        ended: tuple[list[float], str, str | None] = points, "complete", None
         if number % 19 == 11:
-            reason = "diverged: the loss is nan at epoch 1, step 12. Lower base_lr."
-            plan.curve, plan.state, plan.reason = points[:1], "failed", reason
+            ended = points[:1], "failed", "diverged: the loss is nan at epoch 1. Lower base_lr."
         elif number == 17:
-            reason = "out of memory: even one image at a time does not fit (8 GiB)"
-            plan.curve, plan.state, plan.reason = [], "failed", reason
+            ended = [], "failed", "out of memory: even one image at a time does not fit (8 GiB)"
         elif number > 5 and points[2] < np.quantile(at_3, 0.4):
-            plan.curve, plan.state, plan.reason = points[:3], "pruned", "pruned after epoch 3"
-        plans.append(plan)
+            ended = points[:3], "pruned", "pruned after epoch 3"
+        plans.append(Plan(params, *ended, origin, 6.0 - 2 * (number % 3)))
         at_3.append(points[2])
     return plans
 
@@ -204,11 +194,11 @@ Simulator = Callable[[Cell, int], Score]
 
 
 def design_of(kind: str, *switches: str, **levels: Sequence[str]) -> Design:
-    """Make a design: a switch is off in the baseline, or on; the first of `levels` is its own."""
-    factors = [
-        Factor(name, own, tuple(Level(label, {name: n}) for n, label in enumerate(labels)))
-        for name, (own, *labels) in {**dict.fromkeys(switches, ("off", "on")), **levels}.items()
-    ]
+    """Make a design: switches are off in the baseline; of `levels` the first is the baseline's."""
+    factors = []
+    for name, (own, *labels) in (dict.fromkeys(switches, ("off", "on")) | levels).items():
+        others = [Level(label, {f"{name}_key": n}) for n, label in enumerate(labels)]
+        factors.append(Factor(name, own, tuple(others)))
     return DESIGNS[kind](factors)
 
 
@@ -216,8 +206,7 @@ def follow(design: Design, score: Simulator, n: int) -> Design:
     """Take all steps of a path whose runs go as `score` says."""
 
     def done(cell: Cell) -> dict[int, float | None]:
-        found = {r: score(cell, r) for r in range(n)}
-        return {r: value if isinstance(value, float) else None for r, value in found.items()}
+        return {r: v if isinstance(v := score(cell, r), float) else None for r in range(n)}
 
     assert list(design.missing([n], done, lambda *_: set())) == []
     return design
@@ -270,8 +259,7 @@ def make_ablation(
         )
         plan.config_hash = spec["runs"][k][replicate]
         row = _enter(store, study_id, run_id, plan, {})
-        tested = test(cell, replicate)
-        if tested is not None:
+        if isinstance(found, float) and (tested := test(cell, replicate)) is not None:
             add_test(store, name, row.number, tested, found)
     store.end_run(run_id, "complete")
     store.put_design(study_id, "key", design.kind, spec, command)

@@ -38,7 +38,6 @@ from tests.reports.studies import make_arm
 # The interim analyses from 5 to 20 replicates.
 LOOKS = (5, 8, 12, 20)
 RUN_SD = 0.01
-PAIR_SD = RUN_SD * math.sqrt(2)
 NAN = math.nan
 
 
@@ -281,9 +280,8 @@ def test_a_planted_truth_is_found_as_often_as_the_power_says(
     effect: float, n: int, verdict: str
 ) -> None:
     right = [own.verdict == verdict for (own,) in simulate(1200, (effect,), n, margin=0.013)]
-    expected = power(effect, PAIR_SD, n, 0.05)
-    if effect == 0:
-        expected = equivalence_power(effect, PAIR_SD, n, 0.05, 0.013)
+    sd = RUN_SD * math.sqrt(2)
+    expected = power(effect, sd, n, 0.05) if effect else equivalence_power(0, sd, n, 0.05, 0.013)
     assert 0.2 < expected < 0.95
     assert np.mean(right) == pytest.approx(expected, abs=slack(expected, 1200))
 

@@ -69,13 +69,12 @@ def test_only_finished_trials_count_and_the_caveat_names_the_pruned() -> None:
     found = early_rank_correlation(epochs, trials)
     assert [row.n_stopped for row in found.epochs] == [0, 100, 0, 0]
     assert [row.n for row in found.epochs] == [98] * 4
-    assert found.caveat is not None
-    assert "98 finished trials only" in found.caveat and "100 pruned trials" in found.caveat
+    for words in ("98 finished trials only", "100 pruned trials"):
+        assert words in str(found.caveat)
 
 
 @pytest.mark.parametrize("n", [0, 1, MIN_TRIALS - 1])
 def test_few_trials_give_a_reason_instead_of_a_figure(n: int) -> None:
     epochs, trials = search(20, 0)
     found = early_rank_correlation(epochs, trials.head(n))
-    assert found.epochs == ()
-    assert found.why_empty is not None and f"has {n}." in found.why_empty
+    assert found.epochs == () and f"has {n}." in str(found.why_empty)

@@ -1,6 +1,6 @@
 """The frames behind the plots and tables of a search."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from reports.frames import (
 )
 
 
-def trials_of(**columns: Sequence[object]) -> pd.DataFrame:
+def trials_of(**columns: Any) -> pd.DataFrame:
     n = len(next(iter(columns.values())))
     starts = pd.date_range("2026-03-01", periods=n, freq="min")
     plain = {
@@ -91,12 +91,6 @@ def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
     assert np.isnan(found.iloc[4])
 
 
-def test_history_keeps_the_best_finished_value() -> None:
-    states = ["complete", "pruned", "complete", "failed"]
-    found = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
-    assert found["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
-
-
 def test_slices_hold_scored_trials_only() -> None:
     trials = trials_of(
         value=[0.5, None, 0.6, 0.7],
@@ -131,10 +125,16 @@ def test_confused_pairs_are_the_commonest_first() -> None:
     assert confused_pairs(np.eye(3), ["a", "b", "c"]).empty
 
 
-def test_what_is_best_is_said_by_the_score_where_there_is_one() -> None:
+def test_history_keeps_the_best_finished_trial_by_its_score_where_there_is_one() -> None:
+    states = ["complete", "pruned", "complete", "failed"]
+    found = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
+    assert found["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
     trials = trials_of(value=[0.5, 0.9, 0.7], score=[0.6, 0.4, 0.8])
     assert best_number(trials) == 2
     assert history_frame(trials)["best"].tolist() == [0.5, 0.5, 0.7]
+
+
+def test_an_epoch_is_shown_with_the_accuracy_of_the_best_so_far() -> None:
     epochs = pd.DataFrame(
         {"number": [0, 0, 0, 1, 1], "val_acc": [0.5, 0.9, 0.7, 0.2, 0.1],
          "score": [0.3, 0.2, 0.4, 0.5, 0.6]}

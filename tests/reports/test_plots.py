@@ -87,7 +87,4 @@ def test_axes_are_labelled_in_percent_and_plain_numbers() -> None:
 
 def test_reports_load_no_torch() -> None:
     check = "import reports.html, sys; print({'torch', 'timm'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True).strip() == "set()"

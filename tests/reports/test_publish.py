@@ -94,8 +94,7 @@ def compiled(folder: Path, document: str) -> tuple[str, str]:
 
 
 def small(*rows: tuple[str, ...], note: str = "") -> Grid:
-    header = tuple(f"column {k}" for k in range(len(rows[0])))
-    return Grid("grid", "A title", header, rows, note=note)
+    return Grid("grid", "A title", ("a column",) * len(rows[0]), rows, note=note)
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,10 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The report of a search like a real one."""
     folder = tmp_path_factory.mktemp("searched")
     classes = [f"class-{i}" for i in range(10)]
-    store = make_study(folder / "s.db", searched_plans(40, 2), classes=classes)
+    store = make_study(folder / "s.db", searched_plans(), classes=classes, n_val=120)
     number = store.best_trial(store.study("pets")).number
     add_results(store, "pets", number, classes, 23)
-    add_test(store, "pets", number, 0.88, 0.935)
+    add_test(store, "pets", number, 0.85, 0.935)
     return report(store, folder)
 
 
@@ -49,10 +49,11 @@ def test_the_report_says_what_was_found(searched: Report) -> None:
     for sentence in (
         "is the best of 26 finished trials",
         "26 finished, 11 pruned, 3 failed",
+        "within that interval, so the order among them may be luck. The cheapest of them, trial",
         "The best plain recipe (linear-probe-resnet18, trial 0) reached",
         "The test split has been read once",
-        "88.0 % of 400 images (95 % interval 84.4 to 90.8 %)",
-        "lies 5.5 points above that",
+        "85.0 % of 400 images (95 % interval 81.2 to 88.2 %)",
+        "lies 8.5 points above that",
         "From 39 trials: 26 finished, 11 pruned (final accuracy estimated), 2 diverged",
         "2 × diverged, 1 × out of memory",
         "Rank correlation of early epochs with the last",
@@ -65,6 +66,7 @@ def test_the_report_says_what_was_found(searched: Report) -> None:
     ):
         assert sentence in page.text, sentence
     assert sum(row[1] in ("finished", "pruned", "failed") for row in page.tables[-2]) == 40
+    assert "Score" not in page.tables[-2][0]
 
 
 def test_the_page_is_complete_in_itself_and_the_csv_has_every_trial(searched: Report) -> None:
@@ -81,15 +83,12 @@ def test_the_page_is_complete_in_itself_and_the_csv_has_every_trial(searched: Re
 
 
 def test_trials_show_their_score_where_that_is_not_the_accuracy(tmp_path: Path) -> None:
-    for name, scores in (("scored", (0.41, 0.47, 0.52)), ("plain", (None, None, None))):
-        plans = [Plan(PARAMS, [0.8], score=score) for score in scores]
-        with make_study(tmp_path / "s.db", plans, name=name, space=SMALL) as store:
-            table = trials_table(read_record(store, name))
-        assert ("Score" in table.header) == (name == "scored")
-        if name == "scored":
-            column = table.header.index("Score")
-            assert [row[column] for row in table.rows] == ["0.4100", "0.4700", "0.5200"]
-            assert table.kinds == ("complete", "complete", "complete best")
+    plans = [Plan(PARAMS, [0.8], score=score) for score in (0.41, 0.47, 0.52)]
+    with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
+        table = trials_table(read_record(store, "pets"))
+    column = table.header.index("Score")
+    assert [row[column] for row in table.rows] == ["0.4100", "0.4700", "0.5200"]
+    assert table.kinds == ("complete", "complete", "complete best")
 
 
 def test_the_same_record_gives_the_same_report(tmp_path: Path) -> None:
@@ -189,10 +188,7 @@ def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
     assert "validation was optimistic" in page.text
 
 
-def test_a_missing_study_is_named(tmp_path: Path) -> None:
-    with (
-        make_study(tmp_path / "s.db", []) as store,
-        pytest.raises(RecordError, match="there is no study pest in .* There is: pets"),
-    ):
+def test_a_missing_study_leaves_no_folder(tmp_path: Path) -> None:
+    with make_study(tmp_path / "s.db", []) as store, pytest.raises(RecordError, match="pest"):
         write_report(store, "pest", tmp_path / "report")
     assert not (tmp_path / "report").exists()
