@@ -1,7 +1,6 @@
 """How early the final order shows: the correlation, its interval, and what pruning does to it."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,17 +19,15 @@ def search(n: int, seed: int, cut_after: int | None = None) -> tuple[pd.DataFram
     curves = np.array([final - 0.4 + 0.1 * e + s * rng.standard_normal(n)
                        for e, s in enumerate(NOISE)]).T  # fmt: skip
     curves[:, -1] = final + 1  # the best, so that the value is the last epoch's
-    is_cut = np.zeros(n, dtype=bool)
+    n_epochs = np.full(n, len(NOISE))
     if cut_after is not None:
         is_cut = curves[:, cut_after] < np.median(curves[:, cut_after])
-    rows: list[dict[str, Any]] = []
-    points = []
-    for number, curve in enumerate(curves):
-        kept = curve[: cut_after + 1] if is_cut[number] and cut_after is not None else curve
-        state = "pruned" if is_cut[number] else "complete"
-        rows.append({"number": number, "state": state, "value": max(kept), "origin": "sampler"})
-        points += [(number, epoch, value) for epoch, value in enumerate(kept)]
-    return pd.DataFrame(points, columns=["number", "epoch", "val_acc"]), pd.DataFrame(rows)
+        n_epochs[is_cut] = cut_after + 1
+    points = [(i, e, curves[i, e]) for i in range(n) for e in range(n_epochs[i])]
+    epochs = pd.DataFrame(points, columns=["number", "epoch", "val_acc"])
+    trials = pd.DataFrame(epochs.groupby("number")["val_acc"].max().rename("value")).reset_index()
+    states = np.where(n_epochs < len(NOISE), "pruned", "complete")
+    return epochs, trials.assign(state=states, origin="sampler")
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.9])
@@ -72,13 +69,12 @@ def test_only_finished_trials_count_and_the_caveat_names_the_pruned() -> None:
     found = early_rank_correlation(epochs, trials)
     assert [row.n_stopped for row in found.epochs] == [0, 100, 0, 0]
     assert [row.n for row in found.epochs] == [98] * 4
-    assert found.caveat is not None
-    assert "98 finished trials only" in found.caveat and "100 pruned trials" in found.caveat
+    for words in ("98 finished trials only", "100 pruned trials"):
+        assert words in str(found.caveat)
 
 
 @pytest.mark.parametrize("n", [0, 1, MIN_TRIALS - 1])
 def test_few_trials_give_a_reason_instead_of_a_figure(n: int) -> None:
     epochs, trials = search(20, 0)
     found = early_rank_correlation(epochs, trials.head(n))
-    assert found.epochs == ()
-    assert found.why_empty is not None and f"has {n}." in found.why_empty
+    assert found.epochs == () and f"has {n}." in str(found.why_empty)

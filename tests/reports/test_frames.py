@@ -1,5 +1,7 @@
 """The frames behind the plots and tables of a search."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,24 +22,16 @@ from reports.frames import (
 )
 
 
-def trials_of(**columns: list[object]) -> pd.DataFrame:
+def trials_of(**columns: Any) -> pd.DataFrame:
     n = len(next(iter(columns.values())))
-    minute = pd.Timedelta(minutes=1)
-    start = pd.Timestamp("2026-03-01")
-    frame = {
-        "number": list(range(n)),
-        "state": ["complete"] * n,
-        "reason": [None] * n,
-        "origin": ["sampler"] * n,
-        "value": [0.5] * n,
-        "score": [float("nan")] * n,
-        "started_at": [start + i * minute for i in range(n)],
-        "ended_at": [start + (i + 1) * minute for i in range(n)],
-        "duration_s": [60.0] * n,
-        "backbone": ["resnet18"] * n,
-        "freeze_depth": [0] * n,
-    }
-    return pd.DataFrame(frame | columns)
+    starts = pd.date_range("2026-03-01", periods=n, freq="min")
+    plain = {
+        "number": range(n), "state": "complete", "reason": None, "origin": "sampler",
+        "value": 0.5, "score": np.nan, "started_at": starts,
+        "ended_at": starts + pd.Timedelta(minutes=1), "duration_s": 60.0,
+        "backbone": "resnet18", "freeze_depth": 0,
+    }  # fmt: skip
+    return pd.DataFrame(plain | columns)
 
 
 def test_dimensions_come_from_the_space_in_its_order() -> None:
@@ -90,18 +84,11 @@ def test_diverged_and_copied_trials_are_told_from_the_others() -> None:
 
 
 def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
-    start = pd.Timestamp("2026-03-01")
-    at = [start + pd.Timedelta(seconds=s) for s in (0, 10, 12, 1000, 1500)]
-    end = [start + pd.Timedelta(seconds=s) for s in (20, 15, 30, 1010, 1500)]
-    found = busy_seconds(trials_of(started_at=at, ended_at=[*end[:4], pd.NaT]))
+    at = pd.to_datetime([0, 10, 12, 1000, 1500], unit="s")
+    end = pd.to_datetime([20, 15, 30, 1010, None], unit="s")
+    found = busy_seconds(trials_of(started_at=at, ended_at=end))
     assert found.tolist()[:4] == [20.0, 15.0, 30.0, 40.0]
     assert np.isnan(found.iloc[4])
-
-
-def test_history_keeps_the_best_finished_value() -> None:
-    states = ["complete", "pruned", "complete", "failed"]
-    found = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
-    assert found["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
 
 
 def test_slices_hold_scored_trials_only() -> None:
@@ -138,10 +125,16 @@ def test_confused_pairs_are_the_commonest_first() -> None:
     assert confused_pairs(np.eye(3), ["a", "b", "c"]).empty
 
 
-def test_what_is_best_is_said_by_the_score_where_there_is_one() -> None:
+def test_history_keeps_the_best_finished_trial_by_its_score_where_there_is_one() -> None:
+    states = ["complete", "pruned", "complete", "failed"]
+    found = history_frame(trials_of(value=[0.5, 0.9, 0.7, None], state=states))
+    assert found["best"].tolist() == [0.5, 0.5, 0.7, 0.7]
     trials = trials_of(value=[0.5, 0.9, 0.7], score=[0.6, 0.4, 0.8])
     assert best_number(trials) == 2
     assert history_frame(trials)["best"].tolist() == [0.5, 0.5, 0.7]
+
+
+def test_an_epoch_is_shown_with_the_accuracy_of_the_best_so_far() -> None:
     epochs = pd.DataFrame(
         {"number": [0, 0, 0, 1, 1], "val_acc": [0.5, 0.9, 0.7, 0.2, 0.1],
          "score": [0.3, 0.2, 0.4, 0.5, 0.6]}

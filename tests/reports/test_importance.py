@@ -7,13 +7,12 @@ import pytest
 from reports.frames import Dimension
 from reports.importance import MIN_TRIALS, Importance, estimate_final, estimate_importance
 
-UNIT = {"low": 0.0, "high": 1.0}
-DIMS = tuple(Dimension(name, **UNIT) for name in ("f1", "f2", "f3"))
+DIMS = tuple(Dimension(name, low=0.0, high=1.0) for name in ("f1", "f2", "f3"))
 
 
 def trials_of(rows: list[dict[str, object]]) -> pd.DataFrame:
-    blank: dict[str, object] = {"state": "complete", "reason": None, "origin": "sampler"}
-    return pd.DataFrame([{"number": i, **blank, **row} for i, row in enumerate(rows)])
+    blank = {"state": "complete", "reason": None, "origin": "sampler"}
+    return pd.DataFrame([blank | {"number": i} | row for i, row in enumerate(rows)])
 
 
 def epochs_of(curves: list[list[float]]) -> pd.DataFrame:
@@ -28,24 +27,18 @@ def planted(n: int = 60, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     curves = []
     for _ in range(n):
         f1, f2, f3 = rng.random(3)
-        is_good = f1 < 0.5
-        final = (0.9 if is_good else 0.6) + 0.02 * f2 + rng.normal(0, 0.002)
-        curve = [final * (1 - 0.5 ** (epoch + 1)) for epoch in range(10 if is_good else 2)]
-        state = "complete" if is_good else "pruned"
+        n_epochs, state = (10, "complete") if f1 < 0.5 else (2, "pruned")
+        final = (0.9 if f1 < 0.5 else 0.6) + 0.02 * f2 + rng.normal(0, 0.002)
+        curves.append([final * (1 - 0.5 ** (epoch + 1)) for epoch in range(n_epochs)])
         params = {"params_f1": f1, "params_f2": f2, "params_f3": f3}
-        rows.append({"state": state, "value": curve[-1], **params})
-        curves.append(curve)
+        rows.append({"state": state, "value": curves[-1][-1], **params})
     return trials_of(rows), epochs_of(curves)
 
 
-def finals(rows: list[dict[str, object]], curves: list[list[float]]) -> list[float]:
-    found = estimate_final(trials_of(rows), epochs_of(curves))
-    return [float(v) for v in found["score"]]
-
-
-def estimate(trials: pd.DataFrame, epochs: pd.DataFrame, n_resamples: int = 30) -> Importance:
-    rng = np.random.default_rng(1)
-    return estimate_importance(trials, epochs, DIMS, rng, n_resamples)
+def estimate(
+    trials: pd.DataFrame, epochs: pd.DataFrame, dims: tuple[Dimension, ...] = DIMS
+) -> Importance:
+    return estimate_importance(trials, epochs, dims, np.random.default_rng(1), 30)
 
 
 def test_optuna_names_the_wrong_setting_and_we_the_right_one() -> None:
@@ -53,55 +46,37 @@ def test_optuna_names_the_wrong_setting_and_we_the_right_one() -> None:
     found = estimate(trials, epochs)
     own = {f.name: f.completed_only for f in found.factors}
     assert max(own, key=lambda name: own[name] or 0.0) == "f2"
-    assert found.factors[0].name == "f1"
-    assert found.factors[0].share > 0.8
+    assert found.factors[0].name == "f1" and found.factors[0].share > 0.8
     # The intervals of the two do not even touch.
     assert found.factors[0].low > found.factors[1].high
-    assert (found.n_completed, found.n_pruned, found.n_left_out) == (
-        int((trials["state"] == "complete").sum()),
-        int((trials["state"] == "pruned").sum()),
-        0,
-    )
-
-
-def test_shares_add_up_and_lie_in_their_intervals() -> None:
-    found = estimate(*planted(40, 3))
     assert sum(f.share for f in found.factors) == pytest.approx(1)
     assert all(0 <= f.low <= f.share <= f.high <= 1 for f in found.factors)
+    n_pruned = int((trials["state"] == "pruned").sum())
+    counts = (found.n_completed, found.n_pruned, found.n_left_out)
+    assert counts == (60 - n_pruned, n_pruned, 0)
 
 
-def test_a_pruned_trial_is_read_off_the_trials_that_went_further() -> None:
-    rows = [
-        {"value": 0.8},
-        {"value": 0.9},
-        {"state": "pruned", "value": 0.5},
-        {"state": "pruned", "value": 0.3},
-    ]
-    found = finals(rows, [[0.4, 0.8], [0.6, 0.9], [0.5], [0.3]])
-    # Half way between the two; and below both by as much as it was at that epoch.
-    assert found == pytest.approx([0.8, 0.9, 0.85, 0.7])
-
-
-def test_a_pruned_trial_is_no_better_than_its_equal_became() -> None:
-    """Who stood lower and ended higher does not lift it."""
-    rows = [{"value": 0.9}, {"value": 0.6}, {"state": "pruned", "value": 0.5}]
-    assert finals(rows, [[0.4, 0.9], [0.5, 0.6], [0.5]])[2] == pytest.approx(0.6)
-
-
-def test_what_a_trial_has_reached_is_not_taken_from_it() -> None:
-    rows = [{"value": 0.6}, {"state": "pruned", "value": 0.7}]
-    assert finals(rows, [[0.5, 0.6], [0.7]])[1] == pytest.approx(0.7)
-
-
-def test_trials_pruned_later_serve_those_pruned_earlier() -> None:
-    rows = [
-        {"value": 0.9},
-        {"state": "pruned", "value": 0.5},
-        {"state": "pruned", "value": 0.2},
-    ]
-    found = finals(rows, [[0.6, 0.8, 0.9], [0.3, 0.5], [0.2]])
-    # 0.5 at epoch 1 is 0.3 below the finished one; then 0.2 at epoch 0 is 0.1 below that.
-    assert found == pytest.approx([0.9, 0.6, 0.5])
+@pytest.mark.parametrize(
+    ("finished", "pruned", "expected"),
+    [
+        # Half way between the two; and below both by as much as it was at that epoch.
+        ([[0.4, 0.8], [0.6, 0.9]], [[0.5], [0.3]], [0.85, 0.7]),
+        # No better than its equal became: who stood lower and ended higher does not lift it.
+        ([[0.4, 0.9], [0.5, 0.6]], [[0.5]], [0.6]),
+        # What it has reached is not taken from it.
+        ([[0.5, 0.6]], [[0.7]], [0.7]),
+        # At epoch 1 it is 0.3 below the finished one; at epoch 0 the next is 0.1 below that.
+        ([[0.6, 0.8, 0.9]], [[0.3, 0.5], [0.2]], [0.6, 0.5]),
+    ],
+)
+def test_a_pruned_trial_is_read_off_the_trials_that_went_further(
+    finished: list[list[float]], pruned: list[list[float]], expected: list[float]
+) -> None:
+    rows: list[dict[str, object]] = [{"value": max(curve)} for curve in finished]
+    rows += [{"value": max(curve), "state": "pruned"} for curve in pruned]
+    found = estimate_final(trials_of(rows), epochs_of([*finished, *pruned]))["score"]
+    ends = [curve[-1] for curve in finished]
+    assert found.tolist() == pytest.approx([*ends, *expected])
 
 
 def test_diverged_trials_are_the_worst_and_other_failures_say_nothing() -> None:
@@ -135,15 +110,12 @@ def test_estimates_keep_the_order_at_every_rung() -> None:
 def test_few_trials_give_a_reason_instead_of_a_figure(n: int) -> None:
     trials, epochs = planted(max(n, 1))
     found = estimate(trials.head(n), epochs[epochs["number"] < n])
-    assert found.factors == ()
-    assert found.why_empty is not None and f"has {n}" in found.why_empty
+    assert found.factors == () and f"has {n}" in str(found.why_empty)
 
 
 def test_settings_with_one_value_and_equal_accuracies_give_a_reason() -> None:
     trials, epochs = planted(20)
-    rng = np.random.default_rng(0)
-    single = (Dimension("f1", choices=("only",)),)
-    found = estimate_importance(trials, epochs, single, rng)
+    found = estimate(trials, epochs, (Dimension("f1", choices=("only",)),))
     assert found.why_empty == "No setting was searched over more than one value."
     trials = trials.assign(value=0.5, state="complete")
     assert "same accuracy" in str(estimate(trials, epochs).why_empty)
@@ -153,10 +125,6 @@ def test_choices_and_whole_numbers_are_judged_too() -> None:
     trials, epochs = planted(60)
     trials["params_f1"] = np.where(trials["params_f1"] < 0.5, "good", "bad")
     trials["params_f2"] = (trials["params_f2"] * 5).round().astype(int)
-    dims = (
-        Dimension("f1", choices=("bad", "good", "never tried")),
-        Dimension("f2", low=0, high=5, is_int=True),
-        Dimension("f3", low=0.0, high=1.0),
-    )
-    found = estimate_importance(trials, epochs, dims, np.random.default_rng(0), 10)
-    assert found.factors[0].name == "f1"
+    choices = Dimension("f1", choices=("bad", "good", "never tried"))
+    dims = (choices, Dimension("f2", low=0, high=5, is_int=True), DIMS[2])
+    assert estimate(trials, epochs, dims).factors[0].name == "f1"

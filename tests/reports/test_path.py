@@ -8,17 +8,17 @@ from scipy import stats
 
 from reports.ablation import Ablation
 from reports.path import path_steps
-from study.ablation.designs import Cell, Path
-from tests.reports.studies import follow, in_memory, two_levels
+from study.ablation.designs import Cell
+from tests.reports.studies import design_of, follow, in_memory
 
 NAMES = ("augment", "freeze", "schedule", "mixup")
 GAINS = dict(zip(NAMES, (0.02, 0.12, 0.0, 0.06), strict=True))
 NAN = math.nan
 
 
-def walk(gains: dict[str, float], seed: int = 0, n: int = 5, sd: float = 0.01) -> Ablation:
+def walk(gains: dict[str, float], seed: int = 0) -> Ablation:
     """Run a path as an ablation does; return it as read."""
-    rng = np.random.default_rng(seed)
+    rng, n = np.random.default_rng(seed), 5
     seeds = rng.normal(0, 0.02, n)
     drawn: dict[frozenset[str], np.ndarray] = {}
 
@@ -26,11 +26,11 @@ def walk(gains: dict[str, float], seed: int = 0, n: int = 5, sd: float = 0.01) -
         left = frozenset(cell.levels)  # the factors that are still as at the start
         if left not in drawn:
             mean = 0.6 + sum(gain for name, gain in gains.items() if name not in left)
-            drawn[left] = mean + seeds + rng.normal(0, sd, n)
+            drawn[left] = mean + seeds + rng.normal(0, 0.01, n)
         return drawn[left]
 
-    design, steps = follow(Path(two_levels(*gains)), lambda cell, r: float(values(cell)[r]), n)
-    return in_memory(design, [values(cell) for cell in design.cells], steps=steps)
+    design = follow(design_of("path", *gains), lambda cell, r: float(values(cell)[r]), n)
+    return in_memory(design, [values(cell) for cell in design.cells])
 
 
 def test_the_largest_gain_comes_first_and_the_baseline_last() -> None:
@@ -74,28 +74,21 @@ def test_the_chosen_steps_interval_covers_its_gain_as_often_as_it_says(
     assert false / n_studies < 1 - floor
 
 
-def unfinished(values: dict[frozenset[str], list[float]], steps: list[str]) -> Ablation:
-    design = Path(two_levels("a", "b"))
-    for step in steps:
-        design.take(step)
-    scores = [values.get(frozenset(cell.levels), [NAN, NAN]) for cell in design.cells]
-    return in_memory(design, scores, steps=steps)
-
-
 def test_a_path_that_was_not_begun_has_its_start_only() -> None:
-    steps = path_steps(unfinished({frozenset("ab"): [0.6, 0.7]}, []))
-    assert [step.number for step in steps] == [0]
+    begun = in_memory(design_of("path", "a", "b"), np.full((3, 2), 0.6))
+    assert [step.number for step in path_steps(begun)] == [0]
 
 
 @pytest.mark.parametrize(
-    ("start", "after", "gain"),
-    [([0.6, 0.7], [0.8, NAN], 0.2), ([NAN, NAN], [0.8, 0.9], NAN)],
+    ("start", "after", "gain"), [([0.6, 0.7], [0.8, NAN], 0.2), ([NAN, NAN], [0.8, 0.9], NAN)]
 )
 def test_a_step_with_fewer_than_two_pairs_has_no_test(
     start: list[float], after: list[float], gain: float
 ) -> None:
-    values = {frozenset("ab"): start, frozenset("b"): after}
-    (_, step) = path_steps(unfinished(values, ["a"]))
-    assert step.gain is not None
+    values = {"a = on, b = on": start, "b = on": after}
+    design = follow(design_of("path", "a", "b"), lambda cell, r: 0.1 * (cell.label == "b = on"), 2)
+    steps = path_steps(in_memory(design, [values.get(c.label, [NAN, NAN]) for c in design.cells]))
+    step = steps[1]
+    assert step.factor == "a" and step.gain is not None
     assert step.gain.estimate == pytest.approx(gain, nan_ok=True)
     assert math.isnan(step.gain.low) and math.isnan(step.p)
