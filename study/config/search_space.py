@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from core.config import MAX_FREEZE_DEPTH, SECTION, TrainConfig, check_rules, fields_of
-from study.config.errors import Fault, check_value, explain, is_number, near
+from study.config.errors import Fault, check_value, explain, near, takes_numbers
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -68,7 +68,7 @@ class Range:
 
     def nearest(self, value: ParamValue) -> ParamValue:
         """Return the value of the range that is nearest to a number."""
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_number(value):
             return self.low
         inside = min(max(value, self.low), self.high)
         if self.step is not None:
@@ -122,7 +122,7 @@ Dimension = Range | Choices
 Space = Mapping[str, Dimension]
 
 
-def _is_number(value: ParamValue) -> bool:
+def _is_number(value: ParamValue) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -163,8 +163,7 @@ def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[F
             try:
                 space[key] = kind(**table)
             except ValidationError as err:
-                known = fields_of(kind)
-                wrong = [Fault(key, fault.sentence) for fault in explain(err, known)]
+                wrong = [Fault(key, fault.sentence) for fault in explain(err, fields_of(kind))]
         faults += wrong
     if (monitor := space.get("monitor")) and len(monitor.ends) > 1:
         text = "is how all trials are compared, so it cannot be searched; set train.monitor."
@@ -185,27 +184,19 @@ def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
         listed = table["choices"]
         listed = listed if isinstance(listed, list | tuple) else [listed]
         table["choices"] = tuple(checked(value) for value in listed)
-    elif is_number(key):
+    elif takes_numbers(key):
         table |= {name: checked(table[name], name) for name in ("low", "high") if name in table}
     else:
         return [Fault(key, "is no number, so it takes choices = [...], not low and high.")]
     return faults
 
 
-def to_table(dimension: Dimension) -> dict[str, Any]:
-    """Return the table of a dimension that [space] holds."""
-    if isinstance(dimension, Choices):
-        return {"choices": list(dimension.choices)}
-    return {k: v for k, v in asdict(dimension).items() if v is not None and v is not False}
-
-
 def space_faults(space: Space, base: TrainConfig) -> list[Fault]:
     """Try the extremes of every pair of dimensions against the rules between training keys."""
     faults: dict[str, Fault] = {}
     ends = [[(key, end) for end in dimension.ends] for key, dimension in space.items()]
-    singles = [(corner,) for corner in itertools.chain.from_iterable(ends)]
-    pairs = [pair for two in itertools.combinations(ends, 2) for pair in itertools.product(*two)]
-    for corner in [*singles, *pairs]:
+    groups = [*itertools.combinations(ends, 1), *itertools.combinations(ends, 2)]
+    for corner in itertools.chain.from_iterable(itertools.product(*group) for group in groups):
         params: dict[str, Any] = dict(corner)
         try:
             replace(base, **params)

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from core.config import SECTION, DataConfig, OrNone, TrainConfig, fields_of
@@ -18,7 +26,6 @@ from study.config.search_space import (
     Dimension,
     default_params,
     parse_space,
-    to_table,
 )
 from study.search.samplers import PRUNERS, SAMPLERS
 
@@ -31,6 +38,7 @@ else:
     DesignKind = Literal[tuple(DESIGNS)]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
+_SPACE = TypeAdapter(dict[str, Dimension])
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -182,11 +190,9 @@ class StudyConfig(BaseModel):
 
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values; a searched key stands under `space` only."""
-        record = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        record["train"] = {k: v for k, v in record["train"].items() if k not in self.space}
-        if not isinstance(self.search.recipes, bool):
-            record["search"]["recipes"] = list(self.search.recipes)
-        return record | {"space": {key: to_table(dim) for key, dim in self.space.items()}}
+        record = self.model_dump(mode="json", exclude={"train": set(self.space)})
+        tables = _SPACE.dump_python(self.space, mode="json", exclude_defaults=True)
+        return record | {"space": tables}
 
     @property
     def backbones(self) -> tuple[str, ...]:
@@ -223,27 +229,20 @@ def default_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
 
 
-def config_diff(old: StudyConfig, new: StudyConfig, *, with_free: bool = False) -> list[str]:
-    """List what differs between two configurations, one `section.key: old -> new` per line.
-
-    Args:
-        old: Before.
-        new: After.
-        with_free: Include the `FREE_KEYS` too.
-    """
+def config_diff(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """List what differs but for `FREE_KEYS`, one `section.key: old -> new` per line."""
     before, after = _flat(old), _flat(new)
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in before
-        if before[key] != after[key] and (with_free or key not in FREE_KEYS)
+        if before[key] != after[key] and key not in FREE_KEYS
     ]
 
 
 def _flat(config: StudyConfig) -> dict[str, str]:
     """Map every key with its section to its value, or to the dimension that searches it."""
-    flat = {}
-    for name in SECTIONS:
-        for key, value in dataclasses.asdict(getattr(config, name)).items():
-            searched = config.space.get(key) if name == "train" else None
-            flat[f"{name}.{key}"] = f"searched in {searched}" if searched else repr(value)
-    return flat
+    return {
+        f"{name}.{key}": repr(value)
+        for name in SECTIONS
+        for key, value in dataclasses.asdict(getattr(config, name)).items()
+    } | {f"train.{key}": f"searched in {dimension}" for key, dimension in config.space.items()}
