@@ -22,7 +22,6 @@ from study.ablation.designs import DESIGNS
 from study.config.search_space import (
     DEFAULT_SPACE,
     RECIPES,
-    Choices,
     Dimension,
     default_params,
     parse_space,
@@ -193,14 +192,6 @@ class StudyConfig(BaseModel):
         record = self.model_dump(mode="json", exclude={"train": set(self.space)})
         tables = _SPACE.dump_python(self.space, mode="json", exclude_defaults=True)
         return record | {"space": tables}
-
-    @property
-    def backbones(self) -> tuple[str, ...]:
-        """List the backbones that trials may take."""
-        dimension = self.space.get("backbone")
-        if isinstance(dimension, Choices):
-            return tuple(str(choice) for choice in dimension.choices)
-        return (self.train.backbone,)
 
 
 SECTIONS: dict[str, type] = {

@@ -6,7 +6,7 @@ import pytest
 
 from core.config import TrainConfig
 from study.config.errors import ConfigError
-from study.config.load import check_backbones, check_source, load_config, parse_config
+from study.config.load import check_inputs, load_config, parse_config
 from study.config.search_space import Choices, Range
 from study.config.study_config import StudyConfig
 
@@ -154,8 +154,8 @@ def test_load_refuses_a_wrong_dimension(line: str, message: str, tmp_path: Path)
             "[train]\nbase_lr = 0.1\n[space]\nbase_lr = [0.2, 0.3]",
             "space.base_lr: is given a value",
         ),
-        ("epochs = 3", "epochs: is in no section; it belongs in [train]."),
-        ("[data]\nepochs = 3", "data.epochs: is no key of this section; it belongs in [train]."),
+        ("epochs = 3", "epochs: is in the wrong section or in none; say train.epochs."),
+        ("[data]\nepochs = 3", "data.epochs: is in the wrong section or in none; say train.e"),
         ("[sarch]\nsampler = 'tpe'", "sarch: is no section or key. Did you mean search?"),
         ("train = 3", "train: must be a table, [train], but got 3."),
         ("[train\nepochs = 3", "must be TOML, but expected ']'"),
@@ -203,11 +203,11 @@ def test_an_override_changes_fixes_or_empties_dimensions() -> None:
     ("override", "message"),
     [
         ("epochs", "--set: must be section.key=value, but got 'epochs'"),
-        ("seed=1", "--set: seed: is a key of several sections; say study.seed or train.seed."),
+        ("seed=1", "--set: seed: is in the wrong section or in none; say study.seed or train."),
         ("epoch=1", "--set: epoch: is no section or key. Did you mean epochs?"),
-        ("tran.epochs=1", "--set: tran: is no section or key. Did you mean train?"),
+        ("tran.epochs=1", "--set: tran.epochs: is in the wrong section or in none; say train.ep"),
         ("train.epochs=x", "--set: train.epochs: must be a valid integer, but got epochs='x'"),
-        ("data.seed=4", "--set: data.seed: is no key of this section; it belongs in [study] or"),
+        ("data.seed=4", "--set: data.seed: is in the wrong section or in none; say study.seed "),
     ],
 )
 def test_a_wrong_override_is_reported_as_such(override: str, message: str) -> None:
@@ -225,19 +225,15 @@ def test_a_rule_between_keys_is_reported_where_the_last_of_them_was_given(tmp_pa
     assert fault.startswith("--set: space.mixup: may draw mixup=0.2, but")
 
 
-def test_check_backbones_reports_all_unknown_ones() -> None:
-    config = parse_config({"space": {"backbone": ["resnet18", "resnet19", "timm:resnte50"]}}, "x")
+def test_missing_data_and_unknown_backbones_are_refused_at_once(tmp_path: Path) -> None:
+    source = {"source": str(tmp_path / "no")}
+    space = {"backbone": ["resnet18", "resnet19", "timm:resnte50"]}
     with pytest.raises(ConfigError) as caught:
-        check_backbones(config)
-    assert len(caught.value.faults) == 2
-    assert caught.value.faults[0].startswith("space.backbone: ")
-    assert "resnet18" in caught.value.faults[0]
-
-
-def test_check_source_refuses_a_missing_folder(tmp_path: Path) -> None:
-    config = load_config(flags={"data.source": str(tmp_path / "no")})
-    with pytest.raises(ConfigError, match=r"^data\.source: "):
-        check_source(config)
+        check_inputs(parse_config({"data": source, "space": space}, "x"))
+    first, second, third = caught.value.faults
+    assert first.startswith("space.backbone: ") and "Near: resnet18" in first
+    assert "'timm:resnte50'" in second
+    assert third.startswith("data.source: ") and str(tmp_path / "no") in third
 
 
 def test_importing_the_configuration_loads_nothing_heavy() -> None:

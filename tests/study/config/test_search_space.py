@@ -90,10 +90,11 @@ def test_the_nearest_value(dimension: Range | Choices, value: ParamValue, found:
 def test_the_default_space_has_every_recipe() -> None:
     config = StudyConfig()
     found = recipes(config.space, config.train, config.search.recipe_names)
-    assert len(found) == len(config.backbones) + 2
-    probe = found[f"linear-probe {config.backbones[1]}"]
+    backbones = config.space["backbone"].ends
+    assert len(found) == len(backbones) + 2
+    probe = found[f"linear-probe {backbones[1]}"]
     assert probe == {
-        "backbone": config.backbones[1],
+        "backbone": backbones[1],
         "freeze_depth": 5,
         "base_lr": 1e-3,
         "head_lr_mult": 10.0,
