@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from core.config import SECTION, DataConfig, OrNone, TrainConfig, fields_of
@@ -22,6 +14,7 @@ from study.ablation.designs import DESIGNS
 from study.config.search_space import (
     DEFAULT_SPACE,
     RECIPES,
+    SPACE,
     Dimension,
     default_params,
     parse_space,
@@ -37,7 +30,6 @@ else:
     DesignKind = Literal[tuple(DESIGNS)]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
-_SPACE = TypeAdapter(dict[str, Dimension])
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -190,8 +182,8 @@ class StudyConfig(BaseModel):
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values; a searched key stands under `space` only."""
         record = self.model_dump(mode="json", exclude={"train": set(self.space)})
-        tables = _SPACE.dump_python(self.space, mode="json", exclude_defaults=True)
-        return record | {"space": tables}
+        record["space"] = SPACE.dump_python(self.space, mode="json", exclude_defaults=True)
+        return record
 
 
 SECTIONS: dict[str, type] = {

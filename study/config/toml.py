@@ -26,14 +26,13 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except FileNotFoundError as err:
+    except FileNotFoundError:
         text = "there is no such file; `python -m study init` writes one."
-        raise ConfigError(f"{path}: {text}") from err
     except OSError as err:
-        raise ConfigError(f"{path}: cannot be read: {err.strerror}.") from err
+        text = f"cannot be read: {err.strerror}."
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         text = f"must be TOML, but {str(err)[0].lower()}{str(err)[1:]}."
-        raise ConfigError(f"{path}: {text}") from err
+    raise ConfigError(f"{path}: {text}")
 
 
 def read_value(text: str) -> object:
