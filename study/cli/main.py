@@ -503,9 +503,10 @@ def report(study: str, out: Path | None, beside: Sequence[str], **_: Any) -> Non
 def init(file: Path, data: str | None, force: bool) -> None:
     """Write a commented study.toml."""
     from study.config.load import load_config
-    from study.config.toml import template, write_new
+    from study.config.toml import config_text, write_new
 
-    write_new(file, template(load_config(flags=_flags())), may_replace=force)
+    text = config_text(load_config(flags=_flags()), with_help=True)
+    write_new(file, text, may_replace=force)
     todo = "Next:" if data else "Set data.source in it to your images (now the digits):"
     print(f"Wrote {file}. {todo}\n  python -m study run --config {shlex.quote(str(file))}")
 

@@ -86,10 +86,9 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def check_value(key: str, value: object, name: str = "") -> tuple[Any, list[Fault]]:
-    """Check one value of a training key, which messages call `name`, else by the key.
+    """Check a value of a training key; return it as the key holds it, and what is wrong.
 
-    Returns:
-        The value as the key holds it, and what is wrong.
+    Messages call it `name`, else by the key.
     """
     try:
         return _adapter(key).validate_python(value), []

@@ -1,6 +1,7 @@
 """Read a configuration: defaults, file, --set and flags merged into one and checked at once."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,7 @@ from pydantic import ValidationError
 from core.config import TrainConfig, fields_of
 from study.ablation.factors import parse_factors
 from study.config.errors import ConfigError, Fault, explain, near
-from study.config.search_space import (
-    DEFAULT_SPACE,
-    Space,
-    default_params,
-    parse_space,
-    space_faults,
-)
+from study.config.search_space import DEFAULT_SPACE, default_params, parse_space, space_faults
 from study.config.study_config import EXHAUSTIVE, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
@@ -52,16 +47,9 @@ def parse_config(
     overrides: Sequence[str] = (),
     flags: Mapping[str, object] | None = None,
 ) -> StudyConfig:
-    """Check a configuration that has been read: a TOML file's tables, or a record.
+    """Check, as `load_config` does, a configuration that was read from a file or a record.
 
-    Args:
-        raw: Section -> key -> value; a section or key left out takes its default.
-        source: What messages call it.
-        overrides: As in `load_config`.
-        flags: As in `load_config`.
-
-    Raises:
-        ConfigError: Something is wrong; it lists every fault.
+    Messages call it `source`; a section or key that it leaves out takes its default.
     """
     merged = _Merged(source)
     for name, table in raw.items():
@@ -86,9 +74,9 @@ class _Merged:
         """Begin with the default space; `source` is what messages call keys that nobody gave."""
         self.values: dict[str, dict[str, Any]] = {name: {} for name in (*SECTIONS, "space")}
         self.faults: list[str] = []
-        self._unsaid: _Origin = (0, source)
-        self._origins: dict[tuple[str, str], _Origin] = {}
-        self.put(self._unsaid, ["space"], DEFAULT_SPACE)
+        defaults: _Origin = (0, source)
+        self._origins: dict[tuple[str, str], _Origin] = defaultdict(lambda: defaults)
+        self.put(defaults, ["space"], DEFAULT_SPACE)
 
     def put_override(self, origin: _Origin, text: str) -> None:
         """Lay `section.key=value` over what is there; the value is TOML, else a text."""
@@ -152,7 +140,11 @@ class _Merged:
                 self._explain(name, explain(err, fields_of(section)))
         if not self.faults:
             self._explain("space", space_faults(space, made["train"]))
-            self._explain("search", _search_faults(space, made["search"].sampler))
+            endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
+            if endless and (sampler := made["search"].sampler) in EXHAUSTIVE:
+                rule = f"{sampler} visits every setting, so each dimension needs choices or a step"
+                text = f"{rule}, but these have neither: {endless}."
+                self._explain("search", [Fault("sampler", text)])
             self._explain("ablation", parse_factors(made["ablation"].factors or {})[1])
         if self.faults:
             raise ConfigError(*self.faults)
@@ -165,7 +157,7 @@ class _Merged:
         """
         train, space = self.values["train"], self.values["space"]
         for key in [key for key in space if key in train]:
-            searched, given = self._origin("space", key), self._origin("train", key)
+            searched, given = self._origins["space", key], self._origins["train", key]
             if searched == given and train[key] != fields_of(TrainConfig)[key].default:
                 text = f"is given a value by train.{key} too; remove one of the two."
                 self._explain("space", [Fault(key, text)])
@@ -176,11 +168,8 @@ class _Merged:
         for fault in faults:
             sections = ("train", "space") if section in ("train", "space") else (section,)
             places = itertools.product(sections, (fault.key.partition(".")[0], *fault.about))
-            origin = max(self._origin(*place) for place in places)
+            origin = max(self._origins[place] for place in places)
             self._add(origin, ".".join(filter(None, (section, fault.key))), fault.text)
-
-    def _origin(self, section: str, key: str) -> _Origin:
-        return self._origins.get((section, key), self._unsaid)
 
     def _add(self, origin: _Origin, where: str, text: str) -> None:
         self.faults.append(": ".join(filter(None, (origin[1], where, text))))
@@ -189,14 +178,6 @@ class _Merged:
 def _homes(key: str) -> list[str]:
     """Return the sections that have a key; a dimension's is [train]."""
     return [name for name, section in SECTIONS.items() if key in fields_of(section)]
-
-
-def _search_faults(space: Space, sampler: str) -> list[Fault]:
-    endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
-    if sampler not in EXHAUSTIVE or not endless:
-        return []
-    rule = f"{sampler} visits every setting, so each dimension needs choices or a step"
-    return [Fault("sampler", f"{rule}, but these have neither: {endless}.")]
 
 
 def check_inputs(config: StudyConfig) -> None:

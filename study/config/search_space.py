@@ -136,14 +136,10 @@ DEFAULT_SPACE: dict[str, dict[str, Any]] = {
 
 
 def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[Fault]]:
-    """Read the [space] section.
+    """Read the [space] section; return its dimensions, and what is wrong.
 
-    Args:
-        raw: Training key -> a table `{low, high}` or `{choices}`, a list of choices, or a plain
-            value, which becomes a single choice.
-
-    Returns:
-        The dimensions, and what is wrong.
+    A training key has a table `{low, high}` or `{choices}`, a list of choices, or a plain value,
+    which becomes a single choice.
     """
     space: dict[str, Dimension] = {}
     faults: list[Fault] = []
@@ -188,12 +184,12 @@ def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
 def space_faults(space: Space, base: TrainConfig) -> list[Fault]:
     """Try the extremes of every pair of dimensions against the rules between training keys."""
     faults: dict[str, Fault] = {}
+    ends: list[list[tuple[str, Any]]]
     ends = [[(key, end) for end in dimension.ends] for key, dimension in space.items()]
     groups = [*itertools.combinations(ends, 1), *itertools.combinations(ends, 2)]
     for corner in itertools.chain.from_iterable(itertools.product(*group) for group in groups):
-        params: dict[str, Any] = dict(corner)
         try:
-            replace(base, **params)
+            replace(base, **dict(corner))
         except ValidationError as err:
             drawn = " with ".join(f"{key}={value!r}" for key, value in corner)
             for fault in explain(err, fields_of(TrainConfig)):
@@ -263,12 +259,7 @@ def recipes(
 
     Rates are moved to the nearest value of their dimension. A recipe is left out where the space
     cannot express its freeze depth, or searches none of its keys. The linear probe comes once per
-    backbone; the others with the first one.
-
-    Args:
-        space: The search space.
-        base: Gives the values of keys that the recipe does not name.
-        names: Only these.
+    backbone; the others with the first one. `base` has the values of keys that a recipe lacks.
     """
     searched = space.get("backbone")
     backbones = searched.choices if isinstance(searched, Choices) else (None,)

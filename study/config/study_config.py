@@ -215,11 +215,8 @@ def default_name(source: str) -> str:
 def config_diff(old: StudyConfig, new: StudyConfig) -> list[str]:
     """List what differs but for `FREE_KEYS`, one `section.key: old -> new` per line."""
     before, after = _flat(old), _flat(new)
-    return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key] and key not in FREE_KEYS
-    ]
+    changed = [key for key in before if before[key] != after[key] and key not in FREE_KEYS]
+    return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
 
 
 def _flat(config: StudyConfig) -> dict[str, str]:

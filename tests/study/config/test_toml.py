@@ -9,7 +9,6 @@ from study.config.study_config import SECTIONS
 from study.config.toml import (
     config_text,
     read_value,
-    template,
     toml_value,
     write_new,
 )
@@ -32,7 +31,7 @@ def test_config_text_reads_back_to_the_same(with_help: bool, tmp_path: Path) -> 
 
 
 def test_template_gives_each_key_its_meaning() -> None:
-    text = template(load_config(flags={"data.source": "my/photos"}))
+    text = config_text(load_config(flags={"data.source": "my/photos"}), with_help=True)
     assert 'source = "folder:my/photos"' in text
     assert "# base_lr is searched: see [space]." in text
     for section in SECTIONS.values():
@@ -44,7 +43,8 @@ def test_template_gives_each_key_its_meaning() -> None:
 
 def test_template_for_other_data_is_not_named_after_the_old(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
-    path.write_text(template(load_config()).replace('"digits"', '"photos"'), encoding="utf-8")
+    text = config_text(load_config(), with_help=True)
+    path.write_text(text.replace('"digits"', '"photos"'), encoding="utf-8")
     assert load_config(path).study.name == "photos"
 
 
