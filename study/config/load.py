@@ -83,8 +83,8 @@ class _Merged:
         name, sign, written = text.partition("=")
         path = name.strip().split(".")
         if not sign or not all(path):
-            rule = f"must be section.key=value, but got {text!r}; for example train.epochs=5."
-            self._add(origin, "", rule)
+            rule = f"must be section.key=value, but got {text!r}"
+            self._add(origin, "", f"{rule}; for example --set train.epochs=5.")
             return
         homes = _homes(path[0])
         if path[0] not in self.values and len(homes) == 1:
@@ -118,7 +118,7 @@ class _Merged:
         else:
             known = [*self.values, *(key for each in SECTIONS.values() for key in fields_of(each))]
             text = f"is no section or key.{near(section, known)}"
-            self._add(origin, where, f"{text} The sections are {', '.join(self.values)}.")
+            self._add(origin, section, f"{text} The sections are {', '.join(self.values)}.")
 
     def checked(self) -> StudyConfig:
         """Make the configuration.
