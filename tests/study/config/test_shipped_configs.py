@@ -23,7 +23,7 @@ def test_a_shipped_study_loads(path: Path) -> None:
 def test_the_default_study_is_what_init_writes_and_holds_the_defaults() -> None:
     path = CONFIGS / "default.toml"
     assert path.read_text(encoding="utf-8") == config_text(load_config(), with_help=True)
-    assert load_config(path) == StudyConfig()
+    assert load_config(path) == load_config() == StudyConfig()
 
 
 def test_the_demo_loads_from_the_package() -> None:

@@ -6,12 +6,7 @@ from core.config import fields_of
 from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.study_config import SECTIONS
-from study.config.toml import (
-    config_text,
-    read_value,
-    toml_value,
-    write_new,
-)
+from study.config.toml import config_text, write_new
 
 OVERRIDES = [
     "space.ema_decay=['none', 0.99]",
@@ -19,6 +14,8 @@ OVERRIDES = [
     "recipes=['linear-probe']",
     "timeout=90m",
     "name='other \u00fc'",
+    "study.output='a \"b\" \\'",
+    "ablation.factors={'large rates' = {fast = {base_lr = 1e-6, nesterov = true}}}",
 ]
 
 
@@ -57,18 +54,3 @@ def test_write_new_replaces_a_file_only_when_asked(tmp_path: Path) -> None:
     assert path.read_text() == "b"
     with pytest.raises(ConfigError, match=r"cannot be written: No such file or directory"):
         write_new(tmp_path / "no" / "study.toml", "a", may_replace=False)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (1e-6, "1e-06"),
-        (True, "true"),
-        ('a "b" \\ \n', '"a \\"b\\" \\\\ \\n"'),
-        ([1, "x"], '[1, "x"]'),
-        ({"low": 0, "log": True}, "{low = 0, log = true}"),
-    ],
-)
-def test_toml_value_reads_back_to_the_same(value: object, text: str) -> None:
-    assert toml_value(value) == text
-    assert read_value(text) == value
