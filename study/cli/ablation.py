@@ -23,7 +23,7 @@ from study.cli.views import (
 )
 from study.config.errors import ConfigError
 from study.config.formatting import format_duration
-from study.config.load import check_backbones
+from study.config.load import check_inputs
 from study.execution.progress import Progress
 from study.execution.session import load_images, preflight
 from study.record.record import Record
@@ -50,7 +50,7 @@ def plan_ablation(
         flags = {**flags, "ablation.factors": levels}
     baseline = find_baseline(base, which, overrides, flags)
     plan = make_plan(baseline)
-    check_backbones(baseline.config)
+    check_inputs(baseline.config)
     return plan
 
 

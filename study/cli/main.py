@@ -199,7 +199,7 @@ def run(
     path: Path | None, data: str | None, overrides: Sequence[str], dry_run: bool, **_: Any
 ) -> int:
     """Run a study, or continue it; without options, the demo."""
-    from study.config.load import check_source, load_config, parse_config
+    from study.config.load import check_inputs, load_config, parse_config
 
     if path is None and data is None:
         import tomllib
@@ -211,7 +211,7 @@ def run(
         config = parse_config(tomllib.loads(demo_text()), "the demo", overrides, _flags())
     else:
         config = load_config(path, overrides, _flags())
-    check_source(config)
+    check_inputs(config)
     return _estimate(config) if dry_run else _search(config)
 
 
@@ -221,14 +221,14 @@ def run(
 @_storage
 def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
     """Continue a study as it was configured."""
-    from study.config.load import check_source, parse_config
+    from study.config.load import check_inputs, parse_config
 
     with _open() as store:
         row = store.study(study)
         if _is_ablation(store, study):
             raise _no_best(study, f"ablate {shlex.quote(study)}")
     config = parse_config(row.config, f"study {study}", overrides, _flags())
-    check_source(config)
+    check_inputs(config)
     return _search(config)
 
 
@@ -281,12 +281,10 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
 
 def _estimate(config: "StudyConfig") -> int:
     from study.cli.views import estimate_view
-    from study.config.load import check_backbones
     from study.config.toml import config_text
     from study.execution.session import corner_configs, load_images, preflight, without_weights
     from study.search.plan import estimate_search
 
-    check_backbones(config)
     if not _given("as_json"):
         print(config_text(config))
     with _progress() as progress:
@@ -505,9 +503,10 @@ def report(study: str, out: Path | None, beside: Sequence[str], **_: Any) -> Non
 def init(file: Path, data: str | None, force: bool) -> None:
     """Write a commented study.toml."""
     from study.config.load import load_config
-    from study.config.toml import template, write_new
+    from study.config.toml import config_text, write_new
 
-    write_new(file, template(load_config(flags=_flags())), may_replace=force)
+    text = config_text(load_config(flags=_flags()), with_help=True)
+    write_new(file, text, may_replace=force)
     todo = "Next:" if data else "Set data.source in it to your images (now the digits):"
     print(f"Wrote {file}. {todo}\n  python -m study run --config {shlex.quote(str(file))}")
 

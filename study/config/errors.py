@@ -2,9 +2,9 @@
 
 import difflib
 import functools
+import itertools
 import re
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -49,27 +49,25 @@ def near(word: str, known: Iterable[str]) -> str:
 
 def explain(err: ValidationError, known: Iterable[str]) -> list[Fault]:
     """Say in words what pydantic found wrong with a section of `known` keys."""
-    faults: list[Fault] = []
-    by_key: dict[str, list[Mapping[str, Any]]] = {}
-    for error in err.errors(include_url=False):
-        if error["type"] == "rules":
-            faults += [Fault("", text, keys) for keys, text in error["ctx"]["rules"]]
-            continue
-        key = str(error["loc"][0])
-        if error["type"] == "unexpected_keyword_argument":
-            faults.append(Fault(key, f"is no known key.{near(key, known)}"))
-        elif error["type"] == "missing":
-            faults.append(Fault(key, "must be given."))
+    errors = err.errors(include_url=False)
+    if errors[0]["type"] == "rules":  # these are checked once every key is right
+        return [Fault("", text, keys) for keys, text in errors[0]["ctx"]["rules"]]
+    faults = []
+    for key, group in itertools.groupby(errors, key=lambda error: str(error["loc"][0])):
+        first, *others = group
+        if first["type"] == "unexpected_keyword_argument":
+            text = f"is no known key.{near(key, known)}"
+        elif first["type"] == "missing":
+            text = "must be given."
         else:
-            by_key.setdefault(key, []).append(error)
-    for key, errors in by_key.items():
-        faults.append(Fault(key, _sentence(errors, key, errors[0]["input"])))
+            text = _sentence([first, *others], key)
+        faults.append(Fault(key, text))
     return faults
 
 
-def _sentence(errors: Iterable[Mapping[str, Any]], key: str, value: object) -> str:
+def _sentence(errors: Sequence[Mapping[str, Any]], key: str) -> str:
     """Join what every type that a key may have says of its value."""
-    rules, hint = [], ""
+    rules, value, hint = [], errors[0]["input"], ""
     for error in errors:
         rule = error["msg"].removeprefix("Value error, ")
         rules.append(rule.replace("Input should be", "must be"))
@@ -88,29 +86,16 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def check_value(key: str, value: object, name: str = "") -> tuple[Any, list[Fault]]:
-    """Check one value of a training key against the key's type and range.
+    """Check a value of a training key; return it as the key holds it, and what is wrong.
 
-    Args:
-        key: Training key.
-        value: A value of it.
-        name: What messages call the value; the key where empty.
-
-    Returns:
-        The value as the key holds it, and what is wrong.
+    Messages call it `name`, else by the key.
     """
     try:
         return _adapter(key).validate_python(value), []
     except ValidationError as err:
-        text = _sentence(err.errors(include_url=False), name or key, value)
-        return None, [Fault(key, text)]
+        return None, [Fault(key, _sentence(err.errors(include_url=False), name or key))]
 
 
-@functools.cache
-def is_number(key: str) -> bool:
+def takes_numbers(key: str) -> bool:
     """Say whether a training key may hold numbers."""
-    return bool({int, float} & set(_types(fields_of(TrainConfig)[key].annotation)))
-
-
-def _types(hint: Any) -> list[Any]:
-    inner = typing.get_args(hint)
-    return [kind for part in inner for kind in _types(part)] if inner else [hint]
+    return bool(re.search(r"\b(int|float)\b", str(fields_of(TrainConfig)[key].annotation)))

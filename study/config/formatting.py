@@ -1,11 +1,11 @@
 """How values are written for people, and for programs as JSON."""
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from study.config.search_space import ParamValue
 
@@ -42,20 +42,8 @@ def format_params(params: Mapping[str, ParamValue]) -> str:
 
 def json_text(value: object) -> str:
     """Write a value as one line of JSON; a number that is not finite becomes null."""
-    return json.dumps(_jsonable(value), allow_nan=False, ensure_ascii=False)
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: _jsonable(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+    plain = to_jsonable_python(value, inf_nan_mode="null", fallback=str)
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def hide_password(text: str) -> str:

@@ -1,37 +1,24 @@
 """Read a configuration: defaults, file, --set and flags merged into one and checked at once."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
 from core.config import TrainConfig, fields_of
 from study.ablation.factors import parse_factors
 from study.config.errors import ConfigError, Fault, explain, near
-from study.config.search_space import (
-    DEFAULT_SPACE,
-    Space,
-    default_params,
-    n_points,
-    parse_space,
-    space_faults,
-)
-from study.config.study_config import EXHAUSTIVE, SECTIONS, SearchSection, StudyConfig
+from study.config.search_space import DEFAULT_SPACE, default_params, parse_space, space_faults
+from study.config.study_config import EXHAUSTIVE, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
-_KEYS = {name: list(fields_of(section)) for name, section in SECTIONS.items()} | {
-    "space": list(fields_of(TrainConfig))
-}
-
-
-class _Origin(NamedTuple):
-    """Where a key was given: its layer, counted from the defaults at 0, and that layer's name."""
-
-    rank: int
-    label: str
+_FLAGS = {"data.source": "--data", "ablation.factors": "--factor"}
+"""Flags that are not called as the key that they set."""
+_Origin = tuple[int, str]
+"""Where a key was given: its layer, counted from the defaults at 0, and that layer's name."""
 
 
 def load_config(
@@ -60,26 +47,18 @@ def parse_config(
     overrides: Sequence[str] = (),
     flags: Mapping[str, object] | None = None,
 ) -> StudyConfig:
-    """Check a configuration that has been read: a TOML file's tables, or a record.
+    """Check, as `load_config` does, a configuration that was read from a file or a record.
 
-    Args:
-        raw: Section -> key -> value; a section or key left out takes its default.
-        source: What messages call it.
-        overrides: As in `load_config`.
-        flags: As in `load_config`.
-
-    Raises:
-        ConfigError: Something is wrong; it lists every fault.
+    Messages call it `source`; a section or key that it leaves out takes its default.
     """
     merged = _Merged(source)
     for name, table in raw.items():
-        merged.put([name], table, _Origin(1, source))
+        merged.put((1, source), [name], table)
     for text in overrides:
-        merged.put_override(text, _Origin(2, "--set"))
-    named = {"data.source": "--data", "ablation.factors": "--factor"}
+        merged.put_override((2, "--set"), text)
     for key, value in (flags or {}).items():
         path = key.split(".")
-        merged.put(path, value, _Origin(3, named.get(key, f"--{path[-1]}")))
+        merged.put((3, _FLAGS.get(key, f"--{path[-1]}")), path, value)
     return merged.checked()
 
 
@@ -93,65 +72,53 @@ class _Merged:
 
     def __init__(self, source: str) -> None:
         """Begin with the default space; `source` is what messages call keys that nobody gave."""
-        self._unsaid = _Origin(0, source)
-        self._origins: dict[tuple[str, str], _Origin] = {}
-        self.values: dict[str, dict[str, Any]] = {name: {} for name in _KEYS}
-        self.values["space"] = deepcopy(DEFAULT_SPACE)
+        self.values: dict[str, dict[str, Any]] = {name: {} for name in (*SECTIONS, "space")}
         self.faults: list[str] = []
+        defaults: _Origin = (0, source)
+        self._origins: dict[tuple[str, str], _Origin] = defaultdict(lambda: defaults)
+        self.put(defaults, ["space"], DEFAULT_SPACE)
 
-    def put_override(self, text: str, origin: _Origin) -> None:
+    def put_override(self, origin: _Origin, text: str) -> None:
         """Lay `section.key=value` over what is there; the value is TOML, else a text."""
         name, sign, written = text.partition("=")
         path = name.strip().split(".")
         if not sign or not all(path):
-            example = "for example --set train.epochs=5."
-            text = f"must be section.key=value, but got {text!r}; {example}"
-            self.faults.append(f"{origin.label}: {text}")
+            rule = f"must be section.key=value, but got {text!r}"
+            self._add(origin, "", f"{rule}; for example --set train.epochs=5.")
             return
         homes = _homes(path[0])
-        if path[0] not in _KEYS and len(homes) > 1:
-            meant = " or ".join(f"{home}.{path[0]}" for home in homes)
-            text = f"is a key of several sections; say {meant}."
-            self.faults.append(f"{origin.label}: {path[0]}: {text}")
-            return
-        if path[0] not in _KEYS:
+        if path[0] not in self.values and len(homes) == 1:
             path = [*homes, *path]
-        self.put(path, read_value(written.strip()), origin)
+        self.put(origin, path, read_value(written.strip()))
 
-    def put(self, path: Sequence[str], value: object, origin: _Origin) -> None:
+    def put(self, origin: _Origin, path: Sequence[str], value: object) -> None:
         """Lay a section, a key or a part of its table over what is there."""
-        section, *rest = path
-        homes = _homes(rest[0] if rest else section)
-        where, text = ".".join(path[:2]), ""
-        if section not in _KEYS:
-            where = section
-            if homes and not rest:
-                text = f"is in no section; it belongs in [{homes[0]}]."
-            else:
-                hint = near(section, {*_KEYS, *itertools.chain(*_KEYS.values())})
-                text = f"is no section or key.{hint} The sections are {', '.join(_KEYS)}."
-        elif not rest and not isinstance(value, Mapping):
-            text = f"must be a table, [{section}], but got {value!r}."
-        elif section != "space" and rest and homes and section not in homes:
-            text = f"is no key of this section; it belongs in [{'] or ['.join(homes)}]."
-        if text:
-            self.faults.append(f"{origin.label}: {where}: {text}")
-        elif isinstance(value, Mapping) and not rest:
+        section, *keys = path
+        key, where = (keys or path)[0], ".".join(path[:2])
+        homes = _homes(key)
+        if section in self.values and not keys:
+            if not isinstance(value, Mapping):
+                self._add(origin, where, f"must be a table, [{section}], but got {value!r}.")
+                return
             if section == "space":  # as a whole it replaces what is there
                 self.values[section] = {}
-            for key, inner in value.items():
-                self.put([section, key], inner, origin)
+            for inner_key, inner in value.items():
+                self.put(origin, [section, inner_key], inner)
+        elif section in (["space", *homes] if homes else self.values):
+            self._origins[section, key] = origin
+            table = self.values[section]
+            for part in keys[:-1]:  # what was given stays as it is: the tables here are copies
+                inner = table.get(part)
+                table[part] = dict(inner) if isinstance(inner, Mapping) else {}
+                table = table[part]
+            table[keys[-1]] = value
+        elif homes:
+            meant = " or ".join(f"{home}.{key}" for home in homes)
+            self._add(origin, where, f"is in the wrong section or in none; say {meant}.")
         else:
-            self._put_key(section, rest, value, origin)
-
-    def _put_key(self, section: str, path: Sequence[str], value: object, origin: _Origin) -> None:
-        self._origins[section, path[0]] = origin
-        table = self.values[section]
-        for part in path[:-1]:
-            if not isinstance(table.get(part), dict):
-                table[part] = {}
-            table = table[part]
-        table[path[-1]] = deepcopy(value)
+            known = [*self.values, *(key for each in SECTIONS.values() for key in fields_of(each))]
+            text = f"is no section or key.{near(section, known)}"
+            self._add(origin, section, f"{text} The sections are {', '.join(self.values)}.")
 
     def checked(self) -> StudyConfig:
         """Make the configuration.
@@ -161,7 +128,7 @@ class _Merged:
         """
         self._settle()
         space, wrong = parse_space(self.values["space"])
-        self._tell("space", wrong)
+        self._explain("space", wrong)
         fixed = {key: dim.ends[0] for key, dim in space.items() if len(dim.ends) == 1}
         space = {key: dim for key, dim in space.items() if key not in fixed}
         self.values["train"] = default_params(space) | self.values["train"] | fixed
@@ -170,11 +137,15 @@ class _Merged:
             try:
                 made[name] = section(**self.values[name])
             except ValidationError as err:
-                self._tell(name, explain(err, _KEYS[name]))
+                self._explain(name, explain(err, fields_of(section)))
         if not self.faults:
-            self._tell("space", space_faults(space, made["train"]))
-            self._tell("search", _search_faults(space, made["search"]))
-            self._tell("ablation", parse_factors(made["ablation"].factors or {})[1])
+            self._explain("space", space_faults(space, made["train"]))
+            endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
+            if endless and (sampler := made["search"].sampler) in EXHAUSTIVE:
+                rule = f"{sampler} visits every setting, so each dimension needs choices or a step"
+                text = f"{rule}, but these have neither: {endless}."
+                self._explain("search", [Fault("sampler", text)])
+            self._explain("ablation", parse_factors(made["ablation"].factors or {})[1])
         if self.faults:
             raise ConfigError(*self.faults)
         return StudyConfig(**made, space=space)
@@ -186,71 +157,51 @@ class _Merged:
         """
         train, space = self.values["train"], self.values["space"]
         for key in [key for key in space if key in train]:
-            searched, given = self._origin("space", key), self._origin("train", key)
-            is_default = train[key] == fields_of(TrainConfig)[key].default
-            if searched.rank == given.rank and not is_default:
+            searched, given = self._origins["space", key], self._origins["train", key]
+            if searched == given and train[key] != fields_of(TrainConfig)[key].default:
                 text = f"is given a value by train.{key} too; remove one of the two."
-                self._tell("space", [Fault(key, text)])
-            del (space if searched.rank < given.rank else train)[key]
+                self._explain("space", [Fault(key, text)])
+            del (space if searched < given else train)[key]
 
-    def _tell(self, section: str, faults: Iterable[Fault]) -> None:
+    def _explain(self, section: str, faults: Iterable[Fault]) -> None:
         """Add faults, each with where the last of its keys was given: that one broke a rule."""
         for fault in faults:
             sections = ("train", "space") if section in ("train", "space") else (section,)
-            keys = [key for key in (fault.key.partition(".")[0], *fault.about) if key]
-            places = itertools.product(sections, keys)
-            origin = max((self._origin(*place) for place in places), default=self._unsaid)
-            where = ".".join(filter(None, (section, fault.key)))
-            self.faults.append(f"{origin.label}: {where}: {fault.text}")
+            places = itertools.product(sections, (fault.key.partition(".")[0], *fault.about))
+            origin = max(self._origins[place] for place in places)
+            self._add(origin, ".".join(filter(None, (section, fault.key))), fault.text)
 
-    def _origin(self, section: str, key: str) -> _Origin:
-        return self._origins.get((section, key), self._unsaid)
+    def _add(self, origin: _Origin, where: str, text: str) -> None:
+        self.faults.append(": ".join(filter(None, (origin[1], where, text))))
 
 
 def _homes(key: str) -> list[str]:
     """Return the sections that have a key; a dimension's is [train]."""
-    return [name for name, keys in _KEYS.items() if key in keys and name != "space"]
+    return [name for name, section in SECTIONS.items() if key in fields_of(section)]
 
 
-def _search_faults(space: Space, search: SearchSection) -> list[Fault]:
-    if search.sampler not in EXHAUSTIVE or n_points(space) is not None:
-        return []
-    endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
-    rule = f"{search.sampler} visits every setting, so each dimension needs choices or a step"
-    return [Fault("sampler", f"{rule}, but these have neither: {endless}.")]
+def check_inputs(config: StudyConfig) -> None:
+    """Refuse a missing data folder and unknown backbones before anything is written.
 
-
-def check_source(config: StudyConfig) -> None:
-    """Refuse a data folder that is not there, before anything is written.
+    This loads torch.
 
     Raises:
-        ConfigError: It is missing, a file, or without folders.
+        ConfigError: Everything that is wrong.
     """
     from core.data.sources import DataError, check_folder
-
-    kind, _, path = config.data.source.partition(":")
-    if kind != "folder":
-        return
-    try:
-        check_folder(Path(path))
-    except (DataError, OSError) as err:
-        raise ConfigError(f"data.source: {err}") from err
-
-
-def check_backbones(config: StudyConfig) -> None:
-    """Refuse backbones that neither library knows (this loads torch).
-
-    Raises:
-        ConfigError: Unknown names, each with its nearest.
-    """
     from core.models.sources import BackboneError, find_source
 
-    section = "space" if "backbone" in config.space else "train"
+    searched = config.space.get("backbone")
+    section, names = ("space", searched.ends) if searched else ("train", [config.train.backbone])
+    checks: list[tuple[str, Any, Any]] = [(f"{section}.backbone", find_source, n) for n in names]
+    kind, _, path = config.data.source.partition(":")
+    if kind == "folder":
+        checks.append(("data.source", check_folder, Path(path)))
     faults = []
-    for name in config.backbones:
+    for key, check, value in checks:
         try:
-            find_source(name)
-        except BackboneError as err:
-            faults.append(f"{section}.backbone: {err}")
+            check(value)
+        except (BackboneError, DataError, OSError) as err:
+            faults.append(f"{key}: {err}")
     if faults:
         raise ConfigError(*faults)

@@ -4,13 +4,13 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from core.config import MAX_FREEZE_DEPTH, SECTION, TrainConfig, check_rules, fields_of
-from study.config.errors import Fault, check_value, explain, is_number, near
+from study.config.errors import Fault, check_value, explain, near, takes_numbers
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -62,13 +62,9 @@ class Range:
         """Return the extreme values."""
         return (self.low, self.high)
 
-    def holds(self, value: ParamValue) -> bool:
-        """Say whether a value can be drawn."""
-        return _is_number(value) and self.nearest(value) == value
-
     def nearest(self, value: ParamValue) -> ParamValue:
         """Return the value of the range that is nearest to a number."""
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_number(value):
             return self.low
         inside = min(max(value, self.low), self.high)
         if self.step is not None:
@@ -103,16 +99,14 @@ class Choices:
         """Return all values: a list has no order in which two of them were extreme."""
         return self.choices
 
-    def holds(self, value: ParamValue) -> bool:
-        """Say whether a value can be drawn."""
-        return any(value == choice and type(value) is type(choice) for choice in self.choices)
-
     def nearest(self, value: ParamValue) -> ParamValue:
         """Return the value itself where it is listed, else the nearest number, else the first."""
-        if self.holds(value) or not _is_number(value):
-            return value if self.holds(value) else self.choices[0]
+        if value in [choice for choice in self.choices if type(choice) is type(value)]:
+            return value
         numbers = [choice for choice in self.choices if _is_number(choice)]
-        return min(numbers, key=lambda n: abs(n - value), default=self.choices[0])
+        if not numbers or not _is_number(value):
+            return self.choices[0]
+        return min(numbers, key=lambda number: abs(number - value))
 
     def __str__(self) -> str:
         return " | ".join("none" if choice is None else str(choice) for choice in self.choices)
@@ -120,9 +114,11 @@ class Choices:
 
 Dimension = Range | Choices
 Space = Mapping[str, Dimension]
+SPACE = TypeAdapter(dict[str, Dimension])
+"""Turns dimensions into the tables of [space]."""
 
 
-def _is_number(value: ParamValue) -> bool:
+def _is_number(value: ParamValue) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -140,14 +136,10 @@ DEFAULT_SPACE: dict[str, dict[str, Any]] = {
 
 
 def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[Fault]]:
-    """Read the [space] section.
+    """Read the [space] section; return its dimensions, and what is wrong.
 
-    Args:
-        raw: Training key -> a table `{low, high}` or `{choices}`, a list of choices, or a plain
-            value, which becomes a single choice.
-
-    Returns:
-        The dimensions, and what is wrong.
+    A training key has a table `{low, high}` or `{choices}`, a list of choices, or a plain value,
+    which becomes a single choice.
     """
     space: dict[str, Dimension] = {}
     faults: list[Fault] = []
@@ -163,8 +155,7 @@ def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[F
             try:
                 space[key] = kind(**table)
             except ValidationError as err:
-                known = fields_of(kind)
-                wrong = [Fault(key, fault.sentence) for fault in explain(err, known)]
+                wrong = [Fault(key, fault.sentence) for fault in explain(err, fields_of(kind))]
         faults += wrong
     if (monitor := space.get("monitor")) and len(monitor.ends) > 1:
         text = "is how all trials are compared, so it cannot be searched; set train.monitor."
@@ -174,41 +165,31 @@ def parse_space(raw: Mapping[str, object]) -> tuple[dict[str, Dimension], list[F
 
 def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
     """Turn the ends or choices of a dimension into values of its key."""
-    faults: list[Fault] = []
-
-    def checked(value: object, name: str = "") -> Any:
-        found, wrong = check_value(key, value, name)
-        faults.extend(wrong)
-        return found
-
     if "choices" in table:
         listed = table["choices"]
-        listed = listed if isinstance(listed, list | tuple) else [listed]
-        table["choices"] = tuple(checked(value) for value in listed)
-    elif is_number(key):
-        table |= {name: checked(table[name], name) for name in ("low", "high") if name in table}
+        checked = [
+            check_value(key, value)
+            for value in (listed if isinstance(listed, list | tuple) else [listed])
+        ]
+        table["choices"] = tuple(value for value, _ in checked)
+    elif takes_numbers(key):
+        ends = [name for name in ("low", "high") if name in table]
+        checked = [check_value(key, table[name], name) for name in ends]
+        table |= {name: value for name, (value, _) in zip(ends, checked, strict=True)}
     else:
         return [Fault(key, "is no number, so it takes choices = [...], not low and high.")]
-    return faults
-
-
-def to_table(dimension: Dimension) -> dict[str, Any]:
-    """Return the table of a dimension that [space] holds."""
-    if isinstance(dimension, Choices):
-        return {"choices": list(dimension.choices)}
-    return {k: v for k, v in asdict(dimension).items() if v is not None and v is not False}
+    return [fault for _, wrong in checked for fault in wrong]
 
 
 def space_faults(space: Space, base: TrainConfig) -> list[Fault]:
     """Try the extremes of every pair of dimensions against the rules between training keys."""
     faults: dict[str, Fault] = {}
+    ends: list[list[tuple[str, Any]]]
     ends = [[(key, end) for end in dimension.ends] for key, dimension in space.items()]
-    singles = [(corner,) for corner in itertools.chain.from_iterable(ends)]
-    pairs = [pair for two in itertools.combinations(ends, 2) for pair in itertools.product(*two)]
-    for corner in [*singles, *pairs]:
-        params: dict[str, Any] = dict(corner)
+    groups = [*itertools.combinations(ends, 1), *itertools.combinations(ends, 2)]
+    for corner in itertools.chain.from_iterable(itertools.product(*group) for group in groups):
         try:
-            replace(base, **params)
+            replace(base, **dict(corner))
         except ValidationError as err:
             drawn = " with ".join(f"{key}={value!r}" for key, value in corner)
             for fault in explain(err, fields_of(TrainConfig)):
@@ -237,11 +218,9 @@ def distributions(space: Space) -> dict[str, "BaseDistribution"]:
     for name, dim in space.items():
         if isinstance(dim, Choices):
             found[name] = CategoricalDistribution(dim.choices)
-        elif dim.is_int:
-            step = int(dim.step or 1)
-            found[name] = IntDistribution(int(dim.low), int(dim.high), dim.log, step)
         else:
-            found[name] = FloatDistribution(dim.low, dim.high, dim.log, dim.step)
+            kind = IntDistribution if dim.is_int else FloatDistribution
+            found[name] = kind(**{k: v for k, v in asdict(dim).items() if v is not None})
     return found
 
 
@@ -280,27 +259,19 @@ def recipes(
 
     Rates are moved to the nearest value of their dimension. A recipe is left out where the space
     cannot express its freeze depth, or searches none of its keys. The linear probe comes once per
-    backbone; the others with the first one.
-
-    Args:
-        space: The search space.
-        base: Gives the values of keys that the recipe does not name.
-        names: Only these.
+    backbone; the others with the first one. `base` has the values of keys that a recipe lacks.
     """
     searched = space.get("backbone")
     backbones = searched.choices if isinstance(searched, Choices) else (None,)
     depths = space.get("freeze_depth", Choices((base.freeze_depth,)))
     found: dict[str, dict[str, ParamValue]] = {}
     for name, recipe in RECIPES.items():
-        is_known = recipe.keys() & space.keys() and depths.holds(recipe["freeze_depth"])
-        if name not in names or not is_known:
+        depth = recipe["freeze_depth"]
+        if name not in names or not recipe.keys() & space.keys() or depths.nearest(depth) != depth:
             continue
         for backbone in backbones if name == _LINEAR_PROBE else backbones[:1]:
-            recipe = recipe | ({} if backbone is None else {"backbone": backbone})
-            params = {
-                key: dim.nearest(recipe.get(key, getattr(base, key))) for key, dim in space.items()
-            }
+            settings = asdict(base) | recipe | {"backbone": backbone}
+            params = {key: dimension.nearest(settings[key]) for key, dimension in space.items()}
             if params not in found.values():
-                label = name if backbone is None else f"{name} {backbone}"
-                found[label] = params
+                found[name if backbone is None else f"{name} {backbone}"] = params
     return found

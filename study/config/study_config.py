@@ -14,11 +14,10 @@ from study.ablation.designs import DESIGNS
 from study.config.search_space import (
     DEFAULT_SPACE,
     RECIPES,
-    Choices,
+    SPACE,
     Dimension,
     default_params,
     parse_space,
-    to_table,
 )
 from study.search.samplers import PRUNERS, SAMPLERS
 
@@ -182,19 +181,9 @@ class StudyConfig(BaseModel):
 
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values; a searched key stands under `space` only."""
-        record = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        record["train"] = {k: v for k, v in record["train"].items() if k not in self.space}
-        if not isinstance(self.search.recipes, bool):
-            record["search"]["recipes"] = list(self.search.recipes)
-        return record | {"space": {key: to_table(dim) for key, dim in self.space.items()}}
-
-    @property
-    def backbones(self) -> tuple[str, ...]:
-        """List the backbones that trials may take."""
-        dimension = self.space.get("backbone")
-        if isinstance(dimension, Choices):
-            return tuple(str(choice) for choice in dimension.choices)
-        return (self.train.backbone,)
+        record = self.model_dump(mode="json", exclude={"train": set(self.space)})
+        record["space"] = SPACE.dump_python(self.space, mode="json", exclude_defaults=True)
+        return record
 
 
 SECTIONS: dict[str, type] = {
@@ -223,27 +212,17 @@ def default_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
 
 
-def config_diff(old: StudyConfig, new: StudyConfig, *, with_free: bool = False) -> list[str]:
-    """List what differs between two configurations, one `section.key: old -> new` per line.
-
-    Args:
-        old: Before.
-        new: After.
-        with_free: Include the `FREE_KEYS` too.
-    """
+def config_diff(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """List what differs but for `FREE_KEYS`, one `section.key: old -> new` per line."""
     before, after = _flat(old), _flat(new)
-    return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key] and (with_free or key not in FREE_KEYS)
-    ]
+    changed = [key for key in before if before[key] != after[key] and key not in FREE_KEYS]
+    return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
 
 
 def _flat(config: StudyConfig) -> dict[str, str]:
     """Map every key with its section to its value, or to the dimension that searches it."""
-    flat = {}
-    for name in SECTIONS:
-        for key, value in dataclasses.asdict(getattr(config, name)).items():
-            searched = config.space.get(key) if name == "train" else None
-            flat[f"{name}.{key}"] = f"searched in {searched}" if searched else repr(value)
-    return flat
+    return {
+        f"{name}.{key}": repr(value)
+        for name in SECTIONS
+        for key, value in dataclasses.asdict(getattr(config, name)).items()
+    } | {f"train.{key}": f"searched in {dimension}" for key, dimension in config.space.items()}

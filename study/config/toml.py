@@ -15,6 +15,11 @@ from study.config.study_config import SECTIONS, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
 _COMMENT_WIDTH = 92
+_HEAD = """\
+# A Frostline study. Every key may be left out: what stands here is what it then is.
+# Run it: python -m study run --config FILE
+
+"""
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -26,14 +31,13 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except FileNotFoundError as err:
+    except FileNotFoundError:
         text = "there is no such file; `python -m study init` writes one."
-        raise ConfigError(f"{path}: {text}") from err
     except OSError as err:
-        raise ConfigError(f"{path}: cannot be read: {err.strerror}.") from err
+        text = f"cannot be read: {err.strerror}."
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         text = f"must be TOML, but {str(err)[0].lower()}{str(err)[1:]}."
-        raise ConfigError(f"{path}: {text}") from err
+    raise ConfigError(f"{path}: {text}")
 
 
 def read_value(text: str) -> object:
@@ -52,23 +56,11 @@ def demo_text() -> str:
 def config_text(config: StudyConfig, *, with_help: bool = False) -> str:
     """Write a configuration as TOML that `load_config` reads back to the same.
 
-    Args:
-        config: The configuration.
-        with_help: Write above each key what it means.
+    With help it says what each key means, as the study.toml of `python -m study init` does.
     """
-    blocks = [
-        "\n".join(_section(config, name, getattr(config, name), with_help)) for name in SECTIONS
-    ]
-    return "\n\n".join([*blocks, "\n".join(_space(config, with_help))]) + "\n"
-
-
-def template(config: StudyConfig) -> str:
-    """Write the commented study.toml that `python -m study init` gives a user."""
-    head = (
-        "# A Frostline study. Every key may be left out: what stands here is what it then is.\n"
-        "# Run it: python -m study run --config FILE\n\n"
-    )
-    return head + config_text(config, with_help=True)
+    sections = [_section(name, config, with_help) for name in SECTIONS]
+    blocks = ["\n".join(lines) for lines in (*sections, _space(config, with_help))]
+    return (_HEAD if with_help else "") + "\n\n".join(blocks) + "\n"
 
 
 def write_new(path: Path, text: str, *, may_replace: bool) -> None:
@@ -85,7 +77,8 @@ def write_new(path: Path, text: str, *, may_replace: bool) -> None:
         raise ConfigError(f"{path}: cannot be written: {err.strerror}.") from err
 
 
-def _section(config: StudyConfig, name: str, values: Any, with_help: bool) -> Iterator[str]:
+def _section(name: str, config: StudyConfig, with_help: bool) -> Iterator[str]:
+    values = getattr(config, name)
     if with_help:
         yield from _comment(values.__class__.__doc__.splitlines()[0])
     yield f"[{name}]"

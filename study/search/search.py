@@ -9,7 +9,6 @@ import optuna
 from optuna.trial import TrialState
 
 from core.metrics import EpochMetrics
-from study.config.load import check_backbones
 from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
 from study.config.study_config import EXHAUSTIVE, StudyConfig
 from study.execution.progress import Progress, StudyState
@@ -68,7 +67,6 @@ def run_search(
     The arguments, and what it raises, are those of `open_session`.
     """
     begin = time.monotonic()
-    check_backbones(config)
     with (
         Record.open(config.study.storage, create=True) as record,
         open_session(

@@ -30,7 +30,7 @@ def test_optuna_draws_every_dimension_inside_its_bounds() -> None:
     for _ in range(20):
         params = study.ask(distributions(SPACE)).params
         assert list(params) == list(SPACE)
-        assert all(dimension.holds(params[name]) for name, dimension in SPACE.items())
+        assert all(dim.nearest(params[name]) == params[name] for name, dim in SPACE.items())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_nearest_value_is_one_of_the_range(value: float, step: float, n: int
     dimension = Range(0.0, n * step, step=step)
     found = dimension.nearest(value)
     assert isinstance(found, float)
-    assert dimension.holds(found)
+    assert dimension.nearest(found) == found
     assert all(
         abs(found - value) <= abs(k * step - value) + 1e-9 for k in range(dimension.n_points or 0)
     )
@@ -90,17 +90,18 @@ def test_the_nearest_value(dimension: Range | Choices, value: ParamValue, found:
 def test_the_default_space_has_every_recipe() -> None:
     config = StudyConfig()
     found = recipes(config.space, config.train, config.search.recipe_names)
-    assert len(found) == len(config.backbones) + 2
-    probe = found[f"linear-probe {config.backbones[1]}"]
+    backbones = config.space["backbone"].ends
+    assert len(found) == len(backbones) + 2
+    probe = found[f"linear-probe {backbones[1]}"]
     assert probe == {
-        "backbone": config.backbones[1],
+        "backbone": backbones[1],
         "freeze_depth": 5,
         "base_lr": 1e-3,
         "head_lr_mult": 10.0,
         "weight_decay": config.train.weight_decay,
     }
     for params in found.values():
-        assert all(config.space[name].holds(value) for name, value in params.items())
+        assert all(config.space[name].nearest(value) == value for name, value in params.items())
         apply_params(TrainConfig(), params)
 
 

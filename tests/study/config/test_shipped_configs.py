@@ -8,7 +8,7 @@ import pytest
 from core.config import TrainConfig
 from study.config.load import load_config, parse_config
 from study.config.study_config import StudyConfig
-from study.config.toml import demo_text, template
+from study.config.toml import config_text, demo_text
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
@@ -22,8 +22,8 @@ def test_a_shipped_study_loads(path: Path) -> None:
 
 def test_the_default_study_is_what_init_writes_and_holds_the_defaults() -> None:
     path = CONFIGS / "default.toml"
-    assert path.read_text(encoding="utf-8") == template(load_config())
-    assert load_config(path) == StudyConfig()
+    assert path.read_text(encoding="utf-8") == config_text(load_config(), with_help=True)
+    assert load_config(path) == load_config() == StudyConfig()
 
 
 def test_the_demo_loads_from_the_package() -> None:
