@@ -96,14 +96,8 @@ def train_mode(
     model.train()
     for name in stages.eval_modules[depth]:
         model.get_submodule(name).eval()
-    if freeze_statistics:
-        freeze_batch_norms(model)
-
-
-def freeze_batch_norms(model: nn.Module) -> None:
-    """Put all batch norms in eval mode, so that their statistics stay."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if freeze_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
