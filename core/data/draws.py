@@ -75,12 +75,6 @@ def policy_seeds(draws: FloatArray) -> IntArray:
     return (draws[:, _POLICY] * 2**53).astype(np.int64)
 
 
-def resized_size(sizes: IntArray, resize_size: int) -> IntArray:
-    """Return heights and widths when the shorter side becomes `resize_size`, (B, 2)."""
-    short = sizes.min(axis=1, keepdims=True)
-    return np.asarray(np.maximum(sizes * resize_size // short, resize_size))
-
-
 def eval_boxes(sizes: IntArray, image_size: int, resize_size: int) -> FloatArray:
     """Return the region of each image that its evaluation view shows.
 
@@ -92,17 +86,16 @@ def eval_boxes(sizes: IntArray, image_size: int, resize_size: int) -> FloatArray
     Returns:
         Top, left, height, width in the image's own pixels, fractional, (B, 4).
     """
-    resized = resized_size(sizes, resize_size)
+    resized = sizes * resize_size // sizes.min(axis=1, keepdims=True)
     scale = sizes / resized
     start = np.rint((resized - image_size) / 2)
     return np.concatenate([start * scale, image_size * scale], axis=1)
 
 
 def batch_positions(order: IntArray, batch_size: int) -> list[IntArray]:
-    """Cut an epoch's order into batches; a last batch of one is left out.
+    """Cut an epoch's order into batches; a last of one, on which batch norm cannot train, is out.
 
-    Batch norm cannot train on one image; the order changes with every epoch, and so does the image
-    left out.
+    The order changes with every epoch, and so does the image left out.
     """
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches

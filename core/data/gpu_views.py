@@ -53,7 +53,7 @@ class DeviceViews:
         for positions in batches:
             which = torch.from_numpy(positions).to(self.device)
             part = rows[which]
-            yield self.views(which, part[:, :4], part[:, 4] > 0)
+            yield self._views(which, part[:, :4], part[:, 4] > 0)
 
     def _boxes(self, epoch: int) -> tuple[FloatArray, FloatArray]:
         n, config = len(self.sizes), self.config
@@ -64,17 +64,8 @@ class DeviceViews:
         crops = crop_boxes(draws, self.sizes, config.crop_scale)
         return crops.astype(np.float64), flips(draws, config.flip).astype(np.float64)
 
-    def views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
-        """Cut boxes out of images and resize them.
-
-        Args:
-            which: Rows of the split, (B,).
-            boxes: Top, left, height, width, (B, 4), float.
-            mirrored: Flip left and right, (B,).
-
-        Returns:
-            Views, rounded to whole numbers in [0, 255], float32, (B, 3, S, S).
-        """
+    def _views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
+        """Cut boxes out of rows of the split, resize them, and flip them where `mirrored`."""
         height, width = self.pixels.shape[2:]
         is_crop = self.config.augment != "none"
         rows = self._weights(boxes[:, 0], boxes[:, 2], height, is_crop)  # (B, S, H)

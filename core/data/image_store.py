@@ -3,10 +3,10 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None] | None  # takes how many of how many image
 
 # Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
 _DECODER = 1
-_PIXELS, _INDEX = "pixels.bin", "index.npz"
+_PIXELS, _INDEX = "pixels.bin", "index.json"
 # Checking every image's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
@@ -51,12 +51,11 @@ class ImageStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with open(folder / _INDEX, "rb") as file, np.load(file) as index:
-            self.sizes: IntArray = index["sizes"]
-            self.checksums: IntArray = index["checksums"]
-            self.contents: list[str] = index["contents"].astype(np.str_).tolist()
-            reasons = zip(index["broken"].tolist(), index["reasons"].tolist(), strict=True)
-            self.broken: dict[str, str] = dict(reasons)
+        index = json.loads((folder / _INDEX).read_bytes())
+        self.sizes: IntArray = np.array(index["sizes"], dtype=np.int64).reshape(-1, 2)
+        self.checksums: IntArray = np.array(index["checksums"], dtype=np.int64)
+        self.contents: list[str] = index["contents"]
+        self.broken: dict[str, str] = index["broken"]
         self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
         path = folder / _PIXELS
         if path.stat().st_size != self.size_bytes:
@@ -91,11 +90,8 @@ class ImageStore:
             which = np.linspace(0, len(self) - 1, _CHECK_SAMPLE, dtype=np.int64)
         return all(zlib.crc32(self.image(int(i)).data) == self.checksums[i] for i in which)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]  # a worker opens its own map
+    def __reduce__(self) -> tuple[type["ImageStore"], tuple[Path]]:
+        return ImageStore, (self.folder,)  # a worker opens its own map
 
 
 def build_store(
@@ -143,7 +139,7 @@ def _open_sound(folder: Path) -> ImageStore | None:
     try:
         store = ImageStore(folder)
         return store if store.is_sound() else None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -175,32 +171,22 @@ def _decode_all(images: list[LabelledImage], bound: int, folder: Path, progress:
     # Not written over: other processes may have the damaged pixels mapped.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    sizes: list[tuple[int, int]] = []
-    checksums: list[int] = []
-    contents: list[str] = []
-    broken: dict[str, str] = {}
+    index: dict[str, Any] = {"contents": [], "sizes": [], "checksums": [], "broken": {}}
     try:
         with open(folder / _PIXELS, "wb") as file:
             for done, (image, result) in enumerate(_decoded(images, bound), start=1):
                 if isinstance(result, str):
-                    broken[image.content] = result
+                    index["broken"][image.content] = result
                 else:
                     file.write(result.data)
-                    sizes.append((result.shape[0], result.shape[1]))
-                    checksums.append(zlib.crc32(result.data))
-                    contents.append(image.content)
+                    index["contents"].append(image.content)
+                    index["sizes"].append(result.shape[:2])
+                    index["checksums"].append(zlib.crc32(result.data))
                 if progress is not None:
                     progress(done, len(images))
             file.flush()
             os.fsync(file.fileno())
-        np.savez(
-            folder / _INDEX,
-            sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
-            checksums=np.array(checksums, dtype=np.int64),
-            contents=np.array(contents, dtype=np.bytes_),  # a quarter of the size of np.str_
-            broken=np.array(list(broken), dtype=np.str_),
-            reasons=np.array(list(broken.values()), dtype=np.str_),
-        )
+        (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

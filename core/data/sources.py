@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import importlib.util
 import inspect
 import os
 from collections import Counter
@@ -122,15 +121,12 @@ def _subfolders(root: Path) -> list[Path]:
 def _check_same_classes(splits: Iterable[Path]) -> None:
     names = {folder: {p.name for p in _subfolders(folder)} for folder in splits}
     every = set[str]().union(*names.values())
-    missing = [
-        f"{folder} lacks {', '.join(sorted(every - found))}"
-        for folder, found in names.items()
-        if found != every
-    ]
+    lacking = {folder: ", ".join(sorted(every - found)) for folder, found in names.items()}
+    missing = "; ".join(f"{folder} lacks {lacks}" for folder, lacks in lacking.items() if lacks)
     if missing:
         raise DataError(
-            f"data splits must have the same class folders, but {'; '.join(missing)}. Add the "
-            "missing folders or rename them alike."
+            f"data splits must have the same class folders, but {missing}. Add the missing "
+            "folders or rename them alike."
         )
 
 
@@ -172,24 +168,20 @@ def _find_in_class_folders(
 
 def _images_in(folder: Path, ignored: Counter[str]) -> list[Path]:
     """List a class folder's images, inner folders included, and count its other files."""
+
+    def refuse(err: OSError) -> None:
+        why = f"folder {err.filename} must be readable, but is not: {err.strerror}."
+        raise DataError(why) from err
+
     found = []
-    _check_readable(folder)
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.is_dir():
-            _check_readable(path)
-        elif path.suffix.lower() in _EXTENSIONS:
-            found.append(path)
-        else:
-            ignored[path.suffix.lower()] += 1
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() in _EXTENSIONS:
+                found.append(path)
+            else:
+                ignored[path.suffix.lower()] += 1
     return found
-
-
-def _check_readable(folder: Path) -> None:
-    """Refuse a folder whose files would be passed over in silence."""
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise DataError(f"folder {folder} must be readable, but permission is denied.")
 
 
 def _hash_files(paths: Sequence[Path]) -> list[str]:
@@ -242,8 +234,11 @@ def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
     classes: tuple[str, ...] = ()
     for part, options in _TORCHVISION[name].items():
         dataset = _open_dataset(name, root, download, options)
-        contents, reads, labels = _list_files(dataset) or _list_decoded(dataset)
-        classes = classes or _class_names(dataset, labels)
+        contents, reads, labels = _listed(dataset)
+        named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+        # Some name none; Imagenette's are tuples of synonyms.
+        found = named or range(max(labels) + 1)
+        classes = classes or tuple(" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
         split = None if part == "all" else part
         for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True)):
             images.append(LabelledImage(content, f"{name}/{part}/{i}", read, classes[k], split))
@@ -266,27 +261,19 @@ def _open_dataset(name: str, root: Path, download: bool, options: dict[str, Any]
         ) from err
 
 
-# Contents, readers and class numbers of a dataset's images.
-_Listed = tuple[list[str], list[Callable[[], Any]], list[int]]
+def _listed(dataset: Any) -> tuple[list[str], list[Callable[[], Any]], list[int]]:
+    """List contents, readers and class numbers of a dataset's images.
 
-
-def _list_files(dataset: Any) -> _Listed | None:
-    """List a dataset by its files; None where it keeps no list of them.
-
-    Hashing files is about a hundred times faster than decoding them, and done at every start.
+    Hashing files is about a hundred times faster than decoding them, and done at every start; a
+    dataset that is held in memory or in one file is decoded.
     """
     pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
     if pairs is None:
         files = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None)
         pairs = list(zip(files or (), getattr(dataset, "_labels", None) or (), strict=False))
-    if len(pairs) != len(dataset) or not all(Path(path).is_file() for path, _ in pairs):
-        return None
-    paths = [Path(path) for path, _ in pairs]
-    return _hash_files(paths), [partial(Path, p) for p in paths], [int(k) for _, k in pairs]
-
-
-def _list_decoded(dataset: Any) -> _Listed:
-    """List a dataset that is held in memory or in one file, by decoding it."""
+    if len(pairs) == len(dataset) and all(Path(path).is_file() for path, _ in pairs):
+        paths = [Path(path) for path, _ in pairs]
+        return _hash_files(paths), [partial(Path, p) for p in paths], [int(k) for _, k in pairs]
 
     def look(i: int) -> tuple[str, int]:
         image, label = dataset[i]
@@ -300,21 +287,14 @@ def _list_decoded(dataset: Any) -> _Listed:
     return list(contents), [partial(read, i) for i in range(len(dataset))], list(labels)
 
 
-def _class_names(dataset: Any, labels: list[int]) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
-    if names:
-        return tuple(" ".join(n) if isinstance(n, tuple) else str(n) for n in names)
-    return tuple(str(k) for k in range(max(labels) + 1))
-
-
 def _find_digits() -> Found:
-    if importlib.util.find_spec("sklearn") is None:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as err:
         raise DataError(
             'data.source = "digits" needs scikit-learn, which is not installed: '
             'pip install "frostline[demo]". Or name your own images: --data PATH.'
-        )
-    from sklearn.datasets import load_digits
-
+        ) from err
     loaded = load_digits()
     names = tuple(str(k) for k in loaded.target_names)
     images = [

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import platformdirs
 
 from core.config import DataConfig
 from core.data.draws import IntArray
-from core.data.image_store import ImageStore, build_store
+from core.data.image_store import ImageStore, Progress, build_store
 from core.data.partition import partition
 from core.data.sources import DataError, LabelledImage, find_images
 
@@ -73,9 +72,7 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
 
 
-def load_data(
-    config: DataConfig, store_size: int, progress: Callable[[int, int], None] | None = None
-) -> ImageData:
+def load_data(config: DataConfig, store_size: int, progress: Progress = None) -> ImageData:
     """Find, check, decode and split the images of a source.
 
     Args:
@@ -178,12 +175,8 @@ def _split(
     if len(whole) < len(given):
         n = len(given) - len(whole)
         notes.append(f"{n} images are copies of others of their class; one of each is used.")
-    part_of = partition(
-        [image.label for image in whole],
-        [image.content for image in whole],
-        list(fractions.values()),
-        list(seeds.values()),
-    )
+    labels, contents = [image.label for image in whole], [image.content for image in whole]
+    part_of = partition(labels, contents, list(fractions.values()), list(seeds.values()))
     for k, name in enumerate((*fractions, "train")):
         parts[name] = [whole[i] for i in np.flatnonzero(part_of == k)]
     return dict(parts)

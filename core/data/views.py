@@ -12,15 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from core.config import Preprocessing, TrainConfig
-from core.data.draws import (
-    FloatArray,
-    IntArray,
-    crop_boxes,
-    flips,
-    policy_seeds,
-    resized_size,
-    view_draws,
-)
+from core.data.draws import FloatArray, IntArray, crop_boxes, flips, policy_seeds, view_draws
 from core.data.splits import Split
 
 
@@ -37,9 +29,7 @@ def eval_views(split: Split, positions: IntArray, shown: Preprocessing) -> Tenso
     """
     views = _empty_views(len(positions), shown)
     for row, position in enumerate(positions):
-        image = _image(split, int(position))
-        size = resized_size(np.array([image.shape[1:]]), shown.resize_size)[0].tolist()
-        resized = functional.resize(image, size, _mode(shown), antialias=True)
+        resized = _resized(_image(split, int(position)), shown.resize_size, shown)
         views[row] = functional.center_crop(resized, [shown.image_size, shown.image_size])
     return views
 
@@ -51,17 +41,9 @@ def train_views(
     config: TrainConfig,
     draws: FloatArray,
 ) -> Tensor:
-    """Make training views.
+    """Make training views, as `eval_views` does.
 
-    Args:
-        split: Images.
-        positions: Which of the split's images, (B,).
-        shown: Sizes and interpolation.
-        config: Augmentation.
-        draws: The epoch's random numbers for the whole split, from `view_draws`.
-
-    Returns:
-        Views, uint8, (B, 3, S, S).
+    `draws` are the epoch's random numbers for the whole split, from `view_draws`.
     """
     if config.augment == "none":
         return eval_views(split, positions, shown)
@@ -69,12 +51,11 @@ def train_views(
     boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], config.crop_scale)
     seeds = policy_seeds(draws)
     mirrored = flips(draws, config.flip)
-    size = [shown.image_size, shown.image_size]
+    size = (shown.image_size, shown.image_size)
     policy = _policy(config)
     views = _empty_views(len(positions), shown, is_plain=policy is not None)
     for row, position in enumerate(positions):
-        crop = _image(split, int(position), boxes[row])
-        view = functional.resize(crop, size, _mode(shown), antialias=True)
+        view = _resized(_image(split, int(position), boxes[row]), size, shown)
         view = view.flip(-1) if mirrored[row] else view
         views[row] = _apply_seeded(policy, view, int(seeds[row])) if policy else view
     return views
@@ -96,9 +77,11 @@ def _image(split: Split, position: int, box: IntArray | None = None) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
-def _mode(shown: Preprocessing) -> InterpolationMode:
-    bicubic = shown.interpolation == "bicubic"
-    return InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+def _resized(image: Tensor, size: int | tuple[int, int], shown: Preprocessing) -> Tensor:
+    """Resize an image to a height and width, or to a shorter side."""
+    mode = InterpolationMode(shown.interpolation)
+    resized: Tensor = functional.resize(image, size, mode, antialias=True)
+    return resized
 
 
 def _policy(config: TrainConfig) -> Any:
@@ -138,13 +121,8 @@ class _TrainViews(Dataset[Tensor]):
 class Loader:
     """Training views by (epoch, positions), made here or by worker processes.
 
-    The numbers do not depend on how many workers there are. Workers live as long as the loader.
-
-    Args:
-        split: Images.
-        shown: Sizes and interpolation.
-        config: Augmentation and seed.
-        workers: Loader processes; 0 makes views in this one.
+    The numbers do not depend on how many workers there are. Workers live as long as the loader;
+    with none, this process makes the views.
     """
 
     def __init__(
@@ -172,18 +150,8 @@ class Loader:
                     num_workers=self._workers,
                     persistent_workers=True,
                     pin_memory=torch.cuda.is_available(),
-                    collate_fn=_unchanged,
-                    worker_init_fn=_use_one_thread,
                     # Else the loader draws its seeds from the generator that dropout uses.
                     generator=torch.Generator(),
                 )
             made = iter(self._loader)
         yield from made
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _use_one_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -71,14 +71,9 @@ def build(config: TrainConfig, classes: tuple[str, ...]) -> Network:
     size = preprocessing.image_size
     weights = weights_.resolve(backbone, config.weights)
     is_pretrained = weights != "none"
-    prototype, source_head = _prototype(
-        backbone,
-        weights,
-        size,
-        len(classes),
-        None if is_pretrained else seed,
-        weights_.fingerprint(backbone, weights) if is_pretrained else None,
-    )
+    # A weights file that was replaced is read again; from scratch, the seed makes the network.
+    origin = weights_.fingerprint(backbone, weights) if is_pretrained else seed
+    prototype, source_head = _prototype(backbone, weights, size, len(classes), origin)
     network = copy.deepcopy(prototype)
     network.model.to(memory_format=torch.channels_last)
     init_head(network, config.head_init, seed, classes=classes, source=source_head)
@@ -88,28 +83,15 @@ def build(config: TrainConfig, classes: tuple[str, ...]) -> Network:
 
 @functools.lru_cache(maxsize=2)  # a ViT-L takes 1.2 GB
 def _prototype(
-    backbone: str,
-    weights: str,
-    image_size: int,
-    n_classes: int,
-    seed: int | None,
-    file: Hashable,
+    backbone: str, weights: str, image_size: int, n_classes: int, origin: Hashable
 ) -> tuple[Classifier, State]:
     """Build a network to take copies from, its weights loaded; not to be written into.
-
-    Args:
-        backbone: torchvision name or `timm:NAME`.
-        weights: Resolved.
-        image_size: Pixels.
-        n_classes: Outputs.
-        seed: Of a network from scratch; else None.
-        file: Fingerprint of the weights' file: one that was replaced is read again.
 
     Returns:
         The network, and its source's head by the tensors' names (empty where it has none).
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed or 0)
+        torch.manual_seed(origin if isinstance(origin, int) else 0)
         network = create(backbone, image_size, n_classes, is_pretrained=weights != "none")
     if weights == "none":
         return network, {}
@@ -131,13 +113,8 @@ def init_head(
 ) -> None:
     """Initialise the head's layers in place, from the seed alone.
 
-    Args:
-        network: Network whose head has one row per target class.
-        how: `source-classes` starts as `default` and then copies the rows of source classes of
-            the same names.
-        seed: Seed of the random rows.
-        classes: Target classes, in order.
-        source: The source classifier's tensors by their full names, if there is one.
+    `source-classes` starts as `default` and then copies the rows of source classes of the same
+    names, where `source` has the source classifier's tensors by their full names.
     """
     layers = {name: network.model.get_submodule(name) for name in network.head}
     with torch.random.fork_rng(devices=[]):
@@ -154,11 +131,10 @@ def init_head(
         return
     rows = matching_rows(classes, imagenet_classes())
     for name, layer in layers.items():
-        for key, parameter in layer.named_parameters():
+        for key, values in layer.state_dict().items():  # they share the parameters' memory
             origin = source.get(f"{name}.{key}")
             if origin is not None and len(origin) == len(imagenet_classes()):
-                with torch.no_grad():
-                    parameter[list(rows)] = origin[list(rows.values())].to(parameter.dtype)
+                values[list(rows)] = origin[list(rows.values())].to(values.dtype)
 
 
 def matching_rows(classes: tuple[str, ...], source: tuple[str, ...]) -> dict[int, int]:

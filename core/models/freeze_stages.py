@@ -96,14 +96,8 @@ def train_mode(
     model.train()
     for name in stages.eval_modules[depth]:
         model.get_submodule(name).eval()
-    if freeze_statistics:
-        freeze_batch_norms(model)
-
-
-def freeze_batch_norms(model: nn.Module) -> None:
-    """Put all batch norms in eval mode, so that their statistics stay."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if freeze_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
@@ -179,13 +173,9 @@ def _modules_before(ends: dict[str, int], model: nn.Module, limit: int) -> tuple
 def _choose_cuts(
     graph: TracedGraph, weights: list[int], cost: list[int], end: int
 ) -> list[CutPoint]:
-    """Choose the cuts between the stages of the trunk, or raise `StagesError`.
+    """Choose the cuts between the stages of the trunk, which ends before node `end`.
 
-    Args:
-        graph: The network's graph.
-        weights: Scalars of the trunk that are used up to each node.
-        cost: FLOPs before each node, the total last.
-        end: First node of the head.
+    `weights` are the trunk's scalars that are used up to each node, `cost` the FLOPs before it.
     """
     cuts = graph.cut_points(end)
     chosen = _distinct(_resolution_cuts(graph, cuts), weights)

@@ -40,17 +40,16 @@ class _Measure(fx.Interpreter):
         super().__init__(module)
         self.counter = counter
         self.flops: list[int] = []
-        self.shapes: list[Any] = []
+        self.shapes: list[tuple[int, ...] | None] = []
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         value = super().run_node(n)
         self.flops.append((self.counter.get_total_flops() - before) // _PROBE_BATCH)
         values = value if isinstance(value, (tuple, list)) else [value]
-        shape: Any = ... if any(isinstance(v, Tensor) for v in values) else None
-        if isinstance(value, Tensor) and value.is_floating_point():
-            shape = tuple(value.shape)
-        self.shapes.append(shape)
+        is_computed = n.op != "get_attr" and any(isinstance(v, Tensor) for v in values)
+        is_one = isinstance(value, Tensor) and value.is_floating_point()
+        self.shapes.append((tuple(value.shape) if is_one else ()) if is_computed else None)
         return value
 
 
@@ -79,7 +78,8 @@ class TracedGraph:
         self.nodes = list(graph.nodes)
         self.paths = [tracer.node_to_qualname.get(node, "").split(".") for node in self.nodes]
         self.flops = measure.flops
-        # `...` where a node gives more than one tensor, None where it gives none.
+        # Empty where a node gives more than one tensor; None where it gives none, or a parameter,
+        # which can be read at any time.
         self._shapes = measure.shapes
         index = {node: i for i, node in enumerate(self.nodes)}
         self._last_use = [
@@ -118,21 +118,14 @@ class TracedGraph:
         cuts = []
         alive: set[int] = set()
         for i in range(end):
-            alive = {j for j in (*alive, i) if self._is_alive(j, i)}
-            if len(alive) != 1:
-                continue
-            shape = self._shapes[next(iter(alive))]
-            if shape is not ... and len(shape) >= 2 and shape[0] == _PROBE_BATCH:
+            new = alive if self._shapes[i] is None else {*alive, i}
+            alive = {j for j in new if self._last_use[j] > i}
+            shape = self._shapes[next(iter(alive))] if len(alive) == 1 else None
+            if shape and len(shape) >= 2 and shape[0] == _PROBE_BATCH:
                 pairs = zip(self.paths[i], self.paths[i + 1], strict=False)
                 shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
                 cuts.append(CutPoint(i, _spatial(shape), math.prod(shape), len(list(shared))))
         return cuts
-
-    def _is_alive(self, i: int, position: int) -> bool:
-        """Say whether node `i` gives tensors that a node behind `position` uses."""
-        # Parameters can be read at any time.
-        is_computed = self._shapes[i] is not None and self.nodes[i].op != "get_attr"
-        return is_computed and self._last_use[i] > position
 
 
 def trace_nodes(model: nn.Module) -> list[fx.Node]:

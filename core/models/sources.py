@@ -23,8 +23,6 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from core.config import Preprocessing
 
 State = dict[str, Tensor]
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class BackboneError(ValueError):
@@ -94,7 +92,8 @@ class _Torchvision:
 
     def preprocessing(self, name: str, tag: str) -> Preprocessing:
         if len(zoo.get_model_weights(name)) == 0:
-            return Preprocessing(224, 256, _IMAGENET_MEAN, _IMAGENET_STD, "bilinear")
+            mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+            return Preprocessing(224, 256, mean, std, "bilinear")
         transforms = self._entry(name, tag).transforms()
         return Preprocessing(
             image_size=transforms.crop_size[0],

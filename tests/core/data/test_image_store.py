@@ -51,7 +51,7 @@ def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
     images = _images(make_folder(tmp_path / "photos", {"a": 3}))
     store = build_store(images, 30, tmp_path / "cache")
     expected = [store.image(i).copy() for i in range(3)]
-    pixels, index = store.folder / "pixels.bin", store.folder / "index.npz"
+    pixels, index = store.folder / "pixels.bin", store.folder / "index.json"
     match harm:
         case "truncated":
             pixels.write_bytes(pixels.read_bytes()[:-10])
@@ -60,7 +60,7 @@ def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
         case "no index":
             index.unlink()
         case _:
-            index.write_bytes(b"PK\x03\x04 damaged")
+            index.write_bytes(b"{damaged")
     del store
     repaired = build_store(images, 30, tmp_path / "cache")
     assert all(np.array_equal(repaired.image(i), expected[i]) for i in range(3))
@@ -155,7 +155,7 @@ def test_of_two_processes_one_builds_and_one_waits(tmp_path: Path) -> None:
             assert len(set(sums)) == 1
             assert sorted(decoded) == [0, 30]
             (folder,) = _stores(tmp_path)
-            (folder / "index.npz").unlink()
+            (folder / "index.json").unlink()
 
 
 def test_a_store_that_a_trial_uses_is_not_pruned(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import struct
@@ -66,9 +67,15 @@ def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = make_folder(tmp_path, {"red": 3, "blue": 3}) / "blue"
-    readable = os.access  # root may read everything, so the mode alone would prove nothing
-    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and readable(path, mode))
-    with pytest.raises(DataError, match=r"blue must be readable, but permission is denied"):
+    scan = os.scandir  # root may read everything, so the mode alone would prove nothing
+
+    def refuse(path: str) -> object:
+        if path == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"blue must be readable, but is not: Permission denied"):
         _find(tmp_path)
 
 
