@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import TrainConfig, fields_of
+from core.config import TrainConfig
 from study.ablation.designs import Factorial
 from study.ablation.factors import (
-    NEUTRAL,
     Level,
     components,
     make_factors,
@@ -17,8 +16,6 @@ from study.ablation.factors import (
     propose_levels,
     recipe_levels,
 )
-from study.config.errors import ConfigError
-from study.config.load import load_config
 from study.config.search_space import Choices, Range, apply_params
 
 PLAIN = TrainConfig()
@@ -123,16 +120,6 @@ def test_a_wrong_level_is_told_with_key_and_value(raw: dict[str, object], told: 
     (fault,) = parse_factors(raw)[1]
     assert fault.key == f"factors.{next(iter(raw))}"
     assert all(part in fault.text for part in told), fault.text
-
-
-def test_all_wrong_factors_of_a_file_are_told_together(tmp_path: Any) -> None:
-    path = tmp_path / "study.toml"
-    path.write_text("[ablation.factors]\naugmnt = 'none'\nfreeze_depth = [1, 9]\nmixup = []\n")
-    with pytest.raises(ConfigError) as told:
-        load_config(path)
-    assert len(told.value.faults) == 3
-    for fault, key in zip(told.value.faults, ("augmnt", "freeze_depth", "mixup"), strict=True):
-        assert fault.startswith(f"{path}: ablation.factors.{key}: ")
 
 
 def test_the_baselines_own_level_is_dropped() -> None:
@@ -257,13 +244,6 @@ def test_the_heads_rate_is_not_varied_where_the_head_alone_is_trained() -> None:
     assert "head_lr_mult" not in propose_levels(frozen, SPACE)
     assert "head_lr_mult" not in components(frozen)
     assert "head_lr_mult" in propose_levels(dataclasses.replace(frozen, freeze_depth=4), SPACE)
-
-
-def test_every_component_is_a_training_key_with_a_valid_neutral_setting() -> None:
-    for key, settings in NEUTRAL.items():
-        assert key in settings
-        assert set(settings) <= set(fields_of(TrainConfig))
-        assert apply_params(PLAIN, settings) is not None
 
 
 def test_a_searched_setting_is_tried_at_its_recipe_default() -> None:
