@@ -226,24 +226,6 @@ def test_frozen_stages_keep_their_bits(tmp_path: Path, name: str) -> None:
 # 5. Same settings and seed, same numbers
 
 
-@pytest.mark.slow
-def test_figures_depend_on_neither_workers_nor_other_trials(tmp_path: Path) -> None:
-    space = "freeze_depth = [0, 3]\nbatch_size = [12, 16]\n"
-    chosen = VIT | EVERY_SETTING
-    with without_figures():
-        study(tmp_path, *search(tmp_path, "s", space, 4, chosen | {"train.workers": 0}))
-        runs = read_runs(tmp_path, "s")
-        last = runs[-1]
-        alone = chosen | {f"train.{k}": v for k, v in last.params.items()}
-        command = search(tmp_path, "alone", "", 1, alone | {"train.workers": 2})
-        study(tmp_path, *command, "--cache", "0")
-        study(tmp_path, *search(tmp_path, "seed", "", 1, alone | {"train.seed": 1}))
-    (again,) = read_runs(tmp_path, "alone")
-    (other,) = read_runs(tmp_path, "seed")
-    assert again.epochs == last.epochs
-    assert other.epochs != last.epochs
-
-
 def test_fit_gives_the_same_figures_whatever_runs_between(tmp_path: Path) -> None:
     data = load_images(make_folder(tmp_path / "photos", {"red": 16, "blue": 16}), 40)
     config = TrainConfig(
@@ -280,16 +262,6 @@ def test_splits_follow_content_and_keep_copies_together(tmp_path: Path) -> None:
     assert list(one) == ["train", "val", "test"]
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not set(one[a]) & set(one[b]), (a, b)
-
-
-def test_given_splits_are_kept(tmp_path: Path) -> None:
-    root = tmp_path / "photos"
-    for seed, (split, n) in enumerate({"train": 10, "val": 4, "test": 5}.items()):
-        make_folder(root / split, {"a": n, "b": n}, seed=seed)
-    found = split_contents(load_images(root, 40))
-    for split, pixels in found.items():
-        files = [np.asarray(Image.open(p)).tobytes() for p in (root / split).rglob("*.png")]
-        assert sorted(pixels) == sorted(files)
 
 
 # 7. The checkpoint is the network that was recorded
@@ -368,18 +340,6 @@ def test_ablation_finds_planted_effects_after_a_kill(tmp_path: Path) -> None:
     assert all(row["low"] <= row["difference"] <= row["high"] for row in found.values())
     # What does nothing under another schedule is no run of its own.
     assert len(read_runs(tmp_path, "cut")) == 3 * 6
-
-
-@pytest.mark.slow
-def test_failed_level_is_reported_not_dropped(tmp_path: Path) -> None:
-    (tmp_path / "s.toml").write_text("[space]\n")
-    chosen = DIGITS | VIT | {"train.freeze_depth": 4, "train.epochs": 1}
-    command = ["s.toml", "--replicates", "2", "--factor", "base_lr=1e30", *settings(chosen)]
-    with without_figures():
-        (row,) = effects(tmp_path, *command, "--name", "s").values()
-    assert (row["verdict"], row["n_failed"]) == ("fails", 2)
-    states = [run.state for run in read_runs(tmp_path, "s")]
-    assert sorted(states) == ["complete"] * 2 + ["failed"] * 2
 
 
 # 9. The test split

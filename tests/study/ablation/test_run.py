@@ -2,8 +2,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import multiprocessing
-import os
 import signal
 import sqlite3
 from collections import Counter
@@ -279,38 +277,6 @@ class _Acts(QuietProgress):
             0,
         ):
             self.act()
-
-
-def _kill_own_process() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _run_until_killed(photos: Path, home: Path, number: int) -> None:
-    _run(_plan(photos, home, "train.epochs=2"), _Acts(number, _kill_own_process))
-
-
-@pytest.mark.slow
-def test_a_killed_ablation_continues_and_ends_with_the_same_effects(
-    photos: Path, tmp_path: Path
-) -> None:
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    cut.mkdir()
-    whole.mkdir()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_run_until_killed, args=(photos, cut, 3)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert [row.state for row in _rows(cut)] == ["complete"] * 3 + ["interrupted"]
-    outcome = _run(_plan(photos, cut, "train.epochs=2"))
-    assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
-    states = [(row.state, row.reason) for row in _rows(cut)]
-    assert states == [("complete", None)] * 3 + [("failed", "killed")] + [("complete", None)] * 3
-    _run(_plan(photos, whole, "train.epochs=2"))
-    assert len(_rows(whole)) == 6
-    assert _effects(cut) == _effects(whole)
-    assert len({row["accuracy"] for row in _effects(whole)}) > 1
 
 
 def _interrupt() -> None:
