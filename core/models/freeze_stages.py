@@ -161,13 +161,12 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
 def _modules_before(ends: dict[str, int], model: nn.Module, limit: int) -> tuple[str, ...]:
     """Name the outermost modules all of whose nodes lie at or before `limit`."""
     modules = dict(model.named_modules())
-    inside = {name for name, last in ends.items() if last <= limit and name in modules}
-
-    def is_outermost(name: str) -> bool:
-        path = itertools.accumulate(name.split("."), "{}.{}".format)  # itself and its ancestors
-        return next(module for module in path if module in inside) == name
-
-    return tuple(name for name in ends if name in inside and is_outermost(name))
+    found: tuple[str, ...] = ()
+    for name, last in ends.items():  # a module comes before those in it
+        is_inner = name.startswith(tuple(f"{outer}." for outer in found))
+        if last <= limit and name in modules and not is_inner:
+            found += (name,)
+    return found
 
 
 def _choose_cuts(

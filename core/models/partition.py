@@ -137,18 +137,14 @@ def _is_linear(suffix: Trainable, network: Network) -> bool:
 
 
 def _plan(
-    model: nn.Module,
-    train_nodes: list[fx.Node],
-    eval_nodes: list[fx.Node],
-    limit: int,
-    image_size: int,
+    model: nn.Module, trained: list[fx.Node], evaluated: list[fx.Node], limit: int, size: int
 ) -> _Plan | None:
-    prefix, crossing = _before(eval_nodes, limit)
-    before_training, crossing_training = _before(train_nodes, limit)
+    prefix, crossing = _before(evaluated, limit)
+    before_training, crossing_training = _before(trained, limit)
     if str(before_training) != str(prefix):
         return None
     run = fx.GraphModule(model, prefix)
-    images = next(model.parameters()).new_zeros(3, 3, image_size, image_size)
+    images = next(model.parameters()).new_zeros(3, 3, size, size)
     with torch.no_grad():
         two, three = list(run(images[:2])), list(run(images))
     found = [k for k, value in enumerate(two) if isinstance(value, Tensor)]
@@ -162,7 +158,7 @@ def _plan(
     output.args = (output.args[0][at],)
     train_suffix, eval_suffix = (
         _behind(nodes, limit, dict(zip(sources, two, strict=True)), sources[at])
-        for nodes, sources in ((train_nodes, crossing_training), (eval_nodes, crossing))
+        for nodes, sources in ((trained, crossing_training), (evaluated, crossing))
     )
     return _Plan(prefix, train_suffix, eval_suffix, tuple(two[at].shape[1:]))
 

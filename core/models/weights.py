@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from core.models.sources import Classifier, State, WeightsEntry, find_source
+from core.models.sources import Classifier, State, find_source
 
 _COUNTER = "num_batches_tracked"
 
@@ -104,19 +104,17 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
     Raises:
         WeightsError: Not there, or not readable as weights; says where to put them.
     """
-    if weights == "packaged":
-        path = packaged_file(backbone)
-        if path is None:
-            package = PACKAGES.get(backbone)
-            known = f"Packages carry: {', '.join(PACKAGES)}."
-            raise WeightsError(
-                f"weights = packaged needs an installed package with weights of {backbone}, but "
-                f"there is none. {f'{package.remedy} brings them.' if package else known}"
-            )
-        return read_file(path)
     tag = imagenet_tag(weights)
     if tag is None:
-        return read_file(Path(weights).expanduser())
+        path = packaged_file(backbone) if weights == "packaged" else Path(weights).expanduser()
+        if path is not None:
+            return read_file(path)
+        package = PACKAGES.get(backbone)
+        known = f"Packages carry: {', '.join(PACKAGES)}."
+        raise WeightsError(
+            f"weights = packaged needs an installed package with weights of {backbone}, but "
+            f"there is none. {f'{package.remedy} brings them.' if package else known}"
+        )
     source, name = find_source(backbone)
     entry = source.weights(name, tag)
     if entry is None:
@@ -128,7 +126,12 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
     except Exception as err:  # the libraries raise kinds of their own, undocumented
         if entry.cached is not None:
             raise WeightsError(_unreadable(entry.cached, err)) from err
-        raise WeightsError(_not_downloaded(backbone, entry, err)) from err
+        also = f", or {PACKAGES[backbone].remedy}" if backbone in PACKAGES else ""
+        raise WeightsError(
+            f"weights of {backbone} are not in the cache and cannot be downloaded "
+            f"({_first_line(err)}). Put {entry.place.name} (from {entry.origin}) into "
+            f"{entry.place.parent}, or set weights to its path{also}."
+        ) from err
 
 
 def read_file(path: Path) -> State:
@@ -184,11 +187,7 @@ def _fits(own: State, given: State) -> bool:
 
 
 def load(model: nn.Module, state: State) -> None:
-    """Load a matched state; only counters of batches may be missing.
-
-    Raises:
-        WeightsError: Something else is missing.
-    """
+    """Load a matched state; only counters of batches may be missing, else `WeightsError`."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if _COUNTER not in name]
     if missing or unexpected:
@@ -203,16 +202,6 @@ def _unreadable(path: Path, err: Exception) -> str:
     return (
         f"weights file {path} cannot be read: {_first_line(err)}. It must be a safetensors file "
         "or a PyTorch file that holds tensors only."
-    )
-
-
-def _not_downloaded(backbone: str, entry: WeightsEntry, err: Exception) -> str:
-    package = PACKAGES.get(backbone)
-    also = f", or {package.remedy}" if package else ""
-    return (
-        f"weights of {backbone} are not in the cache and cannot be downloaded "
-        f"({_first_line(err)}). Put {entry.place.name} (from {entry.origin}) into "
-        f"{entry.place.parent}, or set weights to its path{also}."
     )
 
 
