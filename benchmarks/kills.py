@@ -93,7 +93,7 @@ def read(work: Path, name: str) -> Trials:
     """Return a study's trials, the state first; check that Optuna's tables and ours agree."""
     theirs = optuna.load_study(study_name=name, storage=f"sqlite:///{work / 'studies.db'}").trials
     trials: Trials = {}
-    with Record.open(str(work / "studies.db")) as record:
+    with Record(str(work / "studies.db")) as record:
         rows = {row.number: row for row in record.trials(record.study(name).id)}
         for trial in theirs:
             state, row = trial.state.name, rows.pop(trial.number, None)

@@ -105,7 +105,7 @@ def plain_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[],
 
 def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> Callable[[], None]:
     """Return one trial of ours: the record over Optuna's tables, same sampler and pruner."""
-    store = Record.open(str(path), create=True)
+    store = Record(str(path), create=True)
     study_id = store.create_study("x", {}, {"fingerprint": "x"}, {})
     run = store.begin_run(study_id, command="benchmark", device="none", versions={})
     study = store.optuna_study(study_id)

@@ -108,7 +108,7 @@ def run_recipe(config: StudyConfig) -> tuple[list[float], float, int]:
     progress = QuietProgress()
     run_search(config, progress=progress, command="benchmarks/results.py")
     seconds = time.perf_counter() - begin
-    with Record.open(config.study.storage) as store:
+    with Record(config.study.storage) as store:
         study = store.study(config.study.name)
         numbers = [row.number for row in store.trials(study.id) if row.state == "complete"]
         rows = [

@@ -58,9 +58,6 @@ def fit(
         should_stop: Asked after each step and each chunk of images that goes through frozen
             layers; True saves the state and ends the run.
 
-    Yields:
-        One record per epoch, in order, from the first that is still to be done.
-
     Raises:
         Interrupted: `should_stop` said so.
         TrainingDiverged: The loss is not a finite number any more.

@@ -73,13 +73,13 @@ def run(config: StudyConfig, **options: object) -> SearchOutcome:
 
 def rows_of(home: Path, name: str = "photos") -> list[Trial]:
     """Return the trials in our record."""
-    with Record.open(str(home / "s.db")) as record:
+    with Record(str(home / "s.db")) as record:
         return record.trials(record.study(name).id)
 
 
 def figures_of(home: Path, number: int, name: str = "photos") -> list[dict[str, object]]:
     """Return the figures of a trial's epochs that do not depend on the clock."""
-    with Record.open(str(home / "s.db")) as record:
+    with Record(str(home / "s.db")) as record:
         epochs = record.epochs(record.trial(record.study(name).id, number).id)
     names = [key for key in EpochMetrics.__dataclass_fields__ if key not in MEASURED]
     return [{key: getattr(metrics, key) for key in names} for metrics in epochs]

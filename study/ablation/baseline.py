@@ -86,7 +86,7 @@ def find_baseline(
         return _from_file(load_config(Path(base), overrides, flags), base, bool(name))
     # The database may have been moved since the record in it was written.
     flags = {"study.storage": StudyConfig().study.storage, **flags}
-    with Record.open(str(flags["study.storage"])) as store:
+    with Record(str(flags["study.storage"])) as store:
         study = store.study(base)
         designs = store.designs(study.id)
         if not designs:

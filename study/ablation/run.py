@@ -134,7 +134,7 @@ def check_begun(plan: Plan) -> None:
     """
     storage = plan.baseline.config.study.storage
     if "://" in storage or Path(storage).is_file():
-        with Record.open(storage) as store:
+        with Record(storage) as store:
             settled_config(plan, store)
 
 
@@ -143,14 +143,12 @@ class AblationOutcome:
     """How an ablation ended.
 
     Attributes:
-        study_name: The ablation's study.
         stopped_because: `complete`, `timeout` or `interrupted`.
         n_done: Runs of this design that are done.
         n_planned: Runs of this design in all, as far as it is known.
         duration_s: Wall time of this process.
     """
 
-    study_name: str
     stopped_because: str
     n_done: int
     n_planned: int
@@ -173,7 +171,7 @@ def run_ablation(
         ConfigError: The ablation of this name has another baseline.
     """
     begin = time.monotonic()
-    with Record.open(plan.baseline.config.study.storage, create=True) as store:
+    with Record(plan.baseline.config.study.storage, create=True) as store:
         config = settled_config(plan, store)
         name = config.study.name
         with open_session(
@@ -188,7 +186,7 @@ def run_ablation(
             ablation = _Ablation(plan, session)
             session.because = ablation.run(command, decide, begin)
             n_done, duration_s = len(ablation.done_rows()), time.monotonic() - begin
-            return AblationOutcome(name, session.because, n_done, plan.n_runs, duration_s)
+            return AblationOutcome(session.because, n_done, plan.n_runs, duration_s)
 
 
 class _Ablation:

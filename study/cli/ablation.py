@@ -12,7 +12,7 @@ from reports.ablation_sections import describe_ablation
 from reports.effects import Rules, foresee, open_levels
 from study.ablation.baseline import find_baseline, read_flags
 from study.ablation.designs import BASELINE, Scores, cell_label
-from study.ablation.run import AblationOutcome, Plan, check_begun, make_plan, run_ablation
+from study.ablation.run import Plan, check_begun, make_plan, run_ablation
 from study.cli.views import (
     grid_table,
     make_table,
@@ -31,7 +31,6 @@ from study.search.final_test import test_trials
 from study.search.plan import estimate
 
 if TYPE_CHECKING:
-    from reports.ablation_sections import Section
     from reports.effects import Effect
 
 
@@ -122,7 +121,7 @@ def run_plan(
 
     def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
         """Decide as the report will: no difference is finer than one image's share."""
-        with Record.open(study.storage) as store:
+        with Record(study.storage) as store:
             n_val = int(store.study(study.name).data["n_val"])
         return open_levels(scores, _rules(plan, resolution=1 / n_val))
 
@@ -130,7 +129,7 @@ def run_plan(
         plan, progress=progress, command=command, decide=decide, take_over=take_over
     )
     progress.close()
-    with Record.open(study.storage) as store:
+    with Record(study.storage) as store:
         if outcome.stopped_because == "interrupted":  # drawing takes seconds
             section, report = describe_ablation(store, study.name)[0], None
         else:
@@ -139,10 +138,13 @@ def run_plan(
             section, report = paths.sections[0], paths.html
     findings = [f"{finding.head} {finding.text}" for finding in section.findings]
     if as_json:
-        _print_record(outcome, section, findings, report)
+        facts = {key: getattr(outcome, key) for key in ("stopped_because", "n_done", "n_planned")}
+        effects = [_effect_record(effect) for effect in section.effects]
+        facts |= {"study": study.name, "findings": findings, "effects": effects, "report": report}
+        print_json({"event": "ablation_ended"} | facts)
         return outcome.stopped_because
     done = f"{outcome.n_done} of {outcome.n_planned} runs are done"
-    print(f"\nAblation {outcome.study_name}: {done} ({format_duration(outcome.duration_s)})")
+    print(f"\nAblation {study.name}: {done} ({format_duration(outcome.duration_s)})")
     print_view(grid_table(section.grids[0]))
     print(*findings, sep="\n")
     if report:
@@ -152,16 +154,6 @@ def run_plan(
     then = ("test", *where, "--levels all") if is_done else ("ablate", *where)
     print_next([study_command(*then)])
     return outcome.stopped_because
-
-
-def _print_record(
-    outcome: AblationOutcome, section: "Section", findings: Sequence[str], report: Path | None
-) -> None:
-    record: dict[str, Any] = {"event": "ablation_ended", "study": outcome.study_name}
-    for key in ("stopped_because", "n_done", "n_planned"):
-        record[key] = getattr(outcome, key)
-    effects = [_effect_record(effect) for effect in section.effects]
-    print_json(record | {"findings": findings, "effects": effects, "report": report})
 
 
 def _effect_record(effect: "Effect") -> dict[str, Any]:

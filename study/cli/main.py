@@ -116,7 +116,7 @@ def _flags() -> dict[str, Any]:
 def _open(storage: str | None = None) -> "Record":
     from study.record.record import Record
 
-    return Record.open(storage or _given("storage"))
+    return Record(storage or _given("storage"))
 
 
 def _progress() -> "contextlib.closing[Progress]":

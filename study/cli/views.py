@@ -360,9 +360,9 @@ def estimate_view(estimate: "Estimate") -> RenderableType:
         for cost in estimate.costs
     )
     total = (
-        f"{estimate.n_trials} trials on {estimate.device}, {estimate.n_train} training and "
-        f"{estimate.n_val} validation images: about {format_duration(estimate.trial_s)} per "
-        f"trial, {format_duration(estimate.total_s)} if none is pruned, "
+        f"{estimate.n_trials} trials on {estimate.device}: about "
+        f"{format_duration(estimate.trial_s)} per trial, "
+        f"{format_duration(estimate.total_s)} if none is pruned, "
         f"{filesize.decimal(estimate.checkpoint_bytes)} of checkpoints."
     )
     return Group(make_table(("backbone", *right), rows, right=right), Text(total))

@@ -91,10 +91,6 @@ def is_settled(row: Trial) -> bool:
     return row.state == "failed" and (row.reason or "").startswith(own)
 
 
-def _never(metrics: EpochMetrics) -> bool:
-    return False
-
-
 class TrialEngine:
     """Runs the trials of one process, and keeps their record.
 
@@ -112,7 +108,7 @@ class TrialEngine:
     def run(
         self,
         request: TrialRequest,
-        on_epoch: Callable[[EpochMetrics], bool] = _never,
+        on_epoch: Callable[[EpochMetrics], bool] = lambda metrics: False,
         trial: optuna.Trial | None = None,
     ) -> TrialEnded:
         """Train one configuration and keep its record.
@@ -163,7 +159,7 @@ class TrialEngine:
     ) -> None:
         """Record a trial that is not trained: refused, or with the result of an equal one."""
         row = self._enter(request, "none", None, None)
-        self._emit_started(request)
+        self.session.progress.emit(_started(request))
         row.reason, row.duration_s = reason, 0.0
         if equal is not None:
             row.value, row.score, row.best_epoch = equal.value, equal.score, equal.best_epoch
@@ -187,13 +183,8 @@ class TrialEngine:
             trained, total = count_parameters(config, len(session.data.classes))
             device = describe_device(choose_device(config.device))
             row = self._enter(request, device, trained, total)
-        self._emit_started(request)
+        session.progress.emit(_started(request))
         return row, epochs
-
-    def _emit_started(self, request: TrialRequest) -> None:
-        self.session.progress.emit(
-            TrialStarted(request.number, request.origin, request.params, request.config.n_epochs)
-        )
 
     def _enter(
         self, request: TrialRequest, device: str, trained: int | None, total: int | None
@@ -288,6 +279,11 @@ class TrialEngine:
 def training_s(epochs: list[EpochMetrics]) -> float:
     """Return the seconds that epochs took."""
     return sum(m.data_s + m.train_s + m.eval_s for m in epochs)
+
+
+def _started(request: TrialRequest) -> TrialStarted:
+    n_epochs = request.config.n_epochs
+    return TrialStarted(request.number, request.origin, request.params, n_epochs)
 
 
 def _ended(row: Trial, state: str) -> TrialEnded:

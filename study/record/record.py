@@ -9,7 +9,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -75,15 +75,11 @@ class Record(AbstractContextManager["Record"]):
     that a trial which is running for Optuna and ended for us is one whose process died in between.
     """
 
-    def __init__(self, storage: str, *, create: bool) -> None:
+    def __init__(self, storage: str, *, create: bool = False) -> None:
+        """Open the record, as `open_database` does."""
         self.engine, self._optuna, self._is_writable = open_database(storage, create=create)
         self.storage = storage
         self._studies: dict[int, optuna.Study] = {}  # by our key
-
-    @classmethod
-    def open(cls, storage: str, *, create: bool = False) -> Self:
-        """Open the record, as `open_database` does."""
-        return cls(storage, create=create)
 
     def close(self) -> None:
         """Close all connections."""

@@ -23,15 +23,7 @@ _MEASURED_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class BackboneCost:
-    """What one image costs on one backbone.
-
-    Attributes:
-        backbone: Its name.
-        image_size: Side of its input, pixels.
-        train_s: Seconds per training image at each freeze level, 0 to 5.
-        eval_s: Seconds per evaluated image.
-        weights_bytes: Size of a checkpoint.
-    """
+    """Seconds per image, in training by freeze level, and in evaluation; size of a checkpoint."""
 
     backbone: str
     image_size: int
@@ -46,9 +38,6 @@ class Estimate:
 
     Attributes:
         device: Where the steps were measured.
-        n_trials: Trials that would be run.
-        n_train: Training images.
-        n_val: Validation images.
         costs: Per backbone.
         trial_s: Mean seconds of a trial, all epochs.
         total_s: All trials; pruning makes it less.
@@ -57,8 +46,6 @@ class Estimate:
 
     device: str
     n_trials: int
-    n_train: int
-    n_val: int
     costs: tuple[BackboneCost, ...]
     trial_s: float
     total_s: float
@@ -91,9 +78,6 @@ def estimate(
         data: Images.
         n_trials: Trials.
         n_kept: Checkpoints that stay on disk.
-
-    Raises:
-        ValueError: A backbone or the device cannot be used.
     """
     device = choose_device(trains[0].device)
     costs: dict[tuple[object, ...], BackboneCost] = {}
@@ -107,8 +91,6 @@ def estimate(
     return Estimate(
         device=str(device),
         n_trials=n_trials,
-        n_train=len(data.train),
-        n_val=len(data.val),
         costs=tuple(costs.values()),
         trial_s=trial_s,
         total_s=trial_s * n_trials,

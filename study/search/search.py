@@ -68,7 +68,7 @@ def run_search(
     """
     begin = time.monotonic()
     with (
-        Record.open(config.study.storage, create=True) as record,
+        Record(config.study.storage, create=True) as record,
         open_session(
             record,
             config,

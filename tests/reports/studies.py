@@ -61,7 +61,7 @@ class Plan:
 def _begin(
     path: Path, name: str, config: dict[str, Any], data: dict[str, Any], command: str
 ) -> tuple[Record, int, int]:
-    store = Record.open(str(path), create=True)
+    store = Record(str(path), create=True)
     study_id = store.create_study(name, config, DATA | data, VERSIONS)
     run_id = store.begin_run(study_id, command=command, device="cpu", versions=VERSIONS)
     return store, study_id, run_id

@@ -130,7 +130,7 @@ def test_no_path_of_this_machine_is_in_any_file(levels: Report) -> None:
 
 def test_two_reads_give_the_same_bytes(levels: Report, tmp_path: Path) -> None:
     first, _, _ = levels
-    with Record.open(str(first.html.parents[2] / "s.db")) as store:
+    with Record(str(first.html.parents[2] / "s.db")) as store:
         second = write_ablation(store, NAME, tmp_path)
     for one, other in zip((*first.csv, first.latex), (*second.csv, second.latex), strict=True):
         assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())

@@ -47,7 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with bees.toml and its study of six trials."""
     monkeypatch.chdir(tmp_path)
     Path("bees.toml").write_text(TOML)
-    with Record.open("studies.db", create=True) as store:
+    with Record("studies.db", create=True) as store:
         _add_study(store, parse_config(tomllib.loads(TOML), "bees.toml"))
         store.create_study("empty", StudyConfig().to_record(), {}, {})
     return tmp_path
@@ -172,7 +172,7 @@ def _put(baseline: Baseline) -> None:
         "settings": dataclasses.asdict(baseline.settings) | {"factors": None},
     }
     config = baseline.config
-    with Record.open("studies.db") as store:
+    with Record("studies.db") as store:
         study = store.find_study(config.study.name)
         if study is None:
             store.create_study(config.study.name, config.to_record(), {}, {})

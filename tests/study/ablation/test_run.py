@@ -94,13 +94,13 @@ def _run(plan: Plan, progress: QuietProgress | None = None, decide=_all_open) ->
 
 
 def _rows(home: Path, name: str = "tiny") -> list[Trial]:
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         return store.trials(store.study(name).id)
 
 
 def _effects(home: Path, name: str = "tiny") -> list[dict[str, str]]:
     """Return the effects' CSV, of the last design used, without what a run cost."""
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         ablation = read_ablations(store, name)[0]
     rows = list(csv.DictReader(io.StringIO(effects_csv(ablation, ablation.effects()))))
     for row in rows:
@@ -109,7 +109,7 @@ def _effects(home: Path, name: str = "tiny") -> list[dict[str, str]]:
 
 
 def _designs(home: Path) -> list[Design]:
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         return store.designs(store.study("tiny").id)
 
 
@@ -179,7 +179,7 @@ def test_every_cell_and_replicate_is_run_once_with_paired_seeds(finished: Path) 
 
 def test_a_run_has_the_same_numbers_as_fit_alone(finished: Path, photos: Path) -> None:
     cache = str(photos.parent / "cache")
-    with Record.open(str(finished / "s.db")) as store:
+    with Record(str(finished / "s.db")) as store:
         study, answers = store.study("tiny"), read_predictions(store, "tiny")
         size = study.config["data"]["store_size"]
         data = load_data(DataConfig(source=f"folder:{photos}", cache_dir=cache), size)
@@ -236,7 +236,7 @@ def test_levels_that_train_the_same_share_their_runs(photos: Path, tmp_path: Pat
     factors = {"augment": ["none"], "view": {"plain": {"augment": "none"}}}
     outcome = _run(_plan(photos, tmp_path, factors=factors))
     assert (outcome.n_done, len(_rows(tmp_path))) == (6, 4)
-    with Record.open(str(tmp_path / "s.db")) as store:
+    with Record(str(tmp_path / "s.db")) as store:
         others = read_ablations(store, "tiny")[0].others
     assert [runs.arm.label for runs in others] == ["augment = none", "view = plain"]
     assert others[0].numbers == others[1].numbers
@@ -257,7 +257,7 @@ def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
     own, diverged = _effects(home)
     assert (own["n_failed"], diverged["n_failed"]) == ("0", "3")
     assert diverged["verdict"] == "fails"
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         grid = failures_grid(read_ablations(store, "tiny")[0])
     assert grid is not None
     assert [row[:2] for row in grid.rows] == [("base_lr = 1e+30", str(s)) for s in (7, 8, 9)]
@@ -436,11 +436,11 @@ def test_another_baseline_under_the_same_name_is_refused_with_what_differs(
 
 
 def test_a_searchs_name_is_refused(photos: Path, tmp_path: Path) -> None:
-    with Record.open(str(tmp_path / "s.db"), create=True) as store:
+    with Record(str(tmp_path / "s.db"), create=True) as store:
         store.create_study("photos", StudyConfig().to_record(), {"fingerprint": "f"}, {})
     with pytest.raises(ConfigError, match="study photos is a search, so it cannot hold"):
         _run(_plan(photos, tmp_path, name="photos"))
-    with Record.open(str(tmp_path / "s.db")) as store:
+    with Record(str(tmp_path / "s.db")) as store:
         assert store.designs(store.study("photos").id) == []
 
 
@@ -452,7 +452,7 @@ def test_the_size_of_images_does_not_depend_on_later_designs(photos: Path, tmp_p
     _run(first)
     _run(_plan(photos, tmp_path, replicates=1))
     assert len(_rows(tmp_path)) == 4  # the baseline once
-    with Record.open(str(tmp_path / "s.db")) as store:
+    with Record(str(tmp_path / "s.db")) as store:
         assert store.study("tiny").config["data"]["store_size"] == size
 
 
@@ -464,7 +464,7 @@ def test_a_combination_that_breaks_a_rule_is_named_before_any_run(
         plan.configs()
     with pytest.raises(ConfigError, match="mixup and cutmix must not both be on"):
         _run(plan)
-    with Record.open(str(tmp_path / "s.db")) as store:
+    with Record(str(tmp_path / "s.db")) as store:
         assert store.studies() == []
 
 

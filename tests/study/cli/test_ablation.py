@@ -48,7 +48,7 @@ class Bees:
 
     def trials(self) -> list[Any]:
         """List the ablation's trials."""
-        with Record.open(str(self.home / "s.db")) as store:
+        with Record(str(self.home / "s.db")) as store:
             return list(store.trials(store.study("bees-ablation").id))
 
 
@@ -131,7 +131,7 @@ def test_dry_run_prints_runs_and_cost_and_writes_nothing(
     shown = answered(capsys, *dry, *FLAGS, "--design", "factorial")
     parts = ("study other", "Runs: 8 (2 replicates, seeds 1 to 2", "per run", "of checkpoints")
     assert all(part in shown for part in parts)
-    with Record.open(str(record.home / "s.db")) as store:
+    with Record(str(record.home / "s.db")) as store:
         assert "other" not in {row.name for row in store.studies()}
         assert len(store.designs(store.study("bees-ablation").id)) == 1
     assert not (record.home / "runs" / "other").exists()
@@ -202,7 +202,7 @@ def test_levels_are_tested_once_with_the_baseline(
     line = ["test", "bees-ablation", "--levels", "augment = none", *record.storage]
     shown = answered(capsys, *line)
     assert "Tested 4 runs." in shown
-    with Record.open(str(record.home / "s.db")) as store:
+    with Record(str(record.home / "s.db")) as store:
         study = store.study("bees-ablation").id
         tests = store.tests(study)
         rows = {row.number: row for row in store.trials(study)}

@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def recorded(here: Path) -> Path:
     """A working folder with one study of two trials; the second one's checkpoint is kept."""
-    with Record.open(DEFAULT_STORAGE, create=True) as store:
+    with Record(DEFAULT_STORAGE, create=True) as store:
         data = {"source": "digits", "classes": ["0"], "n_train": 8, "n_val": 4, "n_test": 0}
         study_id = store.create_study("ants", StudyConfig().to_record(), data, {})
         run_id = store.begin_run(study_id, command="c", device="cpu", versions={})
@@ -288,7 +288,7 @@ def test_delete_does_what_is_answered(
 ) -> None:
     monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
     assert main(["delete", "ants"]) == 0
-    with Record.open(DEFAULT_STORAGE) as store:
+    with Record(DEFAULT_STORAGE) as store:
         assert (store.find_study("ants") is None) == is_gone
     assert (not optuna.get_all_study_names(f"sqlite:///{DEFAULT_STORAGE}")) == is_gone
     assert (recorded / "trial-0").is_dir()  # no checkpoint of the record

@@ -36,7 +36,7 @@ def epoch_of(value: float) -> EpochMetrics:
 @pytest.fixture
 def store(tmp_path: Path) -> Record:
     """A database with one study of four trials."""
-    made = Record.open(str(tmp_path / "studies.db"), create=True)
+    made = Record(str(tmp_path / "studies.db"), create=True)
     study_id = made.create_study("ants", StudyConfig().to_record(), DATA, {"torch": "2"})
     run_id = made.begin_run(study_id, command="c", device="cpu", versions={})
     ends = [
@@ -217,7 +217,7 @@ def test_levels_are_shown_with_parameters_and_flops() -> None:
 
 def test_an_estimate_shows_time_and_disk() -> None:
     cost = BackboneCost("resnet18", 224, (0.1, 0.02), 0.02, 45_000_000)
-    estimate = Estimate("cpu", 20, 80, 20, (cost,), 30.0, 600.0, 135_000_000)
+    estimate = Estimate("cpu", 20, (cost,), 30.0, 600.0, 135_000_000)
     text = " ".join(text_of(views.estimate_view(estimate)).split())
     assert "resnet18 224 px 10 images/s 50 images/s 45.0 MB" in text
     assert "about 30.0 s per trial, 10 min 00 s if none is pruned, 135.0 MB of checkpoints" in text

@@ -191,5 +191,5 @@ def test_the_command_line_stops_at_once_and_says_so(home: Path) -> None:
     assert process.returncode == 130
     ended = [json.loads(line) for line in out.splitlines() if '"trial_ended"' in line]
     assert [(e["state"], e["reason"]) for e in ended] == [("stopped", "interrupted")]
-    with Record.open(str(home / "studies.db")) as record:
+    with Record(str(home / "studies.db")) as record:
         assert record.runs(record.study("digits").id)[0].outcome == "interrupted"

@@ -35,7 +35,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def record(home: Path) -> Iterator[Record]:
-    with Record.open(str(home / "s.db"), create=True) as record:
+    with Record(str(home / "s.db"), create=True) as record:
         yield record
 
 

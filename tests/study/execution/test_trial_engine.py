@@ -33,7 +33,7 @@ def home(tmp_path: Path) -> Path:
 def opened(home: Path, *settings: str) -> Iterator[Session]:
     config = config_of(home, 1, *settings)
     with (
-        Record.open(str(home / "s.db"), create=True) as record,
+        Record(str(home / "s.db"), create=True) as record,
         open_session(
             record, config, [config.train], progress=Listener(), command="test"
         ) as session,
@@ -125,7 +125,7 @@ def test_the_same_failure_three_times_in_a_row_halts_the_study_and_is_named(
         run(config_of(home, 9))
     rows = rows_of(home)
     assert [row.state for row in rows] == ["failed"] * 3
-    with Record.open(str(home / "s.db")) as record:
+    with Record(str(home / "s.db")) as record:
         assert record.runs(record.study("photos").id)[0].outcome == "halted"
     assert main(["resume", "photos", "--storage", str(home / "s.db"), "--json"]) == 1
     assert "python -m study resume photos" in capsys.readouterr().err
@@ -178,11 +178,11 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
         patch.setattr("socket.gethostname", lambda: "elsewhere")  # it may not have signed off
         run(config, progress=Fills(disk / "ballast"))
     (disk / "ballast").unlink()
-    with Record.open(storage) as record:
+    with Record(storage) as record:
         (row,) = record.trials(record.study("photos").id)
     assert row.ended_at is None
     assert main(["resume", "photos", "--storage", storage, "--json", "--take-over"]) == 0
-    with Record.open(storage) as record:
+    with Record(storage) as record:
         rows = record.trials(record.study("photos").id)
     assert [row.state for row in rows if row.reason != "killed"] == ["complete"]
 

@@ -69,7 +69,7 @@ def _end(store: Record, row: Trial, state: str, value: float | None) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Record:
-    return Record.open(str(tmp_path / "s.db"), create=True)
+    return Record(str(tmp_path / "s.db"), create=True)
 
 
 def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> None:
@@ -250,9 +250,9 @@ def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Pat
         done = subprocess.run([sys.executable, "-c", read], capture_output=True, check=True)
         return done.stdout.decode()
 
-    with Record.open(str(path), create=True) as store:
+    with Record(str(path), create=True) as store:
         _study(store, "first")
-        Record.open(str(path)).close()
+        Record(str(path)).close()
         assert "first" in names_elsewhere()  # the last to leave, were our locks gone
         _study(store, "second")
         assert "second" in names_elsewhere()
@@ -276,7 +276,7 @@ def test_open_refuses_what_is_not_ours_and_leaves_it_unchanged(
     _file(path, kind)
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(RecordError, match=message):
-        Record.open(str(path), create=kind != "missing")
+        Record(str(path), create=kind != "missing")
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
@@ -290,7 +290,7 @@ def test_open_refuses_what_is_not_ours_and_leaves_it_unchanged(
 )
 def test_open_refuses_a_storage_that_cannot_be(storage: str, message: str) -> None:
     with pytest.raises(RecordError, match=message):
-        Record.open(storage, create=True)
+        Record(storage, create=True)
 
 
 @contextlib.contextmanager
@@ -310,25 +310,25 @@ def _without_power() -> Iterator[None]:
 def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder, path = Path(name), Path(name) / "s.db"
-        with Record.open(str(path), create=True) as store:
+        with Record(str(path), create=True) as store:
             study, run = _study(store)
             _end(store, _trial(store, study, run, 0), "complete", 0.5)
         path.chmod(0o444)
         folder.chmod(mode)
         with _without_power():
-            with Record.open(str(path)) as store:
+            with Record(str(path)) as store:
                 (row,) = store.trials(store.study("photos").id)
                 assert (row.state, row.value) == ("complete", 0.5)
                 with pytest.raises(RecordError, match="cannot be written"):
                     store.begin_run(study, command="x", device="cpu", versions={})
             if mode == 0o555:
                 with pytest.raises(RecordError, match="cannot be opened: unable to open database"):
-                    Record.open(str(folder / "new.db"), create=True)
+                    Record(str(folder / "new.db"), create=True)
         folder.chmod(0o755)
 
 
 def _journal(path: Path) -> tuple[str, int]:
-    with Record.open(str(path), create=True) as store, store.engine.connect() as connection:
+    with Record(str(path), create=True) as store, store.engine.connect() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
         return mode, connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
 

@@ -39,7 +39,7 @@ def _audit(store: Record, n: int) -> object:
 
 
 def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home: Path) -> None:
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         pruned = {t.number: t for t in store.trials(store.study("photos").id)}
         pruned = {k: t for k, t in pruned.items() if t.state == "pruned"}
         assert len(pruned) >= 3, "the pruner had nothing to do: the test shows nothing"
@@ -68,7 +68,7 @@ def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home:
 
 
 def test_the_share_that_would_have_won_is_counted_against_the_best(home: Path) -> None:
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         _audit(store, 3)
         found = read_audit(store, "photos")
         rows = store.trials(store.study("photos-audit").id)
@@ -94,14 +94,14 @@ def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
     assert "photos-audit is no search" in capsys.readouterr().err
     assert main(["audit", "photos", "--sample", "-1", *storage]) == 2
     assert "'--sample'" in capsys.readouterr().err
-    with Record.open(str(home / "s.db")) as store, pytest.raises(ConfigError):
+    with Record(str(home / "s.db")) as store, pytest.raises(ConfigError):
         audit_study(store, "photos-audit", 1, progress=Listener(), command="test")
 
 
 def test_the_report_of_a_search_shows_its_audit(home: Path) -> None:
     from reports.html import write_report
 
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         _audit(store, 3)
         page = write_report(store, "photos", home / "report").html.read_text()
     assert "Of 3 pruned trials trained to the end" in page

@@ -59,7 +59,7 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
 ) -> None:
     outcome = run(_config(home, 4, f"train.monitor={monitor}"))
-    with Record.open(str(home / "s.db")) as store:
+    with Record(str(home / "s.db")) as store:
         trials = store.trials(store.study("photos").id)
         epochs = {row.number: store.epochs(row.id) for row in trials}
         (summary,) = store.studies()
@@ -96,7 +96,7 @@ def test_a_finished_study_runs_nothing_more_and_keeps_what_ranks_its_trials(done
 def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done: Path) -> None:
     rows, trials = rows_of(done), optuna_trials(done)
     names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
-    with Record.open(str(done / "s.db")) as store:
+    with Record(str(done / "s.db")) as store:
         epochs = [store.epochs(row.id) for row in rows]
     for row, trial, own in zip(rows, trials, epochs, strict=True):
         assert (trial.number, trial.params) == (row.number, row.params)
@@ -114,7 +114,7 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done:
 
 def test_the_test_split_is_read_once_and_needs_the_trials_checkpoint(done: Path) -> None:
     options = {"progress": QuietProgress(), "command": "study test photos"}
-    with Record.open(str(done / "s.db")) as store:
+    with Record(str(done / "s.db")) as store:
         (kept,) = (trial.number for trial in rows_of(done) if trial.checkpoint)
         assert kept == store.best_trial(store.study("photos")).number
         (row,) = read_test_split(store, "photos", [kept], **options)
