@@ -42,7 +42,7 @@ def test_store_holds_what_decoding_gives(tmp_path: Path) -> None:
         assert all(np.array_equal(s.image(i), expected) for s in (store, again, copy))
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "no index", "bad index"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no index", "bad index", "other index"])
 def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
     images = _images(make_folder(tmp_path / "photos", {"a": 3}))
     store = build_store(images, 30, tmp_path / "cache")
@@ -54,8 +54,11 @@ def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
         index.unlink()
     elif harm == "bad index":
         index.write_bytes(b"{damaged")
+    elif harm == "other index":
+        index.write_text(index.read_text().replace("0002", "0003"))
     del store
     repaired = build_store(images, 30, tmp_path / "cache")
+    assert repaired.contents == [image.content for image in images]
     assert all(np.array_equal(repaired.image(i), expected[i]) for i in range(3))
 
 
