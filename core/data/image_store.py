@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,6 @@ class ImageStore:
         with contextlib.suppress(OSError):  # its folder may be read-only
             os.utime(self.folder)
 
-    def is_sound(self) -> bool:
-        """Say whether the pixels agree with their checksums (a sample's, in a large store)."""
-        which: Sequence[int] | IntArray = range(len(self))
-        if self.size_bytes > _CHECK_WHOLE_BYTES:
-            which = np.linspace(0, len(self) - 1, _CHECK_SAMPLE, dtype=np.int64)
-        return all(zlib.crc32(self.image(int(i)).data) == self.checksums[i] for i in which)
-
     def __reduce__(self) -> tuple[type["ImageStore"], tuple[Path]]:
         return ImageStore, (self.folder,)  # a worker opens its own map
 
@@ -116,13 +109,13 @@ def build_store(
     ordered = [unique[content] for content in sorted(unique)]
     digest = hashlib.sha256(f"{_DECODER} {bound} {' '.join(sorted(unique))}".encode()).hexdigest()
     folder = cache / "images" / digest[:32]
-    store = _open_sound(folder)  # without the lock first: the cache may be read-only
+    store = _open_sound(folder, unique.keys())  # no lock first: the cache may be read-only
     if store is not None:
         return store
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            store = _open_sound(folder)  # another process may have built it meanwhile
+            store = _open_sound(folder, unique.keys())  # another process may have built it
             return store or _build(ordered, bound, folder, progress)
     except OSError as err:
         need = 4 * len(unique) * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
@@ -134,13 +127,16 @@ def build_store(
         ) from err
 
 
-def _open_sound(folder: Path) -> ImageStore | None:
-    """Open a store that is there, whole and undamaged."""
+def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
+    """Open the store of these contents if it is whole, by its checksums (a sample of many)."""
     try:
         store = ImageStore(folder)
-        return store if store.is_sound() else None
-    except (OSError, ValueError, KeyError):
+        n = _CHECK_SAMPLE if store.size_bytes > _CHECK_WHOLE_BYTES else len(store)
+        which = np.linspace(0, len(store) - 1, n, dtype=np.int64)
+        is_whole = all(zlib.crc32(store.image(i).data) == store.checksums[i] for i in which)
+    except (OSError, ValueError, LookupError):
         return None
+    return store if is_whole and contents == {*store.contents, *store.broken} else None
 
 
 def _build(

@@ -105,12 +105,11 @@ def test_names_that_are_no_utf8_are_shown_with_a_replacement(tmp_path: Path) -> 
     assert [image.path for image in _find(root).images] == ["a/\ufffd.png", "b/000.png"]
 
 
-def test_an_unknown_dataset_names_the_nearest() -> None:
+def test_an_unknown_dataset_names_the_nearest_and_an_absent_one_is_not_downloaded(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(DataError, match="torchvision:CIFAR1.*Near: CIFAR1"):
         find_images(DataConfig(source="torchvision:CIFAR1"))
-
-
-def test_a_dataset_that_is_not_there_is_not_downloaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"CIFAR10 must lie in .*data.download = true"):
         find_images(DataConfig(source="torchvision:CIFAR10", root=str(tmp_path)))
 

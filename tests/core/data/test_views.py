@@ -18,58 +18,58 @@ def _batches(data: ImageData, epoch: int, size: int) -> list[IntArray]:
 @pytest.mark.parametrize("augment", ["standard", "trivial", "rand", "none"])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_views_are_the_same_with_any_number_of_workers(
-    noise: ImageData, shown: Preprocessing, augment: str, workers: int
+    data: ImageData, shown: Preprocessing, augment: str, workers: int
 ) -> None:
     config = TrainConfig(augment=augment, seed=7)
-    alone, helped = (Loader(noise.train, shown, config, n) for n in (0, workers))
-    next(helped.epoch(5, _batches(noise, 5, 8)))  # an epoch left early does not spoil the next
+    alone, helped = (Loader(data.train, shown, config, n) for n in (0, workers))
+    next(helped.epoch(5, _batches(data, 5, 8)))  # an epoch left early does not spoil the next
     for epoch in (0, 1):
-        batches = _batches(noise, epoch, 8)
+        batches = _batches(data, epoch, 8)
         pairs = zip(alone.epoch(epoch, batches), helped.epoch(epoch, batches), strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
-def test_views_are_the_same_in_any_batch_and_order(noise: ImageData, shown: Preprocessing) -> None:
-    n, config = len(noise.train), TrainConfig(seed=7)
+def test_views_are_the_same_in_any_batch_and_order(data: ImageData, shown: Preprocessing) -> None:
+    n, config = len(data.train), TrainConfig(seed=7)
     views, backwards = (
-        train_views(noise.train, positions, shown, config, view_draws(n, 7, 3))
+        train_views(data.train, positions, shown, config, view_draws(n, 7, 3))
         for positions in (np.arange(n), np.arange(n)[::-1])
     )
     assert torch.equal(views, backwards.flip(0))
     for size in (4, 13):
-        batches = _batches(noise, 3, size)
-        made = Loader(noise.train, shown, config, 0).epoch(3, batches)
+        batches = _batches(data, 3, size)
+        made = Loader(data.train, shown, config, 0).epoch(3, batches)
         for positions, batch in zip(batches, made, strict=True):
             assert torch.equal(batch, views[torch.from_numpy(positions)])
 
 
-def test_every_epoch_and_seed_has_other_views(noise: ImageData, shown: Preprocessing) -> None:
+def test_every_epoch_and_seed_has_other_views(data: ImageData, shown: Preprocessing) -> None:
     first, *others = (
-        train_views(noise.train, np.arange(6), shown, TrainConfig(), draws)
-        for draws in (view_draws(len(noise.train), *key) for key in ((0, 0), (0, 1), (1, 0)))
+        train_views(data.train, np.arange(6), shown, TrainConfig(), draws)
+        for draws in (view_draws(len(data.train), *key) for key in ((0, 0), (0, 1), (1, 0)))
     )
     assert not any(torch.equal(first, views) for views in others)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_views_leave_the_global_generators_alone(
-    noise: ImageData, shown: Preprocessing, workers: int, monkeypatch: pytest.MonkeyPatch
+    data: ImageData, shown: Preprocessing, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded the GPU"))
     before = torch.random.get_rng_state()
-    loader = Loader(noise.train, shown, TrainConfig(augment="rand", seed=7), workers)
+    loader = Loader(data.train, shown, TrainConfig(augment="rand", seed=7), workers)
     for epoch in (0, 1):
-        list(loader.epoch(epoch, _batches(noise, epoch, 8)))
+        list(loader.epoch(epoch, _batches(data, epoch, 8)))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_evaluation_view_is_torchvisions_resize_and_centre_crop(
-    noise: ImageData, shown: Preprocessing
+    data: ImageData, shown: Preprocessing
 ) -> None:
-    views = eval_views(noise.val, np.arange(len(noise.val)), shown)
+    views = eval_views(data.val, np.arange(len(data.val)), shown)
     reference = v2.Compose([v2.Resize(28, antialias=True), v2.CenterCrop(24)])
-    for row, index in enumerate(noise.val.indices):
-        image = torch.from_numpy(np.array(noise.val.store.image(int(index)))).permute(2, 0, 1)
+    for row, index in enumerate(data.val.indices):
+        image = torch.from_numpy(np.array(data.val.store.image(int(index)))).permute(2, 0, 1)
         assert torch.equal(views[row], reference(image))
 
 

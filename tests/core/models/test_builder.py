@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,25 +56,19 @@ def test_xavier_keeps_its_bounds_and_zero_is_zero() -> None:
     assert not any(p.any() for p in network.model.get_submodule("fc").parameters())
 
 
-def test_source_classes_copies_the_rows_of_equal_names() -> None:
+def test_source_classes_copies_the_rows_of_equal_names_and_else_is_default() -> None:
     source = {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}
-    network, plain = _classifier(), _classifier()
-    init_head(network, "source-classes", 0, classes=("not_hotdog", "Hot_Dog"), source=source)
+    network, without_source, plain = _classifier(), _classifier(), _classifier()
+    classes = ("not_hotdog", "Hot_Dog")
+    init_head(network, "source-classes", 0, classes=classes, source=source)
+    init_head(without_source, "source-classes", 0, classes=classes)
     init_head(plain, "default", 0)
     row = imagenet_classes().index("hotdog")
     for name, tensor in source.items():
-        copied, default = (n.model.get_parameter(name) for n in (network, plain))
+        copied, *others = (n.model.get_parameter(name) for n in (network, without_source, plain))
+        assert torch.equal(*others)
         assert torch.equal(copied[1], tensor[row])
-        assert torch.equal(copied[0], default[0])
-
-
-def test_source_classes_without_a_source_classifier_starts_as_default() -> None:
-    heads = []
-    for how in ("source-classes", "default"):
-        network = _classifier()
-        init_head(network, how, 0, classes=("hotdog", "b"))
-        heads.append(network.model.get_submodule("fc").state_dict())
-    assert _equal(*heads)
+        assert torch.equal(copied[0], others[0][0])
 
 
 def test_names_match_whatever_their_case_and_separators() -> None:
@@ -121,13 +116,11 @@ def test_kernels_are_laid_out_channels_last() -> None:
 
 def test_parameters_are_counted_with_the_runs_own_classes() -> None:
     built = _build(classes=("a", "b", "c"))
-    total = sum(p.numel() for p in built.model.parameters())
-    head = sum(p.numel() for p in built.model.get_submodule(built.head[0]).parameters())
-    for depth, trained in ((0, total), (5, head)):
-        config = TrainConfig(
-            backbone="mobilenet_v3_small", weights="none", image_size=64, freeze_depth=depth
-        )
-        assert count_parameters(config, 3) == (trained, total)
+    head = built.model.get_submodule(built.head[0])
+    total, last = (sum(p.numel() for p in part.parameters()) for part in (built.model, head))
+    config = TrainConfig(backbone="mobilenet_v3_small", weights="none", image_size=64)
+    assert count_parameters(config, 3) == (total, total)
+    assert count_parameters(replace(config, freeze_depth=5), 3) == (last, total)
 
 
 def test_input_size_that_a_backbone_cannot_take_is_refused() -> None:

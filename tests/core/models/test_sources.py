@@ -55,11 +55,8 @@ def test_unknown_tag_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "head"),
-    [
-        ("squeezenet1_1", 64, ("classifier.1",)),
-        ("googlenet", 64, ("fc",)),
-        ("timm:deit_tiny_distilled_patch16_224", 224, ("head", "head_dist")),
-    ],
+    [("squeezenet1_1", 64, ("classifier.1",)), ("googlenet", 64, ("fc",))]
+    + [("timm:deit_tiny_distilled_patch16_224", 224, ("head", "head_dist"))],
 )
 def test_classifiers_of_every_kind_are_found(name: str, size: int, head: tuple[str, ...]) -> None:
     network = create(name, size, 7, is_pretrained=False)
