@@ -40,11 +40,11 @@ class Bees:
     def storage(self) -> list[str]:
         return ["--storage", str(self.home / "s.db")]
 
-    def images(self, folder: str) -> list[str]:
-        """Return the options of a run of the small network on a folder of images."""
+    def file(self, images: str) -> list[str]:
+        """Return a configuration file and its options, on a folder of images."""
         places = [f"data.cache_dir={self.home / 'cache'}", f"study.output={self.home / 'runs'}"]
         sets = [part for text in (*SETTINGS, *places) for part in ("--set", text)]
-        return ["--data", str(self.home / folder), *sets]
+        return [str(self.home / "bees.toml"), "--data", str(self.home / images), *sets]
 
     def trials(self) -> list[Trial]:
         with Record(str(self.home / "s.db")) as store:
@@ -56,10 +56,9 @@ def bees(tmp_path_factory: pytest.TempPathFactory) -> Bees:
     made = Bees(tmp_path_factory.mktemp("bees"))
     make_folder(made.home / "photos", {"red": 12, "blue": 12})
     (made.home / "bees.toml").write_text(TOML)
-    search = ["run", "--config", str(made.home / "bees.toml"), *made.images("photos")]
-    search += ["--name", "bees", "--trials", "2", "--quiet", *made.storage]
+    search = ["run", "--config", *made.file("photos"), "--name", "bees", "--trials", "2"]
     with contextlib.redirect_stdout(io.StringIO()), without_figures():
-        assert main(search) == 0
+        assert main([*search, "--quiet", *made.storage]) == 0
     with contextlib.redirect_stdout(io.StringIO()) as printed, without_figures():
         assert main(["ablate", "bees", *FLAGS, *made.storage]) == 0
     return Bees(made.home, printed.getvalue())
@@ -83,7 +82,7 @@ def test_ablate_prints_plan_results_and_next_commands(bees: Bees) -> None:
 
 
 def test_an_ablation_that_is_done_runs_nothing_and_gives_its_effects_as_json(
-    bees: Bees, capsys: pytest.CaptureFixture[str]
+    bees: Bees, answered: Callable[..., str]
 ) -> None:
     before = bees.trials()
     with without_figures():
@@ -106,33 +105,17 @@ def test_an_ablation_that_is_done_runs_nothing_and_gives_its_effects_as_json(
     assert bees.trials() == before
 
 
-def test_dry_run_prints_runs_and_cost_and_writes_nothing(
-    bees: Bees, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dry = ["ablate", "bees", "--name", "other", "--dry-run", *bees.storage]
-    shown = answered(*dry, *FLAGS, "--design", "factorial")
-    parts = ("study other", "Runs: 8 (2 replicates, seeds 1 to 2", "per run", "of checkpoints")
-    assert all(part in shown for part in parts)
-    with Record(str(bees.home / "s.db")) as store:
-        assert "other" not in {row.name for row in store.studies()}
-        assert len(store.designs(store.study("bees-ablation").id)) == 1
-    assert not (bees.home / "runs" / "other").exists()
-
-
 def test_dry_run_of_a_file_makes_no_database(
-    bees: Bees, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bees: Bees, tmp_path: Path, answered: Callable[..., str]
 ) -> None:
-    line = ["ablate", str(bees.home / "bees.toml"), *bees.images("photos"), "--storage", str(tmp_path / "new.db"), *FLAGS]
+    line = ["ablate", *bees.file("photos"), "--storage", str(tmp_path / "new.db"), *FLAGS]
     keep = ["--set", "ablation.keep_checkpoints=false"]
     found = json.loads(answered(*line, *keep, "--json", "--dry-run").splitlines()[-1])
     estimate = found["estimate"]
     assert (estimate["n_trials"], estimate["checkpoint_bytes"]) == (6, 0)
     assert estimate["total_s"] > 0
-    assert [cell["levels"] for cell in found["design"]["cells"]] == [
-        {},
-        {"augment": "none"},
-        {"head_lr_mult": "1"},
-    ]
+    levels = [cell["levels"] for cell in found["design"]["cells"]]
+    assert levels == [{}, {"augment": "none"}, {"head_lr_mult": "1"}]
     assert not (tmp_path / "new.db").exists()
 
 
@@ -142,6 +125,7 @@ def test_dry_run_of_a_file_makes_no_database(
         (["--factor", "augment=none", "--replicates", "1"], ["warning: ", "Runs: 2 (1 replicate"]),
         ([*FLAGS, "--replicates", "3"], ["warning: at 3 replicates"]),
         ([*FLAGS, "--replicates", "10"], ["Runs: 30 (10 replicates"]),
+        ([*FLAGS, "--design", "factorial"], ["study other", "Runs: 8", "of checkpoints"]),
         (
             ["--factor", "augment=none", "--adaptive", "--replicates", "4"],
             ["Runs: at most 40 (20 replicates, seeds 1 to 20", "after 4, 6, 9, 20 replicates"],
@@ -152,20 +136,23 @@ def test_dry_run_of_a_file_makes_no_database(
         ),
     ],
 )
-def test_the_plan_says_what_it_can_decide(
-    flags: list[str], parts: list[str], bees: Bees, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_says_what_it_costs_and_can_decide_and_writes_nothing(
+    flags: list[str], parts: list[str], bees: Bees, answered: Callable[..., str]
 ) -> None:
-    shown = answered("ablate", "bees", *flags, "--dry-run", *bees.storage)
-    assert all(part in " ".join(shown.split()) for part in parts)
-    if "10" in flags:
-        assert "warning" not in shown
+    line = ["ablate", "bees", "--name", "other", *flags, "--dry-run", *bees.storage]
+    shown = " ".join(answered(*line).split())
+    assert all(part in shown for part in parts)
+    assert ("warning" in shown) is not ("10" in flags or "--adaptive" in flags)
+    with Record(str(bees.home / "s.db")) as store:
+        assert store.find_study("other") is None
+    assert not (bees.home / "runs" / "other").exists()
 
 
 def test_report_names_its_files_and_compares_with_other_ablations(
-    bees: Bees, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bees: Bees, tmp_path: Path, answered: Callable[..., str]
 ) -> None:
     make_folder(bees.home / "more", {"red": 12, "blue": 12}, seed=9)
-    line = ["ablate", str(bees.home / "bees.toml"), *bees.images("more"), *FLAGS, "--replicates", "1", *bees.storage]
+    line = ["ablate", *bees.file("more"), *FLAGS, "--replicates", "1", *bees.storage]
     with without_figures():
         for name in ("wasps", "flies"):
             answered(*line, "--name", name, "--quiet")
@@ -179,11 +166,10 @@ def test_report_names_its_files_and_compares_with_other_ablations(
 
 
 def test_levels_are_tested_once_with_the_baseline(
-    bees: Bees, capsys: pytest.CaptureFixture[str]
+    bees: Bees, answered: Callable[..., str]
 ) -> None:
     line = ["test", "bees-ablation", "--levels", "augment = none", *bees.storage]
-    shown = answered(*line)
-    assert "Tested 4 runs." in shown
+    assert "Tested 4 runs." in answered(*line)
     with Record(str(bees.home / "s.db")) as store:
         study = store.study("bees-ablation").id
         tests = store.tests(study)
@@ -219,7 +205,7 @@ def test_levels_are_tested_once_with_the_baseline(
     ],
 )
 def test_a_users_mistake_is_refused_and_changes_nothing(
-    args: list[str], parts: list[str], bees: Bees, capsys: pytest.CaptureFixture[str]
+    args: list[str], parts: list[str], bees: Bees, refused: Callable[..., str]
 ) -> None:
     before = bees.trials()
     message = refused(*args, *bees.storage)
@@ -237,7 +223,7 @@ class InterruptedOutput(io.StringIO):
 
 
 def test_ctrl_c_ends_with_status_130_and_without_a_report(bees: Bees, tmp_path: Path) -> None:
-    line = ["ablate", str(bees.home / "bees.toml"), *bees.images("photos"), "--set", "train.epochs=50", *FLAGS, "--json"]
+    line = ["ablate", *bees.file("photos"), "--set", "train.epochs=50", *FLAGS, "--json"]
     with contextlib.redirect_stdout(InterruptedOutput()) as printed:
         assert main([*line, "--storage", str(tmp_path / "s.db")]) == 130
     last = json.loads(printed.getvalue().splitlines()[-1])
@@ -246,7 +232,7 @@ def test_ctrl_c_ends_with_status_130_and_without_a_report(bees: Bees, tmp_path: 
 
 
 def test_an_adaptive_ablation_stops_by_the_rules_of_its_report(
-    bees: Bees, capsys: pytest.CaptureFixture[str]
+    bees: Bees, answered: Callable[..., str]
 ) -> None:
     # Few images and no pretrained weights: nothing can be decided, so it runs to the end.
     line = ["ablate", "bees", "--name", "adaptive", "--factor", "augment=none", "--adaptive"]
