@@ -1,9 +1,7 @@
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,39 +21,19 @@ TWO = {
     "head_init": "zero",
     "freeze_depth": 5,
     "weight_decay": 0.0,
-    "label_smoothing": 0.1,
-    "head_lr_mult": 1.0,
-    "decay_all": True,
-    "flip": 0.0,
-}
-THREE = {  # one on each side of MIDDLE's
-    "base_lr": [0.1, 0.001],
-    "head_lr_mult": [1.0, 100.0],
-    "weight_decay": [0.0, 0.01],
-    "momentum": [0.5, 0.95],
-    "freeze_depth": [0, 5],
-    "flip": [0.0, 1.0],
 }
 BASE = TrainConfig()
-MIDDLE = dataclasses.replace(BASE, freeze_depth=3)
 
 
-def _factors(raw: dict[str, object], baseline: TrainConfig = BASE) -> list[Factor]:
+def _factors(raw: dict[str, object]) -> list[Factor]:
     levels, wrong = parse_factors(raw)
-    factors, faults = make_factors(baseline, levels)
+    factors, faults = make_factors(BASE, levels)
     assert (wrong, faults) == ([], [])
     return factors
 
 
 def _two(n: int) -> list[Factor]:
     return _factors(dict(list(TWO.items())[:n]))
-
-
-def _signs(design: Design) -> np.ndarray:
-    """Read the coded design off its cells' levels: -1 the baseline's, 1 the other; (cells, k)."""
-    return np.array(
-        [[1 if f.name in cell.levels else -1 for f in design.factors] for cell in design.cells]
-    )
 
 
 @given(
@@ -174,9 +152,11 @@ def test_a_full_factorial_has_every_combination_once_and_the_baseline_first() ->
             assert cell.levels.get(factor.name, factor.baseline) == factor.labels[code]
 
 
-def test_a_factorial_of_too_many_combinations_is_refused() -> None:
+def test_factors_that_do_not_suit_a_design_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"ablation.max_cells = 100 .*have 128.*--design ofat"):
         Factorial(_two(7), max_cells=100)
+    with pytest.raises(ConfigError, match="but got more for freeze_depth"):
+        Path(_factors({"freeze_depth": [3, 5], "augment": "none"}))
 
 
 def test_a_path_takes_the_change_with_the_best_mean_and_a_failed_one_last() -> None:
@@ -199,8 +179,3 @@ def test_a_path_takes_the_change_with_the_best_mean_and_a_failed_one_last() -> N
     assert design.steps == ["flip", "augment", "head_init"]
     assert design.cells[-1] == Cell({}, {})
     assert len(order) == len(set(order)) == design.n_runs(2) == 14
-
-
-def test_a_path_of_factors_with_more_levels_is_refused() -> None:
-    with pytest.raises(ConfigError, match="but got more for freeze_depth"):
-        Path(_factors({"freeze_depth": [3, 5], "augment": "none"}))

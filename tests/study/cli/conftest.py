@@ -1,0 +1,91 @@
+"""What the tests of the command line share: running a command, and a recorded study."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from command_line import without_figures
+from core.config import TrainConfig
+from core.metrics import EpochMetrics
+from study.cli.main import DEFAULT_STORAGE, main
+from study.config.study_config import StudyConfig
+from study.record.models import Trial
+from study.record.record import Record
+from support import distributions_of
+
+DATA = {"source": "digits", "classes": ["0", "1"], "n_train": 8, "n_val": 4, "n_test": 0}
+ENDS = [
+    ("complete", 0.5, None),
+    ("complete", 0.75, None),
+    ("pruned", 0.25, "hopeless"),
+    ("failed", None, "diverged [bad]"),
+]
+
+
+@pytest.fixture
+def answered(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must succeed; return what it printed."""
+
+    def run(*args: str) -> str:
+        assert main(args) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must be refused with status 2; return its message."""
+
+    def run(*args: str) -> str:
+        assert main(args) == 2
+        message = capsys.readouterr().err
+        assert "error: " in message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    with without_figures():
+        yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def recorded(here: Path) -> Path:
+    """A working folder with one study of four trials; the best one's checkpoint is kept."""
+    with Record(DEFAULT_STORAGE, create=True) as store:
+        study = store.create_study("ants", StudyConfig().to_record(), DATA, {})
+        run = store.begin_run(study, command="c", device="cpu", versions={})
+        for number, (state, value, reason) in enumerate(ENDS):
+            params = {"base_lr": 10.0 ** -(number + 1)}
+            trial = store.start_trial(study, params, distributions_of(params))
+            row = Trial(
+                study_id=study, number=number, run_id=run, origin="sampler",
+                config=dataclasses.asdict(TrainConfig(**params, epochs=1)),
+                config_hash=str(number), device="cpu",
+                trained_parameters=1234, total_parameters=5678,
+            )  # fmt: skip
+            store.begin_trial(row)
+            if value is not None:
+                figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
+                store.add_epoch(row, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
+                trial.report(value, 1)
+            row.reason, row.duration_s = reason, 2.0
+            if number == 1:
+                row.checkpoint = str(here / "trial-1")
+            store.end_trial(row, state)
+        store.end_run(run, "trials")
+    for number in (0, 1):
+        (here / f"trial-{number}").mkdir()
+    return here
