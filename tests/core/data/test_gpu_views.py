@@ -23,11 +23,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
     return load_data(DataConfig(source=str(root), cache_dir=str(root.parent / "cache")), 60)
 
 
-def _check_against_the_cpu(
-    split: Split, shown: Preprocessing, augment: str, batch_size: int
-) -> None:
+def _check_against_the_cpu(split: Split, shown: Preprocessing, augment: str, size: int) -> None:
     config = TrainConfig(augment=augment, seed=5)
-    draws, batches = view_draws(len(split), 5, 2), _batches(split, 5, 2, batch_size)
+    draws, batches = view_draws(len(split), 5, 2), _batches(split, 5, 2, size)
     views = DeviceViews(split, shown, config, torch.device("cpu"))
     for positions, images in zip(batches, views.epoch(2, batches), strict=True):
         ours = train_views(split, positions, shown, config, draws).float()
