@@ -9,7 +9,7 @@ from core.data.draws import IntArray, batch_positions, epoch_order, view_draws
 from core.data.gpu_views import DeviceViews
 from core.data.splits import ImageData, Split, load_data
 from core.data.views import train_views
-from support import shared_data
+from support import make_folder, shared_data
 
 # Largest difference of a pixel from the CPU's view, of 255, and the mean over a batch. Measured
 # over 60 epochs of the noise below: worst batch 2 and 0.025 (24 px, bilinear); photos at 224 px:
@@ -17,11 +17,15 @@ from support import shared_data
 LEVELS, MEAN = 2, 0.03
 
 
-def _check_against_the_cpu(
-    split: Split, shown: Preprocessing, augment: str, batch_size: int
-) -> None:
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    root = make_folder(tmp_path_factory.mktemp("views") / "photos", {"a": 20, "b": 21}, side=50)
+    return load_data(DataConfig(source=str(root), cache_dir=str(root.parent / "cache")), 60)
+
+
+def _check_against_the_cpu(split: Split, shown: Preprocessing, augment: str, size: int) -> None:
     config = TrainConfig(augment=augment, seed=5)
-    draws, batches = view_draws(len(split), 5, 2), _batches(split, 5, 2, batch_size)
+    draws, batches = view_draws(len(split), 5, 2), _batches(split, 5, 2, size)
     views = DeviceViews(split, shown, config, torch.device("cpu"))
     for positions, images in zip(batches, views.epoch(2, batches), strict=True):
         ours = train_views(split, positions, shown, config, draws).float()
@@ -38,13 +42,13 @@ def _batches(split: Split, seed: int, epoch: int, size: int) -> list[IntArray]:
 @pytest.mark.parametrize("augment", ["standard", "none"])
 @pytest.mark.parametrize("size", [24, 64])
 def test_device_views_equal_the_cpus_within_rounding(
-    data: ImageData, shown: Preprocessing, interpolation: str, augment: str, size: int
+    noise: ImageData, shown: Preprocessing, interpolation: str, augment: str, size: int
 ) -> None:
     # torchvision's CPU kernel keeps its weights in 16-bit integers; a last digit in the first of
     # the two passes can become two levels. The images here are noise, the worst case.
     sizes = {"image_size": size, "resize_size": round(size * 1.15)}
     shown = replace(shown, interpolation=interpolation, **sizes)
-    _check_against_the_cpu(data.train, shown, augment, 8)
+    _check_against_the_cpu(noise.train, shown, augment, 8)
 
 
 @pytest.mark.parametrize("augment", ["standard", "none"])
@@ -56,10 +60,10 @@ def test_device_views_of_real_photos_equal_the_cpus_within_rounding(
     _check_against_the_cpu(load_data(config, 128).train, shown, augment, 16)
 
 
-def test_device_views_do_not_depend_on_the_batch(data: ImageData, shown: Preprocessing) -> None:
-    views = DeviceViews(data.train, shown, TrainConfig(seed=3), torch.device("cpu"))
-    small = torch.cat(list(views.epoch(1, _batches(data.train, 3, 1, 4))))
-    large = torch.cat(list(views.epoch(1, _batches(data.train, 3, 1, 12))))
+def test_device_views_do_not_depend_on_the_batch(noise: ImageData, shown: Preprocessing) -> None:
+    views = DeviceViews(noise.train, shown, TrainConfig(seed=3), torch.device("cpu"))
+    small = torch.cat(list(views.epoch(1, _batches(noise.train, 3, 1, 4))))
+    large = torch.cat(list(views.epoch(1, _batches(noise.train, 3, 1, 12))))
     n = min(len(small), len(large))
     # A matrix product may sum in another order for another batch: one rounding apart at most.
     assert (small[:n] - large[:n]).abs().max() <= 1

@@ -89,9 +89,7 @@ def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
         ({"train/a": 3, "train/b": 3, "test/a": 1, "test/c": 1}, r"test lacks b; .*train lacks c"),
     ],
 )
-def test_unusable_folders_are_refused(
-    tmp_path: Path, classes: dict[str, int], message: str
-) -> None:
+def test_bad_folders_are_refused(tmp_path: Path, classes: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         _find(make_folder(tmp_path, classes))
 

@@ -54,8 +54,6 @@ def test_a_head_alone_behind_features_is_told_from_others() -> None:
 
 
 def test_a_cut_that_hands_over_the_batch_size_is_not_kept() -> None:
-    kept = []
-    for depth in range(1, 6):
-        config = replace(BASE, backbone="shufflenet_v2_x0_5", freeze_depth=depth)
-        kept.append(cut(build(config, ("a", "b")), config) is not None)
+    configs = [replace(BASE, backbone="shufflenet_v2_x0_5", freeze_depth=d) for d in range(1, 6)]
+    kept = [cut(build(config, ("a", "b")), config) is not None for config in configs]
     assert False in kept and kept[-1]

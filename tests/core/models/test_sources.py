@@ -1,5 +1,3 @@
-from collections.abc import Sequence
-
 import pytest
 from torch import nn
 
@@ -11,9 +9,6 @@ from core.models.sources import BackboneError, Classifier, backbone_names, creat
 
 class _Tiny:
     """A library of one backbone, without pretrained weights."""
-
-    def names(self) -> Sequence[str]:
-        return ["net"]
 
     def has(self, name: str) -> bool:
         return name == "net"
