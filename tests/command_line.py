@@ -1,7 +1,7 @@
 """The program as its user sees it, for tests that shall outlive a rewriting of the inside.
 
-Whatever these tests read of a study (Optuna's public interface, `show --json`) or import of ours
-stands in this file, so that a renaming touches one place.
+Whatever these tests read of a study (Optuna's public interface, `show --json`) stands in this
+file, so that a renaming touches one place.
 """
 
 import contextlib
@@ -19,24 +19,17 @@ from unittest import mock
 
 import optuna
 
-from core.config import DataConfig, TrainConfig
-from core.data.splits import ImageData, Split, load_data
-from core.fit import fit
-
-__all__ = ["TrainConfig", "fit"]
-
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("train_loss", "val_loss", "val_acc", "val_macro_f1")
 _CUT_SHORT = ("killed", "interrupted")
 
 
-def study(home: Path, *args: str, status: int = 0) -> str:
+def study(home: Path, *args: str) -> str:
     """Run `python -m study` in this process and a folder; return what it printed.
 
     Args:
         home: Working folder: the database, checkpoints and reports lie here.
-        args: The command and its flags.
-        status: The exit status that it must have.
+        args: The command and its flags; it must end with status 0.
     """
     out, err = io.StringIO(), io.StringIO()
     known, argv = sys.modules.pop("study.__main__", None), sys.argv
@@ -55,7 +48,7 @@ def study(home: Path, *args: str, status: int = 0) -> str:
         sys.argv = argv
         if known is not None:
             sys.modules["study.__main__"] = known
-    assert code == status, f"study {' '.join(args)} ended with {code}:\n{err.getvalue()}"
+    assert code == 0, f"study {' '.join(args)} ended with {code}:\n{err.getvalue()}"
     return out.getvalue()
 
 
@@ -192,19 +185,3 @@ def effects(home: Path, *args: str) -> dict[str, dict[str, Any]]:
     """Run `ablate --json`; return each level's effect by `factor = level`."""
     last = json.loads(study(home, "ablate", *args, "--json").splitlines()[-1])
     return {f"{row['factor']} = {row['level']}": row for row in last["effects"]}
-
-
-def load_images(source: Path, side: int, **more: object) -> ImageData:
-    """Load a folder of images as a study does."""
-    config = DataConfig(source=f"folder:{source}", cache_dir=str(source.parent / "cache"), **more)
-    return load_data(config, side)
-
-
-def split_contents(data: ImageData) -> dict[str, list[bytes]]:
-    """Return the pixels of every image, by split, in order."""
-    splits: dict[str, Split | None] = {"train": data.train, "val": data.val, "test": data.test}
-    return {
-        name: [split.store.image(int(i)).tobytes() for i in split.indices]
-        for name, split in splits.items()
-        if split is not None
-    }

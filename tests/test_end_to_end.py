@@ -1,12 +1,11 @@
 """What must hold however the inside is built: the program used as its user uses it.
 
-Same numbers twice, whatever happened in between; frozen parts frozen; splits by content; the
-checkpoint the one that was recorded; verdicts right; the test split out of the search.
+Same numbers twice, whatever happened in between; frozen parts frozen; the checkpoint the one
+that was recorded; verdicts right; the test split out of the search.
 """
 
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,18 +19,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from command_line import (
-    TrainConfig,
     best,
     effects,
     figures,
-    fit,
     kill_after_epoch,
-    load_images,
     open_trials,
     read_runs,
     settings,
     shown,
-    split_contents,
     start,
     study,
     without_figures,
@@ -56,10 +51,11 @@ VIT = {
     "train.head_lr_mult": 1,
 }
 EVERY_SETTING = {"search.sampler": "grid", "search.pruner": "none"}
+PHOTOS = {"data.source": "folder:photos"}
 
 
 def search(home: Path, name: str, space: str, trials: int, more: dict[str, object]) -> list[str]:
-    """Return the command of a search on digits."""
+    """Return the command of a search, on digits where no other images are named."""
     (home / f"{name}.toml").write_text(f"[space]\n{space}")
     flags = ["--name", name, "--trials", str(trials)]
     return ["run", "--config", f"{name}.toml", *flags, *settings(DIGITS | more)]
@@ -223,48 +219,7 @@ def test_frozen_stages_keep_their_bits(tmp_path: Path, name: str) -> None:
     assert counts[-1] == len(source) - len(head)  # level 5 trains the head alone
 
 
-# 5. Same settings and seed, same numbers
-
-
-def test_fit_gives_the_same_figures_whatever_runs_between(tmp_path: Path) -> None:
-    data = load_images(make_folder(tmp_path / "photos", {"red": 16, "blue": 16}), 40)
-    config = TrainConfig(
-        backbone="timm:test_vit", weights="none", image_size=32, epochs=2, batch_size=8,
-        freeze_depth=2, device="cpu",
-    )  # fmt: skip
-    first = [(m.train_loss, m.val_loss, m.val_acc) for m in fit(config, data)]
-    torch.manual_seed(5)
-    other = fit(replace(config, seed=3, freeze_depth=0), data)
-    mixed = []
-    for metrics in fit(config, data, checkpoint_dir=tmp_path / "trial"):
-        next(other, None)
-        mixed.append((metrics.train_loss, metrics.val_loss, metrics.val_acc))
-    assert mixed == first
-    assert (tmp_path / "trial" / "model.safetensors").is_file()
-
-
-# 6. Splits by content
-
-
-def test_splits_follow_content_and_keep_copies_together(tmp_path: Path) -> None:
-    first = make_folder(tmp_path / "one" / "photos", {"a": 12, "b": 12})
-    for i in range(8):  # of twelve images eight are there twice
-        (first / "a" / f"copy{i}.png").write_bytes((first / "a" / f"{i:03d}.png").read_bytes())
-    second = tmp_path / "two" / "elsewhere"
-    for path in sorted(first.rglob("*.png"), reverse=True):
-        renamed = second / path.parent.name / f"{path.stem[::-1]}.png"
-        renamed.parent.mkdir(parents=True, exist_ok=True)
-        renamed.write_bytes(path.read_bytes())
-    one, two = (split_contents(load_images(root, 40)) for root in (first, second))
-    assert {name: sorted(pixels) for name, pixels in one.items()} == {
-        name: sorted(pixels) for name, pixels in two.items()
-    }
-    assert list(one) == ["train", "val", "test"]
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        assert not set(one[a]) & set(one[b]), (a, b)
-
-
-# 7. The checkpoint is the network that was recorded
+# 5. The checkpoint is the network that was recorded
 
 
 @pytest.mark.slow
@@ -275,11 +230,9 @@ def test_checkpoint_in_the_plain_library_has_the_recorded_accuracy(
     for seed, (split, n) in enumerate({"train": 24, "val": 12, "test": 4}.items()):
         make_folder(tmp_path / "photos" / split, {"red": n, "blue": n, "green": n}, seed=seed)
     own = VIT if "vit" in name else {"train.weights": "none", "train.base_lr": 0.005}
-    chosen = DIGITS | own | {"train.backbone": name, "train.freeze_depth": 1, "data.limit": 72}
-    (tmp_path / "s.toml").write_text("[space]\n")
+    chosen = PHOTOS | own | {"train.backbone": name, "train.freeze_depth": 1, "data.limit": 72}
     with without_figures():
-        flags = ["--config", "s.toml", "--data", "photos", "--name", "s", "--trials", "1"]
-        study(tmp_path, "run", *flags, *settings(chosen))
+        study(tmp_path, *search(tmp_path, "s", "", 1, chosen))
     (run,) = read_runs(tmp_path, "s")
     assert run.checkpoint is not None
     card = json.loads((run.checkpoint / "card.json").read_text())
@@ -290,14 +243,11 @@ def test_checkpoint_in_the_plain_library_has_the_recorded_accuracy(
     state = safetensors.torch.load_file(run.checkpoint / "model.safetensors")
     plain.load_state_dict(state, strict=True)
     shape = card["preprocessing"]
+    method = v2.InterpolationMode(shape["interpolation"])
     view = v2.Compose(
         [
             v2.PILToTensor(),
-            v2.Resize(
-                shape["resize_size"],
-                v2.InterpolationMode(shape["interpolation"]),
-                antialias=True,
-            ),
+            v2.Resize(shape["resize_size"], method, antialias=True),
             v2.CenterCrop(shape["image_size"]),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(shape["mean"], shape["std"]),
@@ -313,7 +263,7 @@ def test_checkpoint_in_the_plain_library_has_the_recorded_accuracy(
     assert run.value is not None and run.value > 0.4, "it must have learned something"
 
 
-# 8. An ablation's verdicts
+# 6. An ablation's verdicts
 
 
 @pytest.mark.slow
@@ -342,12 +292,12 @@ def test_ablation_finds_planted_effects_after_a_kill(tmp_path: Path) -> None:
     assert len(read_runs(tmp_path, "cut")) == 3 * 6
 
 
-# 9. The test split
+# 7. The test split
 
 
 @pytest.mark.slow
 def test_search_does_not_depend_on_test_images_and_test_reads_them_once(tmp_path: Path) -> None:
-    chosen = DIGITS | VIT | {"train.epochs": 1, "data.limit": 24}
+    chosen = PHOTOS | VIT | {"train.epochs": 1, "data.limit": 24}
     space = "freeze_depth = {low = 0, high = 4}\n"
     homes = [tmp_path / "one", tmp_path / "two"]
     for k, home in enumerate(homes):
@@ -356,10 +306,8 @@ def test_search_does_not_depend_on_test_images_and_test_reads_them_once(tmp_path
         # The second one's test images are others, and their classes are the wrong way round.
         classes = {"red": 8, "blue": 8} if k == 0 else {"blue": 8, "red": 8}
         make_folder(home / "photos/test", classes, seed=2 + k)
-        (home / "s.toml").write_text(f"[space]\n{space}")
-        flags = ["--config", "s.toml", "--data", "photos", "--name", "s", "--trials", "4"]
         with without_figures():
-            study(home, "run", *flags, *settings(chosen))
+            study(home, *search(home, "s", space, 4, chosen))
         assert shown(home, "s")["tests"] == []
     one, two = (read_runs(home, "s") for home in homes)
     assert figures(one) == figures(two)
@@ -371,26 +319,25 @@ def test_search_does_not_depend_on_test_images_and_test_reads_them_once(tmp_path
     assert read_runs(homes[0], "s") == one
 
 
-# 10. The report of a search with a pruner
+# 8. The report of a search with a pruner
 
 
 @pytest.mark.slow
 def test_report_names_the_decisive_setting_and_shows_pruned_trials(tmp_path: Path) -> None:
     trap = "<script>alert(1)"
     make_folder(tmp_path / "photos", {trap: 24, "blue & green": 24})
-    (tmp_path / "s.toml").write_text(
-        # Under a cosine schedule step_gamma does nothing.
-        "[space]\nbase_lr = {low = 1e-7, high = 1e-1, log = true}\n"
+    # Under a cosine schedule step_gamma does nothing.
+    space = (
+        "base_lr = {low = 1e-7, high = 1e-1, log = true}\n"
         "step_gamma = {low = 0.01, high = 1.0, log = true}\n"
     )
-    chosen = DIGITS | VIT | {
+    chosen = PHOTOS | VIT | {
         "train.freeze_depth": 4, "train.batch_size": 8, "train.epochs": 3,
         "data.val_fraction": 0.4,
         "search.sampler": "random", "search.pruner": "median", "search.recipes": False,
     }  # fmt: skip
     del chosen["train.base_lr"]  # searched
-    flags = ["--config", "s.toml", "--data", "photos", "--name", "s", "--trials", "24"]
-    study(tmp_path, "run", *flags, *settings(chosen))
+    study(tmp_path, *search(tmp_path, "s", space, 24, chosen))
     runs = read_runs(tmp_path, "s")
     assert 5 < sum(run.state == "pruned" for run in runs) < 24
     html = (tmp_path / "frostline-runs/s/report/report.html").read_text(encoding="utf-8")

@@ -1,6 +1,5 @@
 import io
 import json
-import pickle
 
 import pytest
 from rich.console import Console
@@ -54,10 +53,6 @@ def play(progress: Progress) -> None:
     for event in EVENTS:
         progress.emit(event)
     progress.close()
-
-
-def test_events_pickle() -> None:
-    assert pickle.loads(pickle.dumps(EVENTS)) == EVENTS
 
 
 def test_plain_lines_show_each_trial_and_where_the_study_stands() -> None:
