@@ -99,7 +99,6 @@ class Run:
     Attributes:
         number: Its number.
         state: `complete`, `pruned` or `failed`.
-        origin: Where its settings come from: `recipe:...`, `sampler`, ...
         params: Values of the searched settings.
         config: Its whole training configuration.
         value: Validation accuracy of its best epoch.
@@ -111,7 +110,6 @@ class Run:
 
     number: int
     state: str
-    origin: str
     params: dict[str, Any]
     config: dict[str, Any]
     value: float | None
@@ -145,7 +143,6 @@ def read_runs(home: Path, name: str) -> list[Run]:
             Run(
                 number=trial.number,
                 state=state,
-                origin=row["origin"],
                 params=params,
                 config=found["config"],
                 value=row["value"],

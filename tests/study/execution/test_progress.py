@@ -146,7 +146,3 @@ def test_without_a_terminal_lines_are_chosen() -> None:
     assert isinstance(choose_progress(), PlainProgress)
     assert isinstance(choose_progress(is_quiet=True), QuietProgress)
     assert isinstance(choose_progress(is_json=True, is_quiet=True), JsonProgress)
-
-
-def test_a_trial_that_was_killed_does_not_count_towards_the_target() -> None:
-    assert Counts(complete=2, failed=2, cut_short=1).finished == 3

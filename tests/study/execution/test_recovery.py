@@ -11,8 +11,18 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
-from small_study import Listener, config_of, figures_of, make_home, optuna_trials, rows_of, run
+from small_study import (
+    SETTINGS,
+    Listener,
+    config_of,
+    figures_of,
+    make_home,
+    optuna_trials,
+    rows_of,
+    run,
+)
 
+from command_line import start
 from core.fit import fit
 from study.config.study_config import StudyConfig
 from study.execution import trial_engine
@@ -175,21 +185,14 @@ def test_a_stopped_trial_is_continued_under_its_number(
 
 @pytest.mark.slow
 def test_the_command_line_stops_at_once_and_says_so(home: Path) -> None:
-    command = [
-        sys.executable, "-m", "study", "run", "--data", "digits", "--name", "digits", "--json",
-        "--set", "train.backbone=timm:test_resnet", "--set", "train.weights=none", "--set",
-        "train.image_size=32", "--set", "train.epochs=3000", "--set", "search.pruner=none",
-        "--set", "train.head_solver=sgd",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True)
+    sets = [word for text in (*SETTINGS, "train.epochs=3000") for word in ("--set", text)]
+    process = start(home, "run", "--config", "study.toml", "--data", "photos", "--json", *sets)
     assert process.stdout is not None
-    for line in process.stdout:
-        if json.loads(line)["event"] == "epoch":
-            break
+    next(line for line in process.stdout if json.loads(line)["event"] == "epoch")
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     ended = [json.loads(line) for line in out.splitlines() if '"trial_ended"' in line]
     assert [(e["state"], e["reason"]) for e in ended] == [("stopped", "interrupted")]
     with Record(str(home / "studies.db")) as record:
-        assert record.runs(record.study("digits").id)[0].outcome == "interrupted"
+        assert record.runs(record.study("photos").id)[0].outcome == "interrupted"

@@ -8,8 +8,8 @@ from small_study import Listener, config_of, make_home, run
 from core.config import TrainConfig
 from core.fit import fit
 from reports.audit import read_audit
+from reports.html import write_report
 from study.cli.main import main
-from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.execution.session import load_images
 from study.record.record import Record
@@ -67,17 +67,22 @@ def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home:
         assert [m.val_acc for m in store.epochs(rows[0].id)] == alone
 
 
-def test_the_share_that_would_have_won_is_counted_against_the_best(home: Path) -> None:
+def test_the_share_that_would_have_won_is_counted_against_the_best_and_reported(
+    home: Path,
+) -> None:
     with Record(str(home / "s.db")) as store:
         _audit(store, 3)
         found = read_audit(store, "photos")
         rows = store.trials(store.study("photos-audit").id)
+        page = write_report(store, "photos", home / "report").html.read_text()
     best = found.best_score
     assert best is not None
     assert found.n_won == sum((row.ranked_by or 0) > best for row in rows)
     assert found.share_won is not None
     assert found.share_won.low <= found.n_won / 3 <= found.share_won.high
     assert len(found.trials) == 3
+    assert "Of 3 pruned trials trained to the end" in page
+    assert "needs at least" in page  # ten trials carry no model
 
 
 def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
@@ -92,17 +97,3 @@ def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
     assert main(["audit", "photos-audit", *storage]) == 2
     assert "photos-audit is no search" in capsys.readouterr().err
-    assert main(["audit", "photos", "--sample", "-1", *storage]) == 2
-    assert "'--sample'" in capsys.readouterr().err
-    with Record(str(home / "s.db")) as store, pytest.raises(ConfigError):
-        audit_study(store, "photos-audit", 1, progress=Listener(), command="test")
-
-
-def test_the_report_of_a_search_shows_its_audit(home: Path) -> None:
-    from reports.html import write_report
-
-    with Record(str(home / "s.db")) as store:
-        _audit(store, 3)
-        page = write_report(store, "photos", home / "report").html.read_text()
-    assert "Of 3 pruned trials trained to the end" in page
-    assert "needs at least" in page  # ten trials carry no model

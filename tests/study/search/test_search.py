@@ -172,14 +172,6 @@ def test_a_study_ends_where_no_setting_is_new(
     assert n_all is None or len(rows_of(home)) == n_all
 
 
-def test_a_diverging_trial_fails_with_its_reason_and_the_study_continues(home: Path) -> None:
-    settings = ("space={base_lr=[1e-3, 1e30]}", 'search.sampler="grid"', "freeze_depth=5")
-    outcome = run(_config(home, 2, *settings))
-    assert (outcome.counts.complete, outcome.counts.failed) == (1, 1)
-    (failed,) = [row for row in rows_of(home) if row.state == "failed"]
-    assert str(failed.reason).startswith("diverged: the training loss is no longer finite")
-
-
 def test_patience_and_timeout_end_a_study(home: Path) -> None:
     outcome = run(_config(home, 50, "study.patience=2", 'search.pruner="none"'))
     assert outcome.stopped_because == "patience"
