@@ -277,8 +277,8 @@ def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> Non
     if changes:
         raise ConfigError(
             f"study {study.name} is already in {config.study.storage} with another "
-            "configuration:\n  " + "\n  ".join(changes) + "\nUse another --name, or "
-            "--allow-changes to continue with the new one."
+            "configuration:\n  " + "\n  ".join(changes) + "\nContinue it as it was (python -m "
+            f"study resume {study.name}), use another --name, or mix both (--allow-changes)."
         )
 
 

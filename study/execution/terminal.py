@@ -67,10 +67,10 @@ class PlainProgress(Progress):
         line = f"trial {event.trial:>3}  {event.state:<8}  {format_accuracy(event.value):>7}"
         line += f"  {format_duration(event.duration_s):>9}"
         line += f"  {event.reason}" if event.reason else ""
-        settings = format_params(self._trial.params)
-        self._keep(line, settings, style="red" if event.state == "failed" else "")
         self._show("trial", "")
         self._show("epoch", "")
+        settings = format_params(self._trial.params)
+        self._keep(line, settings, style="red" if event.state == "failed" else "")
 
     def _summary(self, now: StudyState, first: StudyState) -> str:
         """Return the counts, the best accuracy, the pace and the time left, in one line."""
