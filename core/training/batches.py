@@ -14,7 +14,7 @@ from core.data.views import Loader, eval_views
 from core.device import usable_cores
 
 # Larger batches evaluate no faster on two cores, and 256 keep an H200 busy at 224 px (assumption).
-_EVAL_BATCH = {"cpu": 32, "cuda": 256}
+_EVAL_BATCH = {"cpu": 16, "cuda": 256}
 # Evaluation views are the same in every epoch; up to this many bytes of them are kept.
 _KEPT_EVAL_BYTES = 1 << 30
 _MOST_WORKERS = 8
@@ -114,7 +114,7 @@ def in_order(n: int, size: int) -> list[IntArray]:
 
 def eval_batches(split: Split, shown: Preprocessing, device: torch.device) -> Iterator[Tensor]:
     """Iterate over a split's evaluation views, uint8, on the CPU."""
-    for positions in in_order(len(split), _EVAL_BATCH.get(device.type, 32)):
+    for positions in in_order(len(split), _EVAL_BATCH.get(device.type, 64)):
         yield eval_views(split, positions, shown)
 
 

@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 @pytest.fixture(scope="module")
 def data(source: DataConfig) -> ImageData:
     found = load_data(source, 40)
-    assert len(found.train) > activations._CHUNK
+    assert len(found.train) > activations._CHUNK_CPU
     return found
 
 
