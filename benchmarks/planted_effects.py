@@ -79,7 +79,7 @@ def adaptive(
 
 
 def tells(effects: Sequence[Effect]) -> bool:
-    """Say whether any level is told to help or hurt."""
+    """Say whether any level is found to help or hurt."""
     return any(effect.verdict in ("helps", "hurts") for effect in effects)
 
 
@@ -134,9 +134,9 @@ def found_effects(n: int) -> Iterator[Row]:
     for effect, replicates in ((0.02, 3), (0.02, 5), (0.01, 12), (0.015, 10), (0.03, 4)):
         rng = np.random.default_rng(200 + replicates)
         hits = sum(tells(fixed(rng, (effect,), replicates, Rules())) for _ in range(n))
-        told = f"{100 * effect:g} points, n = {replicates}"
+        case = f"{100 * effect:g} points, n = {replicates}"
         aim = f"{100 * power(effect, PAIR_SD, replicates, 0.05):.1f} %"
-        yield row("power, one level", told, hits, n, aim)
+        yield row("power, one level", case, hits, n, aim)
     rng = np.random.default_rng(210)
     hits = sum(tells(fixed(rng, (0.03, 0, 0), 5, Rules())[:1]) for _ in range(n))
     aim = f">= {100 * power(0.03, PAIR_SD, 5, 0.05 / 3):.1f} %"
@@ -147,14 +147,14 @@ def equivalence(n: int) -> Iterator[Row]:
     """Differences exactly as large as the margin, and none at all."""
     for replicates in (5, 10):
         rng, rules = np.random.default_rng(300 + replicates), Rules(margin=0.02)
-        wrong = told = 0
+        wrong = equal = 0
         for _ in range(n):
             found = fixed(rng, (0.02,) * 3, replicates, rules)
             wrong += any(each.p_equivalence <= 0.05 for each in found)
-            told += any(each.verdict == "no difference" for each in found)
+            equal += any(each.verdict == "no difference" for each in found)
         how = f"n = {replicates}"
         yield row("found equal at the margin, test", how, wrong, n, "<= 5 %")
-        yield row("found equal at the margin, verdict", how, told, n, "<= 5 %")
+        yield row("found equal at the margin, verdict", how, equal, n, "<= 5 %")
     rng, rules = np.random.default_rng(320), Rules(margin=0.02)
     found = [fixed(rng, (0.0,) * 3, 10, rules) for _ in range(n)]
     hits = sum(each.verdict == "no difference" for study in found for each in study)
@@ -169,8 +169,8 @@ def calibration(n: int) -> Iterator[Row]:
         needed = replicates_needed(Spread(5, effect, PAIR_SD), 0.05, 0.01)
         assert needed is not None
         hits = sum(settled(fixed(rng, (effect,), needed, rules)[0]) for _ in range(n))
-        told = f"{100 * effect:g} points known, n = {needed}"
-        yield row("settled at the promised n", told, hits, n, ">= 80 %")
+        case = f"{100 * effect:g} points known, n = {needed}"
+        yield row("settled at the promised n", case, hits, n, ">= 80 %")
     for effect in (0.03, 0.02, 0.01):
         rng = np.random.default_rng(410)
         hits = n_open = n_promised = 0
@@ -188,8 +188,8 @@ def calibration(n: int) -> Iterator[Row]:
                 promised.append(max(needed, 6))
                 hits += settled(fixed(rng, (effect,), promised[-1], rules)[0])
         low, middle, high = np.quantile(promised, [0.1, 0.5, 0.9])
-        told = f"{100 * effect:g} points, open pilot of 5; n {low:.0f}/{middle:.0f}/{high:.0f}"
-        yield row("settled at the promised n", told, hits, n_promised, "(a plan)")
+        case = f"{100 * effect:g} points, open pilot of 5; n {low:.0f}/{middle:.0f}/{high:.0f}"
+        yield row("settled at the promised n", case, hits, n_promised, "(a plan)")
 
 
 def ablation_of(names: Sequence[str], truth: Callable[[set[str]], float], rng: object) -> Ablation:
@@ -220,7 +220,7 @@ def ablation_of(names: Sequence[str], truth: Callable[[set[str]], float], rng: o
 def interactions(n: int) -> Iterator[Row]:
     """A full factorial of three factors, with an interaction and without."""
     names, few = ("a", "b", "c"), n // 4
-    for told, size in (("4 points", 0.04), ("none", 0.0)):
+    for case, size in (("4 points", 0.04), ("none", 0.0)):
         rng = np.random.default_rng(500)
         seen = {"t over replicates, Holm": 0, "analysis of variance": 0}
         family = 0
@@ -234,7 +234,7 @@ def interactions(n: int) -> Iterator[Row]:
             seen["analysis of variance"] += source.p <= 0.05
         for how, hits in seen.items():
             aim = "found" if size else "<= 5 %"
-            yield row(f"interaction found, planted: {told}", how, hits, few, aim)
+            yield row(f"interaction found, planted: {case}", how, hits, few, aim)
         if not size:
             how = "t over replicates, Holm"
             yield row("any of 6 effects found, none planted", how, family, few, "<= 5 %")
@@ -249,7 +249,7 @@ def cost(n: int) -> list[str]:
         "none (3 levels)": (0.0, 0.0, 0.0),
     }
     rules, most = Rules(looks=LOOKS), LOOKS[-1]
-    for told, truth in cases.items():
+    for case, truth in cases.items():
         rng = np.random.default_rng(600)
         studies = [adaptive(rng, truth, rules) for _ in range(few)]
         runs = np.array([runs for _, runs in studies])
@@ -259,7 +259,7 @@ def cost(n: int) -> list[str]:
         other = [fixed(rng, truth, most, Rules()) for _ in range(few)]
         fixed_share = np.mean([settled(each) for found in other for each in found])
         lines.append(
-            f"  {told:28} adaptive {runs.mean():5.1f} ± {error:.1f} runs, settled "
+            f"  {case:28} adaptive {runs.mean():5.1f} ± {error:.1f} runs, settled "
             f"{100 * share:5.1f} %; fixed {whole} runs, settled {100 * fixed_share:5.1f} % "
             f"(n = {few})"
         )

@@ -134,7 +134,7 @@ def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
         n = _CHECK_SAMPLE if store.size_bytes > _CHECK_WHOLE_BYTES else len(store)
         which = np.linspace(0, len(store) - 1, n, dtype=np.int64)
         is_whole = all(zlib.crc32(store.image(i).data) == store.checksums[i] for i in which)
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return store if is_whole and contents == {*store.contents, *store.broken} else None
 

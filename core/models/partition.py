@@ -139,8 +139,8 @@ def _is_linear(suffix: Trainable, network: Network) -> bool:
 def _plan(
     model: nn.Module, trained: list[fx.Node], evaluated: list[fx.Node], limit: int, size: int
 ) -> _Plan | None:
-    prefix, crossing = _before(evaluated, limit)
-    before_training, crossing_training = _before(trained, limit)
+    prefix, outputs = _before(evaluated, limit)
+    before_training, train_outputs = _before(trained, limit)
     if str(before_training) != str(prefix):
         return None
     run = fx.GraphModule(model, prefix)
@@ -158,7 +158,7 @@ def _plan(
     output.args = (output.args[0][at],)
     train_suffix, eval_suffix = (
         _behind(nodes, limit, dict(zip(sources, two, strict=True)), sources[at])
-        for nodes, sources in ((trained, crossing_training), (evaluated, crossing))
+        for nodes, sources in ((trained, train_outputs), (evaluated, outputs))
     )
     return _Plan(prefix, train_suffix, eval_suffix, tuple(two[at].shape[1:]))
 
@@ -167,13 +167,13 @@ def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:
     """Copy what lies before the cut; its outputs are the values, listed, that are used behind."""
     behind = set(nodes[limit + 1 :])
     # A suffix reads parameters itself.
-    crossing = [n for n in nodes[: limit + 1] if n.op != "get_attr" and behind & n.users.keys()]
+    outputs = [n for n in nodes[: limit + 1] if n.op != "get_attr" and behind & n.users.keys()]
     graph = fx.Graph()
     kept: dict[fx.Node, fx.Node] = {}
     for node in nodes[: limit + 1]:
         kept[node] = graph.node_copy(node, kept.__getitem__)
-    graph.output(tuple(kept[node] for node in crossing))
-    return graph, crossing
+    graph.output(tuple(kept[node] for node in outputs))
+    return graph, outputs
 
 
 def _behind(

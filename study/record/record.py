@@ -370,7 +370,7 @@ class Record(AbstractContextManager["Record"]):
 def _join(row: Trial, trial: FrozenTrial) -> None:
     """Fill in what a trial's row takes from Optuna.
 
-    Its value is the accuracy of its best epoch; of a complete trial that is what Optuna was told.
+    Its value is the accuracy of its best epoch; of a complete trial that is Optuna's value.
     """
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:

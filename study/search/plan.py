@@ -38,6 +38,7 @@ class Estimate:
 
     Attributes:
         device: Where the steps were measured.
+        n_trials: Trials that would be run.
         costs: Per backbone.
         trial_s: Mean seconds of a trial, all epochs.
         total_s: All trials; pruning makes it less.

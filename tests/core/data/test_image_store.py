@@ -31,9 +31,9 @@ def _stores(tmp_path: Path) -> list[Path]:
 
 def test_store_holds_what_decoding_gives(tmp_path: Path) -> None:
     images = _images(make_folder(tmp_path / "photos", {"a": 5, "b": 4}))
-    told: list[tuple[int, int]] = []
-    store = build_store(images, 30, tmp_path / "cache", lambda *done: told.append(done))
-    assert (len(store), store.broken, told[-1]) == (9, {}, (9, 9))
+    shown: list[tuple[int, int]] = []
+    store = build_store(images, 30, tmp_path / "cache", lambda *done: shown.append(done))
+    assert (len(store), store.broken, shown[-1]) == (9, {}, (9, 9))
     assert store.contents == [image.content for image in images]
     again = build_store(images, 30, tmp_path / "cache", lambda *_: pytest.fail("decoded"))
     copy: ImageStore = pickle.loads(pickle.dumps(store))

@@ -98,7 +98,7 @@ def test_the_best_trial_is_the_first_complete_one_of_the_highest_accuracy(here: 
 
 
 @pytest.mark.parametrize(
-    ("base", "given", "told"),
+    ("base", "given", "shown"),
     [
         ("bees", {"which": "1"}, "trial 1 of bees is failed"),
         ("bees", {"which": "3"}, "trial 3 of bees is pruned"),
@@ -115,9 +115,9 @@ def test_the_best_trial_is_the_first_complete_one_of_the_highest_accuracy(here: 
     ],
 )
 def test_what_cannot_be_a_baseline_is_refused(
-    base: str, given: dict[str, str], told: str, here: Path
+    base: str, given: dict[str, str], shown: str, here: Path
 ) -> None:
-    with pytest.raises((ConfigError, RecordError), match=told):
+    with pytest.raises((ConfigError, RecordError), match=shown):
         _find(base, **given)
 
 
@@ -207,9 +207,9 @@ def test_levels_against_the_rules_are_told_together(here: Path) -> None:
         overrides=["mixup=0.2"],
         flags={"ablation.factors": {"cutmix": [1.0], "epochs": [4], "augment": ["none"]}},
     )
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         factors_of(baseline)
-    first, second = told.value.faults
+    first, second = caught.value.faults
     assert first.startswith("ablation.factors.cutmix: level 1: mixup and cutmix must not")
     assert second.startswith("ablation.factors.epochs: ") and "got 4 only" in second
 

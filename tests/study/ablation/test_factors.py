@@ -98,7 +98,7 @@ def test_a_name_of_ones_own_takes_tables_of_training_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "shown"),
     [
         ({"augmnt": ["none"]}, ["no training key", "Did you mean augment?"]),
         ({"head_lr_mult": ["a"]}, ["head_lr_mult='a'"]),
@@ -114,22 +114,24 @@ def test_a_name_of_ones_own_takes_tables_of_training_keys() -> None:
         ({"recipe": {}}, ["at least one level"]),
     ],
 )
-def test_a_wrong_level_is_told_with_key_and_value(raw: dict[str, object], told: list[str]) -> None:
+def test_a_wrong_level_is_reported_with_key_and_value(
+    raw: dict[str, object], shown: list[str]
+) -> None:
     (fault,) = parse_factors(raw)[1]
     assert fault.key == f"factors.{next(iter(raw))}"
-    assert all(part in fault.text for part in told), fault.text
+    assert all(part in fault.text for part in shown), fault.text
 
 
 def test_the_baselines_own_level_is_dropped() -> None:
     levels = parse_factors({"freeze_depth": [0, 3, 5], "augment": ["standard", "none"]})[0]
     factors, faults = make_factors(PLAIN, levels)
     assert faults == []
-    told = [(f.name, f.baseline, [level.label for level in f.levels]) for f in factors]
-    assert told == [("freeze_depth", "0", ["3", "5"]), ("augment", "standard", ["none"])]
+    shown = [(f.name, f.baseline, [level.label for level in f.levels]) for f in factors]
+    assert shown == [("freeze_depth", "0", ["3", "5"]), ("augment", "standard", ["none"])]
 
 
 @pytest.mark.parametrize(
-    ("baseline", "raw", "told"),
+    ("baseline", "raw", "shown"),
     [
         ({"mixup": 0.2}, {"cutmix": [1.0]}, "level 1: mixup and cutmix must not both be on"),
         ({"nesterov": True}, {"momentum": [0.5, 0.0]}, "level 0: nesterov needs optimizer = sgd"),
@@ -141,11 +143,11 @@ def test_the_baselines_own_level_is_dropped() -> None:
     ],
 )
 def test_a_level_that_breaks_a_rule_with_the_baseline_is_told(
-    baseline: dict[str, Any], raw: dict[str, object], told: str
+    baseline: dict[str, Any], raw: dict[str, object], shown: str
 ) -> None:
     (fault,) = make_factors(TrainConfig(**baseline), parse_factors(raw)[0])[1]
     assert fault.key == f"factors.{next(iter(raw))}"
-    assert fault.text.startswith(told)
+    assert fault.text.startswith(shown)
 
 
 @pytest.mark.parametrize(

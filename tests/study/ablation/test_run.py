@@ -49,7 +49,7 @@ FACTORS = {"base_lr": [0.001], "augment": ["none"]}
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("pictures") / "photos", {"red": 16, "blue": 16})
+    return make_folder(tmp_path_factory.mktemp("images") / "photos", {"red": 16, "blue": 16})
 
 
 def _plan(
@@ -369,10 +369,10 @@ def test_another_baseline_under_the_same_name_is_refused_with_what_differs(
     home: Path, photos: Path
 ) -> None:
     before = _rows(home)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         _run(_plan(photos, home, "train.epochs=3", "train.momentum=0.5"))
     parts = ("tiny is already in", "epochs: 1 -> 3", "momentum: 0.9 -> 0.5", "another --name")
-    assert all(part in str(told.value) for part in parts)
+    assert all(part in str(caught.value) for part in parts)
     assert _rows(home) == before
 
 
@@ -406,6 +406,6 @@ def test_a_run_is_done_when_its_result_is_its_own(finished: Path) -> None:
 
     assert settled("complete")
     assert settled("failed", "diverged: the loss is not finite")
-    assert settled("failed", "out of memory: one picture")
+    assert settled("failed", "out of memory: one image")
     assert not settled("failed", "error: [Errno 28] no space")
     assert not settled("running")

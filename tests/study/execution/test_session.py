@@ -145,16 +145,16 @@ def test_changed_images_are_refused_with_counts(home: Path, record: Record) -> N
 
 
 @pytest.mark.parametrize(
-    ("setting", "error", "told"),
+    ("setting", "error", "shown"),
     [
         ("train.batch_size=13", ConfigError, r"training images, 12, but got batch_size=13"),
         ("train.weights=nowhere.pth", WeightsError, "there is no file"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_study_is_entered(
-    setting: str, error: type[ValueError], told: str, home: Path, record: Record
+    setting: str, error: type[ValueError], shown: str, home: Path, record: Record
 ) -> None:
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=shown):
         _enter(record, _config(home, setting))
     assert record.studies() == []
 

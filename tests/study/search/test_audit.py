@@ -90,9 +90,9 @@ def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
 ) -> None:
     storage = ["--storage", str(home / "s.db")]
     assert main(["audit", "photos", "--sample", "3", "--quiet", *storage]) == 0
-    told = capsys.readouterr().out
-    assert "Of 3 pruned trials trained to the end" in told
-    assert "Pruned trials trained to the end" in told
+    shown = capsys.readouterr().out
+    assert "Of 3 pruned trials trained to the end" in shown
+    assert "Pruned trials trained to the end" in shown
     assert main(["audit", "photos", "--sample", "0", "--json", *storage]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
     assert main(["audit", "photos-audit", *storage]) == 2
