@@ -27,7 +27,7 @@ FORMATS = tuple(kind for kind in _RASTER if kind in Image.OPEN)
 # Pillow refuses images of twice as many pixels. They are the user's own files, so its limit of
 # 179 megapixels, meant for files of strangers, is too low.
 _MAX_PIXELS = 500_000_000
-# Larger images are decoded one at a time, since each takes up to 8 bytes a pixel. Assumption.
+# Larger images are decoded one at a time, since each takes up to 9 bytes a pixel. Assumption.
 _LARGE_PIXELS = 32_000_000
 _ONE_LARGE_IMAGE = threading.Lock()
 
@@ -162,8 +162,9 @@ def _to_8_bits(
         return scaled, (*own, sum(n > 0 for n in scaled.histogram()))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB"), None
+        over_white = Image.new("RGB", layer.size, "white")
+        over_white.paste(layer, mask=layer)
+        return over_white, None
     return image.convert("L" if image.mode in ("1", "L") else "RGB"), None
 
 
