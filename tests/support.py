@@ -12,12 +12,15 @@ from PIL import Image
 
 from core.metrics import MEASURED, EpochMetrics
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 def shared_data(name: str) -> Path:
     """Return a photo set's folder beside the project, or skip the test."""
     folder = SHARED / "data" / name
+    if not folder.is_dir():  # a GPU machine has a few of the photos (benchmarks/gpu_kit.py)
+        folder = ROOT / "gpu-kit" / "data" / name
     if not folder.is_dir():
         pytest.skip(f"the photo set {name} is not beside the project (shared/data)")
     return folder

@@ -182,11 +182,3 @@ def test_compiled_network_trains_alike(
     [plain] = fit(config, data)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
     load_checkpoint(tmp_path)
-
-
-@pytest.mark.gpu
-def test_gpu_gives_the_same_numbers_twice(data: ImageData) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    config = replace(TINY, device="cuda", image_size=64)
-    assert _numbers(list(fit(config, data))) == _numbers(list(fit(config, data)))
