@@ -19,11 +19,15 @@ SHARED = ROOT.parent / "shared"
 def shared_data(name: str) -> Path:
     """Return a photo set's folder beside the project, or skip the test."""
     folder = SHARED / "data" / name
-    if not folder.is_dir():  # a GPU machine has a few of the photos (benchmarks/gpu_kit.py)
-        folder = ROOT / "gpu-kit" / "data" / name
     if not folder.is_dir():
         pytest.skip(f"the photo set {name} is not beside the project (shared/data)")
     return folder
+
+
+def some_photos() -> Path:
+    """Return a few photos: those that benchmarks/gpu_kit.py took along, else a shared set."""
+    taken = ROOT / "gpu-kit" / "data" / "hotdog"
+    return taken if taken.is_dir() else shared_data("hotdog")
 
 
 def shared_weights(name: str) -> Path:

@@ -11,7 +11,7 @@ from core.data.draws import IntArray, batch_positions, epoch_order, view_draws
 from core.data.gpu_views import DeviceViews
 from core.data.splits import ImageData, Split, load_data
 from core.data.views import train_views
-from support import make_folder, shared_data
+from support import make_folder, some_photos
 
 # Largest difference of a pixel from the CPU's view, of 255, and the mean over a batch. Measured
 # over 60 epochs of the noise below: worst batch 2 and 0.025 (24 px, bilinear); photos at 224 px:
@@ -59,7 +59,7 @@ def test_device_views_equal_the_cpus_within_rounding(
 def test_device_views_of_real_photos_equal_the_cpus_within_rounding(
     tmp_path: Path, shown: Preprocessing, device: torch.device
 ) -> None:
-    config = DataConfig(source=str(shared_data("hotdog")), cache_dir=str(tmp_path), limit=16)
+    config = DataConfig(source=str(some_photos()), cache_dir=str(tmp_path), limit=16)
     shown = replace(shown, image_size=96, resize_size=110)
     _check_against_the_cpu(load_data(config, 128).train, shown, 16, device)
 
