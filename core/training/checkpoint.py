@@ -1,6 +1,7 @@
 """The best epoch on disk: weights as safetensors, and a card that says what they are."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -83,6 +84,19 @@ def read_card(folder: Path) -> Card:
         raise WeightsError(text) from err
 
 
+def weights_hash(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's weights file, in hexadecimal digits.
+
+    Raises:
+        WeightsError: There is no such file.
+    """
+    try:
+        with (folder / WEIGHTS_FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        raise WeightsError(_unreadable(folder, err)) from err
+
+
 def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     """Build a checkpoint's network, in eval mode, on the CPU.
 
@@ -99,9 +113,7 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     try:
         load(network.model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, RuntimeError, safetensors.SafetensorError) as err:
-        raise WeightsError(
-            f"checkpoint {folder / WEIGHTS_FILE} cannot be read ({err}). Train the trial again."
-        ) from err
+        raise WeightsError(_unreadable(folder, err)) from err
     return network.model.eval(), card
 
 
@@ -115,3 +127,7 @@ def write_predictions(folder: Path, evaluation: Evaluation) -> None:
         predicted=evaluation.predicted,
         probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),
     )
+
+
+def _unreadable(folder: Path, err: Exception) -> str:
+    return f"checkpoint {folder / WEIGHTS_FILE} cannot be read ({err}). Train the trial again."

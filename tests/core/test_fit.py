@@ -1,3 +1,4 @@
+import hashlib
 import re
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from core.models.sources import create
 from core.models.weights import WeightsError
 from core.training import trainer
 from core.training.batches import Views
-from core.training.checkpoint import PREDICTIONS_FILE, load_checkpoint, read_card
+from core.training.checkpoint import PREDICTIONS_FILE, load_checkpoint, read_card, weights_hash
 
 TINY = TrainConfig(
     backbone="timm:test_resnet",
@@ -158,6 +159,8 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
         logits = torch.cat([model(images) for images in views.val()])
     acc = (logits.argmax(1).numpy() == data.val.labels).mean()
     assert acc == pytest.approx(best.val_acc)
+    bits = (tmp_path / "model.safetensors").read_bytes()
+    assert weights_hash(tmp_path) == hashlib.sha256(bits).hexdigest()
 
 
 def test_the_lines_of_the_readme_give_the_recorded_predictions(
@@ -186,6 +189,8 @@ def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: P
 def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
+    with pytest.raises(WeightsError, match="model.safetensors cannot be read"):
+        weights_hash(tmp_path)
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
@@ -201,11 +206,3 @@ def test_compiled_network_trains_alike(
     [plain] = fit(config, data)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
     load_checkpoint(tmp_path)
-
-
-@pytest.mark.gpu
-def test_gpu_gives_the_same_numbers_twice(data: ImageData) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    config = replace(TINY, device="cuda", image_size=64)
-    assert _numbers(list(fit(config, data))) == _numbers(list(fit(config, data)))
