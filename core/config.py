@@ -129,6 +129,11 @@ class TrainConfig:
     head_solver: HeadSolver = "logistic"
     """How a head is fitted where it alone is trained: logistic (logistic regression, solved) or
     sgd (the optimizer, as for any other layer)."""
+    features: Literal["several", "last"] = "several"
+    """What a solved head sees: the pooled outputs of several layers side by side, or of the last
+    layer alone."""
+    mirrored: bool = False
+    """Whether a solved head sees the mean of an image's features and its mirror image's."""
     head_decay: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Penalty of the logistic regression, 1 / (C n) for n images with the bias not penalised; auto
     chooses it from a path of values by cross-validation."""

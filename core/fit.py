@@ -12,13 +12,13 @@ from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, deterministic, peak_memory_bytes, seeded
-from core.heads.solved_head import fit_solved, solve_layer
+from core.heads.solved_head import fit_solved, start_from_solved
 from core.metrics import EpochMetrics, Evaluation, TrainingDiverged
 from core.models.builder import Network, build
 from core.models.freeze_stages import freeze
 from core.models.partition import whole
 from core.models.sources import library_versions
-from core.training.activations import Activations, evaluation_features, kept_partition
+from core.training.activations import Activations, kept_partition
 from core.training.batches import Views
 from core.training.checkpoint import Card, save_checkpoint, write_predictions
 from core.training.resume import Best, TrainingState
@@ -80,13 +80,12 @@ def fit(
     network = build(config, data.classes)
     network.model.to(device)
     if config.is_solved:
-        metrics, evaluation = fit_solved(network, config, data, cache, pulse)
+        metrics, evaluation, network = fit_solved(network, config, data, cache, pulse)
         yield metrics
         _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
         return
     if config.head_init == "solved":
-        features, _ = evaluation_features(network, config, data, cache, pulse)
-        solve_layer(network, config, data, features)
+        start_from_solved(network, config, data, cache, pulse)
     freeze(network.model, network.stages, config.freeze_depth)
     views = Views(config, network.preprocessing, data, device)
     part = kept_partition(network, config, device)
@@ -141,6 +140,7 @@ def _save(
             config=config,
             metrics=best.metrics,
             weights=network.weights,
+            layers=network.layers,
             data={"source": data.source, "fingerprint": data.fingerprint},
             versions=library_versions(),
         )

@@ -60,8 +60,12 @@ def prefix_key(
     network: Network,
     device: torch.device,
     make_prefix: Callable[[], torch.nn.Module],
+    layers: tuple[str, ...] = (),
 ) -> str:
-    """Name what a network's frozen layers, as they were built, make of views on a device."""
+    """Name what a network's frozen layers, as they were built, make of views on a device.
+
+    `layers` are those whose pooled outputs are kept; none for the output of the last one.
+    """
     shown, depth = network.preprocessing, config.freeze_depth
     origin = _origin(config, network)
     place = (origin, config.backbone, shown.image_size, depth)
@@ -69,7 +73,7 @@ def prefix_key(
     if origin is not None:
         _DIGESTS[place] = digest
     computed = (config.amp, torch.get_num_threads(), kernels_of(device), surroundings())
-    return key_text((config.backbone, depth, digest, shown, *computed))
+    return key_text((config.backbone, depth, layers, digest, shown, *computed))
 
 
 _DIGESTS: dict[Hashable, str] = {}

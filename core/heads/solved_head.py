@@ -2,34 +2,45 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
-from core.data.draws import IntArray
 from core.data.partition import partition
 from core.data.splits import ImageData
 from core.device import peak_memory_bytes
-from core.heads.solver import solve_head
+from core.heads.solver import SolvedHead, solve_head
 from core.metrics import EpochMetrics, Evaluation
 from core.models.builder import Network
+from core.models.layers import SolvedNetwork, find_layers, tap
 from core.training.activations import evaluation_features
 
 _FOLDS = 5
 
 
-def solve_layer(network: Network, config: TrainConfig, data: ImageData, features: Tensor) -> None:
-    """Set a network's head to the logistic regression on features, (N, F), of `data.train`.
+def solve(
+    network: Network,
+    config: TrainConfig,
+    data: ImageData,
+    cache: ArrayCache,
+    pulse: Callable[[], None],
+) -> tuple[SolvedHead, Tensor]:
+    """Solve a head on all images but the test split, in folds of which 0 is the validation split.
 
     It depends on the features and `head_decay` alone: on no seed, and on no other option.
+
+    Returns:
+        The head, and the features in the order of the training and the validation images.
     """
-    labels = data.train.labels
-    folds = partition(labels.tolist(), data.train.contents, _FOLDS, 0)
-    layer = network.model.get_submodule(network.head[0])
-    assert isinstance(layer, nn.Linear), "evaluation_features refuses any other head"
-    device = layer.weight.device
+    features = evaluation_features(network, config, data, cache, pulse)
+    own = partition(data.train.labels.tolist(), data.train.contents, _FOLDS - 1, 0)
+    folds = np.concatenate([own + 1, np.zeros(len(data.val), dtype=np.int64)])
+    labels = np.concatenate([data.train.labels, data.val.labels])
+    device = next(network.model.parameters()).device
     solved = solve_head(
         features.to(device),
         torch.from_numpy(labels).to(device),
@@ -37,9 +48,20 @@ def solve_layer(network: Network, config: TrainConfig, data: ImageData, features
         torch.from_numpy(folds),
         None if config.head_decay == "auto" else [config.head_decay],
     )
-    with torch.no_grad():
-        layer.weight.copy_(solved.weight)
-        layer.bias.copy_(solved.bias)
+    return solved, features
+
+
+def start_from_solved(
+    network: Network,
+    config: TrainConfig,
+    data: ImageData,
+    cache: ArrayCache,
+    pulse: Callable[[], None],
+) -> None:
+    """Set a network's head to the one that is solved on the training images' last layer."""
+    last = replace(config, features="last", mirrored=False)
+    solved, _ = solve(network, last, data, cache, pulse)
+    _set_head(network.model.get_submodule(network.head[0]), solved)
 
 
 def fit_solved(
@@ -48,17 +70,21 @@ def fit_solved(
     data: ImageData,
     cache: ArrayCache,
     pulse: Callable[[], None],
-) -> tuple[EpochMetrics, Evaluation]:
-    """Solve a network's head and evaluate it, as the one epoch of its run."""
+) -> tuple[EpochMetrics, Evaluation, Network]:
+    """Solve a network's head and evaluate it, as the one epoch of its run.
+
+    Returns:
+        The figures, the predictions for the validation split, and the network with its head.
+    """
     begin = time.perf_counter()
     saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
-    train, val = evaluation_features(network, config, data, cache, pulse)
-    solving = time.perf_counter()
-    solve_layer(network, config, data, train)
-    solved = time.perf_counter()
-    fitted = _evaluate(network, train, data.train.labels)
-    evaluation = _evaluate(network, val, data.val.labels)
-    device = next(network.model.parameters()).device
+    solved, features = solve(network, config, data, cache, pulse)
+    n_train = len(data.train)
+    weight, bias = (part.cpu() for part in solved.apart)
+    log_probs = (features @ weight.t() + bias).log_softmax(dim=1).numpy()
+    fitted = Evaluation(data.train.labels, log_probs[:n_train])
+    evaluation = Evaluation(data.val.labels, log_probs[n_train:])
+    spent = time.perf_counter() - begin
     metrics = EpochMetrics(
         epoch=0,
         train_loss=fitted.loss,
@@ -68,11 +94,11 @@ def fit_solved(
         val_macro_f1=evaluation.macro_f1,
         base_lr=0.0,
         head_lr=0.0,
-        images_per_s=len(data.train) / (solved - begin),
-        data_s=solving - begin,
-        train_s=solved - solving,
-        eval_s=time.perf_counter() - solved,
-        peak_memory_bytes=peak_memory_bytes(device),
+        images_per_s=n_train / spent,
+        data_s=0.0,
+        train_s=spent,
+        eval_s=0.0,
+        peak_memory_bytes=peak_memory_bytes(next(network.model.parameters()).device),
         micro_batch_size=config.micro_batch_size or config.batch_size,
         is_best=True,
         saved_s=cache.saved_s - saved_s,
@@ -80,11 +106,24 @@ def fit_solved(
         cache_misses=cache.misses - misses,
         score=evaluation.score(config.monitor),
     )
-    return metrics, evaluation
+    return metrics, evaluation, _with_head(network, config, solved)
 
 
-@torch.no_grad()
-def _evaluate(network: Network, features: Tensor, labels: IntArray) -> Evaluation:
-    layer = network.model.get_submodule(network.head[0])
-    log_probs = layer(features.to(next(layer.parameters()).device)).log_softmax(dim=1)
-    return Evaluation(labels, log_probs.float().cpu().numpy())
+def _with_head(network: Network, config: TrainConfig, solved: SolvedHead) -> Network:
+    """Return the network with its solved head: its own layer, or one on several layers."""
+    if config.features == "last" and not config.mirrored:
+        _set_head(network.model.get_submodule(network.head[0]), solved)
+        return network
+    layers = find_layers(network)
+    layers = layers if config.features == "several" else layers[-1:]
+    head = nn.Linear(solved.weight.shape[1], solved.weight.shape[0])
+    _set_head(head, solved)
+    model = SolvedNetwork(tap(network.model, layers), head, mirrored=config.mirrored)
+    return replace(network, model=model, head=("head",), layers=layers)
+
+
+def _set_head(layer: nn.Module, solved: SolvedHead) -> None:
+    assert isinstance(layer, nn.Linear), "evaluation_features refuses any other head"
+    with torch.no_grad():
+        layer.weight.copy_(solved.apart[0])
+        layer.bias.copy_(solved.apart[1])

@@ -35,8 +35,9 @@ class SolvedHead:
     """A solved head and how its strength was chosen.
 
     Attributes:
-        weight: For features as they are, (K, F).
+        weight: Of the head fitted on all rows, for features as they are, (K, F).
         bias: (K,).
+        apart: Weight and bias of the head fitted on all rows but those of fold 0.
         decay: The chosen strength.
         oof_log_loss: Mean out-of-fold log-loss per strength tried, strongest first.
         oof_log_probs: Out-of-fold log-probabilities at the chosen strength, (N, K).
@@ -45,6 +46,7 @@ class SolvedHead:
 
     weight: Tensor
     bias: Tensor
+    apart: tuple[Tensor, Tensor]
     decay: float
     oof_log_loss: dict[float, float]
     oof_log_probs: Tensor
@@ -84,7 +86,8 @@ def solve_head(
 
     basis = _Basis(features, picked)
     hot = one_hot(labels, n_classes).to(basis.rows.dtype)
-    everything = _Fits(basis.scale, basis.rows, hot, masks.new_ones(n, 1))
+    both = torch.stack([masks.new_ones(n), fold_of != 0], dim=1)
+    everything = _Fits(basis.scale, basis.rows, hot, both)
     rows, hot = (basis.rows, hot) if len(picked) == n else (basis.rows[picked], hot[picked])
     folds = _Fits(basis.scale, rows, hot, masks)
     path = [1 / (c * n) for c in _DEFAULT_C] if decay is None else decay
@@ -100,11 +103,15 @@ def solve_head(
     best = min(losses, key=lambda d: losses[d])
     c = 1 / (best * n)
     heads, folds_converged = folds.solve(c, found[best], _TIGHT)
-    head, converged = everything.solve(c, heads.mean(dim=1, keepdim=True), _TIGHT)
-    weight, bias = basis.back(head[:, 0])
+    start = torch.stack([heads.mean(dim=1), heads[:, 0]], dim=1)
+    final, converged = everything.solve(c, start, _TIGHT)
+    weight, bias = (part.to(device) for part in basis.back(final[:, 0]))
+    apart_weight, apart_bias = (part.to(device) for part in basis.back(final[:, 1]))
+    heads[:, 0] = final[:, 1]
     return SolvedHead(
-        weight=weight.to(device),
-        bias=bias.to(device),
+        weight=weight,
+        bias=bias,
+        apart=(apart_weight, apart_bias),
         decay=best,
         oof_log_loss=losses,
         oof_log_probs=_out_of_fold(basis.rows, heads, fold_of).to(device),

@@ -27,6 +27,8 @@ class Network:
         preprocessing: How images become its input.
         stages: Its freeze levels.
         weights: Where its weights came from, resolved (`packaged`, `imagenet`, a path, `none`).
+        layers: Nodes of its graph whose pooled outputs a solved head sees; none where its own
+            head is used.
     """
 
     model: nn.Module
@@ -34,6 +36,7 @@ class Network:
     preprocessing: Preprocessing
     stages: Stages
     weights: str
+    layers: tuple[str, ...] = ()
 
 
 def input_of(

@@ -1,4 +1,4 @@
-"""Features of a solved head: pooled outputs of several layers of a frozen network, side by side."""
+"""Features of a solved head: pooled outputs of layers of a frozen network, side by side."""
 
 from collections.abc import Sequence
 

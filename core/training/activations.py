@@ -19,6 +19,7 @@ from core.data.splits import ImageData, Split
 from core.device import amp_dtype
 from core.keys import images_key, key_text, prefix_key
 from core.models.builder import Network
+from core.models.layers import find_layers, tap
 from core.models.partition import Partition, cut, cut_head
 from core.training.batches import Views, in_order
 
@@ -56,27 +57,38 @@ def evaluation_features(
     data: ImageData,
     cache: ArrayCache,
     pulse: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor]:
-    """Return the features of the training and the validation images, (N, F) each, on the CPU.
+) -> Tensor:
+    """Return what a solved head sees of the training and then the validation images, (N, F).
 
-    They are of evaluation views, from the network below its head at any freeze level.
+    The pooled outputs of several layers are computed in one pass, in the order of `find_layers`,
+    and kept as one array, so that the last layer's need no other one.
 
     Raises:
         BackboneError: The head is not one linear layer.
     """
     config = replace(config, freeze_depth=MAX_FREEZE_DEPTH)
     part = cut_head(network, config)
+    layers = find_layers(network)
+    part = replace(part, make_prefix=lambda: tap(network.model, layers))
     device = next(network.model.parameters()).device
     views = Views(config, network.preprocessing, data, device)
-    rows = Activations(config, network, part, views, data, cache, pulse)
-    train, val = map(rows.evaluation_rows, (data.train, data.val))
-    return train(torch.arange(len(data.train))).float(), val(torch.arange(len(data.val))).float()
+    rows = Activations(config, network, part, views, data, cache, pulse, layers)
+    n_last = part.row_shape[-1]
+
+    def read(split: Split) -> Tensor:
+        everything = torch.arange(len(split))
+        found = rows.evaluation_rows(split)(everything)
+        if config.mirrored:
+            found = (found + rows.evaluation_rows(split, is_mirrored=True)(everything)) / 2
+        return found if config.features == "several" else found[:, -n_last:]
+
+    return torch.cat([read(data.train), read(data.val)])
 
 
 class Activations:
     """Batches of rows behind a frozen prefix, as `Views` gives images.
 
-    `pulse` is called per chunk of images.
+    `pulse` is called per chunk of images; `layers` name those whose pooled outputs the rows are.
     """
 
     def __init__(
@@ -88,6 +100,7 @@ class Activations:
         data: ImageData,
         cache: ArrayCache,
         pulse: Callable[[], None],
+        layers: tuple[str, ...] = (),
     ) -> None:
         self.steps_per_epoch = views.steps_per_epoch
         self.val_labels = views.val_labels
@@ -96,7 +109,7 @@ class Activations:
         self._chunk = _CHUNK_CPU if views.device.type == "cpu" else _CHUNK_GPU
         self._make_prefix = part.make_prefix
         self._prefix: nn.Module | None = None
-        self._key = prefix_key(config, network, views.device, part.make_prefix)
+        self._key = prefix_key(config, network, views.device, part.make_prefix, layers)
         dtype = amp_dtype(config.amp, views.device)
         self._autocast = torch.autocast(views.device.type, dtype=dtype, enabled=dtype is not None)
         self._labels = torch.from_numpy(data.train.labels).to(views.device)
@@ -141,10 +154,17 @@ class Activations:
             split, (images, view), lambda chunks: self._views.train_inputs(epoch, chunks)
         )
 
-    def evaluation_rows(self, split: Split) -> Callable[[Tensor], Tensor]:
+    def evaluation_rows(
+        self, split: Split, *, is_mirrored: bool = False
+    ) -> Callable[[Tensor], Tensor]:
         """Return what gives the rows of a split's evaluation views at some positions."""
         views = images_key(self._data.views.store(self._views.shown), split.indices)
-        return self._rows(split, (views,), lambda chunks: self._views.eval_inputs(split, chunks))
+
+        def inputs(chunks: list[IntArray]) -> Iterator[Tensor]:
+            for images in self._views.eval_inputs(split, chunks):
+                yield images.flip(-1) if is_mirrored else images
+
+        return self._rows(split, (views, is_mirrored), inputs)
 
     def _rows(
         self,

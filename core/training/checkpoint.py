@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.config import Preprocessing, TrainConfig
 from core.metrics import EpochMetrics, Evaluation
+from core.models.layers import SolvedNetwork, tap
 from core.models.sources import create
 from core.models.weights import WeightsError, load
 
@@ -29,12 +30,15 @@ class Card:
 
     Attributes:
         backbone: torchvision name or `timm:NAME`; the weights load into that library's network
-            with `len(classes)` outputs.
+            with `len(classes)` outputs (those of a `SolvedNetwork` but for `head`, without the
+            prefix `features.`).
         classes: Class names in the order of the outputs.
         preprocessing: How images become its input.
         config: The run's configuration.
         metrics: The epoch whose weights these are.
         weights: Where the run's weights came from.
+        layers: Nodes of the library's network, traced by torch.fx, whose pooled outputs the head
+            sees side by side, as a `SolvedNetwork`; none for the network's own head.
         data: Source and fingerprint of the images.
         versions: Libraries that made it.
     """
@@ -45,6 +49,7 @@ class Card:
     config: TrainConfig
     metrics: EpochMetrics
     weights: str
+    layers: tuple[str, ...]
     data: dict[str, str]
     versions: dict[str, str]
 
@@ -110,11 +115,16 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
         len(card.classes),
         is_pretrained=card.weights != "none",
     )
+    model = network.model
     try:
-        load(network.model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as err:
+        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        if card.layers:
+            head = nn.Linear(state["head.weight"].shape[1], len(card.classes))
+            model = SolvedNetwork(tap(model, card.layers), head, mirrored=card.config.mirrored)
+        load(model, state)
+    except (OSError, RuntimeError, LookupError, safetensors.SafetensorError) as err:
         raise WeightsError(_unreadable(folder, err)) from err
-    return network.model.eval(), card
+    return model.eval(), card
 
 
 def write_predictions(folder: Path, evaluation: Evaluation) -> None:

@@ -22,10 +22,11 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
     found = dict(NEVER)
     if config.is_solved:
         # Without pretrained weights the seed still draws the frozen ones.
-        kept = {*_NETWORK, "head_solver", "head_decay", *found}
+        kept = {*_NETWORK, "head_solver", "features", "mirrored", "head_decay", *found}
         kept |= {"seed"} if config.weights == "none" else set()
         others = sorted(set(fields_of(TrainConfig)) - kept)
         return found | dict.fromkeys(others, "the head is solved")
+    found |= dict.fromkeys(("features", "mirrored"), "the head is not solved")
     if config.freeze_depth != MAX_FREEZE_DEPTH:
         found["head_solver"] = "more than the head is trained"
     if config.head_init != "solved":

@@ -9,17 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from core.cache import ArrayCache
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
+from core.data.views import eval_views
 from core.fit import fit
 from core.metrics import EpochMetrics
 from core.models.builder import build
+from core.models.layers import find_layers, tap
 from core.training import activations
 from core.training.activations import evaluation_features, kept_partition
+from core.training.batches import Normalizer
 from support import figures, make_folder
 
 BASE = TrainConfig(
@@ -180,11 +184,18 @@ def test_a_cut_is_kept_where_rows_are_small_for_what_they_cost() -> None:
     assert kept == [False, True, True, True, True, True]
 
 
-def test_evaluation_features_are_what_the_head_sees(data: ImageData, tmp_path: Path) -> None:
-    network = build(BASE, data.classes)
+def test_evaluation_features_come_from_one_pass_per_view(data: ImageData, tmp_path: Path) -> None:
+    network, n = build(BASE, data.classes), len(data.train)
     cache = ArrayCache(tmp_path, 1 << 30)
-    train, val = evaluation_features(network, BASE, data, cache)
-    assert (len(train), len(val)) == (len(data.train), len(data.val))
-    again = evaluation_features(network, replace(BASE, augment="none"), data, cache)
-    assert torch.equal(train, again[0]) and torch.equal(val, again[1])
+    several = evaluation_features(network, BASE, data, cache)
+    last = evaluation_features(network, replace(BASE, features="last"), data, cache)
     assert (cache.hits, cache.misses) == (2, 2)
+    assert torch.equal(several[:, -last.shape[1] :], last)
+    mirrored = evaluation_features(network, replace(BASE, mirrored=True), data, cache)
+    assert (cache.hits, cache.misses) == (4, 4)
+    normalize = Normalizer(network.preprocessing, CPU)
+    images = normalize(eval_views(data, data.train, np.arange(n), network.preprocessing))
+    features = tap(network.model, find_layers(network))
+    with torch.no_grad():
+        expected = (features(images) + features(images.flip(-1))) / 2
+    torch.testing.assert_close(mirrored[:n], expected)
