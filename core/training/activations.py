@@ -136,13 +136,15 @@ class Activations:
             self._views.is_made_on_device,
             (config.seed, epoch),
         )
-        return self._rows(split, view, lambda chunks: self._views.train_inputs(epoch, chunks))
+        images = images_key(split.store, split.indices)
+        return self._rows(
+            split, (images, view), lambda chunks: self._views.train_inputs(epoch, chunks)
+        )
 
     def evaluation_rows(self, split: Split) -> Callable[[Tensor], Tensor]:
         """Return what gives the rows of a split's evaluation views at some positions."""
-        shown = self._views.shown
-        view = (shown.image_size, shown.resize_size, shown.interpolation)
-        return self._rows(split, view, lambda chunks: self._views.eval_inputs(split, chunks))
+        views = images_key(self._data.views.store(self._views.shown), split.indices)
+        return self._rows(split, (views,), lambda chunks: self._views.eval_inputs(split, chunks))
 
     def _rows(
         self,
@@ -152,7 +154,7 @@ class Activations:
     ) -> Callable[[Tensor], Tensor]:
         n = len(split)
         chunks = in_order(n, self._chunk)
-        key = f"{images_key(split)} {key_text(view)} {self._key}"
+        key = f"{key_text(view)} {self._key}"
         array = self._cache.get(key, n, lambda: self._computed(inputs(chunks)))
         if array is not None:
             return lambda positions: array[positions]  # a copy, so nothing writes into the array

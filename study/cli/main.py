@@ -5,7 +5,9 @@ Only click is imported at the top: help and mistyped options are answered at onc
 
 import contextlib
 import functools
+import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -61,7 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if argv is None else argv)
     line = shlex.join(["python", "-m", "study", *given])
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal's encoding may lack letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if wrong := [text for text in given if re.search("[\0\ud800-\udfff]", text)]:
+            return _refuse(f"arguments must be UTF-8 without NUL, but got {ascii(wrong[0])}.")
+        os.getcwd()  # the folder that we stand in may have been removed
         with cli.make_context("python -m study", given, obj=line) as context:
             status: int | None = cli.invoke(context)
         sys.stdout.flush()
@@ -78,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as err:
         path = err.ctx.command_path if isinstance(err, click.UsageError) and err.ctx else ""
         return _refuse(err.format_message() + (f" See {path} --help" if path else ""))
-    except (PermissionError, NotADirectoryError, FileExistsError) as err:
-        return _refuse(f"{err.filename}: {err.strerror}.")
+    except OSError as err:
+        place = err.filename or "the working folder or standard output"
+        return _refuse(f"{place}: {err.strerror}. Use another, or correct that.")
     except (ValueError, RuntimeError) as err:
         # One of our own kinds is about what the user gave, or what halts a study; any other is a
         # bug.
@@ -92,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     from study.config.formatting import hide_password
 
-    print("error:", hide_password(message).replace("\n", "\n  "), file=sys.stderr)
+    text = hide_password(message).replace("\n", "\n  ")
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    print("error:", shown, file=sys.stderr)
     return 2
 
 
@@ -158,6 +171,7 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 _flag = functools.partial(click.option, is_flag=True)
 _many = functools.partial(click.option, multiple=True)
 _path = click.Path(path_type=Path)
+_number = click.IntRange(0, 2**63 - 1)  # what a database's integer holds
 _study = click.argument("study")
 _json = _flag("--json", "as_json", help="Print JSON.")
 _quiet = _flag("--quiet", help="Print warnings and the summary only.")
@@ -393,7 +407,7 @@ def list_studies(**_: Any) -> None:
 
 @cli.command()
 @_study
-@click.option("--trial", type=int, metavar="N", help="Show this trial in full.")
+@click.option("--trial", type=_number, metavar="N", help="Show this trial in full.")
 @_storage
 @_json
 def show(study: str, trial: int | None, **_: Any) -> None:
@@ -436,7 +450,7 @@ def delete(study: str, yes: bool, **_: Any) -> None:
 
 @cli.command()
 @_study
-@click.option("--trial", type=int, metavar="N", help="This trial instead of the best.")
+@click.option("--trial", type=_number, metavar="N", help="This trial instead of the best.")
 @_many("--levels", metavar="LEVEL", help="Of an ablation: all, or 'weights = none'.")
 @_storage
 @_json

@@ -30,6 +30,8 @@ else:
     DesignKind = Literal[tuple(DESIGNS)]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
+# Bytes: folders take 255, and `-ablation` is appended.
+LONGEST_NAME = 240
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -209,7 +211,8 @@ def default_name(source: str) -> str:
     """Name a study after its data: the folder's or the dataset's name."""
     path = source.removeprefix("torchvision:").removeprefix("folder:")
     name = path if source.startswith("torchvision:") else Path(path).resolve().name
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
+    name = re.sub(r"[^\w.-]+", "-", name).encode()[:LONGEST_NAME].decode(errors="ignore")
+    return name.strip(".-_") or "study"
 
 
 def config_diff(old: StudyConfig, new: StudyConfig) -> list[str]:

@@ -226,8 +226,13 @@ def load_images(config: StudyConfig, progress: Progress) -> ImageData:
 
 
 def _load(config: StudyConfig, data: Any, progress: Progress) -> ImageData:
-    side = stored_side(corner_configs(config))
-    return load_data(data, side, lambda done, total: progress.emit(DataProgress(done, total)))
+    trains = corner_configs(config)
+    shown = [input_of(train.backbone, train.weights, train.image_size) for train in trains]
+
+    def show(done: int, total: int) -> None:
+        progress.emit(DataProgress(done, total))
+
+    return load_data(data, stored_side(trains), show, shown)
 
 
 def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:

@@ -34,9 +34,10 @@ def test_trials(
     trials = [_with_checkpoint(study, record.trial(study.id, number)) for number in new]
     if trials:
         config = StudyConfig.from_record(study.config)
-        split = _test_split(study, load_images(config, progress))
+        data = load_images(config, progress)
+        split = _test_split(study, data)
         for trial in trials:
-            _add(record, study, trial, _evaluate(config, split, trial), command)
+            _add(record, study, trial, _evaluate(config, data, split, trial), command)
         known = {row.trial_number: row for row in record.tests(study.id)}
     return [known[number] for number in numbers]
 
@@ -82,11 +83,11 @@ def _test_split(study: Study, data: ImageData) -> Split:
     return data.test
 
 
-def _evaluate(config: StudyConfig, split: Split, trial: Trial) -> Evaluation:
+def _evaluate(config: StudyConfig, data: ImageData, split: Split, trial: Trial) -> Evaluation:
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     device = choose_device(config.train.device)
     shown = card.preprocessing
-    batches = map(Normalizer(shown, device), eval_batches(split, shown, device))
+    batches = map(Normalizer(shown, device), eval_batches(data, split, shown, device))
     dtype = amp_dtype(card.config.amp, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         return evaluate(model.to(device), batches, split.labels)

@@ -1,8 +1,11 @@
 import hashlib
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -16,7 +19,7 @@ from core.models.sources import create
 from core.models.weights import WeightsError
 from core.training import trainer
 from core.training.batches import Views
-from core.training.checkpoint import load_checkpoint, read_card, weights_hash
+from core.training.checkpoint import PREDICTIONS_FILE, load_checkpoint, read_card, weights_hash
 
 TINY = TrainConfig(
     backbone="timm:test_resnet",
@@ -160,6 +163,22 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     assert weights_hash(tmp_path) == hashlib.sha256(bits).hexdigest()
 
 
+def test_the_lines_of_the_readme_give_the_recorded_predictions(
+    data: ImageData, tmp_path: Path
+) -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall("```python\n(.*?load_checkpoint.*?)```", readme, re.DOTALL)
+    list(fit(replace(TINY, epochs=2), data, checkpoint_dir=tmp_path))
+    with np.load(tmp_path / PREDICTIONS_FILE) as saved:
+        recorded = saved["probability"]
+    for path, label, expected in zip(data.val.paths, data.val.labels, recorded, strict=True):
+        image = Path(data.source.removeprefix("folder:"), path)
+        names: dict[str, Any] = {}
+        own = snippet.replace("frostline-runs/photos/trial-0007", str(tmp_path))
+        exec(own.replace("new.jpg", str(image)), names)
+        assert float(names["probabilities"][0, label]) == pytest.approx(expected, abs=1e-5)
+
+
 def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: Path) -> None:
     epochs = fit(TINY, data, checkpoint_dir=tmp_path / "trial")
     next(epochs)
@@ -187,11 +206,3 @@ def test_compiled_network_trains_alike(
     [plain] = fit(config, data)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
     load_checkpoint(tmp_path)
-
-
-@pytest.mark.gpu
-def test_gpu_gives_the_same_numbers_twice(data: ImageData) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    config = replace(TINY, device="cuda", image_size=64)
-    assert _numbers(list(fit(config, data))) == _numbers(list(fit(config, data)))

@@ -95,6 +95,21 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         ("show ants --storage other.db", ["no database other.db"]),
         ("list --storage postgresql+no://me:hunter2@db/x", ["postgresql+no://me:***@db"]),
         ("backbones resnte18", ["Near: "]),
+        ("show \udcff", ["UTF-8", "'\\udcff'"]),
+        ("show a\0b", ["NUL", "'a\\x00b'"]),
+        ("show ants --trial 9223372036854775808", ["--trial", "9223372036854775807"]),
+        (f"list --storage {'x' * 256}", ["xxx: File name too long"]),
+        (f"init {'x' * 256}", ["xxx: File name too long"]),
+        (f"run --name {'x' * 241}", ["--name: study.name", "at most 240 bytes, but has 241"]),
+        ("run --set space.epochs=0", ["--set: space.epochs: must be", "epochs=0"]),
+        ("run --set train.seed=9223372036854775808", ["--set: train.seed", "64 bits"]),
+        (f"run --set epochs=0x{'f' * 5000}", ["--set: train.epochs", "64 bits"]),
+        (f"run --set epochs={'9' * 5000}", ["--set: train.epochs: must be at most 4096 char"]),
+        (f"run --set space.base_lr={'[' * 3000}", ["--set: space.base_lr"]),
+        (f"run --set epochs={'[' * 9}{']' * 9}", ["--set: train.epochs", "at most 8 deep"]),
+        ('run --set data.root="a\\u001bb"', ["--set: data.root", "control char", "a\\x1bb"]),
+        ("run --set base_lr=1e400", ["--set: train.base_lr", "finite"]),
+        ("run --set train.base_lr=nan", ["--set: train.base_lr", "finite"]),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line_and_changes_nothing(
@@ -120,6 +135,31 @@ def test_what_a_record_does_not_allow_is_refused(
 ) -> None:
     assert part in refused(*line.split())
     assert (recorded / "trial-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "shown"),
+    [
+        ("python -m study backbones resnet1 >&-", 0, ""),
+        ("python -m study backbones no-such >&-", 2, "error: "),
+        ("python -m study --help >/dev/full", 2, "error: the working folder or standard output"),
+        ('mkdir x && cd x && rmdir "$OLDPWD/x"; python -m study list', 2, "error: the working fo"),
+        (
+            "touch \u00fc.db; PYTHONIOENCODING=ascii python -m study list --storage \u00fc.db",
+            2,
+            "\\xfc",
+        ),
+        ("unset HOME; COLUMNS=1 TMPDIR=/no python -m study backbones timm:test_vit", 0, ""),
+    ],
+)
+def test_an_odd_environment_ends_in_no_traceback(
+    line: str, status: int, shown: str, here: Path
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=env)
+    assert done.returncode == status, done.stderr
+    assert shown in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_status_130_and_a_bug_keeps_its_traceback(
