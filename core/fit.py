@@ -91,7 +91,7 @@ def fit(
     part = kept_partition(network, config, device)
     batches = Activations(config, network, part, views, data, cache, pulse) if part else views
     trained = part.suffix if part else whole(network, config)
-    trainer = Trainer(config, trained, network.head, batches, device)
+    trainer = Trainer(config, trained, network, batches, device)
     state = TrainingState(state_file, config, data, trainer)
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from core.config import TrainConfig
 from core.device import amp_dtype, synchronize
 from core.metrics import Evaluation, IntArray, TrainingDiverged
+from core.models.builder import Network
 from core.models.partition import Trainable
 from core.training.activations import Activations
 from core.training.batches import Views
@@ -59,7 +60,7 @@ class Trainer:
         self,
         config: TrainConfig,
         trained: Trainable,
-        head: tuple[str, ...],
+        network: Network,
         batches: Views | Activations,
         device: torch.device,
     ) -> None:
@@ -69,7 +70,8 @@ class Trainer:
         self._config, self._trained, self._device = config, trained, device
         self._batches = batches
         module = self._module = trained.module
-        self._optimizer = make_optimizer(parameter_groups(module, head, config), config, device)
+        groups = parameter_groups(module, network, config)
+        self._optimizer = make_optimizer(groups, config, device)
         self._forward: Any = torch.compile(module) if config.compile else module
         dtype = amp_dtype(config.amp, device)
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -80,7 +82,7 @@ class Trainer:
         self._mix: Any = None
         if config.mixup or config.cutmix:
             kind = v2.MixUp if config.mixup else v2.CutMix
-            n_classes = len(module.get_parameter(f"{head[0]}.weight"))
+            n_classes = len(module.get_parameter(f"{network.head[0]}.weight"))
             self._mix = kind(alpha=config.mixup or config.cutmix, num_classes=n_classes)
         self._kept = self._ema.module if self._ema is not None else module
         self._evaluated = trained.to_evaluate(self._kept)
