@@ -13,7 +13,7 @@ from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, deterministic, peak_memory_bytes, seeded
 from core.heads.solved_head import fit_solved, start_from_solved
-from core.metrics import EpochMetrics, Evaluation, TrainingDiverged
+from core.metrics import EpochMetrics, Evaluation, Reference, TrainingDiverged
 from core.models.builder import Network, build
 from core.models.freeze_stages import freeze
 from core.models.partition import whole
@@ -84,8 +84,9 @@ def fit(
         yield metrics
         _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
         return
+    reference = Reference()
     if config.head_init == "solved":
-        start_from_solved(network, config, data, cache, pulse)
+        reference = start_from_solved(network, config, data, cache, pulse)
     freeze(network.model, network.stages, config.freeze_depth)
     views = Views(config, network.preprocessing, data, device)
     part = kept_partition(network, config, device)
@@ -111,7 +112,7 @@ def fit(
                 state.save(best, device)
                 raise
         metrics = replace(
-            _epoch_metrics(config, trainer, evaluation, best),
+            _epoch_metrics(config, trainer, evaluation, best, reference),
             eval_s=eval_s,
             peak_memory_bytes=peak_memory_bytes(device),
             saved_s=cache.saved_s - saved_s,
@@ -149,7 +150,11 @@ def _save(
 
 
 def _epoch_metrics(
-    config: TrainConfig, trainer: Trainer, evaluation: Evaluation, best: Best | None
+    config: TrainConfig,
+    trainer: Trainer,
+    evaluation: Evaluation,
+    best: Best | None,
+    reference: Reference,
 ) -> EpochMetrics:
     """Return the figures of the epoch that a trainer has just done."""
     at = trainer.position
@@ -157,7 +162,7 @@ def _epoch_metrics(
         raise TrainingDiverged(
             f"the validation loss is no longer finite at epoch {at.epoch}; lower base_lr."
         )
-    score = evaluation.score(config.monitor)
+    score = reference.score(evaluation, config.monitor)
     return EpochMetrics(
         epoch=at.epoch,
         train_loss=float(trainer.loss_sum) / at.n_images,

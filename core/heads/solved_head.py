@@ -14,7 +14,7 @@ from core.data.partition import partition
 from core.data.splits import ImageData
 from core.device import peak_memory_bytes
 from core.heads.solver import SolvedHead, solve_head
-from core.metrics import EpochMetrics, Evaluation
+from core.metrics import EpochMetrics, Evaluation, Reference
 from core.models.builder import Network
 from core.models.layers import SolvedNetwork, find_layers, tap
 from core.training.activations import evaluation_features
@@ -57,11 +57,17 @@ def start_from_solved(
     data: ImageData,
     cache: ArrayCache,
     pulse: Callable[[], None],
-) -> None:
-    """Set a network's head to the one that is solved on the training images' last layer."""
+) -> Reference:
+    """Set a network's head to the one that is solved on the training images' last layer.
+
+    Returns:
+        How much easier or harder the validation split is for that head than all images are.
+    """
     last = replace(config, features="last", mirrored=False)
     solved, _ = solve(network, last, data, cache, pulse)
     _set_head(network.model.get_submodule(network.head[0]), solved)
+    everything, val = _out_of_fold(solved, data)
+    return Reference(everything.loss - val.loss, everything.acc - val.acc)
 
 
 def fit_solved(
@@ -81,9 +87,10 @@ def fit_solved(
     solved, features = solve(network, config, data, cache, pulse)
     n_train = len(data.train)
     weight, bias = (part.cpu() for part in solved.apart)
-    log_probs = (features @ weight.t() + bias).log_softmax(dim=1).numpy()
-    fitted = Evaluation(data.train.labels, log_probs[:n_train])
-    evaluation = Evaluation(data.val.labels, log_probs[n_train:])
+    fitted = Evaluation(
+        data.train.labels, (features[:n_train] @ weight.t() + bias).log_softmax(dim=1).numpy()
+    )
+    everything, evaluation = _out_of_fold(solved, data)
     spent = time.perf_counter() - begin
     metrics = EpochMetrics(
         epoch=0,
@@ -104,9 +111,17 @@ def fit_solved(
         saved_s=cache.saved_s - saved_s,
         cache_hits=cache.hits - hits,
         cache_misses=cache.misses - misses,
-        score=evaluation.score(config.monitor),
+        score=Reference().score(everything, config.monitor),
     )
     return metrics, evaluation, _with_head(network, config, solved)
+
+
+def _out_of_fold(solved: SolvedHead, data: ImageData) -> tuple[Evaluation, Evaluation]:
+    """Return what a head says about all images by the folds that lack them, and of the last."""
+    log_probs = solved.oof_log_probs.float().cpu().numpy()
+    labels = np.concatenate([data.train.labels, data.val.labels])
+    n_train = len(data.train)
+    return Evaluation(labels, log_probs), Evaluation(data.val.labels, log_probs[n_train:])
 
 
 def _with_head(network: Network, config: TrainConfig, solved: SolvedHead) -> Network:

@@ -107,7 +107,7 @@ def solve_head(
     final, converged = everything.solve(c, start, _TIGHT)
     weight, bias = (part.to(device) for part in basis.back(final[:, 0]))
     apart_weight, apart_bias = (part.to(device) for part in basis.back(final[:, 1]))
-    heads[:, 0] = final[:, 1]
+    heads = torch.cat([final[:, 1:], heads[:, 1:]], dim=1)
     return SolvedHead(
         weight=weight,
         bias=bias,

@@ -117,7 +117,7 @@ class Activations:
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's rows (N, ...) and labels (N,) from a batch on."""
-        rows = self._train_rows(epoch)
+        rows = self._train_rows(self._views.draw(epoch))
         for positions in map(torch.from_numpy, self._views.order(epoch)[first:]):
             labels = self._labels[positions].to(self._views.device, non_blocking=True)
             yield self._ready(rows(positions)), labels
@@ -134,7 +134,7 @@ class Activations:
         rows = rows.to(self._views.device, non_blocking=True)
         return rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows
 
-    def _train_rows(self, epoch: int) -> Callable[[Tensor], Tensor]:
+    def _train_rows(self, draw: int) -> Callable[[Tensor], Tensor]:
         config, shown, split = self._config, self._views.shown, self._data.train
         if config.augment == "none":  # the evaluation view, the same in every epoch
             return self.evaluation_rows(split)
@@ -148,11 +148,11 @@ class Activations:
             ),
             config.rand_magnitude if config.augment == "rand" else None,
             self._views.is_made_on_device,
-            (config.seed, epoch),
+            (config.seed, draw),
         )
         images = images_key(split.store, split.indices)
         return self._rows(
-            split, (images, view), lambda chunks: self._views.train_inputs(epoch, chunks)
+            split, (images, view), lambda chunks: self._views.train_inputs(draw, chunks)
         )
 
     def evaluation_rows(

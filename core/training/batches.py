@@ -67,15 +67,20 @@ class Views:
         order = epoch_order(len(self._labels), self._config.seed, epoch)
         return batch_positions(order, self._config.batch_size)
 
+    def draw(self, epoch: int) -> int:
+        """Return which set of views an epoch has: its own number, unless sets are repeated."""
+        return epoch % self._config.views if self._config.views else epoch
+
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's inputs (N, 3, S, S) and labels (N,) from a batch on."""
         batches = self.order(epoch)[first:]
-        for positions, inputs in zip(batches, self.train_inputs(epoch, batches), strict=True):
+        inputs_of = self.train_inputs(self.draw(epoch), batches)
+        for positions, inputs in zip(batches, inputs_of, strict=True):
             labels = self._labels[torch.from_numpy(positions)]
             yield inputs, labels.to(self.device, non_blocking=True)
 
-    def train_inputs(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
-        """Iterate over the inputs of an epoch's training views at these positions."""
+    def train_inputs(self, draw: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
+        """Iterate over the inputs of a set of training views at these positions."""
         split, config = self._data.train, self._config
         split.store.mark_used()
         if config.augment == "none":
@@ -84,13 +89,13 @@ class Views:
         if self.is_made_on_device:
             if self._device_views is None:
                 self._device_views = DeviceViews(split, self.shown, config, self.device)
-            yield from map(self.normalize, self._device_views.epoch(epoch, batches))
+            yield from map(self.normalize, self._device_views.epoch(draw, batches))
             return
         if self._loader is None:
             workers = default_workers(config.workers, self.device)
             is_pinned = self.device.type == "cuda"
             self._loader = Loader(split, self.shown, config, workers, is_pinned=is_pinned)
-        yield from map(self.normalize, self._loader.epoch(epoch, batches))
+        yield from map(self.normalize, self._loader.epoch(draw, batches))
 
     def eval_inputs(self, split: Split, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over the inputs of a split's evaluation views at these positions."""

@@ -38,7 +38,9 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
     if config.weight_decay == 0:
         found["decay_all"] = "weight_decay is 0"
     if config.augment == "none":
-        found |= dict.fromkeys(("crop_scale", "flip"), "augment is none")
+        found |= dict.fromkeys(("crop_scale", "flip", "views"), "augment is none")
+    if config.views is not None and config.views >= config.epochs:
+        found["views"] = "every epoch has its own"
     if config.augment != "rand":
         found["rand_magnitude"] = "augment is not rand"
     if config.optimizer != "sgd":

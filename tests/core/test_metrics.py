@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.metrics import Evaluation
+from core.metrics import Evaluation, Reference
 from core.training.trainer import evaluate
 
 
@@ -55,13 +55,26 @@ def _of_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
     return Evaluation(labels, log_probs)
 
 
+def test_the_loss_is_calibrated_on_other_images() -> None:
+    # The odds 9 : 1 are given where 3 : 1 are true: half as large a logit is right.
+    sure = np.log([[0.9, 0.1]] * 8)
+    result = _of_logits(sure, np.array([0, 0, 0, 0, 0, 0, 1, 1]))
+    assert result.temperature == pytest.approx(2, rel=1e-4)
+    assert result.calibrated_loss == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    assert result.loss > result.calibrated_loss + 0.05
+    # Even and odd positions differ here, and each pays for the temperature of the other.
+    torn = _of_logits(sure, np.array([0, 0, 0, 1, 0, 0, 0, 1]))
+    assert torn.calibrated_loss > result.calibrated_loss + 0.05
+
+
 def test_the_score_is_the_accuracy_or_what_the_true_class_is_given() -> None:
-    labels = np.array([0, 1, 0, 1])
-    result = _of_logits(np.log([[0.8, 0.2], [0.5, 0.5], [0.4, 0.6], [0.1, 0.9]]), labels)
-    assert result.score("val_acc") == result.acc == 0.5
-    assert result.score("val_loss") == pytest.approx((0.8 * 0.5 * 0.4 * 0.9) ** 0.25)
+    result = _of_logits(np.log([[0.9, 0.1]] * 8), np.array([0, 0, 0, 0, 0, 0, 1, 1]))
+    assert Reference().score(result, "val_acc") == 0.75
+    assert Reference(acc=0.05).score(result, "val_acc") == pytest.approx(0.8)
+    loss = -np.log(Reference(loss=0.1).score(result, "val_loss"))
+    assert loss == pytest.approx(result.calibrated_loss + 0.1)
 
 
 def test_a_network_that_says_nothing_scores_chance_by_its_loss() -> None:
     result = _of_logits(np.zeros((8, 4)), np.arange(8) % 4)
-    assert result.score("val_loss") == pytest.approx(0.25)
+    assert Reference().score(result, "val_loss") == pytest.approx(0.25)

@@ -1,0 +1,134 @@
+"""A model to use: one network, or several whose probabilities are averaged, in one folder.
+
+The folder holds `model.json` and one checkpoint folder per member. A checkpoint alone is a model
+of one member.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from core.config import Preprocessing
+from core.data.decode import Raw, eval_view
+from core.metrics import FloatArray
+from core.models.weights import WeightsError
+from core.training.batches import Normalizer, in_order
+from core.training.checkpoint import CARD_FILE, load_checkpoint, read_card
+
+MODEL_FILE = "model.json"
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One network of a model.
+
+    Attributes:
+        network: In eval mode, images (N, 3, S, S) to logits (N, K).
+        preprocessing: How images become its input.
+        weight: Its share of the mean; those of all members add up to 1.
+        temperature: What its logits are divided by.
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing
+    weight: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A classifier of images.
+
+    Attributes:
+        classes: Class names in the order of the probabilities.
+        members: Its networks.
+    """
+
+    classes: tuple[str, ...]
+    members: tuple[Member, ...]
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[Raw]) -> FloatArray:
+        """Return the probabilities of each class, (N, K).
+
+        Args:
+            images: Files, their contents, or opened images.
+
+        Raises:
+            OSError: One is no image, or a damaged one.
+        """
+        found = np.zeros((len(images), len(self.classes)), dtype=np.float32)
+        for member in self.members:
+            device = next(member.network.parameters()).device
+            normalize = Normalizer(member.preprocessing, device)
+            for positions in in_order(len(images), _BATCH):
+                views = [eval_view(images[i], member.preprocessing) for i in positions.tolist()]
+                inputs = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+                logits = member.network(normalize(inputs)).float() / member.temperature
+                found[positions] += member.weight * logits.softmax(1).cpu().numpy()
+        return found
+
+
+def load_model(folder: Path) -> Model:
+    """Load a model, or a checkpoint as a model of one member, on the CPU.
+
+    Raises:
+        WeightsError: It is missing or damaged.
+    """
+    if not (folder / MODEL_FILE).exists() and (folder / CARD_FILE).exists():
+        network, card = load_checkpoint(folder)
+        return Model(card.classes, (Member(network, card.preprocessing),))
+    try:
+        described: dict[str, Any] = json.loads((folder / MODEL_FILE).read_bytes())
+        rows = [
+            (m["folder"], float(m["weight"]), float(m["temperature"]))
+            for m in described["members"]
+        ]
+        classes = tuple(described["classes"])
+    except (OSError, ValueError, LookupError, TypeError) as err:
+        raise WeightsError(f"model {folder} has no readable {MODEL_FILE} ({err}).") from err
+    members = []
+    for name, weight, temperature in rows:
+        network, card = load_checkpoint(folder / name)
+        members.append(Member(network, card.preprocessing, weight, temperature))
+    return Model(classes, tuple(members))
+
+
+def save_model(
+    folder: Path, members: Sequence[tuple[Path, float, float]], facts: dict[str, Any]
+) -> None:
+    """Write a model; whoever loads it meanwhile gets the old one or the new one whole.
+
+    Args:
+        folder: Where to; what it holds is replaced.
+        members: Checkpoint folder, weight and temperature of each.
+        facts: What else `model.json` says.
+
+    Raises:
+        OSError: It cannot be written.
+        WeightsError: A checkpoint is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = {path for path in folder.iterdir() if path.is_dir()}
+    first = max((int(path.name.split("-")[-1]) for path in before), default=-1) + 1
+    rows = []
+    for k, (checkpoint, weight, temperature) in enumerate(members, start=first):
+        target = folder / f"member-{k}"
+        shutil.copytree(checkpoint, target)
+        rows.append({"folder": target.name, "weight": weight, "temperature": temperature})
+    classes = read_card(members[0][0]).classes
+    partial = folder / f"{MODEL_FILE}.partial"
+    text = json.dumps({"classes": classes, "members": rows, **facts}, indent=2, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / MODEL_FILE)
+    for path in before:
+        shutil.rmtree(path, ignore_errors=True)
