@@ -27,6 +27,7 @@ from core.device import choose_device, describe_device
 from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
+from core.training.trainer import check_batches
 from study.config.errors import ConfigError
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
@@ -202,17 +203,20 @@ def stored_side(trains: Iterable[TrainConfig]) -> int:
 
 
 def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[TrainConfig]:
-    """Return the base configuration at every network of the space, at the largest batch.
+    """Return the base configuration at every network of the space, at the largest batch size.
 
     Args:
         config: The study.
-        with_starts: At every freeze level and every way to start or solve a head, too.
+        with_starts: At every freeze level, every way to start or solve a head and to treat batch
+            norms, and every possible extreme of the batch size, too.
     """
-    starts = ("head_init", "head_solver", "freeze_depth") if with_starts else ()
+    starts = ("head_init", "head_solver", "freeze_depth", "batch_norm") if with_starts else ()
     names = ("backbone", "weights", "image_size", *starts)
     ends = {name: config.space[name].ends for name in names if name in config.space}
     if "batch_size" in config.space:
-        ends["batch_size"] = (max(config.space["batch_size"].ends, key=lambda n: int(n or 0)),)
+        sizes = sorted(int(n or 0) for n in config.space["batch_size"].ends)
+        possible = [n for n in sizes if n >= (config.train.micro_batch_size or 1)]
+        ends["batch_size"] = tuple(possible if with_starts else sizes[-1:])
     corners = itertools.product(*ends.values())
     return [apply_params(config.train, dict(zip(ends, c, strict=True))) for c in corners]
 
@@ -241,26 +245,29 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     Raises:
         ValueError: A backbone, its weights, the device, or the batch size cannot be used.
     """
-    different = {
-        (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved): t
-        for t in trains
-    }
-    for train in different.values():
+    different: dict[object, list[TrainConfig]] = {}
+    for t in trains:
+        key = (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved)
+        different.setdefault(key, []).append(t)
+    for alike in different.values():
+        train = alike[0]
         choose_device(train.device)
         network = build(train, data.classes)
+        for other in alike:
+            try:
+                check_batches(other, network, len(data.train))
+            except ValueError as err:
+                raise ConfigError(str(err)) from err
         if train.is_solved or train.head_init == "solved":
             cut_head(network, train)
-    largest = max(train.batch_size for train in trains)
-    if largest > len(data.train):
-        raise ConfigError(
-            f"train.batch_size must be <= the number of training images, {len(data.train)}, but "
-            f"got batch_size={largest}; set it smaller (--set train.batch_size={len(data.train)})."
-        )
 
 
 def without_weights(train: TrainConfig) -> TrainConfig:
     """Return a configuration of the same network that needs nothing from outside."""
-    return dataclasses.replace(train, weights="none", normalize="none")
+    norms = (
+        "frozen" if train.batch_norm == "auto" and train.weights != "none" else train.batch_norm
+    )
+    return dataclasses.replace(train, weights="none", normalize="none", batch_norm=norms)
 
 
 def versions() -> dict[str, str]:

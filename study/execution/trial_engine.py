@@ -143,8 +143,7 @@ class TrialEngine:
         except TrainingDiverged as err:
             state, reason = "failed", f"{REASON_DIVERGED}: {err}"
         except torch.OutOfMemoryError as err:
-            state = "failed"
-            reason = f"{REASON_OUT_OF_MEMORY}: even one image at a time does not fit ({err})"
+            state, reason = "failed", f"{REASON_OUT_OF_MEMORY}: {err}"
         except Exception as err:  # one broken setting must not end a night's search
             if outside_cause(err) is not None:
                 raise

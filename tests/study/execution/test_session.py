@@ -148,6 +148,7 @@ def test_changed_images_are_refused_with_counts(home: Path, record: Record) -> N
     ("setting", "error", "shown"),
     [
         ("train.batch_size=13", ConfigError, r"training images, 12, but got batch_size=13"),
+        ("train.batch_size=1", ConfigError, "two images at a time .*batch_norm=frozen"),
         ("train.weights=nowhere.pth", WeightsError, "there is no file"),
     ],
 )
@@ -200,6 +201,8 @@ def test_corners_are_every_network_at_the_largest_batch(home: Path) -> None:
     found = [(c.backbone, c.image_size, c.batch_size) for c in corners]
     backbones = ("resnet18", "resnet34", "resnet50")
     assert found == [(backbone, size, 8) for backbone in backbones for size in (32, 64)]
+    starts = corner_configs(load_config(home / "study.toml", [], flags), with_starts=True)
+    assert {train.batch_size for train in starts} == {4, 8}  # 1 is refused for some networks
 
 
 def test_warnings_about_images_are_shown(home: Path) -> None:
