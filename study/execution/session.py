@@ -28,7 +28,7 @@ from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
 from study.config.errors import ConfigError
-from study.config.search_space import apply_params
+from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
 from study.record.models import Study
@@ -128,6 +128,7 @@ def open_session(
     name, stored = config.study.name, record.find_study(config.study.name)
     if stored is not None:
         _check_config(stored, config, allow_changes)
+        _check_space(record, stored, config)
     data = load_images(config, progress)
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
@@ -280,6 +281,22 @@ def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> Non
             "configuration:\n  " + "\n  ".join(changes) + "\nContinue it as it was (python -m "
             f"study resume {study.name}), use another --name, or mix both (--allow-changes)."
         )
+
+
+def _check_space(record: Record, study: Study, config: StudyConfig) -> None:
+    """Refuse dimensions that Optuna cannot have beside those of the study's trials."""
+    trials = record.optuna_study(study.id).get_trials(deepcopy=False)
+    faults = {}
+    for name, new in distributions(config.space).items():
+        for old in (t.distributions[name] for t in trials if name in t.distributions):
+            try:
+                optuna.distributions.check_distribution_compatibility(old, new)
+            except ValueError:
+                rule = f"must keep its choices, log and kind of number in study {study.name}"
+                text = f"{rule}, whose trials have it, but got {config.space[name]}"
+                faults[name] = f"space.{name}: {text}. Use another --name."
+    if faults:
+        raise ConfigError(*faults.values())
 
 
 def _check_images(study: Study, now: dict[str, Any], allow_changes: bool) -> None:

@@ -13,6 +13,7 @@ from core.models.sources import BackboneError
 from core.models.weights import WeightsError
 from study.config.errors import ConfigError
 from study.config.load import load_config
+from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
 from study.execution.progress import Note
 from study.execution.session import (
@@ -128,6 +129,19 @@ def test_another_configuration_is_refused_with_the_difference(home: Path, record
     assert len(record.runs(record.study("photos").id)) == 1
     _enter(record, other, allow_changes=True)
     assert record.study("photos").config["train"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("dimension", ["[0.1, 0.3]", "{low = 0.1, high = 0.3}"])
+def test_a_dimension_that_optuna_cannot_have_beside_the_old_one_is_refused(
+    dimension: str, home: Path, record: Record
+) -> None:
+    _enter(record, _config(home))
+    study, space = record.study("photos"), distributions(_config(home).space)
+    record.tell(study.id, record.start_trial(study.id, {"base_lr": 0.1}, space).number, "failed")
+    with pytest.raises(ConfigError, match=r"space.base_lr: must keep its choices.*another --name"):
+        _enter(record, _config(home, f"space.base_lr={dimension}"), allow_changes=True)
+    assert record.study("photos") == study
+    _enter(record, _config(home, "space.crop_scale=[0.1, 0.3]"), allow_changes=True)
 
 
 def test_keys_that_change_no_result_may_change(home: Path, record: Record) -> None:
