@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import os
 import platform
 import signal
 import threading
@@ -319,18 +320,29 @@ def _described(data: ImageData) -> dict[str, Any]:
 
 @contextmanager
 def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C (or TERM) into a wish to stop; the second leaves at once."""
-    stop = threading.Event()
+    """Turn the first Ctrl-C, TERM or HUP into a wish to stop; the second leaves at once."""
+    stop, hang_up = threading.Event(), getattr(signal, "SIGHUP", None)
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def wish(number: int, frame: FrameType | None) -> None:
+        if number == hang_up:
+            for fd in terminals:  # gone: whatever is written there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if stop.is_set():
+            if number == hang_up:
+                return  # shell and kernel may send one each
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()
+        progress.stopped_by = number
         text = "Stopping, and saving the trial's state; press Ctrl-C again to leave at once."
-        progress.emit(Note(text))
+        with suppress(OSError, RuntimeError):  # it may come in the middle of another line
+            progress.emit(Note(text))
 
-    before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(hang_up)
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield stop
     finally:

@@ -193,21 +193,25 @@ def test_a_stopped_trial_is_continued_under_its_number(
         patch.setattr(trial_engine, "fit", fit_until_told)
         outcome = run(config_of(home, 2, EPOCHS))
     assert outcome.stopped_because == "interrupted"
-    assert optuna_trials(home)[outcome.counts.finished].state is TrialState.RUNNING
+    paused = optuna_trials(home)[outcome.counts.finished]
+    assert (paused.state, paused.user_attrs["paused"]) == (TrialState.RUNNING, True)
     assert run(config_of(home, 2, EPOCHS)).counts.finished == 2
+    assert optuna_trials(home)[paused.number].user_attrs["paused"] is False
     _assert_equal_studies(home, whole)
 
 
 @pytest.mark.slow
-def test_the_command_line_stops_at_once_and_says_so(home: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_the_command_line_stops_at_once_and_says_so(number: str, status: int, home: Path) -> None:
     sets = [word for text in (*SETTINGS, "train.epochs=3000") for word in ("--set", text)]
     process = start(home, "run", "--config", "study.toml", "--data", "photos", "--json", *sets)
     assert process.stdout is not None
     next(line for line in process.stdout if json.loads(line)["event"] == "epoch")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.Signals[f"SIG{number}"])
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == status
     ended = [json.loads(line) for line in out.splitlines() if '"trial_ended"' in line]
     assert [(e["state"], e["reason"]) for e in ended] == [("stopped", "interrupted")]
     with Record(str(home / "studies.db")) as record:
         assert record.runs(record.study("photos").id)[0].outcome == "interrupted"
+        assert (home / "frostline-runs" / "photos" / "state" / "trial-0000.pt").is_file()
