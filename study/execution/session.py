@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import os
 import platform
 import signal
 import threading
@@ -29,7 +30,7 @@ from core.models.partition import cut_head
 from core.models.sources import library_versions
 from core.training.trainer import check_batches
 from study.config.errors import ConfigError
-from study.config.search_space import apply_params
+from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
 from study.record.models import Study
@@ -129,6 +130,7 @@ def open_session(
     name, stored = config.study.name, record.find_study(config.study.name)
     if stored is not None:
         _check_config(stored, config, allow_changes)
+        _check_space(record, stored, config)
     data = load_images(config, progress)
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
@@ -294,6 +296,22 @@ def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> Non
         )
 
 
+def _check_space(record: Record, study: Study, config: StudyConfig) -> None:
+    """Refuse dimensions that Optuna cannot have beside those of the study's trials."""
+    trials = record.optuna_study(study.id).get_trials(deepcopy=False)
+    faults = {}
+    for name, new in distributions(config.space).items():
+        for old in (t.distributions[name] for t in trials if name in t.distributions):
+            try:
+                optuna.distributions.check_distribution_compatibility(old, new)
+            except ValueError:
+                rule = f"must keep its choices, log and kind of number in study {study.name}"
+                text = f"{rule}, whose trials have it, but got {config.space[name]}"
+                faults[name] = f"space.{name}: {text}. Use another --name."
+    if faults:
+        raise ConfigError(*faults.values())
+
+
 def _check_images(study: Study, now: dict[str, Any], allow_changes: bool) -> None:
     """Refuse to continue a study on other images."""
     then = study.data
@@ -314,18 +332,29 @@ def _described(data: ImageData) -> dict[str, Any]:
 
 @contextmanager
 def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C (or TERM) into a wish to stop; the second leaves at once."""
-    stop = threading.Event()
+    """Turn the first Ctrl-C, TERM or HUP into a wish to stop; the second leaves at once."""
+    stop, hang_up = threading.Event(), getattr(signal, "SIGHUP", None)
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def wish(number: int, frame: FrameType | None) -> None:
+        if number == hang_up:
+            for fd in terminals:  # gone: whatever is written there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if stop.is_set():
+            if number == hang_up:
+                return  # shell and kernel may send one each
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()
+        progress.stopped_by = number
         text = "Stopping, and saving the trial's state; press Ctrl-C again to leave at once."
-        progress.emit(Note(text))
+        with suppress(OSError, RuntimeError):  # it may come in the middle of another line
+            progress.emit(Note(text))
 
-    before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(hang_up)
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield stop
     finally:

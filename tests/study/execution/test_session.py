@@ -1,6 +1,7 @@
 import dataclasses
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ from core.models.sources import BackboneError
 from core.models.weights import WeightsError
 from study.config.errors import ConfigError
 from study.config.load import load_config
+from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
 from study.execution.progress import Note
 from study.execution.session import (
@@ -84,14 +86,25 @@ def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
     _enter(record, _config(home))  # the next process may begin
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@contextmanager
+def _ignored(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_wish_to_stop(
     number: signal.Signals, home: Path, record: Record
 ) -> None:
     with _open(record, _config(home)) as session:
         assert not session.stop.is_set()
         signal.raise_signal(number)
-        assert session.stop.is_set()
+        assert (session.stop.is_set(), session.progress.stopped_by) == (True, number)
+        signal.raise_signal(signal.SIGHUP)  # a terminal that closes may send several
+    with _ignored(signal.SIGHUP), _open(record, _config(home)) as session:  # under nohup
+        signal.raise_signal(signal.SIGHUP)
+        assert not session.stop.is_set()
 
 
 @pytest.mark.parametrize(("setting", "budget"), [("8GB", 8 * 10**9), ("0", None), (None, None)])
@@ -128,6 +141,19 @@ def test_another_configuration_is_refused_with_the_difference(home: Path, record
     assert len(record.runs(record.study("photos").id)) == 1
     _enter(record, other, allow_changes=True)
     assert record.study("photos").config["train"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("dimension", ["[0.1, 0.3]", "{low = 0.1, high = 0.3}"])
+def test_a_dimension_that_optuna_cannot_have_beside_the_old_one_is_refused(
+    dimension: str, home: Path, record: Record
+) -> None:
+    _enter(record, _config(home))
+    study, space = record.study("photos"), distributions(_config(home).space)
+    record.tell(study.id, record.start_trial(study.id, {"base_lr": 0.1}, space).number, "failed")
+    with pytest.raises(ConfigError, match=r"space.base_lr: must keep its choices.*another --name"):
+        _enter(record, _config(home, f"space.base_lr={dimension}"), allow_changes=True)
+    assert record.study("photos") == study
+    _enter(record, _config(home, "space.crop_scale=[0.1, 0.3]"), allow_changes=True)
 
 
 def test_keys_that_change_no_result_may_change(home: Path, record: Record) -> None:
