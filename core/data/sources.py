@@ -152,8 +152,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
                 entry.stat()  # raises where the link leads to nothing or to itself
     except OSError as err:
         raise DataError(
-            f"{err.filename} must be readable, but is not: {err.strerror}. Remove it or, if it is "
-            "a link, bring back what it leads to."
+            f"{err.filename} must be readable, but is not: {err.strerror}. Correct its "
+            "permissions or its link, or remove it."
         ) from err
     return sorted(kept, key=lambda entry: entry.name)
 
@@ -284,7 +284,7 @@ def _list_files(
         real = Path(os.path.realpath(folder))
         visited: _Visited = {str(p): (p, None) for p in (real, *real.parents)}
         for class_folder in class_folders:
-            found = list(_images_in(class_folder, class_folder, visited, ignored))
+            found = list(_images_in(class_folder, visited, ignored))
             if not found:
                 raise DataError(
                     f"class folder {class_folder} must hold images, but has none "
@@ -301,28 +301,29 @@ def _list_files(
     return files
 
 
-def _images_in(
-    folder: Path, top: Path, visited: _Visited, ignored: Counter[str]
-) -> Iterator[Path]:
+def _images_in(top: Path, visited: _Visited, ignored: Counter[str]) -> Iterator[Path]:
     """List a class's images, inner and linked folders included, and count its other files."""
-    first, owner = visited.setdefault(os.path.realpath(folder), (folder, top))
-    if first is not folder and (folder is top or owner not in (None, top)):
-        raise DataError(
-            f"{folder} and {first} must be different folders, but are one (linked). An image "
-            "has one class: remove the link."
-        )
-    if first is not folder:
-        ignored["links to folders already read"] += 1
-        return
-    for entry in _entries(folder):
-        path = Path(entry.path)
-        if entry.is_dir():
-            yield from _images_in(path, top, visited, ignored)
-        elif _is_image(entry):
-            yield path
-        else:
-            kind = path.suffix.lower() or "without suffix"
-            ignored[kind if entry.is_file() else "pipes, sockets or devices"] += 1
+    pending = [top]
+    while pending:
+        folder = pending.pop()
+        first, owner = visited.setdefault(os.path.realpath(folder), (folder, top))
+        if first is not folder and (folder is top or owner not in (None, top)):
+            raise DataError(
+                f"{folder} and {first} must be different folders, but are one (linked). An image "
+                "has one class: remove the link."
+            )
+        if first is not folder:
+            ignored["links to folders already read"] += 1
+            continue
+        for entry in _entries(folder):
+            path = Path(entry.path)
+            if entry.is_dir():
+                pending.append(path)
+            elif _is_image(entry):
+                yield path
+            else:
+                kind = path.suffix.lower() or "without suffix"
+                ignored[kind if entry.is_file() else "pipes, sockets or devices"] += 1
 
 
 def _hash_files(paths: Sequence[Path]) -> list[str]:
