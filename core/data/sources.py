@@ -103,6 +103,8 @@ def find_images(config: DataConfig) -> Found:
 
 def check_folder(root: Path) -> None:
     """Raise `DataError` where a data folder is missing, a file, or has no folders."""
+    if any("\ud800" <= c <= "\udfff" for c in str(root)):  # databases take UTF-8 only
+        raise DataError(f"data folder {root} must have a path in UTF-8, but has not. Rename it.")
     if not root.exists():
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         close = difflib.get_close_matches(root.name, siblings, n=1)
@@ -380,7 +382,8 @@ def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
         named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
         # Some name none; Imagenette's are tuples of synonyms.
         found = named or range(max(labels) + 1)
-        classes = classes or tuple(" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
+        names = (" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
+        classes = classes or tuple(map(_shown, names))
         split = None if part == "all" else part
         for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True)):
             images.append(LabelledImage(content, f"{name}/{part}/{i}", read, classes[k], split))

@@ -62,6 +62,8 @@ def test_a_missing_folder_names_the_nearest_and_a_file_is_none(tmp_path: Path) -
         _find(path)
     with pytest.raises(DataError, match=r"must exist, but it does not. Did you mean .*hotdogs"):
         _find(tmp_path / "hotdog")
+    with pytest.raises(DataError, match=r"hot.udcff must have a path in UTF-8"):
+        _find(tmp_path / "hot\udcff")
 
 
 def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
