@@ -3,13 +3,15 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from core.config import Amp
 
@@ -117,6 +119,29 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what no tensor uses any more; outside of `except`, whose traceback holds some."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def in_parts(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Return `forward` of inputs, (N, ...), in halves as often as memory runs out.
+
+    Raises:
+        torch.OutOfMemoryError: Even one input does not fit.
+    """
+    try:
+        return forward(inputs)
+    except torch.OutOfMemoryError as err:
+        if len(inputs) == 1:
+            text = f"even one image at a time does not fit ({err})"
+            raise torch.OutOfMemoryError(text) from err
+    free_memory(inputs.device)
+    return torch.cat([in_parts(forward, part) for part in inputs.chunk(2)])
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,7 +22,7 @@ from core.training.activations import Activations, kept_partition
 from core.training.batches import Views
 from core.training.checkpoint import Card, save_checkpoint, write_predictions
 from core.training.resume import Best, TrainingState
-from core.training.trainer import Trainer
+from core.training.trainer import Trainer, check_batches
 
 _TAG_DROPOUT = 101
 # Kernels of these are named well enough to keep arrays for other runs.
@@ -69,15 +69,11 @@ def fit(
         if should_stop():
             raise Interrupted
 
-    if config.batch_size > len(data.train):
-        raise ValueError(
-            f"batch_size must be <= the number of training images, {len(data.train)}, but got "
-            f"batch_size={config.batch_size!r}. Set it smaller."
-        )
     device = choose_device(config.device)
     if cache is None or device.type not in _SHARING_DEVICES:
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
     network = build(config, data.classes)
+    check_batches(config, network, len(data.train))
     network.model.to(device)
     if config.is_solved:
         metrics, evaluation, network = fit_solved(network, config, data, cache, pulse)

@@ -39,8 +39,9 @@ def recover(engine: TrialEngine) -> list[TrialRequest]:
         else:
             row.reason, row.duration_s = REASON_KILLED, training_s(record.epochs(row.id))
             record.end_trial(row, "failed")
-            note = f"Trial {row.number} was cut short when its process died"
-            engine.session.progress.emit(Note(f"{note}; its settings run again."))
+            repeated = "; it is run again" if row.factor else ""  # of a search its settings may be
+            note = f"Trial {row.number} was cut short when its process died{repeated}."
+            engine.session.progress.emit(Note(note))
     engine.files.load(rows.values(), continued=[request.number for request in continued])
     return continued
 

@@ -29,6 +29,9 @@ _MOST_EQUAL_FAILURES = 3
 
 VAL_SEED = "val_seed"
 """The user attribute that holds the seed of a trial's own validation split."""
+PAUSED = "paused"
+"""The user attribute of a stopped trial, which `resume` continues; Optuna, which has no state for
+that, holds it for running."""
 REASON_DIVERGED = "diverged"
 REASON_OUT_OF_MEMORY = "out of memory"
 
@@ -130,6 +133,8 @@ class TrialEngine:
             trial = self._record.take_up_trial(self.session.study_id, request.number)
         begin = time.perf_counter()
         row, known = self._begin(request)
+        if PAUSED in trial.user_attrs:
+            trial.set_user_attr(PAUSED, False)
         begin -= training_s(known)  # when it would have begun in one process
         state, reason = "complete", None
         try:
@@ -140,11 +145,11 @@ class TrialEngine:
                         break
         except Interrupted:
             state, reason = "stopped", "interrupted"
+            trial.set_user_attr(PAUSED, True)
         except TrainingDiverged as err:
             state, reason = "failed", f"{REASON_DIVERGED}: {err}"
         except torch.OutOfMemoryError as err:
-            state = "failed"
-            reason = f"{REASON_OUT_OF_MEMORY}: even one image at a time does not fit ({err})"
+            state, reason = "failed", f"{REASON_OUT_OF_MEMORY}: {err}"
         except Exception as err:  # one broken setting must not end a night's search
             if outside_cause(err) is not None:
                 raise

@@ -1,5 +1,6 @@
 import hashlib
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
+from core.models.builder import build
 from core.models.sources import create
 from core.models.weights import WeightsError
 from core.training import trainer
@@ -136,9 +139,59 @@ def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
     assert squeezed.train_loss == pytest.approx(free.train_loss, rel=1e-5)
 
 
-def test_batch_larger_than_the_data_is_refused(data: ImageData) -> None:
-    with pytest.raises(ValueError, match="batch_size must be <= the number of training images"):
-        next(fit(replace(TINY, batch_size=500), data))
+def test_batch_norms_are_never_trained_by_one_image(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = trainer.cross_entropy, []
+
+    def small_memory(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        sizes.append(len(logits))
+        if len(logits) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(logits, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "cross_entropy", small_memory)
+    config, most = replace(TINY, epochs=1, batch_size=11, micro_batch_size=5), 5
+    next(fit(config, data))
+    assert sizes[:3] == [4, 4, 3]
+    most = 1
+    with pytest.raises(torch.OutOfMemoryError, match="even 3 of 11 images at a time"):
+        next(fit(config, data))
+    assert next(fit(replace(config, batch_norm="frozen"), data)).micro_batch_size == 1
+
+
+def test_memory_of_the_optimizer_ends_the_run_with_a_remedy(data: ImageData) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="optimizer's memory .* optimizer = sgd"):
+            next(fit(TINY, data))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 500}, "batch_size must be <= the number of training images, 24"),
+        ({"batch_size": 1}, "two images at a time"),
+        ({"micro_batch_size": 1}, "two images at a time"),
+        ({"batch_size": 7, "micro_batch_size": 2}, r"batches of \[3, 7\]"),
+        ({"batch_size": 1, "batch_norm": "frozen"}, None),
+        ({"batch_size": 1, "freeze_depth": 5}, None),
+        ({"batch_size": 1, "backbone": "timm:test_vit"}, None),  # has no batch norm
+    ],
+    ids=str,
+)
+def test_batches_that_cannot_be_trained_on_are_refused(
+    data: ImageData, settings: dict[str, Any], message: str | None
+) -> None:
+    config = replace(TINY, **settings)
+    network = build(config, data.classes)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        trainer.check_batches(config, network, len(data.train))
 
 
 def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(

@@ -85,6 +85,15 @@ def test_stopping_and_resuming_gives_the_same_study(done: Path) -> None:
     assert _figures(rows_of(done, "cut")) == _figures(rows_of(done))
 
 
+def test_recipes_that_wait_are_dropped_where_a_changed_space_lacks_them(home: Path) -> None:
+    run(_config(home, 1, "study.timeout=1e-6"))
+    assert [trial.state.name for trial in optuna_trials(home)] == ["WAITING"] * 3
+    run(_config(home, 1, "space.freeze_depth=[1, 2]"), allow_changes=True)
+    assert [trial.state.name for trial in optuna_trials(home)] == ["FAIL"] * 3 + ["COMPLETE"]
+    (row,) = rows_of(home)
+    assert (row.origin, row.freeze_depth in (1, 2)) == ("sampler", True)
+
+
 def test_a_finished_study_runs_nothing_more_and_keeps_what_ranks_its_trials(done: Path) -> None:
     before = rows_of(done)
     assert run(_config(done, N_TRIALS)).stopped_because == "trials"
