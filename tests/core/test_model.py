@@ -13,7 +13,12 @@ from core.models.weights import WeightsError
 from core.training.checkpoint import PREDICTIONS_FILE
 
 HEAD = TrainConfig(
-    backbone="timm:test_resnet", weights="none", image_size=32, freeze_depth=5, device="cpu"
+    backbone="timm:test_resnet",
+    weights="none",
+    image_size=32,
+    freeze_depth=5,
+    batch_size=8,
+    device="cpu",
 )
 
 
@@ -27,7 +32,7 @@ def checkpoints(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> li
         replace(HEAD, features="last"),
         replace(HEAD, mirrored=True),
         replace(HEAD, features="last", mirrored=True, image_size=40),
-        replace(HEAD, freeze_depth=3, epochs=1, batch_size=8),
+        replace(HEAD, freeze_depth=3, epochs=1),
     ]
     folders = [tmp_path_factory.mktemp("checkpoint") for _ in configs]
     for config, folder in zip(configs, folders, strict=True):
