@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.config import Amp
 
@@ -84,7 +85,8 @@ def amp_dtype(amp: Amp, device: torch.device) -> torch.dtype | None:
         return None
     if amp == "fp16":
         return torch.float16
-    if amp == "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported():
+    # An older GPU only emulates bf16, slowly.
+    if amp == "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported(False):
         return torch.bfloat16
     return torch.float16
 
@@ -100,7 +102,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
     before = (cudnn.deterministic, cudnn.benchmark)
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        # The backward passes of the other attention kernels add up in any order; PyTorch has
+        # them deterministic only where every other operation must be, too.
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
 

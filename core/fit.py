@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
@@ -75,14 +76,18 @@ def fit(
     network = build(config, data.classes)
     check_batches(config, network, len(data.train))
     network.model.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if config.is_solved:
-        metrics, evaluation, network = fit_solved(network, config, data, cache, pulse)
+        with deterministic(device):
+            metrics, evaluation, network = fit_solved(network, config, data, cache, pulse)
         yield metrics
         _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
         return
     reference = Reference()
     if config.head_init == "solved":
-        reference = start_from_solved(network, config, data, cache, pulse)
+        with deterministic(device):
+            reference = start_from_solved(network, config, data, cache, pulse)
     freeze(network.model, network.stages, config.freeze_depth)
     views = Views(config, network.preprocessing, data, device)
     part = kept_partition(network, config, device)

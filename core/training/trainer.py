@@ -74,6 +74,8 @@ class Trainer:
         module = self._module = trained.module
         groups = parameter_groups(module, network, config)
         self._optimizer = make_optimizer(groups, config, device)
+        if config.compile:  # else what earlier runs compiled decides what is compiled for this one
+            torch.compiler.reset()
         self._forward: Any = torch.compile(module) if config.compile else module
         dtype = amp_dtype(config.amp, device)
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -88,8 +90,6 @@ class Trainer:
             self._mix = kind(alpha=config.mixup or config.cutmix, num_classes=n_classes)
         self._kept = self._ema.module if self._ema is not None else module
         self._evaluated = trained.to_evaluate(self._kept)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
 
     @property
     def lr_factor(self) -> float:

@@ -1,5 +1,6 @@
 import hashlib
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -247,6 +248,28 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
+
+
+def test_every_trial_is_compiled(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        def forward(*inputs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return graph(*inputs)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    config = replace(TINY, epochs=1, compile=True, mixup=0.1)  # mixup: no kept arrays
+    found = []
+    for depth in range(5):
+        before = calls
+        with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
+            next(fit(replace(config, freeze_depth=depth), data))
+        found.append(calls - before)
+    assert found == [3] * 5  # steps
 
 
 def test_compiled_network_trains_alike(
