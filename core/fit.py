@@ -156,11 +156,11 @@ def _epoch_metrics(
     at = trainer.position
     if not evaluation.loss < float("inf"):  # NaN, too
         raise TrainingDiverged(
-            f"the validation loss is no longer finite at epoch {at.epoch}; lower base_lr."
+            f"the validation loss is no longer finite at epoch {at.epoch + 1}; lower base_lr."
         )
     score = evaluation.score(config.monitor)
     return EpochMetrics(
-        epoch=at.epoch,
+        epoch=at.epoch + 1,
         train_loss=float(trainer.loss_sum) / at.n_images,
         val_loss=evaluation.loss,
         val_acc=evaluation.acc,

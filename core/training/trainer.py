@@ -136,7 +136,7 @@ class Trainer:
     def _check_finite(self) -> None:
         if not torch.isfinite(self.loss_sum):
             raise TrainingDiverged(
-                f"the training loss is no longer finite at epoch {self.position.epoch}, step "
+                f"the training loss is no longer finite at epoch {self.position.epoch + 1}, step "
                 f"{self.position.total_steps} (base_lr={self._config.base_lr:g}, "
                 f"head_lr_mult={self._config.head_lr_mult:g}); lower base_lr, or set clip_norm."
             )

@@ -22,7 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from core.metrics import EpochMetrics
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of this layout. Another one is refused; there are no migrations."""
 PREFIX = "frostline_"
 
@@ -113,7 +113,7 @@ class Trial(Base, kw_only=True):
         config_hash: Equal for equal settings and seed.
         ended_at: None while it runs.
         duration_s: Wall time.
-        best_epoch: Epoch with the highest score, from 0.
+        best_epoch: Epoch with the highest score, from 1.
         score: That epoch's score, as in `EpochMetrics`; trials are ranked by it.
         without_effect: Settings that did nothing in this trial.
         checkpoint: Folder of the best epoch's weights, while it is kept.

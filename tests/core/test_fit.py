@@ -105,7 +105,7 @@ def test_frozen_statistics_stay_the_sources_to_the_bit(data: ImageData, tmp_path
 
 def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
     epochs = fit(replace(TINY, base_lr=1e30, momentum=0, schedule="constant"), data)
-    with pytest.raises(TrainingDiverged, match="no longer finite at epoch 0"):
+    with pytest.raises(TrainingDiverged, match="no longer finite at epoch 1"):
         list(epochs)
 
 
@@ -117,7 +117,7 @@ def test_a_network_that_breaks_only_in_evaluation_has_diverged(
     state["bn1.running_mean"].fill_(float("nan"))
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     config = replace(TINY, weights=str(tmp_path / "w.safetensors"), batch_norm="train")
-    with pytest.raises(TrainingDiverged, match="validation loss is no longer finite at epoch 0"):
+    with pytest.raises(TrainingDiverged, match="validation loss is no longer finite at epoch 1"):
         list(fit(config, data))
 
 
@@ -202,6 +202,7 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     epochs = list(fit(config, data, checkpoint_dir=tmp_path))
     best = max(epochs, key=lambda m: (m.score or 0.0, -m.epoch))
     card = read_card(tmp_path)
+    assert [m.epoch for m in epochs] == [1, 2, 3]
     assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
     assert card.classes == data.classes
     assert card.data["fingerprint"] == data.fingerprint
