@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.training.checkpoint import PREDICTIONS_FILE
+from core.config import TrainConfig
+from core.models.weights import WeightsError
+from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card
 from study.execution.session import Session
 from study.record.models import Misclassified, Trial
 
@@ -40,9 +42,16 @@ class TrialFiles:
         return self._session.output / "state" / f"trial-{number:04d}.pt"
 
     def load(self, rows: Iterable[Trial], continued: Sequence[int]) -> None:
-        """Take over the checkpoints of earlier processes, and the states of continued trials."""
-        self._kept = [row for row in rows if row.checkpoint]
+        """Take over the checkpoints of earlier processes, and the states of continued trials.
+
+        What other trials left, as a killed one does, is removed.
+        """
+        others = [row for row in rows if row.number not in continued]
+        self._kept = [row for row in others if row.checkpoint]
         self._drop()
+        for row in others:
+            if not row.checkpoint and _is_own(self.checkpoint(row.number), row):
+                shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
         wanted = {self.state(number) for number in continued}
         for file in self._session.output.glob("state/*"):
             if file not in wanted:
@@ -102,6 +111,16 @@ class TrialFiles:
             for rank, i in enumerate(worst.tolist())
         ]
         self._session.record.add_misclassified(trial_id, rows)
+
+
+def _is_own(folder: Path, row: Trial) -> bool:
+    """Return whether a folder can only be a trial's: another database may share the output."""
+    if not (folder / CARD_FILE).is_file():  # cut short before it was complete
+        return True
+    try:
+        return read_card(folder).config == TrainConfig(**row.config)
+    except WeightsError:
+        return False
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:

@@ -149,6 +149,17 @@ def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
     assert (first.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE)
     assert (again.params, again.user_attrs["origin"]) == (first.params, "retry of 0")
     assert Note("The settings of trial 0 run again.") in listener.events
+    assert [path.name for path in (home / "runs" / "photos").glob("trial-*")] == ["trial-0001"]
+
+
+def test_the_checkpoint_of_another_database_in_the_same_folder_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_of(home, 1))
+    other = config_of(home, 1, EPOCHS, **{"study.storage": str(home / "other.db")})
+    _dies_here(other, monkeypatch, "begin_trial")
+    run(other, take_over=True)
+    assert len(list((home / "runs" / "photos").glob("trial-*/model.safetensors"))) == 2
 
 
 def test_settings_that_a_changed_space_lacks_are_dropped_and_named(
