@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.training.checkpoint import PREDICTIONS_FILE
+from core.training.checkpoint import PREDICTIONS_FILE, weights_hash
 from study.execution.session import Session
-from study.record.models import Misclassified, Trial
+from study.record.models import Misclassified, Trial, trial_folder
 
 # The worst images that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
@@ -33,15 +33,15 @@ class TrialFiles:
 
     def checkpoint(self, number: int) -> Path:
         """Return the folder of a trial's checkpoint."""
-        return self._session.output / f"trial-{number:04d}"
+        return self._session.output / trial_folder(number)
 
     def state(self, number: int) -> Path:
         """Return the file of a trial's training state."""
-        return self._session.output / "state" / f"trial-{number:04d}.pt"
+        return self._session.output / "state" / f"{trial_folder(number)}.pt"
 
     def load(self, rows: Iterable[Trial], continued: Sequence[int]) -> None:
         """Take over the checkpoints of earlier processes, and the states of continued trials."""
-        self._kept = [row for row in rows if row.checkpoint]
+        self._kept = [row for row in rows if row.weights_hash]
         self._drop()
         wanted = {self.state(number) for number in continued}
         for file in self._session.output.glob("state/*"):
@@ -49,7 +49,7 @@ class TrialFiles:
                 file.unlink(missing_ok=True)
 
     def record(self, row: Trial) -> str | None:
-        """Record what a complete trial predicts; return its checkpoint's folder if it is kept.
+        """Record what a complete trial predicts; return its weights' hash if they are kept.
 
         Of a search's best trial so far, its worst images are recorded, too. It comes before the
         trial ends: what a kill prevents is then done again.
@@ -60,7 +60,7 @@ class TrialFiles:
             record.add_predictions(row.id, "val", labels.tolist(), predicted.tolist())
             if self._keep_best and all(row.rank < other.rank for other in self._kept):
                 self._record_worst(row.id, labels, predicted, saved["probability"])
-        return None if self._keep_best == 0 else str(folder)
+        return None if self._keep_best == 0 else weights_hash(folder)
 
     def keep(self, row: Trial) -> None:
         """Keep a recorded trial's checkpoint while it is among the best."""
@@ -74,7 +74,7 @@ class TrialFiles:
         while len(self._kept) > self._keep_best:
             row = self._kept.pop()
             if self._keep_best:
-                row.checkpoint = None
+                row.weights_hash = None
                 self._session.record.save(row)
             shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
 
