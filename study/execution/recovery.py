@@ -68,7 +68,8 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
         is_continued=True,
     )
     data = session.images(request.val_seed)
-    n_done = epochs_in_state(engine.files.state(row.number), request.config, data)
+    file = engine.files.state(row.number)
+    n_done = epochs_in_state(file, request.config, data.classes, data.fingerprint)
     if n_done is None and not was_killed and not row.epochs_done:
         n_done = 0  # stopped by the user before there was anything to save
     if reruns > MOST_RERUNS or n_done is None or n_done > row.epochs_done:

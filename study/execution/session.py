@@ -134,6 +134,8 @@ def open_session(
     data = load_images(config, progress)
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
+    output = Path(record.usable_path(config.study.output)) / name
+    settings["study"]["output"] = str(output.parent)
     if stored is None:
         study_id = record.create_study(name, settings, described, versions())
     else:
@@ -144,9 +146,8 @@ def open_session(
         study_id, command=command, device=device, versions=versions(), take_over=take_over
     )
     if stored is not None:  # only now: a process that was refused must not have changed it
-        stored.config, stored.data = settings, described
-        record.save(stored)
-    output, cache = Path(config.study.output) / name, _cache(config)
+        record.update_study(stored, settings, described)
+    cache = _cache(config)
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
