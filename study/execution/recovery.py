@@ -70,8 +70,10 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
     data = session.images(request.val_seed)
     file = engine.files.state(row.number)
     n_done = epochs_in_state(file, request.config, data.classes, data.fingerprint)
-    if n_done is None and not was_killed and not row.epochs_done:
-        n_done = 0  # stopped by the user before there was anything to save
+    versions = {run.id: run.versions for run in runs}
+    is_repeatable = session.same_images and versions[row.run_id] == versions[session.run_id]
+    if n_done is None and not was_killed and (is_repeatable or not row.epochs_done):
+        n_done = 0  # nothing was saved, or the disk was full: the same epochs again
     if reruns > MOST_RERUNS or n_done is None or n_done > row.epochs_done:
         return None
     if was_killed:

@@ -64,6 +64,7 @@ class Session:
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
         resume: Command that continues the study.
+        same_images: Whether they are those of the study so far.
         because: Why the process left, for the record; set by whoever runs the trials.
     """
 
@@ -77,6 +78,7 @@ class Session:
     stop: threading.Event
     cache: ArrayCache | None
     resume: str
+    same_images: bool
     because: str = "error"
     _resplit: tuple[int, ImageData] | None = field(default=None, repr=False)
 
@@ -136,6 +138,7 @@ def open_session(
     settings, described = config.to_record(), _described(data)
     output = Path(record.usable_path(config.study.output)) / name
     settings["study"]["output"] = str(output.parent)
+    is_same = stored is None or stored.data["fingerprint"] == described["fingerprint"]
     if stored is None:
         study_id = record.create_study(name, settings, described, versions())
     else:
@@ -151,7 +154,7 @@ def open_session(
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
-            record, study_id, run_id, config, data, output, progress, stop, cache, resume
+            record, study_id, run_id, config, data, output, progress, stop, cache, resume, is_same
         )
         try:
             yield session
