@@ -225,13 +225,15 @@ def test_the_lines_of_the_readme_give_the_recorded_predictions(
     [snippet] = re.findall("```python\n(.*?load_checkpoint.*?)```", readme, re.DOTALL)
     list(fit(replace(TINY, epochs=2), data, checkpoint_dir=tmp_path))
     with np.load(tmp_path / PREDICTIONS_FILE) as saved:
-        recorded = saved["probability"]
-    for path, label, expected in zip(data.val.paths, data.val.labels, recorded, strict=True):
+        paths, recorded = saved["paths"].tolist(), saved["probabilities"]
+        assert saved["predicted"].tolist() == recorded.argmax(1).tolist()
+    assert (tuple(paths), recorded.dtype) == (data.val.paths, "float32")
+    for path, expected in zip(paths, recorded, strict=True):
         image = Path(data.source.removeprefix("folder:"), path)
         names: dict[str, Any] = {}
         own = snippet.replace("frostline-runs/photos/trial-0007", str(tmp_path))
         exec(own.replace("new.jpg", str(image)), names)
-        assert float(names["probabilities"][0, label]) == pytest.approx(expected, abs=1e-5)
+        assert names["probabilities"][0].numpy() == pytest.approx(expected, abs=1e-5)
 
 
 def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: Path) -> None:
