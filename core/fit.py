@@ -146,7 +146,7 @@ def _save(
             versions=library_versions(),
         )
         save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
-        write_predictions(folder, best.evaluation)
+        write_predictions(folder, best.evaluation, data.val.paths)
 
 
 def _epoch_metrics(

@@ -70,7 +70,8 @@ class TrialFiles:
             labels, predicted = saved["labels"], saved["predicted"]
             record.add_predictions(row.id, "val", labels.tolist(), predicted.tolist())
             if self._keep_best and all(row.rank < other.rank for other in self._kept):
-                self._record_worst(row.id, labels, predicted, saved["probability"])
+                probability = saved["probabilities"][np.arange(len(labels)), labels]
+                self._record_worst(row.id, labels, predicted, probability)
         return None if self._keep_best == 0 else weights_hash(folder)
 
     def keep(self, row: Trial) -> None:
