@@ -1,5 +1,6 @@
 """The files of trials: which checkpoints are kept, and what they say of the validation images."""
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.config import TrainConfig
 from core.models.weights import WeightsError
 from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card
 from study.execution.session import Session
@@ -115,12 +115,10 @@ class TrialFiles:
 
 def _is_own(folder: Path, row: Trial) -> bool:
     """Return whether a folder can only be a trial's: another database may share the output."""
-    if not (folder / CARD_FILE).is_file():  # cut short before it was complete
-        return True
     try:
-        return read_card(folder).config == TrainConfig(**row.config)
-    except WeightsError:
-        return False
+        return dataclasses.asdict(read_card(folder).config) == row.config
+    except WeightsError:  # cut short before it had a card, or not ours
+        return not (folder / CARD_FILE).exists()
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:

@@ -72,9 +72,7 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
     versions = {run.id: run.versions for run in runs}
     is_repeatable = session.same_images and versions[row.run_id] == versions[session.run_id]
     if n_done is None and not was_killed and (is_repeatable or not row.epochs_done):
-        n_done = (
-            0  # stopped before anything was saved, or the disk was full: the same epochs again
-        )
+        n_done = 0  # stopped before anything was saved, or by a full disk: the same epochs again
     if reruns > MOST_RERUNS or n_done is None or n_done > row.epochs_done:
         return None
     if was_killed:
