@@ -1,5 +1,6 @@
 """The files of trials: which checkpoints are kept, and what they say of the validation images."""
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.config import TrainConfig
 from core.models.weights import WeightsError
 from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card, weights_hash
 from study.execution.session import Session
@@ -124,7 +124,7 @@ def is_checkpoint_of(folder: Path, row: Trial) -> bool:
     try:
         if row.weights_hash:
             return weights_hash(folder) == row.weights_hash
-        return read_card(folder).config == TrainConfig(**row.config)
+        return dataclasses.asdict(read_card(folder).config) == row.config
     except WeightsError:
         return False
 
