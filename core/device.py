@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -126,26 +125,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what no tensor uses any more; outside of `except`, whose traceback holds some."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def in_parts(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Return `forward` of inputs, (N, ...), in halves as often as memory runs out.
-
-    Raises:
-        torch.OutOfMemoryError: Even one input does not fit.
-    """
+    """Return `forward` of inputs, (N, ...), in halves as often as memory runs out."""
     try:
         return forward(inputs)
-    except torch.OutOfMemoryError as err:
+    except torch.OutOfMemoryError:
         if len(inputs) == 1:
-            text = f"even one image at a time does not fit ({err})"
-            raise torch.OutOfMemoryError(text) from err
-    free_memory(inputs.device)
+            raise
+    # Not inside `except`: what the failed pass holds is free only now.
     return torch.cat([in_parts(forward, part) for part in inputs.chunk(2)])
 
 

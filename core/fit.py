@@ -147,7 +147,7 @@ def _save(
             versions=library_versions(),
         )
         save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
-        write_predictions(folder, best.evaluation)
+        write_predictions(folder, best.evaluation, data.val.paths)
 
 
 def _epoch_metrics(
@@ -161,11 +161,11 @@ def _epoch_metrics(
     at = trainer.position
     if not evaluation.loss < float("inf"):  # NaN, too
         raise TrainingDiverged(
-            f"the validation loss is no longer finite at epoch {at.epoch}; lower base_lr."
+            f"the validation loss is no longer finite at epoch {at.epoch + 1}; lower base_lr."
         )
     score = reference.score(evaluation, config.monitor)
     return EpochMetrics(
-        epoch=at.epoch,
+        epoch=at.epoch + 1,
         train_loss=float(trainer.loss_sum) / at.n_images,
         val_loss=evaluation.loss,
         val_acc=evaluation.acc,

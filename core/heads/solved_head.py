@@ -93,7 +93,7 @@ def fit_solved(
     everything, evaluation = _out_of_fold(solved, data)
     spent = time.perf_counter() - begin
     metrics = EpochMetrics(
-        epoch=0,
+        epoch=1,
         train_loss=fitted.loss,
         val_loss=evaluation.loss,
         val_acc=evaluation.acc,

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from core.config import TrainConfig
 from core.data.draws import batch_positions
-from core.device import amp_dtype, free_memory, in_parts, synchronize
+from core.device import amp_dtype, in_parts, synchronize
 from core.metrics import Evaluation, IntArray, TrainingDiverged
 from core.models.builder import Network
 from core.models.partition import Trainable, whole
@@ -136,7 +136,7 @@ class Trainer:
     def _check_finite(self) -> None:
         if not torch.isfinite(self.loss_sum):
             raise TrainingDiverged(
-                f"the training loss is no longer finite at epoch {self.position.epoch}, step "
+                f"the training loss is no longer finite at epoch {self.position.epoch + 1}, step "
                 f"{self.position.total_steps} (base_lr={self._config.base_lr:g}, "
                 f"head_lr_mult={self._config.head_lr_mult:g}); lower base_lr, or set clip_norm."
             )
@@ -151,7 +151,6 @@ class Trainer:
                 break
             except torch.OutOfMemoryError as err:
                 self._halve(len(labels), err)
-            free_memory(self._device)
         if self._config.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             trained = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -159,10 +158,8 @@ class Trainer:
         try:
             self._scaler.step(self._optimizer)
         except torch.OutOfMemoryError as err:  # some weights are updated: no second try
-            raise torch.OutOfMemoryError(
-                "the optimizer's memory does not fit beside the network; freeze more layers "
-                f"(freeze_depth), or take optimizer = sgd ({err})"
-            ) from err
+            text = "the optimizer's state does not fit; set optimizer = sgd, or raise freeze_depth"
+            raise torch.OutOfMemoryError(f"{text} ({err})") from err
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         if self._ema is not None:
@@ -172,10 +169,10 @@ class Trainer:
     def _halve(self, n: int, err: torch.OutOfMemoryError) -> None:
         """Take half as many images at a time from now on, where that leaves enough of a batch."""
         half = (min(self.micro_batch_size, n) + 1) // 2
-        if half == self.micro_batch_size or not _is_enough(self._module, n, half):
-            raise torch.OutOfMemoryError(
-                f"even {self.micro_batch_size} of {n} images at a time do not fit ({err})"
-            ) from err
+        # A later batch may be smaller: of three images, parts of two would leave one over.
+        if half == self.micro_batch_size or not _is_enough(self._module, 3, half):
+            text = f"even {self.micro_batch_size} of {n} images at a time do not fit ({err})"
+            raise torch.OutOfMemoryError(text) from err
         self._optimizer.zero_grad(set_to_none=True)
         self.micro_batch_size = half
 

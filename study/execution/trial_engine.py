@@ -80,7 +80,7 @@ def reported_step(config: TrainConfig, metrics: EpochMetrics) -> int:
     A solved head is at its end at once: it counts as a run of all epochs, so that no network is
     compared with it after its first one.
     """
-    return config.epochs if config.is_solved else metrics.epoch + 1
+    return config.epochs if config.is_solved else metrics.epoch
 
 
 def is_settled(row: Trial) -> bool:
@@ -140,8 +140,8 @@ class TrialEngine:
         try:
             with contextlib.closing(self._epochs(request, row, known, begin, trial)) as epochs:
                 for metrics in epochs:
-                    if on_epoch(metrics) and metrics.epoch + 1 < request.config.n_epochs:
-                        state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
+                    if on_epoch(metrics) and metrics.epoch < request.config.n_epochs:
+                        state, reason = "pruned", f"pruned after epoch {metrics.epoch}"
                         break
         except Interrupted:
             state, reason = "stopped", "interrupted"
@@ -242,7 +242,7 @@ class TrialEngine:
         )
         with contextlib.closing(run):
             for metrics in run:
-                if metrics.epoch < len(known):
+                if metrics.epoch <= len(known):
                     continue
                 self._record.add_epoch(row, metrics, time.perf_counter() - begin)
                 trial.report(metrics.val_acc, reported_step(request.config, metrics))
@@ -252,7 +252,7 @@ class TrialEngine:
     def _end(self, row: Trial, state: str, begin: float) -> TrialEnded:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
-            row.checkpoint = self.files.record(row)
+            row.weights_hash = self.files.record(row)
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)

@@ -26,6 +26,7 @@ from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
+_DROPPED = "Dropped are the settings of trial"
 _OUTSIDE = "they lie outside the space, which has changed since"
 _ORIGIN, _QUEUED, _RECIPE = "origin", "queued", "recipe"
 # A sampler that proposes so many settings in a row that were tried will hardly propose another.
@@ -150,18 +151,15 @@ class _Search:
             if origin in queued:
                 continue
             if reruns > MOST_RERUNS:
-                self._note_dropped(trial.number, f"they ended the process {reruns} times")
+                self._note(f"{_DROPPED} {trial.number}: they ended the process {reruns} times.")
             elif not fits(self.config.space, params):
-                self._note_dropped(trial.number, _OUTSIDE)
+                self._note(f"{_DROPPED} {trial.number}: {_OUTSIDE}.")
             else:
                 is_recipe = trial.user_attrs.get(_RECIPE, False)
                 self._enqueue(params, origin, is_recipe=is_recipe, reruns=reruns)
-                self.session.progress.emit(
-                    Note(f"The settings of trial {trial.number} run again.")
-                )
+                self._note(f"The settings of trial {trial.number} run again.")
 
-    def _note_dropped(self, number: int, reason: str) -> None:
-        text = f"The settings of trial {number} are not run: {reason}."
+    def _note(self, text: str) -> None:
         self.session.progress.emit(Note(text))
 
     def _enqueue(
@@ -239,7 +237,7 @@ class _Search:
         while waiting and not fits(self.config.space, waiting[0].user_attrs[_QUEUED]):
             dropped = self.study.ask().number  # the first that waits, without drawing anything
             self.record.tell(self.study_id, dropped, "failed")
-            self._note_dropped(waiting.pop(0).number, _OUTSIDE)
+            self._note(f"{_DROPPED} {waiting.pop(0).number}: {_OUTSIDE}.")
         number = waiting[0].number if waiting else len(trials)
         sampler = self.config.search.sampler
         if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:

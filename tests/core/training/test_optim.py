@@ -47,7 +47,6 @@ def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
 @pytest.mark.parametrize(
     ("backbone", "size", "spared"),
     [
-        ("resnet18", 32, ()),
         ("convnext_tiny", 32, ("features.1.0.layer_scale",)),  # (C, 1, 1)
         ("vit_b_32", 32, ("class_token", "encoder.pos_embedding")),
         ("swin_t", 32, ("features.1.0.attn.relative_position_bias_table",)),
@@ -55,7 +54,6 @@ def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
         ("timm:test_convnext", 32, ("stages.0.blocks.0.gamma",)),
         ("timm:test_vit", 160, ("cls_token", "pos_embed")),
         ("timm:fastvit_t8", 32, ("stages.0.blocks.0.token_mixer.layer_scale.gamma",)),
-        ("timm:swinv2_cr_tiny_ns_224", 224, ("stages.0.blocks.0.attn.logit_scale",)),
         ("timm:swinv2_tiny_window8_256", 256, ("layers.0.blocks.0.attn.cpb_mlp.0.weight",)),
         ("timm:resmlp_12_224", 224, ("blocks.0.norm1.alpha", "blocks.0.ls1")),
         ("timm:levit_128s", 224, ("stages.0.blocks.0.attn.attention_biases",)),

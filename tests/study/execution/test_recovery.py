@@ -172,7 +172,7 @@ def test_settings_that_a_changed_space_lacks_are_dropped_and_named(
     (row,) = rows_of(home)
     assert (row.origin, 0.2 <= row.params["base_lr"] <= 0.5) == ("sampler", True)
     notes = [event.text for event in listener.events if isinstance(event, Note)]
-    assert any("trial 0 are not run: they lie outside the space" in text for text in notes)
+    assert any("Dropped are the settings of trial 0: they lie outside" in text for text in notes)
 
 
 def test_settings_that_kill_the_process_run_three_more_times_at_most(

@@ -56,10 +56,10 @@ def _trial(store: Record, study: int, run: int, number: int) -> Trial:
 
 def _epochs(store: Record, row: Trial, *values: float) -> None:
     """Enter epochs, in both tables."""
-    for epoch, value in enumerate(values):
-        is_best = value > max(values[:epoch], default=-1)
-        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), epoch + 1.0)
-        store.take_up_trial(row.study_id, row.number).report(value, epoch + 1)
+    for epoch, value in enumerate(values, start=1):
+        is_best = value > max(values[: epoch - 1], default=-1)
+        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), float(epoch))
+        store.take_up_trial(row.study_id, row.number).report(value, epoch)
 
 
 def _end(store: Record, row: Trial, state: str, value: float | None) -> None:
@@ -81,11 +81,11 @@ def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> No
     assert (running.seed, running.backbone, running.freeze_depth) == (3, "resnet18", 2)
     store.end_trial(trial, "complete")
     row = store.trial(study, 0)
-    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 0)
+    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 1)
     assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
     assert row.ended_at is not None
     assert row.ended_at >= row.started_at
-    assert store.epochs(trial.id) == [_epoch(0, 0.8), _epoch(1, 0.5, is_best=False)]
+    assert store.epochs(trial.id) == [_epoch(1, 0.8), _epoch(2, 0.5, is_best=False)]
     assert store.study("photos").data == DATA
 
 
@@ -100,7 +100,7 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     assert trials["params_base_lr"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert trials["params_backbone"].tolist() == ["resnet18"] * 3
     assert epochs["number"].tolist() == [0, 1, 1, 2, 2, 2]
-    assert epochs["epoch"].tolist() == [0, 0, 1, 0, 1, 2]
+    assert epochs["epoch"].tolist() == [1, 1, 2, 1, 2, 3]
     assert epochs["val_acc"].tolist() == [0.5] * 6
 
 
@@ -343,3 +343,40 @@ def test_journal_mode_suits_the_file_system(
     mounts += [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: mounts)
     assert _journal(tmp_path / "s.db") == settings
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_paths_begin_in_the_databases_folder_wherever_one_stands_or_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def paths(storage: str) -> list[str]:
+        with Record(storage if kind == "path" else f"sqlite:///{storage}") as store:
+            row = store.study("photos")
+            data = row.config["data"]
+            places = [str(row.output), data["source"].removeprefix("folder:"), data["root"]]
+            places.append(str(store.trial(row.id, 0).checkpoint))
+            return [os.path.relpath(place, tmp_path) for place in places]
+
+    project, outside = tmp_path / "proj", str(tmp_path.parent / "sets")
+    (project / "sub").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    data = {"source": "folder:images", "root": outside}
+    config = {"study": {"output": "runs", "storage": "pg://a:b@c"}, "data": data}
+    with Record("s.db", create=True) as store:
+        study = store.create_study("photos", config, DATA, {})
+        run = store.begin_run(study, command="c", device="cpu", versions={})
+        row = _trial(store, study, run, 0)
+        row.weights_hash = "abc"
+        _end(store, row, "complete", 0.5)
+        assert store.trials(study)[0].checkpoint == "runs/photos/trial-0000"
+    expected = ["proj/runs/photos", "proj/images", "../sets", "proj/runs/photos/trial-0000"]
+    assert paths("s.db") == expected
+    for where, storage in (("sub", "../s.db"), ("..", "proj/s.db")):
+        monkeypatch.chdir(project / where)
+        assert paths(storage) == expected
+        with Record(storage) as store:  # as `resume` does
+            found = store.study("photos")
+            store.update_study(found, found.config, DATA)
+    project.rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert paths("new/s.db") == [place.replace("proj", "new") for place in expected]

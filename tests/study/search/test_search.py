@@ -65,7 +65,7 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
         (summary,) = store.studies()
     for row in trials:
         assert row.best_epoch is not None
-        best = epochs[row.number][row.best_epoch]
+        best = epochs[row.number][row.best_epoch - 1]
         assert best.score == max(epoch.score or 0.0 for epoch in epochs[row.number]) == row.score
         assert (row.value, best.is_best) == (best.val_acc, True)
         assert monitor == "val_loss" or row.score == row.value
@@ -110,7 +110,7 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done:
     for row, trial, own in zip(rows, trials, epochs, strict=True):
         assert (trial.number, trial.params) == (row.number, row.params)
         assert trial.state.name == names[row.state]
-        assert trial.intermediate_values == {m.epoch + 1: m.val_acc for m in own}
+        assert trial.intermediate_values == {m.epoch: m.val_acc for m in own}
     storage = optuna.storages.RDBStorage(f"sqlite:///{done}/s.db")
     answer: list[str] = []
     environ: dict[str, Any] = {"PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0"}
