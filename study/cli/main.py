@@ -63,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # 3.3 to 7 times slower with spinning, no clear difference on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if argv is None else argv)
-    line = shlex.join(["python", "-m", "study", *given])
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong := [text for text in given if re.search("[\0\ud800-\udfff]", text)]:
             return _refuse(f"arguments must be UTF-8 without NUL, but got {ascii(wrong[0])}.")
         os.getcwd()  # the folder that we stand in may have been removed
-        with cli.make_context("python -m study", given, obj=line) as context:
+        with cli.make_context("python -m study", given, obj=given) as context:
             status: int | None = cli.invoke(context)
         sys.stdout.flush()
         return status or 0
@@ -119,7 +118,11 @@ def _given(name: str) -> Any:
 
 
 def _command_line() -> str:
-    return str(click.get_current_context().find_root().obj)
+    """Return the command line, for the record: without passwords."""
+    from study.config.formatting import hide_password
+
+    given = click.get_current_context().find_root().obj
+    return shlex.join(["python", "-m", "study", *map(hide_password, given)])
 
 
 def _flags() -> dict[str, Any]:
@@ -158,10 +161,6 @@ def _no_best(name: str, command: str) -> click.ClickException:
     return click.ClickException(
         f"study {name} is an ablation, of which no run is the best. Use: python -m study {command}"
     )
-
-
-def _output(store: "Record", name: str) -> Path:
-    return Path(store.study(name).config["study"]["output"]) / name
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -250,10 +249,12 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 def _search(config: "StudyConfig") -> int:
     from study.config.formatting import hide_password
     from study.execution.progress import Note
+    from study.record.database import database_folder
     from study.search.search import run_search
 
     with _progress() as progress:
-        folder = Path(config.study.output) / config.study.name
+        beside = database_folder(config.study.storage) or Path()
+        folder = beside / config.study.output / config.study.name
         storage = hide_password(config.study.storage)
         progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
         outcome = run_search(
@@ -445,8 +446,10 @@ def delete(study: str, yes: bool, **_: Any) -> None:
         if not yes and not click.confirm(question):
             print("Nothing deleted.")
             return
-        folders = delete_study(store, study, command=_command_line())
-    print(f"Deleted study {study}: {n_trials} trials, {len(folders)} checkpoints.")
+        gone, left = delete_study(store, study, command=_command_line())
+    print(f"Deleted study {study}: {n_trials} trials, {len(gone)} checkpoints.")
+    if left:
+        print("Not this study's, so they stay:", *left, sep="\n  ")
 
 
 @cli.command()
@@ -461,7 +464,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
     from study.search.final_test import test_trials
 
     with _open() as store, _progress() as progress:
-        is_ablation, folder = _is_ablation(store, study), _output(store, study)
+        is_ablation, folder = _is_ablation(store, study), store.study(study).output
         line = _command_line()
         if levels:
             from study.cli.ablation import test_levels
@@ -495,7 +498,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 def report(study: str, out: Path | None, beside: Sequence[str], **_: Any) -> None:
     """Write the report: a page, CSV, plots."""
     with _open() as store:
-        folder = _output(store, study)
+        folder = store.study(study).output
         if beside or _is_ablation(store, study):
             from reports.ablation_report import write_ablation
 

@@ -84,7 +84,11 @@ def make_table(
 
 
 def _cell(value: object) -> Text:
-    return value if isinstance(value, Text) else Text("-" if value is None else str(value))
+    return (
+        value
+        if isinstance(value, Text)
+        else Text("-" if value is None else hide_password(str(value)))
+    )
 
 
 def _facts(pairs: Iterable[tuple[str, object]]) -> Table:
@@ -128,7 +132,7 @@ def study_view(
             ("study", study.name),
             ("images", f"{data['source']}: {images}, {len(data['classes'])} classes"),
             ("created", f"{str(study.created_at)[:19]} UTC"),
-            ("output", Path(study.config["study"]["output"]) / study.name),
+            ("output", study.output),
         ]
     )
     parts: list[RenderableType] = [facts]

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.config import fields_of
 from study.config.errors import ConfigError
+from study.config.formatting import hide_password
 from study.config.study_config import SECTIONS, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
@@ -61,7 +62,7 @@ def demo_text() -> str:
 
 
 def config_text(config: StudyConfig, *, with_help: bool = False) -> str:
-    """Write a configuration as TOML that `load_config` reads back to the same.
+    """Write a configuration as TOML that `load_config` reads back to the same, but a password.
 
     With help it says what each key means, as the study.toml of `python -m study init` does.
     """
@@ -94,6 +95,8 @@ def _section(name: str, config: StudyConfig, with_help: bool) -> Iterator[str]:
             yield ""
             yield from _comment(field.description or "")
         value = getattr(values, key)
+        if key == "storage":
+            value = hide_password(value)
         if name == "train" and key in config.space:
             yield f"# {key} is searched: see [space]."
         elif value is None:

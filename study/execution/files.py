@@ -11,9 +11,9 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.models.weights import WeightsError
-from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card
+from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card, weights_hash
 from study.execution.session import Session
-from study.record.models import Misclassified, Trial
+from study.record.models import Misclassified, Trial, trial_folder
 
 # The worst images that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
@@ -35,11 +35,11 @@ class TrialFiles:
 
     def checkpoint(self, number: int) -> Path:
         """Return the folder of a trial's checkpoint."""
-        return self._session.output / f"trial-{number:04d}"
+        return self._session.output / trial_folder(number)
 
     def state(self, number: int) -> Path:
         """Return the file of a trial's training state."""
-        return self._session.output / "state" / f"trial-{number:04d}.pt"
+        return self._session.output / "state" / f"{trial_folder(number)}.pt"
 
     def load(self, rows: Iterable[Trial], continued: Sequence[int]) -> None:
         """Take over the checkpoints of earlier processes, and the states of continued trials.
@@ -47,18 +47,20 @@ class TrialFiles:
         What other trials left, as a killed one does, is removed.
         """
         others = [row for row in rows if row.number not in continued]
-        self._kept = [row for row in others if row.checkpoint]
+        self._kept = [row for row in others if row.weights_hash]
         self._drop()
         for row in others:
-            if not row.checkpoint and _is_own(self.checkpoint(row.number), row):
-                shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
+            folder = self.checkpoint(row.number)
+            is_cut_short = not (folder / CARD_FILE).is_file()  # it is written last
+            if not row.weights_hash and (is_cut_short or is_checkpoint_of(folder, row)):
+                shutil.rmtree(folder, ignore_errors=True)
         wanted = {self.state(number) for number in continued}
         for file in self._session.output.glob("state/*"):
             if file not in wanted:
                 file.unlink(missing_ok=True)
 
     def record(self, row: Trial) -> str | None:
-        """Record what a complete trial predicts; return its checkpoint's folder if it is kept.
+        """Record what a complete trial predicts; return its weights' hash if they are kept.
 
         Of a search's best trial so far, its worst images are recorded, too. It comes before the
         trial ends: what a kill prevents is then done again.
@@ -70,7 +72,7 @@ class TrialFiles:
             if self._keep_best and all(row.rank < other.rank for other in self._kept):
                 probability = saved["probabilities"][np.arange(len(labels)), labels]
                 self._record_worst(row.id, labels, predicted, probability)
-        return None if self._keep_best == 0 else str(folder)
+        return None if self._keep_best == 0 else weights_hash(folder)
 
     def keep(self, row: Trial) -> None:
         """Keep a recorded trial's checkpoint while it is among the best."""
@@ -84,7 +86,7 @@ class TrialFiles:
         while len(self._kept) > self._keep_best:
             row = self._kept.pop()
             if self._keep_best:
-                row.checkpoint = None
+                row.weights_hash = None
                 self._session.record.save(row)
             shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
 
@@ -114,11 +116,14 @@ class TrialFiles:
         self._session.record.add_misclassified(trial_id, rows)
 
 
-def _is_own(folder: Path, row: Trial) -> bool:
-    """Return whether a folder can only be a trial's: another database may share the output."""
-    if not (folder / CARD_FILE).is_file():  # cut short before it was complete
-        return True
+def is_checkpoint_of(folder: Path, row: Trial) -> bool:
+    """Return whether a folder holds a trial's weights; without their hash its card decides.
+
+    Another study may have written there, and a received database can name any folder.
+    """
     try:
+        if row.weights_hash:
+            return weights_hash(folder) == row.weights_hash
         return read_card(folder).config == TrainConfig(**row.config)
     except WeightsError:
         return False

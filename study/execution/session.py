@@ -64,6 +64,7 @@ class Session:
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
         resume: Command that continues the study.
+        same_images: Whether they are those of the study so far.
         because: Why the process left, for the record; set by whoever runs the trials.
     """
 
@@ -77,6 +78,7 @@ class Session:
     stop: threading.Event
     cache: ArrayCache | None
     resume: str
+    same_images: bool
     because: str = "error"
     _resplit: tuple[int, ImageData] | None = field(default=None, repr=False)
 
@@ -134,6 +136,9 @@ def open_session(
     data = load_images(config, progress)
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
+    output = Path(record.usable_path(config.study.output)) / name
+    settings["study"]["output"] = str(output.parent)
+    is_same = stored is None or stored.data["fingerprint"] == described["fingerprint"]
     if stored is None:
         study_id = record.create_study(name, settings, described, versions())
     else:
@@ -144,13 +149,12 @@ def open_session(
         study_id, command=command, device=device, versions=versions(), take_over=take_over
     )
     if stored is not None:  # only now: a process that was refused must not have changed it
-        stored.config, stored.data = settings, described
-        record.save(stored)
-    output, cache = Path(config.study.output) / name, _cache(config)
+        record.update_study(stored, settings, described)
+    cache = _cache(config)
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
-            record, study_id, run_id, config, data, output, progress, stop, cache, resume
+            record, study_id, run_id, config, data, output, progress, stop, cache, resume, is_same
         )
         try:
             yield session

@@ -252,7 +252,7 @@ class TrialEngine:
     def _end(self, row: Trial, state: str, begin: float) -> TrialEnded:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
-            row.checkpoint = self.files.record(row)
+            row.weights_hash = self.files.record(row)
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)

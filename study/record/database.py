@@ -146,6 +146,18 @@ def check_dead(run: Run, take_over: bool) -> None:
         )
 
 
+def database_folder(storage: str) -> Path | None:
+    """Return the folder in which relative paths of a database's studies begin: its own.
+
+    It is empty for the one where one stands; None for a server, which lies in none.
+    """
+    url = _database_url(storage)
+    if url.get_backend_name() != "sqlite":
+        return None
+    folder = Path(os.path.abspath(url.database or "")).parent
+    return Path() if folder == Path.cwd() else folder
+
+
 def _database_url(storage: str) -> URL:
     try:
         if "://" in storage:

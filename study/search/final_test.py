@@ -9,7 +9,7 @@ from core.data.splits import ImageData, Split
 from core.device import amp_dtype, choose_device
 from core.metrics import Evaluation
 from core.training.batches import Normalizer, eval_batches
-from core.training.checkpoint import load_checkpoint
+from core.training.checkpoint import load_checkpoint, weights_hash
 from core.training.trainer import evaluate
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
@@ -60,12 +60,18 @@ def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, com
 
 
 def _with_checkpoint(study: Study, trial: Trial) -> Trial:
-    if trial.checkpoint is None or not Path(trial.checkpoint).is_dir():
+    """Refuse a trial whose checkpoint was not kept, is gone, or is another one's by now."""
+    rule = f"trial {trial.number} of study {study.name} must have its checkpoint, but "
+    if trial.checkpoint is None:
         raise ConfigError(
-            f"trial {trial.number} of study {study.name} must have its checkpoint, but "
-            f"{trial.checkpoint or 'none'} was kept ({trial.state}). Choose a trial that has one "
+            f"{rule}none was kept ({trial.state}). Choose a trial that has one "
             f"(python -m study show {study.name}), or keep more of them: study.keep_checkpoints, "
             "or ablation.keep_checkpoints for an ablation."
+        )
+    if weights_hash(Path(trial.checkpoint)) != trial.weights_hash:
+        raise ConfigError(
+            f"{rule}{trial.checkpoint} holds other weights than it trained: another run wrote "
+            "there, or they were changed. Bring its own back, or train it again."
         )
     return trial
 

@@ -42,7 +42,7 @@ def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial])
     section = StudySection(name="ants", trials=30)
     view = views.summary_view(SearchOutcome("timeout", trials, 20, 65.0), section)
     text = text_of(view)
-    for part in ("study.timeout", "4 of 30 trials, 2 complete", "trial-1/model.safetensors"):
+    for part in ("study.timeout", "4 of 30 trials, 2 complete", "trial-0001/model.safetensors"):
         assert part in text
     assert "Selected from 3 trials on 20 validation images" in text
     rows = [line.split() for line in text.splitlines()]

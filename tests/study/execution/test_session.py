@@ -15,7 +15,7 @@ from core.models.weights import WeightsError
 from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.search_space import distributions
-from study.config.study_config import StudyConfig
+from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import Note
 from study.execution.session import (
     corner_configs,
@@ -69,7 +69,8 @@ def test_a_session_enters_the_study_and_signs_off_with_its_reason(
         session.because = "trials"
     study = record.study("photos")
     assert record.runs(study.id)[0].outcome == "trials"
-    assert StudyConfig.from_record(study.config) == config
+    assert not config_diff(StudyConfig.from_record(study.config), config)
+    assert study.output == home / "runs" / "photos"
     assert (study.data["n_train"], study.data["n_val"], study.data["n_test"]) == (12, 4, 4)
     assert study.data["classes"] == ["blue", "red"]
 

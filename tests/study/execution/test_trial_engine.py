@@ -180,7 +180,9 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
     assert main(["resume", "photos", "--storage", storage, "--json", "--take-over"]) == 0
     with Record(storage) as record:
         rows = record.trials(record.study("photos").id)
-    assert [row.state for row in rows if row.reason != "killed"] == ["complete"]
+    if place:  # the record could not say why the process left
+        rows = [row for row in rows if row.reason != "killed"]
+    assert [row.state for row in rows] == ["complete"]
 
 
 def _fill(file: Path) -> None:

@@ -343,3 +343,40 @@ def test_journal_mode_suits_the_file_system(
     mounts += [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: mounts)
     assert _journal(tmp_path / "s.db") == settings
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_paths_begin_in_the_databases_folder_wherever_one_stands_or_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def paths(storage: str) -> list[str]:
+        with Record(storage if kind == "path" else f"sqlite:///{storage}") as store:
+            row = store.study("photos")
+            data = row.config["data"]
+            places = [str(row.output), data["source"].removeprefix("folder:"), data["root"]]
+            places.append(str(store.trial(row.id, 0).checkpoint))
+            return [os.path.relpath(place, tmp_path) for place in places]
+
+    project, outside = tmp_path / "proj", str(tmp_path.parent / "sets")
+    (project / "sub").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    data = {"source": "folder:images", "root": outside}
+    config = {"study": {"output": "runs", "storage": "pg://a:b@c"}, "data": data}
+    with Record("s.db", create=True) as store:
+        study = store.create_study("photos", config, DATA, {})
+        run = store.begin_run(study, command="c", device="cpu", versions={})
+        row = _trial(store, study, run, 0)
+        row.weights_hash = "abc"
+        _end(store, row, "complete", 0.5)
+        assert store.trials(study)[0].checkpoint == "runs/photos/trial-0000"
+    expected = ["proj/runs/photos", "proj/images", "../sets", "proj/runs/photos/trial-0000"]
+    assert paths("s.db") == expected
+    for where, storage in (("sub", "../s.db"), ("..", "proj/s.db")):
+        monkeypatch.chdir(project / where)
+        assert paths(storage) == expected
+        with Record(storage) as store:  # as `resume` does
+            found = store.study("photos")
+            store.update_study(found, found.config, DATA)
+    project.rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert paths("new/s.db") == [place.replace("proj", "new") for place in expected]
