@@ -62,7 +62,7 @@ class Bare:
         self.built, self.config = built, config
         freeze(built.model, built.stages, config.freeze_depth)
         self.model = built.model.to(self.device)
-        groups = parameter_groups(self.model, built.head, config)
+        groups = parameter_groups(self.model, built, config)
         self.optimizer = make_optimizer(groups, config, self.device)
         dtype = amp_dtype(config.amp, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)

@@ -76,9 +76,9 @@ def policy_seeds(draws: FloatArray) -> IntArray:
 
 
 def batch_positions(order: IntArray, batch_size: int) -> list[IntArray]:
-    """Cut an epoch's order into batches; a last of one, on which batch norm cannot train, is out.
+    """Cut an epoch's order into batches; a remainder of one, too few for batch norm, is left out.
 
     The order changes with every epoch, and so does the image left out.
     """
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 < batch_size else batches

@@ -15,8 +15,8 @@ from core.config import Preprocessing, TrainConfig
 from core.data.draws import IntArray, crop_boxes, flips, view_draws
 from core.data.splits import Split
 
-# Share of the device's free memory that images may take; the rest is the network's. Assumption.
-_MEMORY_SHARE = 0.3
+# Share of the device's memory that images may take; the rest is the network's. Assumption.
+_MEMORY_SHARE = 0.25
 # Images that go to the device at once: 64 MB at 256 px. Assumption.
 _UPLOAD = 256
 # Pixels of boxes, padded to the largest, that are worked on at once: about 1 GB. Assumption.
@@ -24,12 +24,16 @@ _MOST_PIXELS = 1 << 25
 
 
 def fits_device(split: Split, augment: str, device: torch.device) -> bool:
-    """Say whether a split's images fit the device and its augmentation can be done there."""
+    """Say whether a split's images fit the device and its augmentation can be done there.
+
+    By all of its memory, not by what is free just now: a run that is repeated or continued beside
+    another process must not get other views.
+    """
     if augment != "standard" or device.type != "cuda":
         return False
-    free, _ = torch.cuda.mem_get_info(device)
+    _, total = torch.cuda.mem_get_info(device)
     n_pixels = split.store.sizes[split.indices].prod(axis=1).sum()
-    return int(3 * n_pixels) <= _MEMORY_SHARE * free
+    return int(3 * n_pixels) <= _MEMORY_SHARE * total
 
 
 class DeviceViews:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,15 +118,15 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     return network.model.eval(), card
 
 
-def write_predictions(folder: Path, evaluation: Evaluation) -> None:
-    """Keep the best epoch's validation predictions beside the weights."""
+def write_predictions(folder: Path, evaluation: Evaluation, paths: Sequence[str]) -> None:
+    """Keep the best epoch's validation predictions beside the weights, one row an image."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = np.arange(len(evaluation.labels))
     np.savez_compressed(
         folder / PREDICTIONS_FILE,
+        paths=np.array(paths, dtype=np.str_),
         labels=evaluation.labels,
         predicted=evaluation.predicted,
-        probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),
+        probabilities=np.exp(evaluation.log_probs),  # (N, K), float32
     )
 
 

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_STORAGE = "studies.db"
 """The database where no other is named; the configuration's default is the same."""
-_INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
+_BY_SIGNAL = 128  # a shell reports this plus the signal's number
 _PACKAGES = ("core", "study", "reports")
 _CONFIG_KEYS = {
     "data": "data.source",
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.exit_code
     except (KeyboardInterrupt, click.Abort):
         print("Interrupted.", file=sys.stderr)
-        return _INTERRUPTED
+        return _BY_SIGNAL + signal.SIGINT
     except BrokenPipeError:
         # The reader of the pipe (`| head`) has what it wanted; nothing is to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -265,7 +266,7 @@ def _search(config: "StudyConfig") -> int:
         )
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":
-        return _INTERRUPTED
+        return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
 
 
@@ -353,7 +354,7 @@ def ablate(
             take_over=given["take_over"],
             as_json=given["as_json"],
         )
-    return _INTERRUPTED if because == "interrupted" else 0
+    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
 
 
 @cli.command()
@@ -388,7 +389,7 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
             print(f"{grid.note}\n")
     none = "" if found.n_pruned else "No trial of this study was pruned; nothing to audit."
     print(*filter(None, (found.early.why_empty, none, *found.findings)), sep="\n")
-    return _INTERRUPTED if because == "interrupted" else 0
+    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
 
 
 # The record.

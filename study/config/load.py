@@ -20,9 +20,7 @@ _FLAGS = {"data.source": "--data", "ablation.factors": "--factor"}
 """Flags that are not called as the key that they set."""
 # Tables within tables, of which [space] and [ablation.factors] need four. Assumption.
 _DEEPEST = 8
-# Linux's longest path.
-_LONGEST_TEXT = 4096
-_FIRST_TOO_LARGE = 2**63
+_LONGEST_TEXT, _FIRST_TOO_LARGE = 4096, 2**63  # Linux's longest path; a database's integers
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _Origin = tuple[int, str]
 """Where a key was given: its layer, counted from the defaults at 0, and that layer's name."""
@@ -196,9 +194,8 @@ def _unusable(value: object, depth: int) -> str | None:
     if depth > _DEEPEST:
         return f"must be nested at most {_DEEPEST} deep, but is deeper."
     if isinstance(value, str) and (_CONTROL.search(value) or len(value) > _LONGEST_TEXT):
-        shown = f"{ascii(value[:50])} of {len(value)} characters"
-        rule = f"must be at most {_LONGEST_TEXT} characters of text, none a control character"
-        return f"{rule}, but got {shown}."
+        rule = f"must be at most {_LONGEST_TEXT} characters, none of them a control character"
+        return f"{rule}, but got {ascii(value[:50])} of {len(value)}."
     if isinstance(value, int) and not -_FIRST_TOO_LARGE < value < _FIRST_TOO_LARGE:
         return "must be a number of at most 64 bits (below 9.2e18), but is larger."
     inner: Iterable[object] = ()

@@ -125,7 +125,7 @@ class Trial(Base, kw_only=True):
         config_hash: Equal for equal settings and seed.
         ended_at: None while it runs.
         duration_s: Wall time.
-        best_epoch: Epoch with the highest score, from 0.
+        best_epoch: Epoch with the highest score, from 1.
         score: That epoch's score, as in `EpochMetrics`; trials are ranked by it.
         without_effect: Settings that did nothing in this trial.
         weights_hash: SHA-256 of the best epoch's weights file, while its checkpoint is kept.

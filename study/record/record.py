@@ -270,7 +270,7 @@ class Record(AbstractContextManager["Record"]):
         """
         values = {name: getattr(metrics, name) for name in EPOCH_FIELDS}
         values |= {"trial_id": trial.id, "seconds_since_start": seconds_since_start}
-        trial.epochs_done = metrics.epoch + 1
+        trial.epochs_done = metrics.epoch
         if metrics.is_best:
             trial.best_epoch, trial.score = metrics.epoch, metrics.ranked_by
             trial.value = metrics.val_acc
@@ -433,12 +433,9 @@ def _join(row: Trial, trial: FrozenTrial | None) -> None:
         return
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
-        value = trial.intermediate_values.get(row.best_epoch + 1)
-    row.state, row.params, row.value = (
-        _STATE_NAMES.get(trial.state, "interrupted"),
-        params_of(trial),
-        value,
-    )
+        value = trial.intermediate_values.get(row.best_epoch)
+    row.params, row.value = params_of(trial), value
+    row.state = _STATE_NAMES.get(trial.state, "interrupted")
 
 
 def _pack(numbers: Sequence[int]) -> bytes:

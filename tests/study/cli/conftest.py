@@ -87,7 +87,7 @@ def recorded(here: Path) -> Path:
             store.begin_trial(row)
             if value is not None:
                 figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
-                store.add_epoch(row, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
+                store.add_epoch(row, EpochMetrics(1, 0.5, 0.4, *figures), 1.0)
                 trial.report(value, 1)
             row.reason, row.duration_s = reason, 2.0
             if number == 1:

@@ -32,7 +32,7 @@ def text_of(view: RenderableType) -> str:
 
 def test_a_trial_shows_what_the_cache_saved(trials: list[Trial]) -> None:
     figures = (0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
-    epoch = EpochMetrics(0, 0.5, 0.4, 0.5, 0.5, 0.5, *figures)
+    epoch = EpochMetrics(1, 0.5, 0.4, 0.5, 0.5, 0.5, *figures)
     reader = dataclasses.replace(epoch, saved_s=1.5, cache_hits=2)
     maker = dataclasses.replace(epoch, cache_misses=1)
     assert "1.5 s (2 of 3 arrays" in text_of(views.trial_view(trials[0], [reader, maker]))

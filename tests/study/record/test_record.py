@@ -59,10 +59,10 @@ def _trial(store: Record, study: int, run: int, number: int) -> Trial:
 
 def _epochs(store: Record, row: Trial, *values: float) -> None:
     """Enter epochs, in both tables."""
-    for epoch, value in enumerate(values):
-        is_best = value > max(values[:epoch], default=-1)
-        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), epoch + 1.0)
-        store.take_up_trial(row.study_id, row.number).report(value, epoch + 1)
+    for epoch, value in enumerate(values, start=1):
+        is_best = value > max(values[: epoch - 1], default=-1)
+        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), float(epoch))
+        store.take_up_trial(row.study_id, row.number).report(value, epoch)
 
 
 def _end(store: Record, row: Trial, state: str, value: float | None) -> None:
@@ -84,11 +84,11 @@ def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> No
     assert (running.seed, running.backbone, running.freeze_depth) == (3, "resnet18", 2)
     store.end_trial(trial, "complete")
     row = store.trial(study, 0)
-    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 0)
+    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 1)
     assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
     assert row.ended_at is not None
     assert row.ended_at >= row.started_at
-    assert store.epochs(trial.id) == [_epoch(0, 0.8), _epoch(1, 0.5, is_best=False)]
+    assert store.epochs(trial.id) == [_epoch(1, 0.8), _epoch(2, 0.5, is_best=False)]
     assert store.study("photos").data == DATA
 
 
@@ -103,7 +103,7 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     assert trials["params_base_lr"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert trials["params_backbone"].tolist() == ["resnet18"] * 3
     assert epochs["number"].tolist() == [0, 1, 1, 2, 2, 2]
-    assert epochs["epoch"].tolist() == [0, 0, 1, 0, 1, 2]
+    assert epochs["epoch"].tolist() == [1, 1, 2, 1, 2, 3]
     assert epochs["val_acc"].tolist() == [0.5] * 6
 
 
