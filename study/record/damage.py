@@ -53,7 +53,7 @@ def failure(err: BaseException) -> str | None:
     # What follows in the same transaction only says that it was broken off.
     while not hasattr(cause, "orig") and cause.__context__ is not None:
         cause = cause.__context__
-    text = " ".join(str(getattr(cause, "orig", cause)).split()).rstrip(".")
+    text = " ".join(str(getattr(cause, "orig", cause)).split()).rstrip(".?")
     if is_full(cause):
         return f"cannot be written: {text}. Free space on its disk."
     if any(words in text for words in _DAMAGED):

@@ -331,6 +331,7 @@ def test_the_record_keeps_no_password(here: Path, photos: list[str]) -> None:
     words = ["--storage", DEFAULT_STORAGE, "--name", "ants", "--trials", "1", "--quiet"]
     sets = ["--set", f"study.storage='{SECRET_URLS[2]}'"]  # which --storage overrides
     assert main(["run", *photos, *sets, *words]) == 0
+    assert SECRET not in str(load_config(flags={"study.storage": SECRET_URLS[0]}).to_record())
     files = [path for path in here.rglob("*") if path.is_file()]
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 

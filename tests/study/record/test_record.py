@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
+from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics
 from study.config.study_config import StudyConfig
@@ -25,7 +26,7 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import Base, Counts, Misclassified, Test, Trial
+from study.record.models import Base, Counts, Misclassified, Study, Test, Trial
 from study.record.record import Record, config_hash
 from support import distributions_of
 
@@ -317,6 +318,8 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
             study, run = _study(store)
             _end(store, _trial(store, study, run, 0), "complete", 0.5)
         path.chmod(0o444)
+        log = folder / "s.db-wal"
+        log.touch()
         folder.chmod(mode)
         with _without_power():
             with Record(str(path)) as store:
@@ -327,6 +330,12 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
             if mode == 0o555:
                 with pytest.raises(RecordError, match="cannot be used: unable to open database"):
                     Record(str(folder / "new.db"), create=True)
+        folder.chmod(0o755)
+        log.write_bytes(b"pages")
+        folder.chmod(mode)
+        refused = pytest.raises(RecordError, match="only together with its log, s.db-wal")
+        with _without_power(), refused if mode == 0o555 else contextlib.nullcontext():
+            Record(str(path)).close()
         folder.chmod(0o755)
 
 
@@ -381,6 +390,18 @@ def test_a_damaged_database_is_told_where_it_is_damaged(
     with pytest.raises(RecordError, match=message), Record(str(tmp_path / "s.db")) as again:
         (row,) = again.trials(again.study("photos").id)
         assert row.number >= 0
+
+
+def test_of_errors_in_a_transaction_the_first_is_told(store: Record) -> None:
+    _study(store)
+    again = Study(name="photos", config={}, data={}, versions={})
+    told = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
+    with told, store, Session(store.engine) as session:
+        session.add(again)
+        try:
+            session.flush()
+        finally:
+            session.scalars(sqlalchemy.select(Study)).all()
 
 
 def test_an_error_that_is_not_the_databases_stays_as_it_is(tmp_path: Path) -> None:
