@@ -434,8 +434,8 @@ def _join(row: Trial, trial: FrozenTrial | None) -> None:
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
         value = trial.intermediate_values.get(row.best_epoch)
-    row.params, row.value = params_of(trial), value
     row.state = _STATE_NAMES.get(trial.state, "interrupted")
+    row.params, row.value = params_of(trial), value
 
 
 def _pack(numbers: Sequence[int]) -> bytes:

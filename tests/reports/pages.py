@@ -1,9 +1,13 @@
-"""Reads a page as a browser would."""
+"""Reads a page as a browser would, and compares what it says with what it said before."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+RECORDED = Path(__file__).parent / "recorded"
 VOID = {"meta", "br", "img", "source", "link", "hr"}
+READ = {"li", "p", "strong", "small"}
+UNREAD = {"kind", "note", "sub", "commands"}  # what repeats, and what depends on the day
 
 
 class Page(HTMLParser):
@@ -15,6 +19,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.sources: list[str] = []
         self.items: list[str] = []
+        self.is_said = False
         self.tables: list[list[list[str]]] = []
         self.text = ""
         self.source = path.read_text(encoding="utf-8")
@@ -26,8 +31,9 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "li":
-            self.items.append("")
+        if tag in READ:
+            self.is_said = dict(attrs).get("class") not in UNREAD
+            self.items += [""] * self.is_said
         elif tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -46,11 +52,16 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text += data
-        if "li" in self.open:
+        if READ & set(self.open) and self.is_said:
             self.items[-1] += data
         if {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
 
-    def finding(self, head: str) -> str:
-        """Return the rest of the finding that begins so; empty where there is none."""
-        return next((i[len(head) :].strip() for i in self.items if i.startswith(head)), "")
+    def says_as_recorded(self, name: str) -> None:
+        """Compare cards and sentences with a file; where it was deleted, it is recorded anew."""
+        said = [re.sub(r"\d{4}-\d\d-\d\d", "today", " ".join(i.split())) for i in self.items]
+        file = RECORDED / f"{name}.txt"
+        if not file.exists():
+            file.write_text("\n".join(said) + "\n", encoding="utf-8")
+            raise AssertionError(f"{file.name} is recorded anew: read it, and commit it.")
+        assert said == file.read_text(encoding="utf-8").splitlines()
