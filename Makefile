@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types format clean
+.PHONY: run test lint types format gpu gpu-kit clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m study run
@@ -23,6 +23,13 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Tests and benchmark of a GPU (docs/gpu.md), with the machine's own Python where there is no .venv.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
+
+gpu-kit: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu_kit.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """Frostline from Python: the public names, each where it is defined."""
 
 from core.config import DataConfig, TrainConfig
+from core.data.decode import eval_view
 from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.metrics import EpochMetrics
@@ -14,6 +15,7 @@ __all__ = [
     "ImageData",
     "StudyConfig",
     "TrainConfig",
+    "eval_view",
     "fit",
     "load_checkpoint",
     "load_config",

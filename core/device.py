@@ -5,11 +5,13 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.config import Amp
 
@@ -82,7 +84,8 @@ def amp_dtype(amp: Amp, device: torch.device) -> torch.dtype | None:
         return None
     if amp == "fp16":
         return torch.float16
-    if amp == "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported():
+    # An older GPU only emulates bf16, slowly.
+    if amp == "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported(False):
         return torch.bfloat16
     return torch.float16
 
@@ -98,7 +101,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
     before = (cudnn.deterministic, cudnn.benchmark)
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        # The backward passes of the other attention kernels add up in any order; PyTorch has
+        # them deterministic only where every other operation must be, too.
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
 
@@ -117,6 +123,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def in_parts(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Return `forward` of inputs, (N, ...), in halves as often as memory runs out."""
+    try:
+        return forward(inputs)
+    except torch.OutOfMemoryError:
+        if len(inputs) == 1:
+            raise
+    # Not inside `except`: what the failed pass holds is free only now.
+    return torch.cat([in_parts(forward, part) for part in inputs.chunk(2)])
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
@@ -22,7 +23,7 @@ from core.training.activations import Activations, evaluation_features, kept_par
 from core.training.batches import Views
 from core.training.checkpoint import Card, save_checkpoint, write_predictions
 from core.training.resume import Best, TrainingState
-from core.training.trainer import Trainer
+from core.training.trainer import Trainer, check_batches
 
 _TAG_DROPOUT = 101
 # Kernels of these are named well enough to keep arrays for other runs.
@@ -69,30 +70,30 @@ def fit(
         if should_stop():
             raise Interrupted
 
-    if config.batch_size > len(data.train):
-        raise ValueError(
-            f"batch_size must be <= the number of training images, {len(data.train)}, but got "
-            f"batch_size={config.batch_size!r}. Set it smaller."
-        )
     device = choose_device(config.device)
     if cache is None or device.type not in _SHARING_DEVICES:
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
     network = build(config, data.classes)
+    check_batches(config, network, len(data.train))
     network.model.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if config.is_solved:
-        metrics, evaluation = fit_solved(network, config, data, cache, pulse)
+        with deterministic(device):
+            metrics, evaluation = fit_solved(network, config, data, cache, pulse)
         yield metrics
         _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
         return
     if config.head_init == "solved":
-        features, _ = evaluation_features(network, config, data, cache, pulse)
-        solve_layer(network, config, data, features)
+        with deterministic(device):
+            features, _ = evaluation_features(network, config, data, cache, pulse)
+            solve_layer(network, config, data, features)
     freeze(network.model, network.stages, config.freeze_depth)
     views = Views(config, network.preprocessing, data, device)
     part = kept_partition(network, config, device)
     batches = Activations(config, network, part, views, data, cache, pulse) if part else views
     trained = part.suffix if part else whole(network, config)
-    trainer = Trainer(config, trained, network.head, batches, device)
+    trainer = Trainer(config, trained, network, batches, device)
     state = TrainingState(state_file, config, data, trainer)
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:
@@ -137,7 +138,7 @@ def _save(
         card = Card(
             backbone=config.backbone,
             classes=data.classes,
-            preprocessing=network.preprocessing,
+            preprocessing=replace(network.preprocessing, grey_range=data.views.grey_range),
             config=config,
             metrics=best.metrics,
             weights=network.weights,
@@ -145,7 +146,7 @@ def _save(
             versions=library_versions(),
         )
         save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
-        write_predictions(folder, best.evaluation)
+        write_predictions(folder, best.evaluation, data.val.paths)
 
 
 def _epoch_metrics(
@@ -155,11 +156,11 @@ def _epoch_metrics(
     at = trainer.position
     if not evaluation.loss < float("inf"):  # NaN, too
         raise TrainingDiverged(
-            f"the validation loss is no longer finite at epoch {at.epoch}; lower base_lr."
+            f"the validation loss is no longer finite at epoch {at.epoch + 1}; lower base_lr."
         )
     score = evaluation.score(config.monitor)
     return EpochMetrics(
-        epoch=at.epoch,
+        epoch=at.epoch + 1,
         train_loss=float(trainer.loss_sum) / at.n_images,
         val_loss=evaluation.loss,
         val_acc=evaluation.acc,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.data.splits import Split
+from core.data.draws import IntArray
+from core.data.image_store import ImageStore
 from core.device import kernels_of
 from core.models.builder import Network
 from core.models.sources import library_versions
@@ -46,12 +47,12 @@ def key_text(part: object) -> str:
     raise TypeError(f"a key must hold numbers and texts, but got a {type(part).__name__}.")
 
 
-def images_key(split: Split) -> str:
-    """Name a split's images as they were decoded, in their order."""
+def images_key(store: ImageStore, which: IntArray) -> str:
+    """Name some images of a store as they were decoded, in this order."""
     found = hashlib.sha256()
-    for part in (split.store.checksums, split.store.sizes):
-        found.update(np.ascontiguousarray(part[split.indices]).data)
-    return f"{len(split)} {found.hexdigest()}"
+    for part in (store.checksums, store.sizes):
+        found.update(np.ascontiguousarray(part[which]).data)
+    return f"{len(which)} {found.hexdigest()}"
 
 
 def prefix_key(

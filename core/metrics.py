@@ -16,7 +16,7 @@ class EpochMetrics:
     """The figures of one epoch, taken after it; fractions are in [0, 1], times in seconds.
 
     Attributes:
-        epoch: Counted from 0.
+        epoch: Counted from 1.
         train_loss: Mean cross-entropy over the training views as they were seen, nats.
         val_loss: Mean cross-entropy on the validation split, nats, without label smoothing.
         val_acc: Share of validation images classified correctly.

@@ -119,5 +119,5 @@ def _contents(
         "sections": sections,
         "across": across,
         "commands": [hide_password(a.design.command) for a in ablations],
-        "config": hide_password(config),
+        "config": config,
     }

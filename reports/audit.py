@@ -101,7 +101,7 @@ def rank_grid(audit: Audit) -> Grid:
         for rho in (found.at_epoch, found.best_so_far):
             ends = f" [{number_words(rho.low)}, {number_words(rho.high)}]" if rho else ""
             cells.append(f"{number_words(rho.estimate)}{ends}" if rho else "–")
-        rows.append((str(found.epoch + 1), *cells, str(found.n), str(found.n_stopped)))
+        rows.append((str(found.epoch), *cells, str(found.n), str(found.n_stopped)))
     note = (
         "Spearman’s rank correlation, with its 95 % interval, of what trials are ranked by. "
         + (audit.early.caveat or "")

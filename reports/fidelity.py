@@ -22,7 +22,7 @@ class EpochRank:
     """What one epoch says about the final accuracy.
 
     Attributes:
-        epoch: From 0.
+        epoch: From 1.
         at_epoch: Spearman's correlation of what trials are ranked by after this epoch with what
             they are in the end, in [-1, 1], and its 95 % interval; None where it has none, all
             trials being equal.

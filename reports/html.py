@@ -17,7 +17,6 @@ from reports.record import SearchRecord, read_record
 from reports.summary import summarise
 from reports.templating import render_template
 from reports.words import moment
-from study.config.formatting import hide_password
 from study.record.record import Record
 
 
@@ -97,7 +96,7 @@ def _contents(
         "space": tables.space_table(record.dims),
         "runs": tables.runs_table(record),
         "warnings": [str(warning) for warning in record.study.data.get("warnings", [])],
-        "config": hide_password(_json(record.study.config)),
+        "config": _json(record.study.config),
         "best_config": _json(record.best.config) if record.best else "",
         "written": moment(datetime.now(UTC)),
     }

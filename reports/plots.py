@@ -97,10 +97,10 @@ def plot_curves(frame: pd.DataFrame, ax: Axes) -> Axes:
         part = frame[(frame["state"] == state) & ~frame["is_best"]]
         for _, curve in part.groupby("number"):
             dot = "." if len(curve) == 1 else ""
-            ax.plot(curve["epoch"] + 1, curve["val_acc"], marker=dot, **look)
+            ax.plot(curve["epoch"], curve["val_acc"], marker=dot, **look)
             if state in ends:
                 ax.plot(
-                    curve["epoch"].iloc[-1] + 1, curve["val_acc"].iloc[-1],
+                    curve["epoch"].iloc[-1], curve["val_acc"].iloc[-1],
                     ends[state], color=look["color"], ms=4, alpha=0.9,
                 )  # fmt: skip
         if len(part):
@@ -120,7 +120,7 @@ def plot_curves(frame: pd.DataFrame, ax: Axes) -> Axes:
     best = frame[frame["is_best"]]
     if len(best):
         dot = "o" if len(best) == 1 else ""
-        ax.plot(best["epoch"] + 1, best["val_acc"], color=GREEN, lw=2.2, marker=dot)
+        ax.plot(best["epoch"], best["val_acc"], color=GREEN, lw=2.2, marker=dot)
         label = f"best (trial {best['number'].iloc[0]})"
         entries.insert(0, Line2D([], [], color=GREEN, lw=2.2, label=label))
     ax.set_xlabel("Epochs trained")
@@ -244,7 +244,7 @@ def plot_early_rank(result: EarlyRank, ax: Axes) -> Axes:
         known = _known(result.epochs, name)
         if not known:
             continue
-        x = [epoch.epoch + 1 for epoch, _ in known]
+        x = [epoch.epoch for epoch, _ in known]
         low, mid, high = np.array([(i.low, i.estimate, i.high) for _, i in known]).T
         ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         ax.plot(x, mid, color=color, marker=marker, ms=3.5, ls=line)
@@ -253,7 +253,7 @@ def plot_early_rank(result: EarlyRank, ax: Axes) -> Axes:
     # From 0, or from below where an interval goes there; from 0.5 where nothing lies under it.
     foot = 0.5 if min(lows) > 0.55 else min(0.0, *lows)
     ax.set_ylim(foot - 0.05, 1.03)
-    stops = [epoch.epoch + 1 for epoch in result.epochs if epoch.n_stopped]
+    stops = [epoch.epoch for epoch in result.epochs if epoch.n_stopped]
     if stops:
         ax.plot(
             stops, np.full(len(stops), 0.025), "x", color=INK, ms=5, clip_on=False,

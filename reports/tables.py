@@ -98,7 +98,7 @@ def best_table(record: SearchRecord) -> Table:
     pairs += [
         ("found by", trial.origin),
         ("chosen by", trial.chosen_by),
-        ("best epoch", "–" if trial.best_epoch is None else f"{trial.best_epoch + 1}"),
+        ("best epoch", "–" if trial.best_epoch is None else str(trial.best_epoch)),
         ("epochs trained", count(trial.epochs_done)),
         ("duration", duration(trial.duration_s)),
         ("parameters trained", _share(trial.trained_parameters, trial.total_parameters)),
@@ -197,7 +197,7 @@ def epochs_table(record: SearchRecord) -> Table:
     for row in epochs.to_dict("records"):
         rows.append(
             (
-                str(row["epoch"] + 1),
+                str(row["epoch"]),
                 percent(row["val_acc"]),
                 percent(row["val_balanced_acc"]),
                 percent(row["val_macro_f1"]),

@@ -12,7 +12,8 @@ from PIL import Image
 
 from core.metrics import MEASURED, EpochMetrics
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 def shared_data(name: str) -> Path:
@@ -21,6 +22,12 @@ def shared_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the photo set {name} is not beside the project (shared/data)")
     return folder
+
+
+def some_photos() -> Path:
+    """Return a few photos: those that benchmarks/gpu_kit.py took along, else a shared set."""
+    taken = ROOT / "gpu-kit" / "data" / "hotdog"
+    return taken if taken.is_dir() else shared_data("hotdog")
 
 
 def shared_weights(name: str) -> Path:

@@ -1,93 +1,181 @@
-"""Image files of any mode, decoded into upright RGB of bounded size."""
+"""Image files of any mode, decoded into upright RGB: reduced, or as an evaluation view."""
 
 import contextlib
 import io
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from core.config import MAX_ASPECT, GreyRange, Preprocessing
 
 UInt8Array = NDArray[np.uint8]
 Raw = Path | bytes | Image.Image
 
-# One 16-bit step is 257 8-bit-scaled units: 65535 = 255 * 257.
-_16_TO_8 = 257
+Image.init()
+_RASTER = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF")
+FORMATS = tuple(kind for kind in _RASTER if kind in Image.OPEN)
+"""What Pillow may take a file for: others, such as EPS, start programs or read other files."""
+# Pillow refuses images of twice as many pixels. They are the user's own files, so its limit of
+# 179 megapixels, meant for files of strangers, is too low.
+_MAX_PIXELS = 500_000_000
+# Larger images are decoded one at a time, since each takes up to 9 bytes a pixel. Assumption.
+_LARGE_PIXELS = 32_000_000
+_ONE_LARGE_IMAGE = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An evaluation view: what it takes from `Preprocessing`."""
+
+    image_size: int
+    resize_size: int
+    interpolation: str
+    is_squashed: bool = False
+
+    @classmethod
+    def of(cls, shown: Preprocessing) -> "View":
+        """Return the view that a network wants."""
+        return cls(shown.image_size, shown.resize_size, shown.interpolation, shown.is_squashed)
+
+
+Kind = int | View
+"""What is kept of an image: a view, or the image with its shorter side reduced to at most this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image.
+
+    Attributes:
+        pixels: (H, W, 3), one array per kind; one black pixel each where the grey values have yet
+            to be scaled.
+        grey: Of an image of 16 bits, 32 bits or floating point: its lowest and highest value, and
+            how many different levels are left of them in 8 bits; else None.
+    """
+
+    pixels: list[UInt8Array]
+    grey: tuple[float, float, int] | None
 
 
 @contextlib.contextmanager
 def strict_and_quiet() -> Iterator[None]:
-    """Let Pillow refuse files that are cut short, and keep its warnings to itself.
+    """Let Pillow refuse files that are cut short, read large ones, and keep warnings to itself.
 
     It warns of odd metadata and of very large images; both decode all the same. These are
     settings of the whole process: enter this around threads, not in each of them.
     """
-    allowed = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, _MAX_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = allowed
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
 
-def decode_rgb(source: Raw, bound: int) -> UInt8Array:
+def decode(source: Raw, kinds: Sequence[Kind], grey_range: GreyRange = None) -> Decoded:
     """Decode an image of any mode into upright RGB, in any thread inside `strict_and_quiet`.
 
-    Palettes are looked up, transparency is laid over white, CMYK is converted, 16 bits are scaled
-    to 8, and the EXIF orientation is applied.
+    Palettes are looked up, transparency is laid over white, CMYK is converted, the EXIF
+    orientation is applied, and an image longer than `MAX_ASPECT` loses its ends.
 
     Args:
         source: File, encoded bytes, or an opened image.
-        bound: Longest allowed shorter side, pixels; larger images are reduced, smaller kept.
-
-    Returns:
-        Pixels, (H, W, 3).
+        kinds: What to make of it.
+        grey_range: Values that become black and white in images of more than 8 bits.
 
     Raises:
         OSError: Not an image, or a damaged one.
     """
-    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-    image = opened if isinstance(opened, Image.Image) else Image.open(opened)
-    with image:
-        image.draft("RGB", (2 * bound, 2 * bound))  # JPEG only: decodes at 1/2, 1/4, 1/8
+    image = source if isinstance(source, Image.Image) else _opened(source)
+    is_large = image.width * image.height > _LARGE_PIXELS
+    with image, _ONE_LARGE_IMAGE if is_large else contextlib.nullcontext():
         image.load()
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
-        return np.array(_reduced(rgb, bound), dtype=np.uint8)
+        upright, grey = _to_8_bits(_within_aspect(_upright(image)), grey_range)
+        if grey is not None and grey_range is None:
+            return Decoded([np.zeros((1, 1, 3), np.uint8)] * len(kinds), grey)
+        return Decoded([_kept(upright, kind) for kind in kinds], grey)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def eval_view(source: Raw, shown: Preprocessing) -> UInt8Array:
+    """Decode an image into the evaluation view that a checkpoint's card describes, (S, S, 3).
+
+    Raises:
+        OSError: Not an image, or a damaged one.
+        ValueError: It has more than 8 bits, and no training image had.
+    """
+    with strict_and_quiet():
+        decoded = decode(source, [View.of(shown)], shown.grey_range)
+    if decoded.grey is not None and shown.grey_range is None:
+        raise ValueError("the image must have 8 bits, as those that the network was trained on.")
+    return decoded.pixels[0]
+
+
+def _opened(source: Path | bytes) -> Image.Image:
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as err:
+        raise OSError(f"its contents are none of {', '.join(FORMATS)}") from err
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # a damaged EXIF block raises nearly anything, and the pixels are whole
+        return image
+
+
+def _within_aspect(image: Image.Image) -> Image.Image:
+    """Cut the ends off an image that a resize of its shorter side would make enormous."""
+    longest = MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    size = [min(image.height, longest), min(image.width, longest)]
+    cropped: Image.Image = functional.center_crop(image, size)
+    return cropped
+
+
+def _to_8_bits(
+    image: Image.Image, grey_range: GreyRange
+) -> tuple[Image.Image, tuple[float, float, int] | None]:
+    """Convert to RGB, or to 8-bit grey where that is all there is, for a third of the memory."""
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        values = np.array(image, dtype=np.float32)
+        np.nan_to_num(values, copy=False, posinf=0, neginf=0)
+        own = float(values.min()), float(values.max())
+        low, high = grey_range or own
+        values -= low
+        values *= 255 / ((high - low) or 1.0)
+        scaled = Image.fromarray(np.clip(values.round(out=values), 0, 255).astype(np.uint8))
+        return scaled, (*own, sum(n > 0 for n in scaled.histogram()))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+        over_white = Image.new("RGB", layer.size, "white")
+        over_white.paste(layer, mask=layer)
+        return over_white, None
+    return image.convert("L" if image.mode in ("1", "L") else "RGB"), None
 
 
-def _to_8_bits(values: NDArray[Any]) -> UInt8Array:
-    """Scale grey values of 16 bits (or a float image in [0, 1] or [0, 255]) to 8 bits."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values)
-        top = float(values.max(initial=0.0))
-        scaled = values * 255 if top <= 1 else values / _16_TO_8 if top > 255 else values
-    else:
-        scaled = values / _16_TO_8
-    pixels: UInt8Array = np.clip(np.round(scaled), 0, 255).astype(np.uint8)
-    return pixels
-
-
-def _reduced(image: Image.Image, bound: int) -> Image.Image:
-    short = min(image.size)
-    if short <= bound:
-        return image
-    size = (
-        max(1, round(image.width * bound / short)),
-        max(1, round(image.height * bound / short)),
-    )
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+def _kept(image: Image.Image, kind: Kind) -> UInt8Array:
+    if isinstance(kind, View):
+        mode = InterpolationMode(kind.interpolation)
+        size = [kind.resize_size] * (2 if kind.is_squashed else 1)
+        resized = functional.resize(image, size, mode)
+        image = functional.center_crop(resized, [kind.image_size, kind.image_size])
+    elif (short := min(image.size)) > kind:
+        width, height = (max(1, round(side * kind / short)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return np.array(image.convert("RGB"), dtype=np.uint8)

@@ -75,27 +75,10 @@ def policy_seeds(draws: FloatArray) -> IntArray:
     return (draws[:, _POLICY] * 2**53).astype(np.int64)
 
 
-def eval_boxes(sizes: IntArray, image_size: int, resize_size: int) -> FloatArray:
-    """Return the region of each image that its evaluation view shows.
-
-    Args:
-        sizes: Heights and widths of the images, (B, 2).
-        image_size: Side of the view.
-        resize_size: Shorter side before the centre crop.
-
-    Returns:
-        Top, left, height, width in the image's own pixels, fractional, (B, 4).
-    """
-    resized = sizes * resize_size // sizes.min(axis=1, keepdims=True)
-    scale = sizes / resized
-    start = np.rint((resized - image_size) / 2)
-    return np.concatenate([start * scale, image_size * scale], axis=1)
-
-
 def batch_positions(order: IntArray, batch_size: int) -> list[IntArray]:
-    """Cut an epoch's order into batches; a last of one, on which batch norm cannot train, is out.
+    """Cut an epoch's order into batches; a remainder of one, too few for batch norm, is left out.
 
     The order changes with every epoch, and so does the image left out.
     """
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 < batch_size else batches

@@ -1,4 +1,4 @@
-"""The same views made on a GPU in batches, from images in its memory.
+"""The same random crops made on a GPU in batches, from images in its memory.
 
 A random resized crop with an antialiased filter is separable: each output row is a weighted sum of
 image rows, each output column of image columns. For a batch this is two batched matrix
@@ -12,88 +12,106 @@ import torch
 from torch import Tensor
 
 from core.config import Preprocessing, TrainConfig
-from core.data.draws import FloatArray, IntArray, crop_boxes, eval_boxes, flips, view_draws
+from core.data.draws import IntArray, crop_boxes, flips, view_draws
 from core.data.splits import Split
 
-# Share of the device's free memory that images may take; the rest is the network's. Assumption.
-_MEMORY_SHARE = 0.3
+# Share of the device's memory that images may take; the rest is the network's. Assumption.
+_MEMORY_SHARE = 0.25
+# Images that go to the device at once: 64 MB at 256 px. Assumption.
+_UPLOAD = 256
+# Pixels of boxes, padded to the largest, that are worked on at once: about 1 GB. Assumption.
+_MOST_PIXELS = 1 << 25
 
 
 def fits_device(split: Split, augment: str, device: torch.device) -> bool:
-    """Say whether a split's images fit the device and its augmentation can be done there."""
-    if augment not in ("none", "standard") or device.type != "cuda":
+    """Say whether a split's images fit the device and its augmentation can be done there.
+
+    By all of its memory, not by what is free just now: a run that is repeated or continued beside
+    another process must not get other views.
+    """
+    if augment != "standard" or device.type != "cuda":
         return False
-    free, _ = torch.cuda.mem_get_info(device)
-    height, width = split.store.sizes[split.indices].max(axis=0)  # images are padded to these
-    return int(len(split) * height * width * 3) <= _MEMORY_SHARE * free
+    _, total = torch.cuda.mem_get_info(device)
+    n_pixels = split.store.sizes[split.indices].prod(axis=1).sum()
+    return int(3 * n_pixels) <= _MEMORY_SHARE * total
 
 
 class DeviceViews:
-    """Training views, augmented by `none` or `standard`, of images in the device's memory."""
+    """Training views, augmented by `standard`, of images in the device's memory."""
 
     def __init__(
         self, split: Split, shown: Preprocessing, config: TrainConfig, device: torch.device
     ) -> None:
         self.shown, self.config, self.device = shown, config, device
         self.sizes: IntArray = split.store.sizes[split.indices]
-        height, width = (int(side) for side in self.sizes.max(axis=0))
-        shape = (len(split), 3, height, width)
-        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
-        for row, index in enumerate(split.indices.tolist()):
-            image = torch.from_numpy(np.array(split.store.image(index)))
-            h, w = self.sizes[row]
-            self.pixels[row, :, :h, :w] = image.permute(2, 0, 1).to(device)
+        ends = self.sizes.prod(axis=1).cumsum()
+        self.starts: IntArray = ends - self.sizes.prod(axis=1)
+        # Image after image without padding, since one large image must not enlarge all others.
+        self.pixels = torch.empty((int(ends[-1]), 3), dtype=torch.uint8, device=device)
+        for at in range(0, len(split), _UPLOAD):
+            which = split.indices[at : at + _UPLOAD].tolist()
+            images = np.concatenate([split.store.image(i).reshape(-1, 3) for i in which])
+            first = int(self.starts[at])
+            self.pixels[first : first + len(images)] = torch.from_numpy(images)
+        self._most_pixels = _MOST_PIXELS
 
     def epoch(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over views of an epoch at these positions, float in [0, 255], (B, 3, S, S)."""
-        boxes, mirrored = self._boxes(epoch)
-        # One copy an epoch; whole numbers of pixels and the fractions of a resize fit 32 bits.
-        table = np.concatenate([boxes, mirrored[:, None]], axis=1).astype(np.float32)
-        rows = torch.from_numpy(table).to(self.device)
+        order = np.concatenate([np.empty(0, np.int64), *batches])
+        draws = view_draws(len(self.sizes), self.config.seed, epoch)[order]
+        boxes = crop_boxes(draws, self.sizes[order], self.config.crop_scale)
+        mirrored = flips(draws, self.config.flip)
+        table = np.column_stack([boxes, mirrored, self.starts[order], self.sizes[order, 1]])
+        rows = torch.from_numpy(table).to(self.device)  # GPU sync, once per epoch
+        at = 0
         for positions in batches:
-            which = torch.from_numpy(positions).to(self.device)
-            part = rows[which]
-            yield self._views(which, part[:, :4], part[:, 4] > 0)
+            here = slice(at, at + len(positions))
+            at = here.stop
+            yield self._batch(rows[here], *boxes[here, 2:].max(axis=0).tolist())
 
-    def _boxes(self, epoch: int) -> tuple[FloatArray, FloatArray]:
-        n, config = len(self.sizes), self.config
-        if config.augment == "none":
-            boxes = eval_boxes(self.sizes, self.shown.image_size, self.shown.resize_size)
-            return boxes, np.zeros(n)
-        draws = view_draws(n, config.seed, epoch)
-        crops = crop_boxes(draws, self.sizes, config.crop_scale)
-        return crops.astype(np.float64), flips(draws, config.flip).astype(np.float64)
+    def _batch(self, rows: Tensor, height: int, width: int) -> Tensor:
+        """Make a batch's views in parts that memory has room for; boxes are at most so large."""
+        while True:
+            n = max(1, self._most_pixels // (height * width))
+            try:
+                # In float32 whatever the network computes in: bf16 would be 4 levels off.
+                with torch.autocast(self.device.type, enabled=False):
+                    parts = torch.split(rows, n)
+                    return torch.cat([self._views(part, height, width) for part in parts])
+            except torch.OutOfMemoryError:
+                if n == 1:
+                    raise
+                self._most_pixels = min(n, len(rows)) // 2 * height * width
+            torch.cuda.empty_cache()
 
-    def _views(self, which: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
-        """Cut boxes out of rows of the split, resize them, and flip them where `mirrored`."""
-        height, width = self.pixels.shape[2:]
-        is_crop = self.config.augment != "none"
-        rows = self._weights(boxes[:, 0], boxes[:, 2], height, is_crop)  # (B, S, H)
-        columns = self._weights(boxes[:, 1], boxes[:, 3], width, is_crop)  # (B, S, W)
-        columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-        images = self.pixels[which].to(rows.dtype)  # (B, 3, H, W)
+    def _views(self, rows: Tensor, height: int, width: int) -> Tensor:
+        """Cut boxes out of the images, resize them, and flip them where the row says so."""
+        top, left, box_height, box_width, mirrored, start, stride = rows[..., None, None].unbind(1)
+        down = torch.arange(height, device=self.device)[:, None]
+        across = torch.arange(width, device=self.device)
+        index = start + (top + down) * stride + (left + across)  # (B, H, W)
+        # Beyond a smaller box lie other pixels, whose weights are 0.
+        pixels = self.pixels[index.clamp_(max=len(self.pixels) - 1)]  # (B, H, W, 3)
+        images = pixels.permute(0, 3, 1, 2).flatten(1, 2).to(torch.float32)  # (B, 3 H, W)
+        columns = self._weights(box_width, width)  # (B, S, W)
+        columns = torch.where(mirrored > 0, columns.flip(1), columns)
         # Rounded between the passes as torchvision's uint8 kernel does: else bicubic, which
         # overshoots at edges, is up to 12 levels away from it.
-        across = images.flatten(1, 2) @ columns.transpose(1, 2)  # (B, 3 H, S)
-        across = _to_levels(across).view(len(which), 3, height, -1)
-        return _to_levels(rows[:, None] @ across)
+        resized = _to_levels(images @ columns.transpose(1, 2))  # (B, 3 H, S)
+        resized = resized.view(len(rows), 3, height, -1)
+        return _to_levels(self._weights(box_height, height)[:, None] @ resized)
 
-    def _weights(self, start: Tensor, length: Tensor, n: int, is_crop: bool) -> Tensor:
+    def _weights(self, length: Tensor, n: int) -> Tensor:
         """Build antialiased resampling weights, (B, S, n), each row summing to 1.
 
-        A crop reads nothing outside its box; the evaluation view resizes the whole image first,
-        so its filter may reach beyond.
+        Nothing outside the box, of `length` (B, 1, 1) of n pixels, is read.
         """
         size = self.shown.image_size
-        scale = (length / size)[:, None, None]  # (B, 1, 1), image pixels per view pixel
-        support = scale.clamp(min=1.0)
-        out = torch.arange(size, device=self.device, dtype=start.dtype)[None, :, None] + 0.5
-        centre = start[:, None, None] + out * scale  # (B, S, 1)
-        pixel = torch.arange(n, device=self.device, dtype=start.dtype)[None, None] + 0.5
-        weights = _filter((pixel - centre) / support, self.shown.interpolation)
-        if is_crop:
-            inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
-            weights = weights * inside
+        scale = length.to(torch.float32) / size  # image pixels per view pixel
+        centre = (torch.arange(size, device=self.device)[:, None] + 0.5) * scale  # (B, S, 1)
+        pixel = torch.arange(n, device=self.device) + 0.5
+        weights = _filter((pixel - centre) / scale.clamp(min=1.0), self.shown.interpolation)
+        weights = weights * (pixel < length)
         return weights / weights.sum(dim=2, keepdim=True)
 
 

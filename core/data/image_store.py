@@ -1,4 +1,4 @@
-"""Images decoded once: RGB of bounded size in one memory-mapped file, shared by all."""
+"""Images decoded once: for training and as evaluation views, in memory-mapped files, shared."""
 
 import contextlib
 import errno
@@ -17,15 +17,16 @@ import numpy as np
 from filelock import FileLock
 
 from core.cache import FULL_DISK, prune, size_bytes
-from core.data.decode import UInt8Array, decode_rgb, strict_and_quiet
+from core.config import GreyRange, Preprocessing
+from core.data.decode import Decoded, Kind, UInt8Array, View, decode, strict_and_quiet
 from core.data.draws import IntArray
 from core.data.sources import DataError, LabelledImage
 from core.device import usable_cores
 
 Progress = Callable[[int, int], None] | None  # takes how many of how many images are decoded
 
-# Stores made by another way of decoding are not used; raise it when decode_rgb changes its pixels.
-_DECODER = 1
+# Stores made by another way of decoding are not used; raise it when `decode` changes its pixels.
+_DECODER = 2
 _PIXELS, _INDEX = "pixels.bin", "index.json"
 # Checking every image's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
@@ -39,14 +40,15 @@ _IN_USE_S = 24 * 3600.0
 
 
 class ImageStore:
-    """Decoded images in one flat file, opened as a memory map.
+    """Decoded images of one kind in one flat file, opened as a memory map.
 
     Attributes:
-        folder: Where `build_store` put them.
+        folder: Where `build_stores` put them.
         sizes: Heights and widths, (N, 2).
         checksums: CRC-32 of each image's pixels, (N,).
         contents: SHA-256 of each image's undecoded contents, hexadecimal, in their order.
         broken: Why other contents cannot be decoded.
+        grey: By their contents, what `Decoded.grey` says of images of more than 8 bits.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,6 +58,7 @@ class ImageStore:
         self.checksums: IntArray = np.array(index["checksums"], dtype=np.int64)
         self.contents: list[str] = index["contents"]
         self.broken: dict[str, str] = index["broken"]
+        self.grey: dict[str, tuple[float, float, int]] = index["grey"]
         self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
         path = folder / _PIXELS
         if path.stat().st_size != self.size_bytes:
@@ -78,6 +81,11 @@ class ImageStore:
         height, width = self.sizes[i]
         return self._pixels[self._offsets[i] : self._offsets[i + 1]].reshape(height, width, 3)
 
+    def views(self, which: IntArray) -> UInt8Array:
+        """Copy images that all have one size, (B, H, W, 3)."""
+        height, width = self.sizes[0]
+        return self._pixels.reshape(-1, height, width, 3)[which]
+
     def mark_used(self) -> None:
         """Keep the store from being pruned for another day."""
         with contextlib.suppress(OSError):  # its folder may be read-only
@@ -87,44 +95,89 @@ class ImageStore:
         return ImageStore, (self.folder,)  # a worker opens its own map
 
 
-def build_store(
-    images: Sequence[LabelledImage], bound: int, cache: Path, progress: Progress = None
-) -> ImageStore:
-    """Open the store of these images, decoding them first where that was not done yet.
+def build_stores(
+    images: Sequence[LabelledImage],
+    kinds: Sequence[Kind],
+    cache: Path,
+    progress: Progress = None,
+    grey_range: GreyRange = None,
+) -> list[ImageStore]:
+    """Open the stores of these images, decoding them first where that was not done yet.
 
-    The store is keyed by contents and bound, so folders may move and files be renamed. One
-    process builds it while others wait; a damaged one is built again. Stores that were not used
-    for a day are pruned where all together take more than half of what they take and what is free.
+    A store is keyed by contents and kind, so folders may move and files be renamed. One process
+    builds it while others wait; a damaged one is built again. Stores that were not used for a day
+    are pruned where all together take more than half of what they take and what is free.
 
     Args:
         images: What to decode; equal contents are kept once.
-        bound: Longest allowed shorter side, pixels.
+        kinds: What to keep of them, different ones; all stores have the images in one order.
         cache: Folder of stores.
         progress: Called after each image.
+        grey_range: As `decode` takes it.
 
     Raises:
-        DataError: The disk is full or the cache folder cannot be written.
+        DataError: The disk is full, the cache folder cannot be written, or an image has changed.
     """
     unique = {image.content: image for image in images}
     ordered = [unique[content] for content in sorted(unique)]
-    digest = hashlib.sha256(f"{_DECODER} {bound} {' '.join(sorted(unique))}".encode()).hexdigest()
-    folder = cache / "images" / digest[:32]
-    store = _open_sound(folder, unique.keys())  # no lock first: the cache may be read-only
-    if store is not None:
-        return store
+    folders = {kind: _folder(kind, grey_range, ordered, cache) for kind in kinds}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            store = _open_sound(folder, unique.keys())  # another process may have built it
-            return store or _build(ordered, bound, folder, progress)
+        with contextlib.ExitStack() as locks:
+            # No lock first: the cache may be read-only.
+            stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
+            missing = sorted(folders[kind] for kind in kinds if stores[kind] is None)
+            for folder in missing:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(folder.with_suffix(".lock")))
+            if missing:  # another process may have built one
+                stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
+                lacking = {kind: folders[kind] for kind in kinds if stores[kind] is None}
+                _build(ordered, lacking, grey_range, progress)
+                stores |= {kind: ImageStore(folder) for kind, folder in lacking.items()}
     except OSError as err:
-        need = 4 * len(unique) * bound * bound / 1e6  # 3 bytes per pixel, a third longer than wide
+        bytes_each = (4 * k * k if isinstance(k, int) else 3 * k.image_size**2 for k in kinds)
+        need = len(unique) * sum(bytes_each) / 1e6  # images are a third longer than wide
         why = "the disk is full" if err.errno in FULL_DISK else str(err)
         raise DataError(
-            f"decoded images cannot be kept in {folder.parent}: {why}. About {need:,.1f} MB are "
-            "needed; free some disk, set data.cache_dir to another folder, or set "
+            f"decoded images cannot be kept in {cache / 'images'}: {why}. About {need:,.1f} MB "
+            "are needed; free some disk, set data.cache_dir to another folder, or set "
             "data.store_size lower."
         ) from err
+    return [store for store in stores.values() if store is not None]
+
+
+class EvalViews:
+    """The evaluation views of images, a store for each network's preprocessing.
+
+    Attributes:
+        grey_range: Of the training images, as `decode` takes it.
+    """
+
+    def __init__(
+        self, images: Sequence[LabelledImage], cache: Path, grey_range: GreyRange
+    ) -> None:
+        self.grey_range = grey_range
+        self._images, self._cache = images, cache
+        self._stores: dict[View, ImageStore] = {}
+
+    def store(self, shown: Preprocessing) -> ImageStore:
+        """Return the store of some views, made at the first call; it raises as `build_stores`."""
+        view = View.of(shown)
+        if view not in self._stores:
+            self.make([view])
+        return self._stores[view]
+
+    def make(self, kinds: Sequence[View], progress: Progress = None) -> None:
+        """Make some views at once, which decodes every image once."""
+        made = build_stores(self._images, kinds, self._cache, progress, self.grey_range)
+        self._stores |= dict(zip(kinds, made, strict=True))
+
+
+def _folder(
+    kind: Kind, grey_range: GreyRange, images: Sequence[LabelledImage], cache: Path
+) -> Path:
+    named = [str(_DECODER), repr(kind), repr(grey_range), *(image.content for image in images)]
+    return cache / "images" / hashlib.sha256(" ".join(named).encode()).hexdigest()[:32]
 
 
 def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
@@ -140,20 +193,25 @@ def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
 
 
 def _build(
-    images: list[LabelledImage], bound: int, folder: Path, progress: Progress
-) -> ImageStore:
-    """Decode images into a new store; where the disk is full, after pruning all that may go."""
+    images: list[LabelledImage],
+    folders: dict[Kind, Path],
+    grey_range: GreyRange,
+    progress: Progress,
+) -> None:
+    """Decode images into new stores; where the disk is full, after pruning all that may go."""
+    if not folders:
+        return
+    parent = next(iter(folders.values())).parent
     try:
-        _decode_all(images, bound, folder, progress)
+        _decode_all(images, folders, grey_range, progress)
     except OSError as err:
         if err.errno not in FULL_DISK:
             raise
-        prune(_stores(folder.parent), 0, unused_s=_IN_USE_S)
-        _decode_all(images, bound, folder, progress)
-    stores = _stores(folder.parent)
-    free = shutil.disk_usage(folder).free + sum(map(size_bytes, stores))
+        prune(_stores(parent), 0, unused_s=_IN_USE_S)
+        _decode_all(images, folders, grey_range, progress)
+    stores = _stores(parent)
+    free = shutil.disk_usage(parent).free + sum(map(size_bytes, stores))
     prune(stores, int(_SHARE_OF_DISK * free), unused_s=_IN_USE_S)
-    return ImageStore(folder)
 
 
 def _stores(folder: Path) -> list[Path]:
@@ -162,41 +220,62 @@ def _stores(folder: Path) -> list[Path]:
     return [path for path in named if path.is_dir() and not path.is_symlink()]
 
 
-def _decode_all(images: list[LabelledImage], bound: int, folder: Path, progress: Progress) -> None:
-    """Write a store; its index comes last, and without it there is no store."""
-    # Not written over: other processes may have the damaged pixels mapped.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    index: dict[str, Any] = {"contents": [], "sizes": [], "checksums": [], "broken": {}}
+def _decode_all(
+    images: list[LabelledImage],
+    folders: dict[Kind, Path],
+    grey_range: GreyRange,
+    progress: Progress,
+) -> None:
+    """Write stores; their indexes come last, and without one there is no store."""
+    for folder in folders.values():
+        # Not written over: other processes may have the damaged pixels mapped.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    common: dict[str, Any] = {"contents": [], "broken": {}, "grey": {}}
+    own: list[dict[str, Any]] = [{"sizes": [], "checksums": []} for _ in folders]
     try:
-        with open(folder / _PIXELS, "wb") as file:
-            for done, (image, result) in enumerate(_decoded(images, bound), start=1):
+        with contextlib.ExitStack() as opened:
+            files = [opened.enter_context(open(f / _PIXELS, "wb")) for f in folders.values()]
+            results = _decoded(images, list(folders), grey_range)
+            for done, (image, result) in enumerate(results, start=1):
                 if isinstance(result, str):
-                    index["broken"][image.content] = result
+                    common["broken"][image.content] = result
                 else:
-                    file.write(result.data)
-                    index["contents"].append(image.content)
-                    index["sizes"].append(result.shape[:2])
-                    index["checksums"].append(zlib.crc32(result.data))
+                    common["contents"].append(image.content)
+                    if result.grey is not None:
+                        common["grey"][image.content] = result.grey
+                    for file, index, pixels in zip(files, own, result.pixels, strict=True):
+                        file.write(pixels.data)
+                        index["sizes"].append(pixels.shape[:2])
+                        index["checksums"].append(zlib.crc32(pixels.data))
                 if progress is not None:
                     progress(done, len(images))
-            file.flush()
-            os.fsync(file.fileno())
-        (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for folder, index in zip(folders.values(), own, strict=True):
+            (folder / _INDEX).write_text(json.dumps(common | index), encoding="utf-8")
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _decoded(
-    images: list[LabelledImage], bound: int
-) -> Iterator[tuple[LabelledImage, UInt8Array | str]]:
+    images: list[LabelledImage], kinds: Sequence[Kind], grey_range: GreyRange
+) -> Iterator[tuple[LabelledImage, Decoded | str]]:
     """Decode in parallel (Pillow releases the GIL), in order, a window at a time."""
 
-    def decode(image: LabelledImage) -> UInt8Array | str:
+    def read(image: LabelledImage) -> Decoded | str:
         try:
-            return decode_rgb(image.read(), bound)
-        except MemoryError:
+            raw = image.read()
+            encoded = raw.read_bytes() if isinstance(raw, Path) else raw
+            if isinstance(encoded, bytes) and hashlib.sha256(encoded).hexdigest() != image.content:
+                raise DataError(
+                    f"image {image.path} must not change while it is used, but it has."
+                )
+            return decode(encoded, kinds, grey_range)
+        except (MemoryError, DataError):
             raise
         except Exception as err:  # a damaged file makes decoders raise nearly anything
             if isinstance(err, OSError) and err.errno in _MACHINE_ERRORS:
@@ -208,4 +287,4 @@ def _decoded(
     with strict_and_quiet(), ThreadPoolExecutor(cores) as pool:
         for at in range(0, len(images), window):
             part = images[at : at + window]
-            yield from zip(part, pool.map(decode, part), strict=True)
+            yield from zip(part, pool.map(read, part), strict=True)

@@ -4,8 +4,11 @@ import difflib
 import hashlib
 import inspect
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import textwrap
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +23,18 @@ from core.data.decode import Raw
 from core.device import usable_cores
 
 _DIGIT_SIDE = 64
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_WORDS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validate", "eval", "evaluation", "dev"),
+    "test": ("test", "testing", "tst"),
+}
+_SPLITS = {word: split for split, words in _WORDS.items() for word in words}
+# Folders that archivers and file servers add.
+_JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# Control characters, which terminals obey, those that reorder a line, and bytes that are no UTF-8.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Real path to where a folder was first met, and in which class.
+_Visited = dict[str, tuple[Path, Path | None]]
 _EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
     + (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
@@ -29,6 +43,9 @@ _EXTENSIONS = frozenset(
 
 class DataError(ValueError):
     """The images cannot be used as they are; the message says which and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shown(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +82,11 @@ class Found:
     warnings: list[str] = field(default_factory=list)
 
 
+def _shown(text: str) -> str:
+    """Write out what a terminal would obey and a file cannot hold, such as ESC."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def find_images(config: DataConfig) -> Found:
     """List a source's images.
 
@@ -81,8 +103,10 @@ def find_images(config: DataConfig) -> Found:
 
 def check_folder(root: Path) -> None:
     """Raise `DataError` where a data folder is missing, a file, or has no folders."""
+    if any("\ud800" <= c <= "\udfff" for c in str(root)):  # databases take UTF-8 only
+        raise DataError(f"data folder {root} must have a path in UTF-8, but has not. Rename it.")
     if not root.exists():
-        siblings = [p.name for p in _subfolders(root.parent)] if root.parent.is_dir() else []
+        siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         close = difflib.get_close_matches(root.name, siblings, n=1)
         near = f" Did you mean {root.parent / close[0]}?" if close else ""
         raise DataError(f"data folder {root} must exist, but it does not.{near}")
@@ -98,90 +122,210 @@ def check_folder(root: Path) -> None:
 def _find_in_folder(root: Path) -> Found:
     """List the images of a folder of classes, or of splits with classes inside."""
     check_folder(root)
-    inner = _subfolders(root)
-    named = {folder: _SPLITS.get(folder.name.lower()) for folder in inner}
-    splits = {folder: split for folder, split in named.items() if split}
-    if "train" not in splits.values():
-        if len(splits) == len(inner):
-            raise DataError(
-                f"data folder {root} must have a train folder beside "
-                f"{', '.join(folder.name for folder in splits)}, but it has none."
-            )
-        return _find_in_class_folders(root, {root: None}, [])
-    others = [folder.name for folder in inner if folder not in splits]
-    notes = [f"{root}: {', '.join(others)} lie beside train and are not read."] if others else []
+    notes: list[str] = []
+    splits = _find_splits(root, notes)
     _check_same_classes(splits)
-    return _find_in_class_folders(root, splits, notes)
+    for folder in dict.fromkeys((root, *splits)):
+        loose = sum(map(_is_image, _entries(folder)))
+        if loose:
+            notes.append(f"{folder}: {loose} images lie beside the class folders, not read.")
+    files = _list_files(splits, notes)
+    classes = tuple(sorted({label for _, label, _ in files}))
+    if len(classes) < 2:
+        raise DataError(
+            f"data must have at least two classes, but {root} has one ({classes[0]}). Put each "
+            "class into its own folder; if they lie deeper, give the folder that holds them."
+        )
+    hashes = _hash_files([path for path, _, _ in files])
+    images = []
+    for (path, label, split), content in zip(files, hashes, strict=True):
+        shown = _shown(path.relative_to(root).as_posix())
+        images.append(LabelledImage(content, shown, partial(Path, path), label, split))
+    return Found(images, classes, [_shown(note) for note in notes])
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder by name, but for hidden entries and what archivers add."""
+    try:
+        with os.scandir(folder) as found:
+            kept = [e for e in found if not e.name.startswith(".") and e.name not in _JUNK]
+        for entry in kept:
+            if entry.is_symlink():
+                entry.stat()  # raises where the link leads to nothing or to itself
+    except OSError as err:
+        raise DataError(
+            f"{err.filename} must be readable, but is not: {err.strerror}. Correct its "
+            "permissions or its link, or remove it."
+        ) from err
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [Path(entry.path) for entry in _entries(root) if entry.is_dir()]
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Tell by the name; what is no regular file is none, for reading a pipe would hang."""
+    return Path(entry.name).suffix.lower() in _EXTENSIONS and entry.is_file()
+
+
+def _is_flat(folder: Path) -> bool:
+    return any(map(_is_image, _entries(folder))) and not _subfolders(folder)
+
+
+def _label(folder: Path) -> str:
+    """Name a class alike whichever system wrote its accents; macOS decomposes them."""
+    return _shown(unicodedata.normalize("NFC", folder.name))
+
+
+def _names(folders: Iterable[Path]) -> str:
+    return textwrap.shorten(", ".join(p.name for p in folders), 80, placeholder=" ...")
+
+
+def _split_of(folder: Path) -> tuple[str | None, str | None]:
+    """Find a split's word at either end of a name, and what else the name says."""
+    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", folder.name).lower()
+    words = re.findall(r"[^\W\d_]+|\d+", spaced)
+    for at in (0, -1) if words else ():
+        split = _SPLITS.get(words[at].removesuffix("set"))
+        if split:
+            del words[at]
+            return split, " ".join(words)
+    return None, None
+
+
+def _find_splits(root: Path, notes: list[str]) -> dict[Path, str | None]:
+    """Tell splits from classes: `train` and its like, or names alike but for such a word."""
+    inner = _subfolders(root)
+    groups: defaultdict[str | None, dict[Path, str | None]] = defaultdict(dict)
+    for folder in inner:
+        split, rest = _split_of(folder)
+        groups[rest][folder] = split
+    found = [g for k, g in groups.items() if "train" in g.values() and (k == "" or len(g) > 1)]
+    if len(found) > 1 or not (
+        found or None in groups or "" not in groups and all(map(_is_flat, inner))
+    ):
+        raise DataError(
+            f"data folder {root} must have one train folder and others named alike, but it has "
+            f"{_names(inner)}. Rename them to train, val, test."
+        )
+    splits = found[0] if found else {}
+    others = [folder for folder in inner if folder not in splits]
+    if [*map(_subfolders, splits)] == [[]] and others and all(map(_is_flat, others)):
+        notes.append(f"{root}: {_names(splits)} is taken for a class, as {_names(others)}.")
+        return {root: None}
+    if not splits:
+        return {root: None}
+    read = {_unwrapped(folder): split for folder, split in splits.items()}
+    for folder in [folder for folder in read if not _subfolders(folder)]:
+        if read.pop(folder) == "train":
+            raise DataError(
+                f"{folder} must hold one folder per class, but it has no folders. Sort its images "
+                "into class folders, or rename it if it is a class itself."
+            )
+        notes.append(f"{folder}: no class folders (unlabelled or empty), not read.")
+    if others:
+        notes.append(f"{root}: {_names(others)} lie beside train and are not read.")
+    plain = {split for folder, split in splits.items() if folder.name.lower() in _SPLITS}
+    if len(plain) < len(splits):  # other names, or two folders of one split
+        meant = ", ".join(f"{folder.name} = {split}" for folder, split in splits.items())
+        notes.append(f"{root}: folders are read as splits: {meant}.")
+    return read
+
+
+def _unwrapped(split: Path) -> Path:
+    """Open train/train, as archives often have it."""
+    inner = _subfolders(split)
+    return _unwrapped(inner[0]) if [p.name for p in inner] == [split.name] else split
 
 
 def _check_same_classes(splits: Iterable[Path]) -> None:
-    names = {folder: {p.name for p in _subfolders(folder)} for folder in splits}
+    names = {folder: {_label(p) for p in _subfolders(folder)} for folder in splits}
     every = set[str]().union(*names.values())
-    lacking = {folder: ", ".join(sorted(every - found)) for folder, found in names.items()}
+    lacking = {folder: _names(map(Path, sorted(every - found))) for folder, found in names.items()}
     missing = "; ".join(f"{folder} lacks {lacks}" for folder, lacks in lacking.items() if lacks)
     if missing:
         raise DataError(
             f"data splits must have the same class folders, but {missing}. Add the missing "
-            "folders or rename them alike."
+            "folders, rename them alike, or move a split without labels elsewhere."
         )
 
 
-def _find_in_class_folders(
-    root: Path, splits: Mapping[Path, str | None], notes: list[str]
-) -> Found:
+def _check_class_folders(root: Path, folders: list[Path], notes: list[str]) -> None:
+    """Refuse classes of one name, and parts of a data set that would be taken for classes."""
+    labels = Counter(map(_label, folders))
+    if len(labels) < len(folders):
+        raise DataError(
+            f"class folders in {root} must look different, but {labels.most_common(1)[0][1]} look "
+            f"like {labels.most_common(1)[0][0]}. Merge or rename them."
+        )
+    alike = Counter(label.casefold() for label in labels).most_common(1)
+    if alike and alike[0][1] > 1:
+        notes.append(f"{root}: classes differ only by case ({alike[0][0]}); merge them if one.")
+    counts = Counter(inner.name for folder in folders for inner in _subfolders(folder))
+    repeated = [root / name for name, n in counts.items() if n > 1]
+    if len(repeated) > 1:
+        raise DataError(
+            f"folders in {root} must be classes or splits, but several of {_names(folders)} hold "
+            f"the same folders ({_names(repeated)}). If these are the classes, rename the outer "
+            "folders to train, val, test, or give one of them as data; if the outer ones are, "
+            "move the images of the inner ones up."
+        )
+
+
+def _list_files(
+    splits: Mapping[Path, str | None], notes: list[str]
+) -> list[tuple[Path, str, str | None]]:
+    """List images with class and split."""
     files: list[tuple[Path, str, str | None]] = []
     ignored: Counter[str] = Counter()
+    deep = []
     for folder, split in splits.items():
-        loose = sum(p.is_file() and p.suffix.lower() in _EXTENSIONS for p in folder.iterdir())
-        if loose:
-            notes.append(f"{folder}: {loose} images lie beside the class folders, not read.")
-        for class_folder in _subfolders(folder):
-            found = _images_in(class_folder, ignored)
+        class_folders = _subfolders(folder)
+        _check_class_folders(folder, class_folders, notes)
+        real = Path(os.path.realpath(folder))
+        visited: _Visited = {str(p): (p, None) for p in (real, *real.parents)}
+        for class_folder in class_folders:
+            found = list(_images_in(class_folder, visited, ignored))
             if not found:
                 raise DataError(
                     f"class folder {class_folder} must hold images, but has none "
                     f"({', '.join(sorted(_EXTENSIONS)[:6])} ... are read). Add some or remove it."
                 )
-            files += [(path, class_folder.name, split) for path in found]
-    classes = tuple(sorted({label for _, label, _ in files}))
-    if len(classes) < 2:
-        raise DataError(
-            f"data must have at least two classes, but {root} has "
-            f"{f'one ({classes[0]})' if classes else 'none'}. Put each class into its own folder."
-        )
+            if all(path.parent != class_folder for path in found):
+                deep.append(class_folder)
+            files += [(path, _label(class_folder), split) for path in found]
+    if deep:
+        notes.append(f"{_names(deep)}: images lie in inner folders only, read as one class each.")
     if ignored:
-        kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in ignored.items())
-        notes.append(f"{sum(ignored.values())} files are no images and are not read: {kinds}.")
-    hashes = _hash_files([path for path, _, _ in files])
-    images = []
-    for (path, label, split), content in zip(files, hashes, strict=True):
-        # Bytes of a name that are no UTF-8 are shown as question marks.
-        name = path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")
-        shown = name.decode("utf-8", "replace")
-        images.append(LabelledImage(content, shown, partial(Path, path), label, split))
-    return Found(images, classes, notes)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in ignored.most_common(10))
+        notes.append(f"{ignored.total()} files are no images and are not read: {kinds}.")
+    return files
 
 
-def _images_in(folder: Path, ignored: Counter[str]) -> list[Path]:
-    """List a class folder's images, inner folders included, and count its other files."""
-
-    def refuse(err: OSError) -> None:
-        why = f"folder {err.filename} must be readable, but is not: {err.strerror}."
-        raise DataError(why) from err
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            if path.suffix.lower() in _EXTENSIONS:
-                found.append(path)
+def _images_in(top: Path, visited: _Visited, ignored: Counter[str]) -> Iterator[Path]:
+    """List a class's images, inner and linked folders included, and count its other files."""
+    pending = [top]
+    while pending:
+        folder = pending.pop()
+        first, owner = visited.setdefault(os.path.realpath(folder), (folder, top))
+        if first is not folder and (folder is top or owner not in (None, top)):
+            raise DataError(
+                f"{folder} and {first} must be different folders, but are one (linked). An image "
+                "has one class: remove the link."
+            )
+        if first is not folder:
+            ignored["links to folders already read"] += 1
+            continue
+        for entry in _entries(folder):
+            path = Path(entry.path)
+            if entry.is_dir():
+                pending.append(path)
+            elif _is_image(entry):
+                yield path
             else:
-                ignored[path.suffix.lower()] += 1
-    return found
+                kind = path.suffix.lower() or "without suffix"
+                ignored[kind if entry.is_file() else "pipes, sockets or devices"] += 1
 
 
 def _hash_files(paths: Sequence[Path]) -> list[str]:
@@ -238,7 +382,8 @@ def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
         named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
         # Some name none; Imagenette's are tuples of synonyms.
         found = named or range(max(labels) + 1)
-        classes = classes or tuple(" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
+        names = (" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
+        classes = classes or tuple(map(_shown, names))
         split = None if part == "all" else part
         for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True)):
             images.append(LabelledImage(content, f"{name}/{part}/{i}", read, classes[k], split))

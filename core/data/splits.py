@@ -2,21 +2,25 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 
-from core.config import DataConfig
+from core.config import DataConfig, GreyRange, Preprocessing
+from core.data.decode import Kind, View
 from core.data.draws import IntArray
-from core.data.image_store import ImageStore, Progress, build_store
+from core.data.image_store import EvalViews, ImageStore, Progress, build_stores
 from core.data.partition import partition
 from core.data.sources import DataError, LabelledImage, find_images
 
 # Below this many training images a class cannot be learned or judged; worth a warning. Assumption.
 _FEW = 10
 _MOST_LISTED = 10
+# Of 256: what is left when a few values of a wide range hold all that is to be seen. Assumption.
+_FEW_LEVELS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class Split:
     """One part of the images.
 
     Attributes:
-        store: Decoded images, shared by all parts.
+        store: Images to cut training views from, shared by all parts.
         indices: Positions in the store, (N,).
         labels: Class numbers, (N,).
         paths: What reports call the images, (N,).
@@ -54,6 +58,7 @@ class ImageData:
         train: Images to learn from.
         val: Images to choose by.
         test: Images for the one final test; None where the source has none.
+        views: The evaluation views of all images, in the order of the parts' store.
         fingerprint: SHA-256 over contents, labels and parts; it does not depend on file names.
         warnings: What the user should know.
     """
@@ -63,6 +68,7 @@ class ImageData:
     train: Split
     val: Split
     test: Split | None
+    views: EvalViews
     fingerprint: str
     warnings: tuple[str, ...]
 
@@ -72,21 +78,29 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
 
 
-def load_data(config: DataConfig, store_size: int, progress: Progress = None) -> ImageData:
+def load_data(
+    config: DataConfig,
+    store_size: int,
+    progress: Progress = None,
+    shown: Sequence[Preprocessing] = (),
+) -> ImageData:
     """Find, check, decode and split the images of a source.
 
     Args:
         config: Source and splits.
         store_size: Shorter side at which images are kept where the configuration has none.
         progress: Called with how many of how many images are decoded.
+        shown: Evaluation views to make at once, for which each image is decoded once; others are
+            made when they are needed.
 
     Raises:
         DataError: The source cannot be used; says what to do.
     """
     found = find_images(config)
     notes = found.warnings
-    size = config.store_size or store_size
-    store = build_store(found.images, size, cache_folder(config), progress)
+    kinds: list[Kind] = [config.store_size or store_size, *dict.fromkeys(map(View.of, shown))]
+    cache = cache_folder(config)
+    store = build_stores(found.images, kinds, cache, progress)[0]
     images = _readable(found.images, store.broken, config.skip_unreadable, notes)
     parts = _split(images, config, notes)
     absent = sorted(set(found.classes) - {image.label for image in parts["train"]})
@@ -96,6 +110,10 @@ def load_data(config: DataConfig, store_size: int, progress: Progress = None) ->
             f"of {', '.join(absent)}. Add some or remove the class."
         )
     parts["train"] = _limited(parts["train"], config.limit)
+    grey_range = _grey_range(parts["train"], store)
+    if grey_range:
+        store = build_stores(found.images, kinds, cache, progress, grey_range)[0]
+        notes += _few_levels(images, store, grey_range)
     counts = Counter(image.label for image in parts["train"])
     few = [f"{label} ({counts[label]})" for label in found.classes if counts[label] < _FEW]
     if few:
@@ -118,9 +136,28 @@ def load_data(config: DataConfig, store_size: int, progress: Progress = None) ->
         splits["train"],
         splits["val"],
         splits.get("test"),
+        EvalViews(found.images, cache, grey_range),
         hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
         tuple(notes),
     )
+
+
+def _grey_range(images: list[LabelledImage], store: ImageStore) -> GreyRange:
+    """Return the lowest and highest value in images of more than 8 bits; None without any."""
+    found = [store.grey[image.content] for image in images if image.content in store.grey]
+    return (min(g[0] for g in found), max(g[1] for g in found)) if found else None
+
+
+def _few_levels(
+    images: list[LabelledImage], store: ImageStore, grey_range: tuple[float, float]
+) -> list[str]:
+    few = [i.path for i in images if store.grey.get(i.content, (0, 0, 256))[2] < _FEW_LEVELS]
+    return few and [
+        f"{len(few)} images of more than 8 bits are left with fewer than {_FEW_LEVELS} grey "
+        "levels: the values of the training images, {:g} to {:g}, become 0 to 255 ({}).".format(
+            *grey_range, ", ".join(few[:3])
+        )
+    ]
 
 
 def _readable(

@@ -13,25 +13,20 @@ from torchvision.transforms.v2 import functional
 
 from core.config import Preprocessing, TrainConfig
 from core.data.draws import FloatArray, IntArray, crop_boxes, flips, policy_seeds, view_draws
-from core.data.splits import Split
+from core.data.splits import ImageData, Split
 
 
-def eval_views(split: Split, positions: IntArray, shown: Preprocessing) -> Tensor:
-    """Make evaluation views of a split's images, shorter side resized and centre cropped.
+def eval_views(data: ImageData, split: Split, positions: IntArray, shown: Preprocessing) -> Tensor:
+    """Return evaluation views of a split's images, (B, 3, S, S), uint8, channels last.
 
     Args:
-        split: Images.
+        data: The images.
+        split: One of its parts.
         positions: Which of the split's images, (B,).
         shown: Sizes and interpolation.
-
-    Returns:
-        Views, uint8, (B, 3, S, S).
     """
-    views = _empty_views(len(positions), shown)
-    for row, position in enumerate(positions):
-        resized = _resized(_image(split, int(position)), shown.resize_size, shown)
-        views[row] = functional.center_crop(resized, [shown.image_size, shown.image_size])
-    return views
+    store = data.views.store(shown)
+    return torch.from_numpy(store.views(split.indices[positions])).permute(0, 3, 1, 2)
 
 
 def train_views(
@@ -41,12 +36,15 @@ def train_views(
     config: TrainConfig,
     draws: FloatArray,
 ) -> Tensor:
-    """Make training views, as `eval_views` does.
+    """Make random crops of a split's images, (B, 3, S, S), uint8.
 
-    `draws` are the epoch's random numbers for the whole split, from `view_draws`.
+    Args:
+        split: Images.
+        positions: Which of them, (B,).
+        shown: Sizes and interpolation.
+        config: Augmentation; `none` has the evaluation views instead.
+        draws: The epoch's random numbers for the whole split, from `view_draws`.
     """
-    if config.augment == "none":
-        return eval_views(split, positions, shown)
     draws = draws[positions]
     boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], config.crop_scale)
     seeds = policy_seeds(draws)
@@ -55,7 +53,9 @@ def train_views(
     policy = _policy(config)
     views = _empty_views(len(positions), shown, is_plain=policy is not None)
     for row, position in enumerate(positions):
-        view = _resized(_image(split, int(position), boxes[row]), size, shown)
+        image = _crop(split, int(position), boxes[row])
+        mode = InterpolationMode(shown.interpolation)
+        view = functional.resize(image, size, mode, antialias=True)
         view = view.flip(-1) if mirrored[row] else view
         views[row] = _apply_seeded(policy, view, int(seeds[row])) if policy else view
     return views
@@ -68,20 +68,12 @@ def _empty_views(n: int, shown: Preprocessing, *, is_plain: bool = False) -> Ten
     return torch.empty(shape, dtype=torch.uint8, memory_format=layout)
 
 
-def _image(split: Split, position: int, box: IntArray | None = None) -> Tensor:
-    """Copy an image, or a box of it, out of the map, (3, H, W)."""
+def _crop(split: Split, position: int, box: IntArray) -> Tensor:
+    """Copy a box of an image out of the map, (3, H, W)."""
+    top, left, height, width = box
     pixels = split.store.image(int(split.indices[position]))
-    if box is not None:
-        top, left, height, width = box
-        pixels = pixels[top : top + height, left : left + width]
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
-def _resized(image: Tensor, size: int | tuple[int, int], shown: Preprocessing) -> Tensor:
-    """Resize an image to a height and width, or to a shorter side."""
-    mode = InterpolationMode(shown.interpolation)
-    resized: Tensor = functional.resize(image, size, mode, antialias=True)
-    return resized
+    copied = np.array(pixels[top : top + height, left : left + width])
+    return torch.from_numpy(copied).permute(2, 0, 1)
 
 
 def _policy(config: TrainConfig) -> Any:
@@ -122,14 +114,20 @@ class Loader:
     """Training views by (epoch, positions), made here or by worker processes.
 
     The numbers do not depend on how many workers there are. Workers live as long as the loader;
-    with none, this process makes the views.
+    with none, this process makes the views. Pinned views are copied to a GPU without waiting.
     """
 
     def __init__(
-        self, split: Split, shown: Preprocessing, config: TrainConfig, workers: int
+        self,
+        split: Split,
+        shown: Preprocessing,
+        config: TrainConfig,
+        workers: int,
+        *,
+        is_pinned: bool = False,
     ) -> None:
         self._views = _TrainViews(split, shown, config)
-        self._workers = workers
+        self._workers, self._is_pinned = workers, is_pinned
         self._keys: list[_Key] = []  # the epoch's; the loader reads them at each iteration
         self._loader: DataLoader[Tensor] | None = None
 
@@ -149,7 +147,7 @@ class Loader:
                     sampler=self._keys,
                     num_workers=self._workers,
                     persistent_workers=True,
-                    pin_memory=torch.cuda.is_available(),
+                    pin_memory=self._is_pinned,
                     # Else the loader draws its seeds from the generator that dropout uses.
                     generator=torch.Generator(),
                 )

@@ -60,7 +60,7 @@ def fit_solved(
     evaluation = _evaluate(network, val, data.val.labels)
     device = next(network.model.parameters()).device
     metrics = EpochMetrics(
-        epoch=0,
+        epoch=1,
         train_loss=fitted.loss,
         val_loss=evaluation.loss,
         val_acc=evaluation.acc,

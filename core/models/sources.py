@@ -154,23 +154,22 @@ class _Timm:
         return bool(timm.is_model(name))
 
     def preprocessing(self, name: str, tag: str) -> Preprocessing:
-        config = timm.data.resolve_data_config(pretrained_cfg=_settings(name))
+        config = timm.data.resolve_data_config(pretrained_cfg=_settings(_tagged(name, tag)))
         size = config["input_size"][1]
         return Preprocessing(
             image_size=size,
-            resize_size=math.floor(size / config["crop_pct"]),
+            # VOLO at 448 and 512 px was tested with a black border; no photo is given one.
+            resize_size=max(size, math.floor(size / config["crop_pct"])),
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
             interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+            is_squashed=config["crop_mode"] == "squash",
         )
 
     def create(
         self, name: str, image_size: int, n_classes: int, is_pretrained: bool
     ) -> Classifier:
-        settings = _settings(name)
-        extra = {}
-        if settings.get("fixed_input_size") and settings["input_size"][1] != image_size:
-            extra["img_size"] = image_size
+        extra = _sized(name, image_size)
         model = timm.create_model(name, pretrained=False, num_classes=n_classes, **extra)
         found = model.get_classifier()
         layers = found if isinstance(found, tuple) else (found,)
@@ -197,14 +196,29 @@ class _Timm:
         if entry.cached is None:
             _resolve_host()
         tagged = _tagged(name, tag)
-        extra = {"img_size": image_size} if _settings(tagged).get("fixed_input_size") else {}
         # timm only converts older files, and interpolates positions, when it builds a model.
-        return dict(timm.create_model(tagged, pretrained=True, **extra).state_dict())
+        model = timm.create_model(tagged, pretrained=True, **_sized(tagged, image_size))
+        return dict(model.state_dict())
 
 
-def _settings(name: str) -> dict[str, Any]:
-    settings = timm.models.get_pretrained_cfg(name)
+def _settings(tagged: str) -> dict[str, Any]:
+    try:
+        settings = timm.models.get_pretrained_cfg(tagged)
+    except RuntimeError as err:
+        name, _, tag = tagged.partition(".")
+        known = ", ".join(n.partition(".")[2] for n in timm.list_pretrained(f"{name}.*"))
+        raise BackboneError(
+            f"weights of timm:{name} must be one of imagenet:TAG with TAG in "
+            f"{known or 'none'}, but got {tag!r}."
+        ) from err
     return settings.to_dict() if settings else {}
+
+
+def _sized(tagged: str, image_size: int) -> dict[str, int]:
+    """Return the argument of a network that is built for one size and another is asked for."""
+    settings = _settings(tagged)
+    is_other = settings.get("fixed_input_size") and settings["input_size"][1] != image_size
+    return {"img_size": image_size} if is_other else {}
 
 
 def _tagged(name: str, tag: str) -> str:

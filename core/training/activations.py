@@ -16,15 +16,15 @@ from core.cache import ArrayCache
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.draws import IntArray
 from core.data.splits import ImageData, Split
-from core.device import amp_dtype
+from core.device import amp_dtype, in_parts
 from core.keys import images_key, key_text, prefix_key
 from core.models.builder import Network
 from core.models.partition import Partition, cut, cut_head
 from core.training.batches import Views, in_order
 
 # Images that go through the prefix at once. On two cores 16, 32 and 64 were equally fast, and took
-# 1.1, 1.5 and 2.8 GB (EfficientNet-Lite2, 260 px); 64 on a GPU is an assumption.
-_CHUNK_CPU, _CHUNK_GPU = 16, 64
+# 1.1, 1.5 and 2.8 GB (EfficientNet-Lite2, 260 px); 256 on a GPU is an assumption.
+_CHUNK_CPU, _CHUNK_GPU = 16, 256
 # A row is kept where computing it takes so many FLOPs for each of its bytes: reading it back then
 # saves more than it costs. Between levels 2 and 3 of EfficientNet-Lite0 (518 and 1,830), whose
 # warm runs were measured 1.33 and 1.61 times as fast; below, gains were within the noise.
@@ -99,14 +99,15 @@ class Activations:
         self._key = prefix_key(config, network, views.device, part.make_prefix)
         dtype = amp_dtype(config.amp, views.device)
         self._autocast = torch.autocast(views.device.type, dtype=dtype, enabled=dtype is not None)
-        self._labels = torch.from_numpy(data.train.labels).to(views.device)
+        self._labels = torch.from_numpy(data.train.labels)
         self._val: Callable[[Tensor], Tensor] | None = None
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's rows (N, ...) and labels (N,) from a batch on."""
         rows = self._train_rows(epoch)
         for positions in map(torch.from_numpy, self._views.order(epoch)[first:]):
-            yield self._ready(rows(positions)), self._labels[positions.to(self._labels.device)]
+            labels = self._labels[positions].to(self._views.device, non_blocking=True)
+            yield self._ready(rows(positions)), labels
 
     def val(self) -> Iterator[Tensor]:
         """Iterate over the validation split's rows in its order."""
@@ -136,13 +137,15 @@ class Activations:
             self._views.is_made_on_device,
             (config.seed, epoch),
         )
-        return self._rows(split, view, lambda chunks: self._views.train_inputs(epoch, chunks))
+        images = images_key(split.store, split.indices)
+        return self._rows(
+            split, (images, view), lambda chunks: self._views.train_inputs(epoch, chunks)
+        )
 
     def evaluation_rows(self, split: Split) -> Callable[[Tensor], Tensor]:
         """Return what gives the rows of a split's evaluation views at some positions."""
-        shown = self._views.shown
-        view = (shown.image_size, shown.resize_size, shown.interpolation)
-        return self._rows(split, view, lambda chunks: self._views.eval_inputs(split, chunks))
+        views = images_key(self._data.views.store(self._views.shown), split.indices)
+        return self._rows(split, (views,), lambda chunks: self._views.eval_inputs(split, chunks))
 
     def _rows(
         self,
@@ -152,7 +155,7 @@ class Activations:
     ) -> Callable[[Tensor], Tensor]:
         n = len(split)
         chunks = in_order(n, self._chunk)
-        key = f"{images_key(split)} {key_text(view)} {self._key}"
+        key = f"{key_text(view)} {self._key}"
         array = self._cache.get(key, n, lambda: self._computed(inputs(chunks)))
         if array is not None:
             return lambda positions: array[positions]  # a copy, so nothing writes into the array
@@ -172,5 +175,5 @@ class Activations:
         for images in inputs:
             self._pulse()
             with torch.no_grad(), self._autocast:
-                rows = self._prefix(images)
+                rows = in_parts(self._prefix, images)
             yield (rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows).contiguous().cpu()

@@ -1,8 +1,10 @@
 """The best epoch on disk: weights as safetensors, and a card that says what they are."""
 
 import dataclasses
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +85,19 @@ def read_card(folder: Path) -> Card:
         raise WeightsError(text) from err
 
 
+def weights_hash(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's weights file, in hexadecimal digits.
+
+    Raises:
+        WeightsError: There is no such file.
+    """
+    try:
+        with (folder / WEIGHTS_FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        raise WeightsError(_unreadable(folder, err)) from err
+
+
 def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     """Build a checkpoint's network, in eval mode, on the CPU.
 
@@ -99,19 +114,21 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     try:
         load(network.model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, RuntimeError, safetensors.SafetensorError) as err:
-        raise WeightsError(
-            f"checkpoint {folder / WEIGHTS_FILE} cannot be read ({err}). Train the trial again."
-        ) from err
+        raise WeightsError(_unreadable(folder, err)) from err
     return network.model.eval(), card
 
 
-def write_predictions(folder: Path, evaluation: Evaluation) -> None:
-    """Keep the best epoch's validation predictions beside the weights."""
+def write_predictions(folder: Path, evaluation: Evaluation, paths: Sequence[str]) -> None:
+    """Keep the best epoch's validation predictions beside the weights, one row an image."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = np.arange(len(evaluation.labels))
     np.savez_compressed(
         folder / PREDICTIONS_FILE,
+        paths=np.array(paths, dtype=np.str_),
         labels=evaluation.labels,
         predicted=evaluation.predicted,
-        probability=np.exp(evaluation.log_probs[rows, evaluation.labels]),
+        probabilities=np.exp(evaluation.log_probs),  # (N, K), float32
     )
+
+
+def _unreadable(folder: Path, err: Exception) -> str:
+    return f"checkpoint {folder / WEIGHTS_FILE} cannot be read ({err}). Train the trial again."

@@ -1,11 +1,14 @@
 """Parameter groups, optimizers, and learning-rate schedules as plain functions of the step."""
 
 import math
+from fnmatch import fnmatch
 
 import torch
 from torch import nn
 
 from core.config import TrainConfig
+from core.models.builder import Network
+from core.models.sources import Classifier
 
 # one-cycle as in Smith & Topin 2018 with PyTorch's defaults: up over 30 % of the run from 1/25 of
 # the peak, then down to 1e-4 of the start, both along a cosine.
@@ -15,18 +18,24 @@ _CYCLE_END = 1e-4 / 25
 
 
 def parameter_groups(
-    module: nn.Module, head: tuple[str, ...], config: TrainConfig
+    module: nn.Module, network: Network | Classifier, config: TrainConfig
 ) -> list[dict[str, object]]:
     """Sort the parameters that want a gradient into an optimizer's groups, each with `peak_lr`.
 
-    The backbone learns at `base_lr`, the head at `base_lr * head_lr_mult`; norms and biases (every
-    parameter of fewer than two dimensions) are not decayed unless `decay_all`.
+    The module's parameters have the network's own names. The backbone learns at `base_lr`, the
+    head at `base_lr * head_lr_mult`. Unless `decay_all`, only weight matrices are decayed: norms,
+    biases, tokens, position embeddings, layer scales and what timm itself spares are not.
     """
-    heads = tuple(f"{name}." for name in head)
+    heads = tuple(f"{name}." for name in network.head)
+    spared: set[str] = getattr(network.model, "no_weight_decay", set)()  # names and patterns
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith(heads), parameter.ndim >= 2 or config.decay_all)
+            # Layer scales, (C, 1, 1), and tokens, (1, 1, C), have more than one dimension, too,
+            # but no family of timm or torchvision calls one a weight.
+            is_matrix = parameter.ndim >= 2 and "weight" in name.rpartition(".")[2]
+            is_decayed = is_matrix and not any(fnmatch(name, pattern) for pattern in spared)
+            key = (name.startswith(heads), is_decayed or config.decay_all)
             groups.setdefault(key, []).append(parameter)
     return [
         {

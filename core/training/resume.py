@@ -48,17 +48,19 @@ class Best:
     weights: dict[str, Tensor]
 
 
-def epochs_in_state(file: Path, config: TrainConfig, data: ImageData) -> int | None:
+def epochs_in_state(
+    file: Path, config: TrainConfig, classes: tuple[str, ...], fingerprint: str
+) -> int | None:
     """Return the epochs that a run had finished when its state was saved; None if unusable."""
-    state = _read(file, _run_key(config, data))
+    state = _read(file, _run_key(config, classes, fingerprint))
     return None if state is None else int(state["trainer"]["position"]["epoch"])
 
 
-def _run_key(config: TrainConfig, data: ImageData) -> str:
+def _run_key(config: TrainConfig, classes: tuple[str, ...], fingerprint: str) -> str:
     """Return what a state must have been saved by to be continued."""
     settings = dataclasses.asdict(config)
     own = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
-    text = json.dumps([own, data.classes, data.fingerprint, library_versions(), SOURCE])
+    text = json.dumps([own, classes, fingerprint, library_versions(), SOURCE])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -81,7 +83,7 @@ class TrainingState:
         self, file: Path | None, config: TrainConfig, data: ImageData, trainer: Trainer
     ) -> None:
         self._file, self._trainer, self._labels = file, trainer, data.val.labels
-        self._run = _run_key(config, data)
+        self._run = _run_key(config, data.classes, data.fingerprint)
         self._saved_at = time.perf_counter()
         weights = trainer.state_dict()["module"].values()
         self._cost_s = _LEAST_COST_S + sum(t.nbytes for t in weights) / _BYTES_PER_S

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from core.config import TrainConfig
-from core.device import amp_dtype, synchronize
+from core.data.draws import batch_positions
+from core.device import amp_dtype, in_parts, synchronize
 from core.metrics import Evaluation, IntArray, TrainingDiverged
-from core.models.partition import Trainable
+from core.models.builder import Network
+from core.models.partition import Trainable, whole
 from core.training.activations import Activations
 from core.training.batches import Views
 from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
@@ -59,7 +62,7 @@ class Trainer:
         self,
         config: TrainConfig,
         trained: Trainable,
-        head: tuple[str, ...],
+        network: Network,
         batches: Views | Activations,
         device: torch.device,
     ) -> None:
@@ -69,7 +72,10 @@ class Trainer:
         self._config, self._trained, self._device = config, trained, device
         self._batches = batches
         module = self._module = trained.module
-        self._optimizer = make_optimizer(parameter_groups(module, head, config), config, device)
+        groups = parameter_groups(module, network, config)
+        self._optimizer = make_optimizer(groups, config, device)
+        if config.compile:  # else what earlier runs compiled decides what is compiled for this one
+            torch.compiler.reset()
         self._forward: Any = torch.compile(module) if config.compile else module
         dtype = amp_dtype(config.amp, device)
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -80,12 +86,10 @@ class Trainer:
         self._mix: Any = None
         if config.mixup or config.cutmix:
             kind = v2.MixUp if config.mixup else v2.CutMix
-            n_classes = len(module.get_parameter(f"{head[0]}.weight"))
+            n_classes = len(module.get_parameter(f"{network.head[0]}.weight"))
             self._mix = kind(alpha=config.mixup or config.cutmix, num_classes=n_classes)
         self._kept = self._ema.module if self._ema is not None else module
         self._evaluated = trained.to_evaluate(self._kept)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
 
     @property
     def lr_factor(self) -> float:
@@ -132,7 +136,7 @@ class Trainer:
     def _check_finite(self) -> None:
         if not torch.isfinite(self.loss_sum):
             raise TrainingDiverged(
-                f"the training loss is no longer finite at epoch {self.position.epoch}, step "
+                f"the training loss is no longer finite at epoch {self.position.epoch + 1}, step "
                 f"{self.position.total_steps} (base_lr={self._config.base_lr:g}, "
                 f"head_lr_mult={self._config.head_lr_mult:g}); lower base_lr, or set clip_norm."
             )
@@ -145,33 +149,43 @@ class Trainer:
             try:
                 loss = self._accumulate(inputs, labels)
                 break
-            except torch.OutOfMemoryError:
-                if self.micro_batch_size == 1:
-                    raise
-                self._optimizer.zero_grad(set_to_none=True)
-                self.micro_batch_size = (min(self.micro_batch_size, len(labels)) + 1) // 2
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
+            except torch.OutOfMemoryError as err:
+                self._halve(len(labels), err)
         if self._config.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             trained = [p for group in self._optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, self._config.clip_norm)
-        self._scaler.step(self._optimizer)
+        try:
+            self._scaler.step(self._optimizer)
+        except torch.OutOfMemoryError as err:  # some weights are updated: no second try
+            text = "the optimizer's state does not fit; set optimizer = sgd, or raise freeze_depth"
+            raise torch.OutOfMemoryError(f"{text} ({err})") from err
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         if self._ema is not None:
             self._ema.update(self._module, step=self.position.total_steps + 1)
         return loss
 
+    def _halve(self, n: int, err: torch.OutOfMemoryError) -> None:
+        """Take half as many images at a time from now on, where that leaves enough of a batch."""
+        half = (min(self.micro_batch_size, n) + 1) // 2
+        # A later batch may be smaller: of three images, parts of two would leave one over.
+        if half == self.micro_batch_size or not _is_enough(self._module, 3, half):
+            text = f"even {self.micro_batch_size} of {n} images at a time do not fit ({err})"
+            raise torch.OutOfMemoryError(text) from err
+        self._optimizer.zero_grad(set_to_none=True)
+        self.micro_batch_size = half
+
     def _accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Run forward and backward over micro-batches; return the summed loss, (), detached."""
         total = torch.zeros((), device=self._device)
         options: Any = {"reduction": "sum", "label_smoothing": self._config.label_smoothing}
         scale = 1.0 if self._config.loss_reduction == "sum" else 1.0 / len(labels)
-        for at in range(0, len(labels), self.micro_batch_size):
-            part = slice(at, at + self.micro_batch_size)
+        n_parts = -(-len(labels) // self.micro_batch_size)
+        parts = zip(inputs.tensor_split(n_parts), labels.tensor_split(n_parts), strict=True)
+        for images, targets in parts:  # their sizes differ by one at most
             with self._autocast:
-                loss = cross_entropy(self._forward(inputs[part]), labels[part], **options)
+                loss = cross_entropy(self._forward(images), targets, **options)
             torch.autograd.backward(self._scaler.scale(loss * scale))
             total += loss.detach()
         return total
@@ -211,10 +225,40 @@ class Trainer:
         self.loss_sum = torch.tensor(state["loss_sum"], device=self._device)
 
 
+def check_batches(config: TrainConfig, network: Network, n_images: int) -> None:
+    """Check that a run's batches, and their parts, can be trained on.
+
+    Raises:
+        ValueError: A batch has more images than there are, or a batch norm would see but one.
+    """
+    batch_size, micro = config.batch_size, config.micro_batch_size or config.batch_size
+    if batch_size > n_images:
+        raise ValueError(
+            f"train.batch_size must be <= the number of training images, {n_images}, but got "
+            f"{batch_size=}. Set it smaller (--set train.batch_size={n_images})."
+        )
+    whole(network, config).set_train_mode()
+    sizes = {len(batch) for batch in batch_positions(np.arange(n_images), batch_size)}
+    if not config.is_solved and not all(_is_enough(network.model, n, micro) for n in sizes):
+        raise ValueError(
+            "train.batch_size and micro_batch_size must leave two images at a time or more, by "
+            f"which batch norms are trained, but got {batch_size=} and micro_batch_size="
+            f"{config.micro_batch_size or 'none'} for batches of {sorted(sizes)}. Set one higher, "
+            "or batch_norm to frozen (--set train.batch_norm=frozen)."
+        )
+
+
+def _is_enough(module: nn.Module, n: int, micro_batch_size: int) -> bool:
+    """Say whether the parts of n images can train the module's batch norms, if any are trained."""
+    least = n // -(-n // micro_batch_size)
+    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return least > 1 or not any(norm.training for norm in norms)
+
+
 def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> Evaluation:
     """Evaluate a network in eval mode on ready inputs, in the order of `labels`, (N,)."""
     model.eval()
     with torch.inference_mode():
-        logits = [model(inputs).float() for inputs in batches]
+        logits = [in_parts(model, inputs).float() for inputs in batches]
         log_probs = torch.cat(logits).log_softmax(dim=1).cpu().numpy()  # the one transfer
     return Evaluation(labels, log_probs)

@@ -1,6 +1,7 @@
 """What an ablation compares against: a study's best trial, one of its trials, or a file."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def find_baseline(
 def _choose(store: Record, study: Study, which: str) -> Trial:
     if which == "best":
         return store.best_trial(study)
-    if not which.isdigit():
+    if not re.fullmatch("[0-9]{1,18}", which):
         raise ConfigError(f"--from must be best or a trial's number, but got {which!r}.")
     trial = store.trial(study.id, int(which))
     if trial.state != "complete":

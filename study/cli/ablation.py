@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import filesize
@@ -133,7 +132,7 @@ def run_plan(
         if outcome.stopped_because == "interrupted":  # drawing takes seconds
             section, report = describe_ablation(store, study.name)[0], None
         else:
-            folder = Path(study.output) / study.name / "ablation"
+            folder = store.study(study.name).output / "ablation"
             paths = write_ablation(store, study.name, folder)
             section, report = paths.sections[0], paths.html
     findings = [f"{finding.head} {finding.text}" for finding in section.findings]
@@ -180,7 +179,7 @@ def test_levels(
     if as_json:
         print_json(rows)
         return
-    folder = Path(store.study(name).config["study"]["output"]) / name / "ablation"
+    folder = store.study(name).output / "ablation"
     paths = write_ablation(store, name, folder)
     for grid in paths.sections[0].grids:
         if grid.name.endswith("-test"):

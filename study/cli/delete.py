@@ -1,13 +1,23 @@
 """Remove a study: its record, Optuna's, and the checkpoints that it kept."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
+from core.config import TrainConfig
+from core.training.resume import epochs_in_state
+from study.execution.files import is_checkpoint_of
+from study.record.models import trial_folder
 from study.record.record import Record
 
 
-def delete_study(store: Record, name: str, *, command: str) -> list[Path]:
-    """Delete a study for good, but for its report; return the checkpoint folders that went.
+def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path], list[Path]]:
+    """Delete a study for good, but for its report.
+
+    Of its output only checkpoints and training states that are its own trials' go.
+
+    Returns:
+        The checkpoints that went, and what stays because it is not this study's.
 
     Raises:
         RecordError: There is no such study, or a process is running it.
@@ -15,9 +25,25 @@ def delete_study(store: Record, name: str, *, command: str) -> list[Path]:
     study = store.study(name)
     # Entering as the process that works on it keeps others out until it is gone.
     store.begin_run(study.id, command=command, device="none", versions={})
-    folders = [Path(row.checkpoint) for row in store.trials(study.id) if row.checkpoint]
+    trials = store.trials(study.id)
     store.delete_study(name)
-    states = Path(study.config["study"]["output"]) / name / "state"
-    for folder in (*folders, states):
-        shutil.rmtree(folder, ignore_errors=True)
-    return folders
+    images = tuple(study.data["classes"]), study.data["fingerprint"]
+    gone: list[Path] = []
+    left: list[Path] = []
+    for row in trials:
+        folder = study.output / trial_folder(row.number)
+        state = study.output / "state" / f"{folder.name}.pt"
+        if folder.exists():
+            is_own = not folder.is_symlink() and is_checkpoint_of(folder, row)
+            (gone if is_own else left).append(folder)
+            if is_own:
+                shutil.rmtree(folder, ignore_errors=True)
+        if state.exists():
+            if epochs_in_state(state, TrainConfig(**row.config), *images) is None:
+                left.append(state)
+            else:
+                state.unlink()
+    for folder in (study.output / "state", study.output):
+        with contextlib.suppress(OSError):  # it is not empty, or missing
+            folder.rmdir()
+    return gone, left

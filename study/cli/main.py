@@ -5,8 +5,11 @@ Only click is imported at the top: help and mistyped options are answered at onc
 
 import contextlib
 import functools
+import io
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_STORAGE = "studies.db"
 """The database where no other is named; the configuration's default is the same."""
-_INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended: 128 + 2
+_BY_SIGNAL = 128  # a shell reports this plus the signal's number
 _PACKAGES = ("core", "study", "reports")
 _CONFIG_KEYS = {
     "data": "data.source",
@@ -60,9 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # 3.3 to 7 times slower with spinning, no clear difference on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if argv is None else argv)
-    line = shlex.join(["python", "-m", "study", *given])
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal's encoding may lack letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with cli.make_context("python -m study", given, obj=line) as context:
+        if wrong := [text for text in given if re.search("[\0\ud800-\udfff]", text)]:
+            return _refuse(f"arguments must be UTF-8 without NUL, but got {ascii(wrong[0])}.")
+        os.getcwd()  # the folder that we stand in may have been removed
+        with cli.make_context("python -m study", given, obj=given) as context:
             status: int | None = cli.invoke(context)
         sys.stdout.flush()
         return status or 0
@@ -70,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.exit_code
     except (KeyboardInterrupt, click.Abort):
         print("Interrupted.", file=sys.stderr)
-        return _INTERRUPTED
+        return _BY_SIGNAL + signal.SIGINT
     except BrokenPipeError:
         # The reader of the pipe (`| head`) has what it wanted; nothing is to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as err:
         path = err.ctx.command_path if isinstance(err, click.UsageError) and err.ctx else ""
         return _refuse(err.format_message() + (f" See {path} --help" if path else ""))
-    except (PermissionError, NotADirectoryError, FileExistsError) as err:
-        return _refuse(f"{err.filename}: {err.strerror}.")
+    except OSError as err:
+        place = err.filename or "the working folder or standard output"
+        return _refuse(f"{place}: {err.strerror}. Use another, or correct that.")
     except (ValueError, RuntimeError) as err:
         # One of our own kinds is about what the user gave, or what halts a study; any other is a
         # bug.
@@ -92,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     from study.config.formatting import hide_password
 
-    print("error:", hide_password(message).replace("\n", "\n  "), file=sys.stderr)
+    text = hide_password(message).replace("\n", "\n  ")
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    print("error:", shown, file=sys.stderr)
     return 2
 
 
@@ -105,7 +118,11 @@ def _given(name: str) -> Any:
 
 
 def _command_line() -> str:
-    return str(click.get_current_context().find_root().obj)
+    """Return the command line, for the record: without passwords."""
+    from study.config.formatting import hide_password
+
+    given = click.get_current_context().find_root().obj
+    return shlex.join(["python", "-m", "study", *map(hide_password, given)])
 
 
 def _flags() -> dict[str, Any]:
@@ -146,10 +163,6 @@ def _no_best(name: str, command: str) -> click.ClickException:
     )
 
 
-def _output(store: "Record", name: str) -> Path:
-    return Path(store.study(name).config["study"]["output"]) / name
-
-
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Join options that several commands have."""
     return lambda command: functools.reduce(lambda made, add: add(made), options[::-1], command)
@@ -158,6 +171,7 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 _flag = functools.partial(click.option, is_flag=True)
 _many = functools.partial(click.option, multiple=True)
 _path = click.Path(path_type=Path)
+_number = click.IntRange(0, 2**63 - 1)  # what a database's integer holds
 _study = click.argument("study")
 _json = _flag("--json", "as_json", help="Print JSON.")
 _quiet = _flag("--quiet", help="Print warnings and the summary only.")
@@ -235,10 +249,12 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 def _search(config: "StudyConfig") -> int:
     from study.config.formatting import hide_password
     from study.execution.progress import Note
+    from study.record.database import database_folder
     from study.search.search import run_search
 
     with _progress() as progress:
-        folder = Path(config.study.output) / config.study.name
+        beside = database_folder(config.study.storage) or Path()
+        folder = beside / config.study.output / config.study.name
         storage = hide_password(config.study.storage)
         progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
         outcome = run_search(
@@ -250,7 +266,7 @@ def _search(config: "StudyConfig") -> int:
         )
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":
-        return _INTERRUPTED
+        return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
 
 
@@ -338,7 +354,7 @@ def ablate(
             take_over=given["take_over"],
             as_json=given["as_json"],
         )
-    return _INTERRUPTED if because == "interrupted" else 0
+    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
 
 
 @cli.command()
@@ -373,7 +389,7 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
             print(f"{grid.note}\n")
     none = "" if found.n_pruned else "No trial of this study was pruned; nothing to audit."
     print(*filter(None, (found.early.why_empty, none, *found.findings)), sep="\n")
-    return _INTERRUPTED if because == "interrupted" else 0
+    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
 
 
 # The record.
@@ -393,7 +409,7 @@ def list_studies(**_: Any) -> None:
 
 @cli.command()
 @_study
-@click.option("--trial", type=int, metavar="N", help="Show this trial in full.")
+@click.option("--trial", type=_number, metavar="N", help="Show this trial in full.")
 @_storage
 @_json
 def show(study: str, trial: int | None, **_: Any) -> None:
@@ -430,13 +446,15 @@ def delete(study: str, yes: bool, **_: Any) -> None:
         if not yes and not click.confirm(question):
             print("Nothing deleted.")
             return
-        folders = delete_study(store, study, command=_command_line())
-    print(f"Deleted study {study}: {n_trials} trials, {len(folders)} checkpoints.")
+        gone, left = delete_study(store, study, command=_command_line())
+    print(f"Deleted study {study}: {n_trials} trials, {len(gone)} checkpoints.")
+    if left:
+        print("Not this study's, so they stay:", *left, sep="\n  ")
 
 
 @cli.command()
 @_study
-@click.option("--trial", type=int, metavar="N", help="This trial instead of the best.")
+@click.option("--trial", type=_number, metavar="N", help="This trial instead of the best.")
 @_many("--levels", metavar="LEVEL", help="Of an ablation: all, or 'weights = none'.")
 @_storage
 @_json
@@ -446,7 +464,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
     from study.search.final_test import test_trials
 
     with _open() as store, _progress() as progress:
-        is_ablation, folder = _is_ablation(store, study), _output(store, study)
+        is_ablation, folder = _is_ablation(store, study), store.study(study).output
         line = _command_line()
         if levels:
             from study.cli.ablation import test_levels
@@ -480,7 +498,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 def report(study: str, out: Path | None, beside: Sequence[str], **_: Any) -> None:
     """Write the report: a page, CSV, plots."""
     with _open() as store:
-        folder = _output(store, study)
+        folder = store.study(study).output
         if beside or _is_ablation(store, study):
             from reports.ablation_report import write_ablation
 

@@ -84,7 +84,11 @@ def make_table(
 
 
 def _cell(value: object) -> Text:
-    return value if isinstance(value, Text) else Text("-" if value is None else str(value))
+    return (
+        value
+        if isinstance(value, Text)
+        else Text("-" if value is None else hide_password(str(value)))
+    )
 
 
 def _facts(pairs: Iterable[tuple[str, object]]) -> Table:
@@ -128,7 +132,7 @@ def study_view(
             ("study", study.name),
             ("images", f"{data['source']}: {images}, {len(data['classes'])} classes"),
             ("created", f"{str(study.created_at)[:19]} UTC"),
-            ("output", Path(study.config["study"]["output"]) / study.name),
+            ("output", study.output),
         ]
     )
     parts: list[RenderableType] = [facts]
@@ -188,7 +192,7 @@ def columns(row: "Study | Trial") -> dict[str, Any]:
 
 def trial_view(trial: "Trial", epochs: Sequence[EpochMetrics]) -> RenderableType:
     """Show a trial: how it went, its settings, its epochs."""
-    best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch + 1})"
+    best = "" if trial.best_epoch is None else f" (validation, epoch {trial.best_epoch})"
     trained, total = trial.trained_parameters, trial.total_parameters
     facts = [
         ("trial", trial.number),
@@ -223,7 +227,7 @@ def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
     header = "epoch", "train loss", "val loss", "accuracy", "score", "balanced", "base_lr", "speed"
     rows = (
         (
-            *(row.epoch + 1, f"{row.train_loss:.4f}", f"{row.val_loss:.4f}"),
+            *(row.epoch, f"{row.train_loss:.4f}", f"{row.val_loss:.4f}"),
             *(format_accuracy(row.val_acc), f"{row.ranked_by:.4f} {'*' if row.is_best else ' '}"),
             *(format_accuracy(row.val_balanced_acc), f"{row.base_lr:.3g}"),
             f"{row.images_per_s:.0f} images/s",

@@ -1,6 +1,7 @@
 """Read a configuration: defaults, file, --set and flags merged into one and checked at once."""
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,15 @@ from core.config import TrainConfig, fields_of
 from study.ablation.factors import parse_factors
 from study.config.errors import ConfigError, Fault, explain, near
 from study.config.search_space import DEFAULT_SPACE, default_params, parse_space, space_faults
-from study.config.study_config import EXHAUSTIVE, SECTIONS, StudyConfig
+from study.config.study_config import EXHAUSTIVE, LONGEST_NAME, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
 _FLAGS = {"data.source": "--data", "ablation.factors": "--factor"}
 """Flags that are not called as the key that they set."""
+# Tables within tables, of which [space] and [ablation.factors] need four. Assumption.
+_DEEPEST = 8
+_LONGEST_TEXT, _FIRST_TOO_LARGE = 4096, 2**63  # Linux's longest path; a database's integers
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _Origin = tuple[int, str]
 """Where a key was given: its layer, counted from the defaults at 0, and that layer's name."""
 
@@ -96,7 +101,12 @@ class _Merged:
         section, *keys = path
         key, where = (keys or path)[0], ".".join(path[:2])
         homes = _homes(key)
-        if section in self.values and not keys:
+        is_section = section in self.values and not keys
+        is_table = is_section and isinstance(value, Mapping)  # its values come one by one
+        rule = None if is_table else _unusable(value, len(path))
+        if rule is not None:
+            self._add(origin, where, rule)
+        elif is_section:
             if not isinstance(value, Mapping):
                 self._add(origin, where, f"must be a table, [{section}], but got {value!r}.")
                 return
@@ -138,6 +148,10 @@ class _Merged:
                 made[name] = section(**self.values[name])
             except ValidationError as err:
                 self._explain(name, explain(err, fields_of(section)))
+        name = self.values["study"].get("name", "")
+        if isinstance(name, str) and len(name.encode()) > LONGEST_NAME:
+            text = f"must have at most {LONGEST_NAME} bytes, but has {len(name.encode())}."
+            self._explain("study", [Fault("name", text)])
         if not self.faults:
             self._explain("space", space_faults(space, made["train"]))
             endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
@@ -173,6 +187,23 @@ class _Merged:
 
     def _add(self, origin: _Origin, where: str, text: str) -> None:
         self.faults.append(": ".join(filter(None, (origin[1], where, text))))
+
+
+def _unusable(value: object, depth: int) -> str | None:
+    """Say why no key can take a value: no database, file system or library could keep it."""
+    if depth > _DEEPEST:
+        return f"must be nested at most {_DEEPEST} deep, but is deeper."
+    if isinstance(value, str) and (_CONTROL.search(value) or len(value) > _LONGEST_TEXT):
+        rule = f"must be at most {_LONGEST_TEXT} characters, none of them a control character"
+        return f"{rule}, but got {ascii(value[:50])} of {len(value)}."
+    if isinstance(value, int) and not -_FIRST_TOO_LARGE < value < _FIRST_TOO_LARGE:
+        return "must be a number of at most 64 bits (below 9.2e18), but is larger."
+    inner: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inner = itertools.chain(value, value.values())
+    elif isinstance(value, list | tuple):
+        inner = value
+    return next(filter(None, (_unusable(item, depth + 1) for item in inner)), None)
 
 
 def _homes(key: str) -> list[str]:

@@ -204,6 +204,13 @@ def default_params(space: Space) -> dict[str, Any]:
     return {key: dimension.nearest(getattr(defaults, key)) for key, dimension in space.items()}
 
 
+def fits(space: Space, params: Mapping[str, ParamValue]) -> bool:
+    """Return whether settings are a point of a space, as they are not once it has changed."""
+    return params.keys() == space.keys() and all(
+        dimension.nearest(params[key]) == params[key] for key, dimension in space.items()
+    )
+
+
 def n_points(space: Space) -> int | None:
     """Count the settings that a space holds (1 where it is empty); None for a continuum."""
     counts = [dimension.n_points for dimension in space.values()]

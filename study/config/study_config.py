@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from core.config import SECTION, DataConfig, OrNone, TrainConfig, fields_of
 from study.ablation.designs import DESIGNS
+from study.config.formatting import hide_password
 from study.config.search_space import (
     DEFAULT_SPACE,
     RECIPES,
@@ -30,6 +39,8 @@ else:
     DesignKind = Literal[tuple(DESIGNS)]
 EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
+# Bytes: folders take 255, and `-ablation` is appended.
+LONGEST_NAME = 240
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -65,10 +76,10 @@ class StudySection:
 
     name: Annotated[str, BeforeValidator(_study_name)] = ""
     """Name of the study; leave out for the name of the data folder."""
-    storage: str = "studies.db"
+    storage: Annotated[str, PlainSerializer(hide_password)] = "studies.db"
     """Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."""
     output: str = "frostline-runs"
-    """Folder of checkpoints and reports."""
+    """Folder of checkpoints and reports; a relative one lies beside the database."""
     trials: int = Field(default=20, ge=1)
     """Finished trials that the study shall have in total."""
     timeout: OrNone[
@@ -197,7 +208,7 @@ SECTIONS: dict[str, type] = {
 FREE_KEYS = frozenset(
     {
         *(f"study.{key}" for key in fields_of(StudySection) if key != "seed"),
-        *(f"data.{key}" for key in ("root", "download", "cache_dir")),
+        *(f"data.{key}" for key in ("source", "root", "download", "cache_dir")),
         *("train.device", "train.workers"),
         *(f"ablation.{key}" for key in fields_of(AblationSection)),
     }
@@ -209,7 +220,8 @@ def default_name(source: str) -> str:
     """Name a study after its data: the folder's or the dataset's name."""
     path = source.removeprefix("torchvision:").removeprefix("folder:")
     name = path if source.startswith("torchvision:") else Path(path).resolve().name
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-_") or "study"
+    name = re.sub(r"[^\w.-]+", "-", name).encode()[:LONGEST_NAME].decode(errors="ignore")
+    return name.strip(".-_") or "study"
 
 
 def config_diff(old: StudyConfig, new: StudyConfig) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import re
+import stat
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -11,10 +12,13 @@ from typing import Any
 
 from core.config import fields_of
 from study.config.errors import ConfigError
+from study.config.formatting import hide_password
 from study.config.study_config import SECTIONS, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
 _COMMENT_WIDTH = 92
+# Far more than a configuration needs: a larger file is something else. Assumption.
+_MOST_BYTES = 2**20
 _HEAD = """\
 # A Frostline study. Every key may be left out: what stands here is what it then is.
 # Run it: python -m study run --config FILE
@@ -28,15 +32,19 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It cannot be read or is not TOML.
     """
+    text = f"must be a file, of at most {_MOST_BYTES} bytes."
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES:
+            return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors add a BOM
     except FileNotFoundError:
         text = "there is no such file; `python -m study init` writes one."
     except OSError as err:
         text = f"cannot be read: {err.strerror}."
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        text = f"must be TOML, but {str(err)[0].lower()}{str(err)[1:]}."
+    except RecursionError:
+        text = "must be TOML, but its tables and lists are nested too deep."
+    except ValueError as err:  # also a number of more digits than Python reads
+        text = f"must be TOML, but {str(err)[0].lower()}{str(err)[1:].split(';')[0].rstrip('.')}."
     raise ConfigError(f"{path}: {text}")
 
 
@@ -44,7 +52,7 @@ def read_value(text: str) -> object:
     """Read a value as TOML, and as a text where it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -54,7 +62,7 @@ def demo_text() -> str:
 
 
 def config_text(config: StudyConfig, *, with_help: bool = False) -> str:
-    """Write a configuration as TOML that `load_config` reads back to the same.
+    """Write a configuration as TOML that `load_config` reads back to the same, but a password.
 
     With help it says what each key means, as the study.toml of `python -m study init` does.
     """
@@ -87,6 +95,8 @@ def _section(name: str, config: StudyConfig, with_help: bool) -> Iterator[str]:
             yield ""
             yield from _comment(field.description or "")
         value = getattr(values, key)
+        if key == "storage":
+            value = hide_password(value)
         if name == "train" and key in config.space:
             yield f"# {key} is searched: see [space]."
         elif value is None:

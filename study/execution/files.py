@@ -1,5 +1,6 @@
 """The files of trials: which checkpoints are kept, and what they say of the validation images."""
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Iterable, Sequence
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.training.checkpoint import PREDICTIONS_FILE
+from core.models.weights import WeightsError
+from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card, weights_hash
 from study.execution.session import Session
-from study.record.models import Misclassified, Trial
+from study.record.models import Misclassified, Trial, trial_folder
 
 # The worst images that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
@@ -33,23 +35,32 @@ class TrialFiles:
 
     def checkpoint(self, number: int) -> Path:
         """Return the folder of a trial's checkpoint."""
-        return self._session.output / f"trial-{number:04d}"
+        return self._session.output / trial_folder(number)
 
     def state(self, number: int) -> Path:
         """Return the file of a trial's training state."""
-        return self._session.output / "state" / f"trial-{number:04d}.pt"
+        return self._session.output / "state" / f"{trial_folder(number)}.pt"
 
     def load(self, rows: Iterable[Trial], continued: Sequence[int]) -> None:
-        """Take over the checkpoints of earlier processes, and the states of continued trials."""
-        self._kept = [row for row in rows if row.checkpoint]
+        """Take over the checkpoints of earlier processes, and the states of continued trials.
+
+        What other trials left, as a killed one does, is removed.
+        """
+        others = [row for row in rows if row.number not in continued]
+        self._kept = [row for row in others if row.weights_hash]
         self._drop()
+        for row in others:
+            folder = self.checkpoint(row.number)
+            is_cut_short = not (folder / CARD_FILE).is_file()  # it is written last
+            if not row.weights_hash and (is_cut_short or is_checkpoint_of(folder, row)):
+                shutil.rmtree(folder, ignore_errors=True)
         wanted = {self.state(number) for number in continued}
         for file in self._session.output.glob("state/*"):
             if file not in wanted:
                 file.unlink(missing_ok=True)
 
     def record(self, row: Trial) -> str | None:
-        """Record what a complete trial predicts; return its checkpoint's folder if it is kept.
+        """Record what a complete trial predicts; return its weights' hash if they are kept.
 
         Of a search's best trial so far, its worst images are recorded, too. It comes before the
         trial ends: what a kill prevents is then done again.
@@ -59,8 +70,9 @@ class TrialFiles:
             labels, predicted = saved["labels"], saved["predicted"]
             record.add_predictions(row.id, "val", labels.tolist(), predicted.tolist())
             if self._keep_best and all(row.rank < other.rank for other in self._kept):
-                self._record_worst(row.id, labels, predicted, saved["probability"])
-        return None if self._keep_best == 0 else str(folder)
+                probability = saved["probabilities"][np.arange(len(labels)), labels]
+                self._record_worst(row.id, labels, predicted, probability)
+        return None if self._keep_best == 0 else weights_hash(folder)
 
     def keep(self, row: Trial) -> None:
         """Keep a recorded trial's checkpoint while it is among the best."""
@@ -74,7 +86,7 @@ class TrialFiles:
         while len(self._kept) > self._keep_best:
             row = self._kept.pop()
             if self._keep_best:
-                row.checkpoint = None
+                row.weights_hash = None
                 self._session.record.save(row)
             shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
 
@@ -102,6 +114,19 @@ class TrialFiles:
             for rank, i in enumerate(worst.tolist())
         ]
         self._session.record.add_misclassified(trial_id, rows)
+
+
+def is_checkpoint_of(folder: Path, row: Trial) -> bool:
+    """Return whether a folder holds a trial's weights; without their hash its card decides.
+
+    Another study may have written there, and a received database can name any folder.
+    """
+    try:
+        if row.weights_hash:
+            return weights_hash(folder) == row.weights_hash
+        return dataclasses.asdict(read_card(folder).config) == row.config
+    except WeightsError:
+        return False
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:

@@ -1,6 +1,7 @@
 """What happens while a study runs, as events; shown here by nobody or as JSON lines."""
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,13 @@ _JSON_NAMES: dict[type, str] = {
 
 
 class Progress:
-    """Shows events; this one shows nothing."""
+    """Shows events; this one shows nothing.
+
+    Attributes:
+        stopped_by: The signal that ended the process's work, if one did.
+    """
+
+    stopped_by: int = signal.SIGINT
 
     def emit(self, event: Event) -> None:
         """Show an event."""

@@ -39,8 +39,9 @@ def recover(engine: TrialEngine) -> list[TrialRequest]:
         else:
             row.reason, row.duration_s = REASON_KILLED, training_s(record.epochs(row.id))
             record.end_trial(row, "failed")
-            note = f"Trial {row.number} was cut short when its process died"
-            engine.session.progress.emit(Note(f"{note}; its settings run again."))
+            repeated = "; it is run again" if row.factor else ""  # of a search its settings may be
+            note = f"Trial {row.number} was cut short when its process died{repeated}."
+            engine.session.progress.emit(Note(note))
     engine.files.load(rows.values(), continued=[request.number for request in continued])
     return continued
 
@@ -67,9 +68,12 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
         is_continued=True,
     )
     data = session.images(request.val_seed)
-    n_done = epochs_in_state(engine.files.state(row.number), request.config, data)
-    if n_done is None and not was_killed and not row.epochs_done:
-        n_done = 0  # stopped by the user before there was anything to save
+    file = engine.files.state(row.number)
+    n_done = epochs_in_state(file, request.config, data.classes, data.fingerprint)
+    versions = {run.id: run.versions for run in runs}
+    is_repeatable = session.same_images and versions[row.run_id] == versions[session.run_id]
+    if n_done is None and not was_killed and (is_repeatable or not row.epochs_done):
+        n_done = 0  # nothing was saved, or the disk was full: the same epochs again
     if reruns > MOST_RERUNS or n_done is None or n_done > row.epochs_done:
         return None
     if was_killed:

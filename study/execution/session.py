@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import os
 import platform
 import signal
 import threading
@@ -17,8 +18,7 @@ from typing import Any
 import optuna
 import psutil
 import torch
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
@@ -27,10 +27,12 @@ from core.device import choose_device, describe_device
 from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
+from core.training.trainer import check_batches
 from study.config.errors import ConfigError
-from study.config.search_space import apply_params
+from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
+from study.record.damage import failure
 from study.record.models import Study
 from study.record.record import Record
 
@@ -62,6 +64,7 @@ class Session:
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
         resume: Command that continues the study.
+        same_images: Whether they are those of the study so far.
         because: Why the process left, for the record; set by whoever runs the trials.
     """
 
@@ -75,6 +78,7 @@ class Session:
     stop: threading.Event
     cache: ArrayCache | None
     resume: str
+    same_images: bool
     because: str = "error"
     _resplit: tuple[int, ImageData] | None = field(default=None, repr=False)
 
@@ -128,9 +132,13 @@ def open_session(
     name, stored = config.study.name, record.find_study(config.study.name)
     if stored is not None:
         _check_config(stored, config, allow_changes)
+        _check_space(record, stored, config)
     data = load_images(config, progress)
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
+    output = Path(record.usable_path(config.study.output)) / name
+    settings["study"]["output"] = str(output.parent)
+    is_same = stored is None or stored.data["fingerprint"] == described["fingerprint"]
     if stored is None:
         study_id = record.create_study(name, settings, described, versions())
     else:
@@ -141,13 +149,12 @@ def open_session(
         study_id, command=command, device=device, versions=versions(), take_over=take_over
     )
     if stored is not None:  # only now: a process that was refused must not have changed it
-        stored.config, stored.data = settings, described
-        record.save(stored)
-    output, cache = Path(config.study.output) / name, _cache(config)
+        record.update_study(stored, settings, described)
+    cache = _cache(config)
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
-            record, study_id, run_id, config, data, output, progress, stop, cache, resume
+            record, study_id, run_id, config, data, output, progress, stop, cache, resume, is_same
         )
         try:
             yield session
@@ -158,7 +165,7 @@ def open_session(
                 raise StudyHalted(f"{cause} Then continue: {resume}") from err
             raise
         finally:
-            with suppress(DBAPIError):  # a full disk: the next process sees that this one is gone
+            with suppress(SQLAlchemyError):  # a full disk: the next process sees it gone
                 record.end_run(run_id, session.because)
 
 
@@ -168,11 +175,12 @@ def outside_cause(err: Exception) -> str | None:
     That is a full disk, a file that cannot be read or written, the database, and a device that
     fails for another reason than its memory. None for any other error.
     """
-    # Optuna's word for an error of the database
-    cause = err.__cause__ if isinstance(err, StorageInternalError) else err
-    text = " ".join(str(getattr(cause, "orig", cause)).split())
-    if isinstance(cause, OSError | DBAPIError):
-        is_full = "disk is full" in text or "No space left" in text
+    if why := failure(err):
+        return f"the database {why}"
+    text = " ".join(str(err).split())
+    if isinstance(err, OSError):
+        cause: BaseException | None = err
+        is_full = "No space left" in text
         while cause is not None and not is_full:
             is_full = isinstance(cause, OSError) and cause.errno in _FULL_DISK
             cause = cause.__cause__ or cause.__context__
@@ -202,17 +210,20 @@ def stored_side(trains: Iterable[TrainConfig]) -> int:
 
 
 def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[TrainConfig]:
-    """Return the base configuration at every network of the space, at the largest batch.
+    """Return the base configuration at every network of the space, at the largest batch size.
 
     Args:
         config: The study.
-        with_starts: At every freeze level and every way to start or solve a head, too.
+        with_starts: At every freeze level, every way to start or solve a head and to treat batch
+            norms, and every possible extreme of the batch size, too.
     """
-    starts = ("head_init", "head_solver", "freeze_depth") if with_starts else ()
+    starts = ("head_init", "head_solver", "freeze_depth", "batch_norm") if with_starts else ()
     names = ("backbone", "weights", "image_size", *starts)
     ends = {name: config.space[name].ends for name in names if name in config.space}
     if "batch_size" in config.space:
-        ends["batch_size"] = (max(config.space["batch_size"].ends, key=lambda n: int(n or 0)),)
+        sizes = sorted(int(n or 0) for n in config.space["batch_size"].ends)
+        possible = [n for n in sizes if n >= (config.train.micro_batch_size or 1)]
+        ends["batch_size"] = tuple(possible if with_starts else sizes[-1:])
     corners = itertools.product(*ends.values())
     return [apply_params(config.train, dict(zip(ends, c, strict=True))) for c in corners]
 
@@ -226,8 +237,13 @@ def load_images(config: StudyConfig, progress: Progress) -> ImageData:
 
 
 def _load(config: StudyConfig, data: Any, progress: Progress) -> ImageData:
-    side = stored_side(corner_configs(config))
-    return load_data(data, side, lambda done, total: progress.emit(DataProgress(done, total)))
+    trains = corner_configs(config)
+    shown = [input_of(train.backbone, train.weights, train.image_size) for train in trains]
+
+    def show(done: int, total: int) -> None:
+        progress.emit(DataProgress(done, total))
+
+    return load_data(data, stored_side(trains), show, shown)
 
 
 def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
@@ -236,26 +252,29 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     Raises:
         ValueError: A backbone, its weights, the device, or the batch size cannot be used.
     """
-    different = {
-        (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved): t
-        for t in trains
-    }
-    for train in different.values():
+    different: dict[object, list[TrainConfig]] = {}
+    for t in trains:
+        key = (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved)
+        different.setdefault(key, []).append(t)
+    for alike in different.values():
+        train = alike[0]
         choose_device(train.device)
         network = build(train, data.classes)
+        for other in alike:
+            try:
+                check_batches(other, network, len(data.train))
+            except ValueError as err:
+                raise ConfigError(str(err)) from err
         if train.is_solved or train.head_init == "solved":
             cut_head(network, train)
-    largest = max(train.batch_size for train in trains)
-    if largest > len(data.train):
-        raise ConfigError(
-            f"train.batch_size must be <= the number of training images, {len(data.train)}, but "
-            f"got batch_size={largest}; set it smaller (--set train.batch_size={len(data.train)})."
-        )
 
 
 def without_weights(train: TrainConfig) -> TrainConfig:
     """Return a configuration of the same network that needs nothing from outside."""
-    return dataclasses.replace(train, weights="none", normalize="none")
+    norms = (
+        "frozen" if train.batch_norm == "auto" and train.weights != "none" else train.batch_norm
+    )
+    return dataclasses.replace(train, weights="none", normalize="none", batch_norm=norms)
 
 
 def versions() -> dict[str, str]:
@@ -282,6 +301,22 @@ def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> Non
         )
 
 
+def _check_space(record: Record, study: Study, config: StudyConfig) -> None:
+    """Refuse dimensions that Optuna cannot have beside those of the study's trials."""
+    trials = record.optuna_study(study.id).get_trials(deepcopy=False)
+    faults = {}
+    for name, new in distributions(config.space).items():
+        for old in (t.distributions[name] for t in trials if name in t.distributions):
+            try:
+                optuna.distributions.check_distribution_compatibility(old, new)
+            except ValueError:
+                rule = f"must keep its choices, log and kind of number in study {study.name}"
+                text = f"{rule}, whose trials have it, but got {config.space[name]}"
+                faults[name] = f"space.{name}: {text}. Use another --name."
+    if faults:
+        raise ConfigError(*faults.values())
+
+
 def _check_images(study: Study, now: dict[str, Any], allow_changes: bool) -> None:
     """Refuse to continue a study on other images."""
     then = study.data
@@ -302,18 +337,29 @@ def _described(data: ImageData) -> dict[str, Any]:
 
 @contextmanager
 def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C (or TERM) into a wish to stop; the second leaves at once."""
-    stop = threading.Event()
+    """Turn the first Ctrl-C, TERM or HUP into a wish to stop; the second leaves at once."""
+    stop, hang_up = threading.Event(), getattr(signal, "SIGHUP", None)
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def wish(number: int, frame: FrameType | None) -> None:
+        if number == hang_up:
+            for fd in terminals:  # gone: whatever is written there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if stop.is_set():
+            if number == hang_up:
+                return  # shell and kernel may send one each
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()
+        progress.stopped_by = number
         text = "Stopping, and saving the trial's state; press Ctrl-C again to leave at once."
-        progress.emit(Note(text))
+        with suppress(OSError, RuntimeError):  # it may come in the middle of another line
+            progress.emit(Note(text))
 
-    before = {s: signal.signal(s, wish) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(hang_up)
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield stop
     finally:

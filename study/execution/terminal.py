@@ -55,7 +55,7 @@ class PlainProgress(Progress):
             case EpochEnded(number, metrics):
                 self._show(
                     "epoch",
-                    f"trial {number:>3}  epoch {metrics.epoch + 1:>2}/{self._trial.epochs}"
+                    f"trial {number:>3}  epoch {metrics.epoch:>2}/{self._trial.epochs}"
                     f"  accuracy {format_accuracy(metrics.val_acc):>7}"
                     f"  loss {metrics.val_loss:.3f} (training {metrics.train_loss:.3f})"
                     f"  {metrics.images_per_s:.0f} images/s",

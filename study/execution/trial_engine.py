@@ -29,6 +29,9 @@ _MOST_EQUAL_FAILURES = 3
 
 VAL_SEED = "val_seed"
 """The user attribute that holds the seed of a trial's own validation split."""
+PAUSED = "paused"
+"""The user attribute of a stopped trial, which `resume` continues; Optuna, which has no state for
+that, holds it for running."""
 REASON_DIVERGED = "diverged"
 REASON_OUT_OF_MEMORY = "out of memory"
 
@@ -77,7 +80,7 @@ def reported_step(config: TrainConfig, metrics: EpochMetrics) -> int:
     A solved head is at its end at once: it counts as a run of all epochs, so that no network is
     compared with it after its first one.
     """
-    return config.epochs if config.is_solved else metrics.epoch + 1
+    return config.epochs if config.is_solved else metrics.epoch
 
 
 def is_settled(row: Trial) -> bool:
@@ -130,21 +133,23 @@ class TrialEngine:
             trial = self._record.take_up_trial(self.session.study_id, request.number)
         begin = time.perf_counter()
         row, known = self._begin(request)
+        if PAUSED in trial.user_attrs:
+            trial.set_user_attr(PAUSED, False)
         begin -= training_s(known)  # when it would have begun in one process
         state, reason = "complete", None
         try:
             with contextlib.closing(self._epochs(request, row, known, begin, trial)) as epochs:
                 for metrics in epochs:
-                    if on_epoch(metrics) and metrics.epoch + 1 < request.config.n_epochs:
-                        state, reason = "pruned", f"pruned after epoch {metrics.epoch + 1}"
+                    if on_epoch(metrics) and metrics.epoch < request.config.n_epochs:
+                        state, reason = "pruned", f"pruned after epoch {metrics.epoch}"
                         break
         except Interrupted:
             state, reason = "stopped", "interrupted"
+            trial.set_user_attr(PAUSED, True)
         except TrainingDiverged as err:
             state, reason = "failed", f"{REASON_DIVERGED}: {err}"
         except torch.OutOfMemoryError as err:
-            state = "failed"
-            reason = f"{REASON_OUT_OF_MEMORY}: even one image at a time does not fit ({err})"
+            state, reason = "failed", f"{REASON_OUT_OF_MEMORY}: {err}"
         except Exception as err:  # one broken setting must not end a night's search
             if outside_cause(err) is not None:
                 raise
@@ -237,7 +242,7 @@ class TrialEngine:
         )
         with contextlib.closing(run):
             for metrics in run:
-                if metrics.epoch < len(known):
+                if metrics.epoch <= len(known):
                     continue
                 self._record.add_epoch(row, metrics, time.perf_counter() - begin)
                 trial.report(metrics.val_acc, reported_step(request.config, metrics))
@@ -247,7 +252,7 @@ class TrialEngine:
     def _end(self, row: Trial, state: str, begin: float) -> TrialEnded:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
-            row.checkpoint = self.files.record(row)
+            row.weights_hash = self.files.record(row)
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)

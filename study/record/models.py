@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args
 
@@ -22,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from core.metrics import EpochMetrics
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of this layout. Another one is refused; there are no migrations."""
 PREFIX = "frostline_"
 
@@ -38,6 +39,11 @@ COPY = "same as "
 def now() -> datetime:
     """Return the time in UTC without a zone: SQLite stores none."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+def trial_folder(number: int) -> str:
+    """Return the name of a trial's checkpoint, and of its training state but for the ending."""
+    return f"trial-{number:04d}"
 
 
 class Base(MappedAsDataclass, DeclarativeBase):
@@ -57,7 +63,8 @@ class Study(Base, kw_only=True):
     """A study.
 
     Attributes:
-        config: Resolved `StudyConfig`.
+        config: Resolved `StudyConfig`. In the table its relative paths begin in the database's
+            folder, and so does a project that is moved; `Record` returns paths that can be used.
         data: Source, classes, counts per split, fingerprint, warnings.
         versions: Versions of the libraries it was created with.
     """
@@ -69,6 +76,11 @@ class Study(Base, kw_only=True):
     config: Mapped[Json]
     data: Mapped[Json]
     versions: Mapped[Json]
+
+    @property
+    def output(self) -> Path:
+        """Folder of its checkpoints, training states and reports."""
+        return Path(self.config["study"]["output"]) / self.name
 
 
 OfStudy = Annotated[int, mapped_column(ForeignKey(Study.id, ondelete="CASCADE"), index=True)]
@@ -113,10 +125,10 @@ class Trial(Base, kw_only=True):
         config_hash: Equal for equal settings and seed.
         ended_at: None while it runs.
         duration_s: Wall time.
-        best_epoch: Epoch with the highest score, from 0.
+        best_epoch: Epoch with the highest score, from 1.
         score: That epoch's score, as in `EpochMetrics`; trials are ranked by it.
         without_effect: Settings that did nothing in this trial.
-        checkpoint: Folder of the best epoch's weights, while it is kept.
+        weights_hash: SHA-256 of the best epoch's weights file, while its checkpoint is kept.
         factor: What an ablation varied; None in a search.
         level: Its setting of the factor.
         replicate: Number among equal runs.
@@ -124,6 +136,7 @@ class Trial(Base, kw_only=True):
             is running for Optuna but no process works on the study.
         params: From Optuna: hyperparameters that the search chose, or an ablation's levels.
         value: From Optuna: validation accuracy of the best epoch so far, in [0, 1].
+        checkpoint: Its folder while it is kept; it follows from the study's and from the number.
     """
 
     __tablename__ = f"{PREFIX}trials"
@@ -146,7 +159,7 @@ class Trial(Base, kw_only=True):
     trained_parameters: Mapped[int | None] = mapped_column(default=None)
     total_parameters: Mapped[int | None] = mapped_column(default=None)
     without_effect: Mapped[list[str]] = mapped_column(default_factory=list)
-    checkpoint: Mapped[str | None] = mapped_column(default=None)
+    weights_hash: Mapped[str | None] = mapped_column(default=None)
     factor: Mapped[str | None] = mapped_column(default=None)
     level: Mapped[str | None] = mapped_column(default=None)
     replicate: Mapped[int | None] = mapped_column(default=None)
@@ -154,6 +167,7 @@ class Trial(Base, kw_only=True):
     state: str = "running"
     params: Json = dataclasses.field(default_factory=dict)
     value: float | None = None
+    checkpoint: str | None = None
 
     @property
     def seed(self) -> int:

@@ -5,10 +5,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,9 +21,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics
+from study.config.formatting import hide_password
+from study.record.damage import failure, find_damage
 from study.record.database import (
     RecordError,
     check_dead,
+    database_folder,
     is_alive,
     open_database,
     this_process,
@@ -41,12 +46,14 @@ from study.record.models import (
     Trial,
     best_of,
     now,
+    trial_folder,
 )
 
 LEVELS = "levels"
 """The user attribute that holds an ablation run's levels: they may change from one design to the
 next, which Optuna allows no categorical parameter."""
 EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics))
+_PATHS = ("study", "output"), ("data", "source"), ("data", "root"), ("data", "cache_dir")
 _STATES = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -78,7 +85,8 @@ class Record(AbstractContextManager["Record"]):
     def __init__(self, storage: str, *, create: bool = False) -> None:
         """Open the record, as `open_database` does."""
         self.engine, self._optuna, self._is_writable = open_database(storage, create=create)
-        self.storage = storage
+        self.storage = hide_password(storage)
+        self._folder = database_folder(storage)
         self._studies: dict[int, optuna.Study] = {}  # by our key
 
     def close(self) -> None:
@@ -87,8 +95,15 @@ class Record(AbstractContextManager["Record"]):
         self._optuna.remove_session()
         self._optuna.engine.dispose()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, err: BaseException | None, __: object) -> None:
+        try:
+            why = None
+            if isinstance(err, Exception):  # not Ctrl-C, nor a generator that is closed
+                why = failure(err) or find_damage(err, self.engine, self._optuna)
+        finally:
+            self.close()
+        if why:
+            raise RecordError(f"database {self.storage} {why}") from err
 
     def save(self, row: Base) -> None:
         """Add a row, or bring one that was read and changed up to date."""
@@ -105,7 +120,8 @@ class Record(AbstractContextManager["Record"]):
         Raises:
             RecordError: There is one of that name.
         """
-        study = Study(name=name, config=config, data=data, versions=dict(versions))
+        stored = _with_paths(config, self._stored_path)
+        study = Study(name=name, config=stored, data=data, versions=dict(versions))
         try:
             self.save(study)
         except IntegrityError as err:
@@ -113,6 +129,17 @@ class Record(AbstractContextManager["Record"]):
             raise RecordError(f"{rule} Use another --name, or resume that one.") from err
         self.optuna_study(study.id)
         return study.id
+
+    def _studies_where(self, condition: ColumnElement[bool]) -> Iterator[Study]:
+        for row in self._all(select(Study).where(condition)):
+            config = _with_paths(row.config, self.usable_path)
+            row.config = {**config, "study": {**config.get("study", {}), "storage": self.storage}}
+            yield row
+
+    def update_study(self, study: Study, config: Json, data: Json) -> None:
+        """Replace a study's configuration, and what is known of its images."""
+        study.config, study.data = _with_paths(config, self._stored_path), data
+        self.save(study)
 
     def optuna_study(self, study_id: int) -> optuna.Study:
         """Return Optuna's study, the same object each time; created where it is missing."""
@@ -132,8 +159,7 @@ class Record(AbstractContextManager["Record"]):
 
     def find_study(self, name: str) -> Study | None:
         """Return a study, or None."""
-        rows = self._all(select(Study).where(Study.name == name))
-        return rows[0] if rows else None
+        return next(self._studies_where(Study.name == name), None)
 
     def study(self, name: str) -> Study:
         """Return a study.
@@ -244,7 +270,7 @@ class Record(AbstractContextManager["Record"]):
         """
         values = {name: getattr(metrics, name) for name in EPOCH_FIELDS}
         values |= {"trial_id": trial.id, "seconds_since_start": seconds_since_start}
-        trial.epochs_done = metrics.epoch + 1
+        trial.epochs_done = metrics.epoch
         if metrics.is_best:
             trial.best_epoch, trial.score = metrics.epoch, metrics.ranked_by
             trial.value = metrics.val_acc
@@ -295,11 +321,13 @@ class Record(AbstractContextManager["Record"]):
         """List a study's trials by number, joined with what Optuna's tables hold of them."""
         query = select(Trial).where(Trial.study_id == study_id, *conditions)
         rows = self._all(query.order_by(Trial.number))
-        optunas = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
+        study = next(self._studies_where(Study.id == study_id), None)
+        found = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
+        optunas = {trial.number: trial for trial in found}
         for row in rows:
-            # Optuna's is missing where a kill came in the middle of `delete_study`.
-            if row.number < len(optunas):
-                _join(row, optunas[row.number])
+            if study and row.weights_hash:
+                row.checkpoint = str(study.output / trial_folder(row.number))
+            _join(row, optunas.get(row.number))
         running = [row for row in rows if row.state == "running"]
         if running and not any(map(is_alive, self.runs(study_id))):
             for row in running:
@@ -354,12 +382,29 @@ class Record(AbstractContextManager["Record"]):
         query = select(Design).where(Design.study_id == study_id)
         return self._all(query.order_by(Design.updated_at, Design.id))
 
+    # Paths
+
+    def _stored_path(self, path: str) -> str:
+        """Return a path, given from where one stands, as it is stored: from the database's folder.
+
+        An absolute one stays so, but inside that folder: a project may be moved.
+        """
+        if self._folder is None:
+            return os.path.abspath(path)
+        inside = os.path.relpath(path, self._folder)
+        return path if os.path.isabs(path) and inside.startswith("..") else inside
+
+    def usable_path(self, path: str) -> str:
+        """Return a stored path so that it can be used where one stands."""
+        return os.path.normpath((self._folder or Path()) / path)
+
     # One transaction each
 
     def _writing(self) -> AbstractContextManager[Session]:
         if not self._is_writable:
             rule = f"database {self.storage} cannot be written."
-            raise RecordError(f"{rule} Change its permissions, or name another with --storage.")
+            remedy = "Change its permissions, free space, or name another with --storage."
+            raise RecordError(f"{rule} {remedy}")
         return writing(self.engine)
 
     def _all(self, query: Select[Any]) -> list[Any]:
@@ -367,15 +412,30 @@ class Record(AbstractContextManager["Record"]):
             return list(session.scalars(query))
 
 
-def _join(row: Trial, trial: FrozenTrial) -> None:
+def _with_paths(config: Json, change: Callable[[str], str]) -> Json:
+    """Return a study's configuration with other paths of its images and of its output."""
+    changed = {name: dict(table) for name, table in config.items()}
+    for section, key in _PATHS:
+        path, prefix = changed.get(section, {}).get(key), "folder:" if key == "source" else ""
+        if path and path.startswith(prefix):
+            changed[section][key] = prefix + change(path.removeprefix(prefix))
+    return changed
+
+
+def _join(row: Trial, trial: FrozenTrial | None) -> None:
     """Fill in what a trial's row takes from Optuna.
 
     Its value is the accuracy of its best epoch; of a complete trial that is Optuna's value.
+    Optuna's is missing where a kill came in the middle of `delete_study`.
     """
+    if trial is None:
+        row.state, row.params, row.value = "interrupted", {}, None
+        return
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
-        value = trial.intermediate_values.get(row.best_epoch + 1)
-    row.state, row.params, row.value = _STATE_NAMES[trial.state], params_of(trial), value
+        value = trial.intermediate_values.get(row.best_epoch)
+    row.state = _STATE_NAMES.get(trial.state, "interrupted")
+    row.params, row.value = params_of(trial), value
 
 
 def _pack(numbers: Sequence[int]) -> bytes:

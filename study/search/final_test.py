@@ -9,7 +9,7 @@ from core.data.splits import ImageData, Split
 from core.device import amp_dtype, choose_device
 from core.metrics import Evaluation
 from core.training.batches import Normalizer, eval_batches
-from core.training.checkpoint import load_checkpoint
+from core.training.checkpoint import load_checkpoint, weights_hash
 from core.training.trainer import evaluate
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
@@ -34,9 +34,10 @@ def test_trials(
     trials = [_with_checkpoint(study, record.trial(study.id, number)) for number in new]
     if trials:
         config = StudyConfig.from_record(study.config)
-        split = _test_split(study, load_images(config, progress))
+        data = load_images(config, progress)
+        split = _test_split(study, data)
         for trial in trials:
-            _add(record, study, trial, _evaluate(config, split, trial), command)
+            _add(record, study, trial, _evaluate(config, data, split, trial), command)
         known = {row.trial_number: row for row in record.tests(study.id)}
     return [known[number] for number in numbers]
 
@@ -59,12 +60,18 @@ def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, com
 
 
 def _with_checkpoint(study: Study, trial: Trial) -> Trial:
-    if trial.checkpoint is None or not Path(trial.checkpoint).is_dir():
+    """Refuse a trial whose checkpoint was not kept, is gone, or is another one's by now."""
+    rule = f"trial {trial.number} of study {study.name} must have its checkpoint, but "
+    if trial.checkpoint is None:
         raise ConfigError(
-            f"trial {trial.number} of study {study.name} must have its checkpoint, but "
-            f"{trial.checkpoint or 'none'} was kept ({trial.state}). Choose a trial that has one "
+            f"{rule}none was kept ({trial.state}). Choose a trial that has one "
             f"(python -m study show {study.name}), or keep more of them: study.keep_checkpoints, "
             "or ablation.keep_checkpoints for an ablation."
+        )
+    if weights_hash(Path(trial.checkpoint)) != trial.weights_hash:
+        raise ConfigError(
+            f"{rule}{trial.checkpoint} holds other weights than it trained: another run wrote "
+            "there, or they were changed. Bring its own back, or train it again."
         )
     return trial
 
@@ -82,11 +89,11 @@ def _test_split(study: Study, data: ImageData) -> Split:
     return data.test
 
 
-def _evaluate(config: StudyConfig, split: Split, trial: Trial) -> Evaluation:
+def _evaluate(config: StudyConfig, data: ImageData, split: Split, trial: Trial) -> Evaluation:
     model, card = load_checkpoint(Path(str(trial.checkpoint)))
     device = choose_device(config.train.device)
     shown = card.preprocessing
-    batches = map(Normalizer(shown, device), eval_batches(split, shown, device))
+    batches = map(Normalizer(shown, device), eval_batches(data, split, shown, device))
     dtype = amp_dtype(card.config.amp, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         return evaluate(model.to(device), batches, split.labels)

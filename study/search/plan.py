@@ -15,7 +15,7 @@ from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
 from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig
-from study.execution.session import corner_configs
+from study.execution.session import corner_configs, without_weights
 from study.search.samplers import grid_of
 
 _MEASURED_STEPS = 3
@@ -110,7 +110,8 @@ def _measure(train: TrainConfig, n_classes: int, device: torch.device) -> Backbo
     names = tuple(f"class {i}" for i in range(n_classes))
     side = input_of(train.backbone, train.weights, train.image_size).image_size
     # The time of a step does not depend on the weights' values: none need be downloaded.
-    built = build(replace(train, weights="none", image_size=side), names)
+    train = replace(without_weights(train), image_size=side)
+    built = build(train, names)
     batch = min(train.batch_size, train.micro_batch_size or train.batch_size)
     images = torch.randn(batch, 3, side, side, device=device)
     images = images.to(memory_format=torch.channels_last)
@@ -137,7 +138,8 @@ def _seconds(
     dtype = amp_dtype(train.amp, device)
     times = []
     for _ in range(_MEASURED_STEPS + 1):
-        train_mode(model, built.stages, depth)
+        is_frozen = train.batch_norm == "frozen"
+        train_mode(model, built.stages, depth, freeze_statistics=is_frozen)
         synchronize(device)
         begin = time.perf_counter()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

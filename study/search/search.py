@@ -9,9 +9,16 @@ import optuna
 from optuna.trial import TrialState
 
 from core.metrics import EpochMetrics
-from study.config.search_space import ParamValue, apply_params, distributions, n_points, recipes
+from study.config.search_space import (
+    ParamValue,
+    apply_params,
+    distributions,
+    fits,
+    n_points,
+    recipes,
+)
 from study.config.study_config import EXHAUSTIVE, StudyConfig
-from study.execution.progress import Progress, StudyState
+from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
@@ -19,6 +26,8 @@ from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
+_DROPPED = "Dropped are the settings of trial"
+_OUTSIDE = "they lie outside the space, which has changed since"
 _ORIGIN, _QUEUED, _RECIPE = "origin", "queued", "recipe"
 # A sampler that proposes so many settings in a row that were tried will hardly propose another.
 # Assumption.
@@ -139,10 +148,19 @@ class _Search:
             params = trial.user_attrs.get(_QUEUED, trial.params)
             origin = f"retry of {trial.number}"
             reruns = int(trial.user_attrs.get(RERUNS, 0)) + 1
-            is_whole = set(params) == set(self.distributions)
-            if is_whole and reruns <= MOST_RERUNS and origin not in queued:
+            if origin in queued:
+                continue
+            if reruns > MOST_RERUNS:
+                self._note(f"{_DROPPED} {trial.number}: they ended the process {reruns} times.")
+            elif not fits(self.config.space, params):
+                self._note(f"{_DROPPED} {trial.number}: {_OUTSIDE}.")
+            else:
                 is_recipe = trial.user_attrs.get(_RECIPE, False)
                 self._enqueue(params, origin, is_recipe=is_recipe, reruns=reruns)
+                self._note(f"The settings of trial {trial.number} run again.")
+
+    def _note(self, text: str) -> None:
+        self.session.progress.emit(Note(text))
 
     def _enqueue(
         self, params: Mapping[str, ParamValue], origin: str, *, is_recipe: bool, reruns: int = 0
@@ -215,8 +233,13 @@ class _Search:
 
     def _ask(self) -> optuna.Trial:
         trials = self.study.get_trials(deepcopy=False)
-        waiting = (trial.number for trial in trials if trial.state is TrialState.WAITING)
-        number, sampler = next(waiting, len(trials)), self.config.search.sampler
+        waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+        while waiting and not fits(self.config.space, waiting[0].user_attrs[_QUEUED]):
+            dropped = self.study.ask().number  # the first that waits, without drawing anything
+            self.record.tell(self.study_id, dropped, "failed")
+            self._note(f"{_DROPPED} {waiting.pop(0).number}: {_OUTSIDE}.")
+        number = waiting[0].number if waiting else len(trials)
+        sampler = self.config.search.sampler
         if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed

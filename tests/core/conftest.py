@@ -1,8 +1,17 @@
 import pytest
+import torch
 
 from core.config import DataConfig
 from core.data.splits import ImageData, load_data
 from support import make_folder
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return each kind of device on which a test must hold."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from core.device import keep_freed_memory
+from core.device import amp_dtype, deterministic, keep_freed_memory
 
 # Page faults of 60 tensors of 40 MB, one after the other, before and after the setting.
 _SCRIPT = """
@@ -29,3 +30,20 @@ def test_a_freed_tensor_s_memory_is_used_again() -> None:
     before, after = map(int, done.stdout.split())
     # Not none at all: a block that small ones have nibbled at is a little too small next time.
     assert after < 0.7 * before
+
+
+def test_emulated_bf16_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As an older GPU answers.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
+    assert amp_dtype("auto", torch.device("cuda")) is torch.float16
+
+
+def test_on_a_gpu_only_the_attention_of_fixed_order_is_left() -> None:
+    def enabled() -> list[bool]:
+        kinds = ("flash", "mem_efficient", "cudnn", "math")
+        return [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds]
+
+    before = enabled()
+    with deterministic(torch.device("cuda")):
+        assert enabled() == [False, False, False, True]
+    assert enabled() == before

@@ -1,21 +1,30 @@
+import hashlib
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
+from core.models.builder import build
 from core.models.sources import create
 from core.models.weights import WeightsError
 from core.training import trainer
 from core.training.batches import Views
-from core.training.checkpoint import load_checkpoint, read_card
+from core.training.checkpoint import PREDICTIONS_FILE, load_checkpoint, read_card, weights_hash
 
 TINY = TrainConfig(
     backbone="timm:test_resnet",
@@ -97,7 +106,7 @@ def test_frozen_statistics_stay_the_sources_to_the_bit(data: ImageData, tmp_path
 
 def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
     epochs = fit(replace(TINY, base_lr=1e30, momentum=0, schedule="constant"), data)
-    with pytest.raises(TrainingDiverged, match="no longer finite at epoch 0"):
+    with pytest.raises(TrainingDiverged, match="no longer finite at epoch 1"):
         list(epochs)
 
 
@@ -109,32 +118,79 @@ def test_a_network_that_breaks_only_in_evaluation_has_diverged(
     state["bn1.running_mean"].fill_(float("nan"))
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     config = replace(TINY, weights=str(tmp_path / "w.safetensors"), batch_norm="train")
-    with pytest.raises(TrainingDiverged, match="validation loss is no longer finite at epoch 0"):
+    with pytest.raises(TrainingDiverged, match="validation loss is no longer finite at epoch 1"):
         list(fit(config, data))
+
+
+def _small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let a loss of more images than that run out of memory; returns how many were tried."""
+    real, sizes = cross_entropy, []
+
+    def limited(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        sizes.append(len(logits))
+        if len(logits) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(logits, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "cross_entropy", limited)
+    return sizes
 
 
 def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.cross_entropy
-
-    def small_memory(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        if len(logits) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(logits, *args, **kwargs)
-
-    monkeypatch.setattr(trainer, "cross_entropy", small_memory)
     config = replace(TINY, epochs=1, freeze_depth=4, batch_norm="frozen")
-    squeezed = list(fit(config, data))[0]
-    monkeypatch.undo()
     free = list(fit(config, data))[0]
+    _small_memory(monkeypatch, 3)
+    squeezed = list(fit(config, data))[0]
     assert (squeezed.micro_batch_size, free.micro_batch_size) == (2, 8)
     assert squeezed.train_loss == pytest.approx(free.train_loss, rel=1e-5)
 
 
-def test_batch_larger_than_the_data_is_refused(data: ImageData) -> None:
-    with pytest.raises(ValueError, match="batch_size must be <= the number of training images"):
-        next(fit(replace(TINY, batch_size=500), data))
+def test_batch_norms_are_never_trained_by_one_image(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, epochs=1, batch_size=11, micro_batch_size=5)
+    sizes = _small_memory(monkeypatch, 5)
+    next(fit(config, data))
+    assert sizes[:3] == [4, 4, 3]
+    _small_memory(monkeypatch, 1)
+    with pytest.raises(torch.OutOfMemoryError, match="even 3 of 11 images at a time"):
+        next(fit(config, data))
+    assert next(fit(replace(config, batch_norm="frozen"), data)).micro_batch_size == 1
+
+
+def test_memory_of_the_optimizer_ends_the_run_with_a_remedy(data: ImageData) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="optimizer's state .* = sgd"):
+            next(fit(TINY, data))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 500}, "batch_size must be <= the number of training images, 24"),
+        ({"micro_batch_size": 1}, "two images at a time"),
+        ({"batch_size": 7, "micro_batch_size": 2}, r"batches of \[3, 7\]"),
+        ({"batch_size": 1, "batch_norm": "frozen"}, None),
+        ({"batch_size": 1, "freeze_depth": 5}, None),
+        ({"batch_size": 1, "backbone": "timm:test_vit"}, None),  # has no batch norm
+    ],
+    ids=str,
+)
+def test_batches_that_cannot_be_trained_on_are_refused(
+    data: ImageData, settings: dict[str, Any], message: str | None
+) -> None:
+    config = replace(TINY, **settings)
+    network = build(config, data.classes)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        trainer.check_batches(config, network, len(data.train))
 
 
 def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
@@ -144,6 +200,7 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     epochs = list(fit(config, data, checkpoint_dir=tmp_path))
     best = max(epochs, key=lambda m: (m.score or 0.0, -m.epoch))
     card = read_card(tmp_path)
+    assert [m.epoch for m in epochs] == [1, 2, 3]
     assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
     assert card.classes == data.classes
     assert card.data["fingerprint"] == data.fingerprint
@@ -155,6 +212,26 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
         logits = torch.cat([model(images) for images in views.val()])
     acc = (logits.argmax(1).numpy() == data.val.labels).mean()
     assert acc == pytest.approx(best.val_acc)
+    bits = (tmp_path / "model.safetensors").read_bytes()
+    assert weights_hash(tmp_path) == hashlib.sha256(bits).hexdigest()
+
+
+def test_the_lines_of_the_readme_give_the_recorded_predictions(
+    data: ImageData, tmp_path: Path
+) -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall("```python\n(.*?load_checkpoint.*?)```", readme, re.DOTALL)
+    list(fit(replace(TINY, epochs=2), data, checkpoint_dir=tmp_path))
+    with np.load(tmp_path / PREDICTIONS_FILE) as saved:
+        paths, recorded = saved["paths"].tolist(), saved["probabilities"]
+        assert saved["predicted"].tolist() == recorded.argmax(1).tolist()
+    assert (tuple(paths), recorded.dtype) == (data.val.paths, "float32")
+    for path, expected in zip(paths, recorded, strict=True):
+        image = Path(data.source.removeprefix("folder:"), path)
+        names: dict[str, Any] = {}
+        own = snippet.replace("frostline-runs/photos/trial-0007", str(tmp_path))
+        exec(own.replace("new.jpg", str(image)), names)
+        assert names["probabilities"][0].numpy() == pytest.approx(expected, abs=1e-5)
 
 
 def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: Path) -> None:
@@ -167,9 +244,25 @@ def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: P
 def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
+    with pytest.raises(WeightsError, match="model.safetensors cannot be read"):
+        weights_hash(tmp_path)
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
+
+
+def test_every_trial_is_compiled(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        return lambda *inputs: calls.append(1) or graph(*inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    config = replace(TINY, epochs=1, compile=True, mixup=0.1)  # mixup: no kept arrays
+    with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
+        for depth in range(5):
+            next(fit(replace(config, freeze_depth=depth), data))
+    assert len(calls) == 5 * 3  # every step of each
 
 
 def test_compiled_network_trains_alike(
@@ -182,11 +275,3 @@ def test_compiled_network_trains_alike(
     [plain] = fit(config, data)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
     load_checkpoint(tmp_path)
-
-
-@pytest.mark.gpu
-def test_gpu_gives_the_same_numbers_twice(data: ImageData) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    config = replace(TINY, device="cuda", image_size=64)
-    assert _numbers(list(fit(config, data))) == _numbers(list(fit(config, data)))

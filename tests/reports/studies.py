@@ -78,13 +78,13 @@ def _enter(
         trained_parameters=5_130, total_parameters=11_181_642,
     )  # fmt: skip
     store.begin_trial(row)
-    for epoch, val_acc in enumerate(plan.curve):
-        is_best = val_acc > max(plan.curve[:epoch], default=-1)
+    for epoch, val_acc in enumerate(plan.curve, start=1):
+        is_best = val_acc > max(plan.curve[: epoch - 1], default=-1)
         losses, rates, times = (1.1 - val_acc, 1.2 - val_acc), (0.01, 0.1), (240.0, 0.4, 3.0, 0.5)
         accuracies = (val_acc, max(val_acc - 0.01, 0.0), max(val_acc - 0.02, 0.0))
         figures = EpochMetrics(epoch, *losses, *accuracies, *rates, *times, 2**30, 32, is_best)
-        store.add_epoch(row, figures, plan.epoch_s * (epoch + 1))
-        trial.report(val_acc, epoch + 1)
+        store.add_epoch(row, figures, plan.epoch_s * epoch)
+        trial.report(val_acc, epoch)
     if plan.state != "running":
         row.reason, row.duration_s = plan.reason, 1.0 + plan.epoch_s * len(plan.curve)
         if plan.score is not None:

@@ -45,6 +45,9 @@ def test_order_is_a_permutation_by_seed_and_epoch() -> None:
     assert not np.array_equal(order, epoch_order(100, 1, 0))
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(8, [4, 4]), (9, [4, 4]), (10, [4, 4, 2]), (1, [1])])
-def test_a_last_batch_of_one_is_left_out(n: int, sizes: list[int]) -> None:
-    assert [len(b) for b in batch_positions(np.arange(n), 4)] == sizes
+@pytest.mark.parametrize(
+    ("n", "size", "sizes"),
+    [(8, 4, [4, 4]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]), (1, 4, [1]), (3, 1, [1, 1, 1])],
+)
+def test_a_remainder_of_one_is_left_out(n: int, size: int, sizes: list[int]) -> None:
+    assert [len(b) for b in batch_positions(np.arange(n), size)] == sizes

@@ -1,8 +1,10 @@
 import errno
+import hashlib
 import os
 import pickle
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -11,18 +13,27 @@ import pytest
 from PIL import Image
 
 from core.cache import prune
-from core.data.decode import decode_rgb
-from core.data.image_store import ImageStore, build_store
+from core.config import Preprocessing
+from core.data import decode as decode_module
+from core.data.decode import View, decode, eval_view
+from core.data.image_store import EvalViews, ImageStore, Progress, build_stores
 from core.data.sources import DataError, LabelledImage
 from support import make_folder
 
 
 def _images(root: Path) -> list[LabelledImage]:
-    paths = sorted(root.rglob("*.*"))
-    return [
-        LabelledImage(f"{k:064d}", path.name, lambda p=path: p, "a")
-        for k, path in enumerate(paths)
-    ]
+    paths = sorted(root.rglob("*.*"), key=_content)
+    return [LabelledImage(_content(p), p.name, lambda path=p: path, "a") for p in paths]
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _store(
+    images: list[LabelledImage], bound: int, cache: Path, progress: Progress = None
+) -> ImageStore:
+    return build_stores(images, [bound], cache, progress)[0]
 
 
 def _stores(tmp_path: Path) -> list[Path]:
@@ -32,20 +43,20 @@ def _stores(tmp_path: Path) -> list[Path]:
 def test_store_holds_what_decoding_gives(tmp_path: Path) -> None:
     images = _images(make_folder(tmp_path / "photos", {"a": 5, "b": 4}))
     shown: list[tuple[int, int]] = []
-    store = build_store(images, 30, tmp_path / "cache", lambda *done: shown.append(done))
+    store = _store(images, 30, tmp_path / "cache", lambda *done: shown.append(done))
     assert (len(store), store.broken, shown[-1]) == (9, {}, (9, 9))
     assert store.contents == [image.content for image in images]
-    again = build_store(images, 30, tmp_path / "cache", lambda *_: pytest.fail("decoded"))
+    again = _store(images, 30, tmp_path / "cache", lambda *_: pytest.fail("decoded"))
     copy: ImageStore = pickle.loads(pickle.dumps(store))
     for i, image in enumerate(images):
-        expected = decode_rgb(image.read(), 30)
+        expected = decode(image.read(), [30]).pixels[0]
         assert all(np.array_equal(s.image(i), expected) for s in (store, again, copy))
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "no index", "bad index", "other index"])
 def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
     images = _images(make_folder(tmp_path / "photos", {"a": 3}))
-    store = build_store(images, 30, tmp_path / "cache")
+    store = _store(images, 30, tmp_path / "cache")
     expected = [store.image(i).copy() for i in range(3)]
     pixels, index = store.folder / "pixels.bin", store.folder / "index.json"
     whole = pixels.read_bytes()
@@ -55,9 +66,9 @@ def test_damaged_store_is_built_again(tmp_path: Path, harm: str) -> None:
     elif harm == "bad index":
         index.write_bytes(b"{damaged")
     elif harm == "other index":
-        index.write_text(index.read_text().replace("0002", "0003"))
+        index.write_text(index.read_text().replace(images[2].content, "f" * 64))
     del store
-    repaired = build_store(images, 30, tmp_path / "cache")
+    repaired = _store(images, 30, tmp_path / "cache")
     assert repaired.contents == [image.content for image in images]
     assert all(np.array_equal(repaired.image(i), expected[i]) for i in range(3))
 
@@ -68,13 +79,13 @@ def test_unreadable_images_are_kept_with_their_reason(tmp_path: Path) -> None:
     (root / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "a" / "text.png").write_text("no image")
     images = _images(root)
-    store = build_store(images, 30, tmp_path / "cache")
+    store = _store(images, 30, tmp_path / "cache")
     names = {image.content: image.path for image in images}
     assert {names[content] for content in store.broken} == {"cut.jpg", "text.png"}
     assert len(store) == len(store.contents) == 3
-    assert build_store(images, 30, tmp_path / "cache").broken == store.broken
+    assert _store(images, 30, tmp_path / "cache").broken == store.broken
     bad = [image for image in images if image.content in store.broken]
-    empty = build_store(bad, 30, tmp_path / "cache")
+    empty = _store(bad, 30, tmp_path / "cache")
     assert (len(empty), empty.broken) == (0, store.broken)
 
 
@@ -84,12 +95,38 @@ def test_a_full_disk_is_reported_leaves_nothing_behind_and_prunes_old_stores(
     def is_full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    old = build_store(_images(make_folder(tmp_path / "old", {"a": 2})), 20, tmp_path / "cache")
+    old = _store(_images(make_folder(tmp_path / "old", {"a": 2})), 20, tmp_path / "cache")
     os.utime(old.folder, (0, 0))
     images = _images(make_folder(tmp_path / "photos", {"a": 20}))
     monkeypatch.setattr(os, "fsync", is_full)
     with pytest.raises(DataError, match=r"disk is full\. About 0\.8 MB are .* data\.cache_dir"):
-        build_store(images, 100, tmp_path / "cache")
+        _store(images, 100, tmp_path / "cache")
+    assert _stores(tmp_path) == []
+
+
+def test_views_are_made_with_the_images_or_when_they_are_needed(
+    tmp_path: Path, shown: Preprocessing
+) -> None:
+    images, cache = _images(make_folder(tmp_path / "photos", {"a": 5})), tmp_path / "cache"
+    larger = replace(shown, image_size=26)
+    build_stores(images, [30, View.of(shown)], cache)
+    made: list[int] = []
+    views = EvalViews(images, cache, None)
+    views.make([View.of(shown)], lambda done, _: made.append(done))
+    views.make([View.of(shown), View.of(larger)], lambda done, _: made.append(done))
+    assert made == [1, 2, 3, 4, 5]
+    for how in (shown, larger):
+        expected = np.stack([eval_view(image.read(), how) for image in images])
+        assert np.array_equal(views.store(how).views(np.arange(5)), expected)
+
+
+def test_an_image_that_changes_while_it_is_used_is_refused(
+    tmp_path: Path, shown: Preprocessing
+) -> None:
+    images = _images(make_folder(tmp_path / "photos", {"a": 3}))
+    images[1].read().write_bytes(b"another")
+    with pytest.raises(DataError, match="must not change while it is used"):
+        EvalViews(images, tmp_path / "cache", None).store(shown)
     assert _stores(tmp_path) == []
 
 
@@ -98,11 +135,11 @@ def test_warnings_and_bombs_do_not_stop_decoding_in_threads(
 ) -> None:
     root = make_folder(tmp_path / "photos", {"a": 40})
     Image.new("RGB", (200, 200)).save(root / "a" / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 - 1)  # all warn, one is refused
+    monkeypatch.setattr(decode_module, "_MAX_PIXELS", 40 * 40 - 1)  # all warn, one is refused
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         before = list(warnings.filters)
-        store = build_store(_images(root), 30, tmp_path / "cache")
+        store = _store(_images(root), 30, tmp_path / "cache")
         assert warnings.filters == before
     assert len(store) == 40
     assert "exceeds limit" in next(iter(store.broken.values()))
@@ -114,14 +151,14 @@ def test_a_fault_of_the_machine_is_not_kept_as_the_images(tmp_path: Path) -> Non
 
     images = _images(make_folder(tmp_path / "photos", {"a": 2}))
     with pytest.raises(DataError, match=r"image c.png cannot be read: Input/output error"):
-        build_store([*images, LabelledImage("f", "c.png", fails, "a")], 30, tmp_path / "cache")
+        _store([*images, LabelledImage("f", "c.png", fails, "a")], 30, tmp_path / "cache")
     assert _stores(tmp_path) == []
 
 
 def _build(root: Path) -> tuple[int, int]:
     decoded: list[int] = []
     images = _images(root / "photos")
-    store = build_store(images, 30, root / "cache", lambda done, _: decoded.append(done))
+    store = _store(images, 30, root / "cache", lambda done, _: decoded.append(done))
     return int(sum(store.image(i).sum() for i in range(len(store)))), len(decoded)
 
 
@@ -139,8 +176,8 @@ def test_of_two_processes_one_builds_and_one_waits(tmp_path: Path) -> None:
 
 def test_a_store_that_a_trial_uses_is_not_pruned(tmp_path: Path) -> None:
     images = _images(make_folder(tmp_path / "photos", {"a": 2}))
-    store = build_store(images, 30, tmp_path / "cache")
-    for use in (store.mark_used, lambda: build_store(images, 30, tmp_path / "cache"), None):
+    store = _store(images, 30, tmp_path / "cache")
+    for use in (store.mark_used, lambda: _store(images, 30, tmp_path / "cache"), None):
         os.utime(store.folder, (0, 0))
         if use is not None:
             use()

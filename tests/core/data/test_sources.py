@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import shutil
 import struct
 from collections import Counter
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.config import DataConfig
-from core.data.decode import decode_rgb
+from core.data.decode import decode
 from core.data.sources import DataError, Found, find_images
 from support import make_folder
 
@@ -22,7 +23,7 @@ def test_digits_are_all_there() -> None:
     pytest.importorskip("sklearn", reason="the embedded digits come with scikit-learn")
     found = find_images(DataConfig())
     assert (len(found.images), found.classes) == (1797, tuple("0123456789"))
-    assert decode_rgb(found.images[0].read(), 64).shape == (64, 64, 3)
+    assert decode(found.images[0].read(), [64]).pixels[0].shape == (64, 64, 3)
 
 
 def test_images_carry_class_split_and_name(tmp_path: Path) -> None:
@@ -61,6 +62,8 @@ def test_a_missing_folder_names_the_nearest_and_a_file_is_none(tmp_path: Path) -
         _find(path)
     with pytest.raises(DataError, match=r"must exist, but it does not. Did you mean .*hotdogs"):
         _find(tmp_path / "hotdog")
+    with pytest.raises(DataError, match=r"hot.udcff must have a path in UTF-8"):
+        _find(tmp_path / "hot\udcff")
 
 
 def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
@@ -70,7 +73,7 @@ def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
     scan = os.scandir  # root may read everything, so the mode alone would prove nothing
 
     def refuse(path: str) -> object:
-        if path == str(locked):
+        if Path(path) == locked:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scan(path)
 
@@ -85,7 +88,7 @@ def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
         ({}, "must hold one folder per class"),
         ({"a": 5}, r"must have at least two classes, but .* has one \(a\)"),
         ({"a": 5, "b": 0}, "class folder .*b must hold images, but has none"),
-        ({"val/a": 3, "test/a": 3}, "must have a train folder beside test, val"),
+        ({"val/a": 3, "test/a": 3}, "must have one train folder and others .* it has test, val"),
         ({"train/a": 3, "train/b": 3, "test/a": 1, "test/c": 1}, r"test lacks b; .*train lacks c"),
     ],
 )
@@ -94,13 +97,125 @@ def test_bad_folders_are_refused(tmp_path: Path, classes: dict[str, int], messag
         _find(make_folder(tmp_path, classes))
 
 
-def test_names_that_are_no_utf8_are_shown_with_a_replacement(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Training", "validation", "TEST"),
+        ("seg_train", "seg_dev", "seg_test"),
+        ("train2017", "val2017", "test2017"),
+        ("TrainImages", "EvalImages", "TestImages"),
+        ("trainset", "valset", "testset"),
+        ("train/train", "val", "test/test"),
+    ],
+)
+def test_splits_are_known_by_a_word_in_their_names(
+    tmp_path: Path, train: str, val: str, test: str
+) -> None:
+    for k, folder in enumerate((train, val, test)):
+        make_folder(tmp_path / folder, {"ants": 3 - k, "bees": 3 - k}, seed=k)
+    found = _find(tmp_path)
+    assert found.classes == ("ants", "bees")
+    assert Counter(image.split for image in found.images) == {"train": 6, "val": 4, "test": 2}
+    assert bool(found.warnings) == (train not in ("Training", "train/train"))
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "notes"),
+    [
+        (("train", "bus", "car"), "bus car train", "train is taken for a class, as bus, car"),
+        (("steam_train", "bullet_train"), "bullet_train steam_train", ""),
+        (("test_tube", "jar"), "jar test_tube", ""),
+        (("train/a", "train/b", "test"), "a b", "test: no class folders .* not read"),
+        (("train/a", "train/b", "unlabeled"), "a b", "unlabeled lie beside train and are not"),
+        (("a", "b", "__MACOSX/a", "a/@eaDir", ".ipynb_checkpoints"), "a b", ""),
+        (("Ants", "ants"), "Ants ants", "differ only by case"),
+        (("pets/cat", "pets/dog", "car"), "car pets", "pets: images lie in inner folders only"),
+    ],
+)
+def test_what_is_read_and_what_is_not_is_said(
+    tmp_path: Path, folders: tuple[str, ...], classes: str, notes: str
+) -> None:
+    found = _find(make_folder(tmp_path, dict.fromkeys(folders, 1)))
+    assert " ".join(found.classes) == classes
+    assert not any("@eaDir" in image.path for image in found.images)
+    assert re.search(notes, "\n".join(found.warnings)) if notes else not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("fold0/a", "fold0/b", "fold1/a", "fold1/b"), "classes or splits, .*fold0, fold1"),
+        (("a/train", "a/test", "b/train", "b/test"), r"hold the same folders \(test, train\)"),
+        (("train/a", "train/b", "toy_train/a", "toy_test/a"), "must have one train folder"),
+        (("train", "test"), "train must hold one folder per class, but it has no folders"),
+        (("photos/a", "photos/b"), "give the folder that holds them"),
+        (("caf\u00e9", "cafe\u0301"), "must look different, but 2 look like caf\u00e9"),
+    ],
+)
+def test_folders_that_may_mean_two_things_are_refused(
+    tmp_path: Path, folders: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        _find(make_folder(tmp_path, dict.fromkeys(folders, 1)))
+
+
+def test_accents_match_across_splits(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"train/caf\u00e9": 1, "train/b": 1, "test/cafe\u0301": 1, "test/b": 1})
+    assert _find(tmp_path).classes == ("b", "caf\u00e9")
+
+
+def test_linked_folders_are_read_once_and_loops_are_cut(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"a": 2, "b": 2})
+    elsewhere = make_folder(tmp_path / "more", {"session": 3}, seed=1)
+    for name, target in (("s1", elsewhere), ("s2", elsewhere), ("up", root), ("self", root / "a")):
+        (root / "a" / name).symlink_to(target)
+    found = _find(root)
+    assert Counter(image.label for image in found.images) == {"a": 5, "b": 2}
+    assert "not read: 3 links to folders already read." in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("c", "a", "c and .*a must be different folders, but are one"),
+        ("a/other", "b", "b and .*other must be different folders, but are one"),
+        ("c", "nowhere", "c must be readable, but is not: No such file"),
+        ("a/one.png", "nowhere", "one.png must be readable, but is not: No such file"),
+        ("c", "c", "c must be readable, but is not: Too many levels"),
+    ],
+)
+def test_links_that_mix_classes_or_lead_nowhere_are_refused(
+    tmp_path: Path, link: str, target: str, message: str
+) -> None:
     root = make_folder(tmp_path, {"a": 1, "b": 1})
+    (root / link).symlink_to(root / target)
+    with pytest.raises(DataError, match=message):
+        _find(root)
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"a": 1, "b": 1})
+    os.mkfifo(root / "a" / "pipe.png")
+    os.mkfifo(root / "loose.png")
+    (root / "b" / "zero.jpg").symlink_to("/dev/zero")
+    found = _find(root)
+    assert [image.path for image in found.images] == ["a/000.png", "b/000.png"]
+    assert "not read: 2 pipes, sockets or devices." in found.warnings[0]
+
+
+def test_names_are_shown_without_control_characters_and_stay_apart(tmp_path: Path) -> None:
+    names = ("a", "\x1b[31mred", "\u202egnp", "\udcff", "\udcfe")  # the last two are bytes
     try:
-        os.rename(root / "a" / "000.png", os.fsencode(root / "a") + b"/\xff.png")
+        root = make_folder(tmp_path, {**dict.fromkeys(names, 1), "c\n": 0})
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    assert [image.path for image in _find(root).images] == ["a/\ufffd.png", "b/000.png"]
+    with pytest.raises(DataError, match=r"class folder .*/c\\n must hold images"):
+        _find(root)
+    (root / "c\n").rmdir()
+    found = _find(root)
+    assert found.classes == (r"\u202egnp", r"\udcfe", r"\udcff", r"\x1b[31mred", "a")
+    assert {image.path for image in found.images} == {f"{c}/000.png" for c in found.classes}
+    assert all(Path(str(image.read())).is_file() for image in found.images)
 
 
 def test_an_unknown_dataset_names_the_nearest_and_an_absent_one_is_not_downloaded(
@@ -132,7 +247,7 @@ def test_a_torchvision_dataset_with_splits_is_read(tmp_path: Path) -> None:
     assert Counter(i.split for i in found.images) == {"train": 6, "val": 6, "test": 6}
     for image in found.images:
         # make_folder brightens channel 0 of its first class (dotted), 1 of its second (banded).
-        brightest = decode_rgb(image.read(), 40).mean((0, 1))[:2].argmax()
+        brightest = decode(image.read(), [40]).pixels[0].mean((0, 1))[:2].argmax()
         assert ("dotted", "banded")[brightest] == image.label
 
 
@@ -147,5 +262,5 @@ def test_a_torchvision_dataset_in_one_file_is_decoded(tmp_path: Path) -> None:
     found = find_images(DataConfig(source="torchvision:MNIST", root=str(tmp_path)))
     assert [image.path for image in found.images][3:5] == ["MNIST/train/3", "MNIST/test/0"]
     assert [image.label[0] for image in found.images[:4]] == ["1", "2", "0", "1"]
-    assert np.array_equal(decode_rgb(found.images[1].read(), 28)[..., 0], pixels[1])
+    assert np.array_equal(decode(found.images[1].read(), [28]).pixels[0][..., 0], pixels[1])
     assert found.images[1].content == found.images[5].content != found.images[0].content

@@ -1,4 +1,7 @@
+import math
+
 import pytest
+import timm
 from torch import nn
 
 from core.config import Preprocessing, TrainConfig
@@ -43,9 +46,29 @@ def test_unknown_backbone_names_the_nearest() -> None:
         find_source("resnet_18")
 
 
-def test_unknown_tag_lists_the_known_ones() -> None:
-    with pytest.raises(BackboneError, match="IMAGENET1K_V1, IMAGENET1K_V2"):
-        input_of("resnet50", "imagenet:V9", None)
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("resnet50", "IMAGENET1K_V1, IMAGENET1K_V2"),
+        ("timm:vit_small_patch8_224", "with TAG in dino"),
+    ],
+)
+def test_unknown_tag_lists_the_known_ones(name: str, known: str) -> None:
+    with pytest.raises(BackboneError, match=known):
+        input_of(name, "imagenet:V9", None)
+
+
+def test_every_tag_of_timm_has_its_own_preprocessing() -> None:
+    for tagged in timm.list_pretrained():
+        name, _, tag = tagged.partition(".")
+        ours = input_of(f"timm:{name}", f"imagenet:{tag}" if tag else "imagenet", None)
+        settings = timm.models.get_pretrained_cfg(tagged).to_dict()
+        theirs = timm.data.resolve_data_config(pretrained_cfg=settings)
+        size, share = theirs["input_size"][1], min(1, theirs["crop_pct"])
+        assert (ours.image_size, ours.resize_size) == (size, math.floor(size / share)), tagged
+        assert [ours.mean, ours.std] == [theirs["mean"], theirs["std"]], tagged
+        assert ours.interpolation == theirs["interpolation"], tagged
+        assert ours.is_squashed == (theirs["crop_mode"] == "squash"), tagged
 
 
 @pytest.mark.parametrize(

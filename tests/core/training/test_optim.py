@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.models.builder import build
 from core.models.freeze_stages import freeze
+from core.models.sources import Classifier, create
 from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 
 
@@ -17,7 +19,7 @@ def _groups(depth: int, **settings: object) -> tuple[list[dict[str, object]], to
     config = TrainConfig(base_lr=0.01, head_lr_mult=10, weight_decay=1e-3, **settings)
     built = build(TrainConfig(backbone="resnet18", weights="none", image_size=64), ("a", "b"))
     freeze(built.model, built.stages, depth)
-    return parameter_groups(built.model, built.head, config), built.model
+    return parameter_groups(built.model, built, config), built.model
 
 
 @pytest.mark.parametrize("depth", range(MAX_FREEZE_DEPTH + 1))
@@ -40,6 +42,37 @@ def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
     assert all(p.ndim >= 2 for p in named["backbone"]["params"])
     assert [tuple(p.shape) for p in named["head"]["params"]] == [(2, 512)]
     assert {group["weight_decay"] for group in _groups(0, decay_all=True)[0]} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "spared"),
+    [
+        ("convnext_tiny", 32, ("features.1.0.layer_scale",)),  # (C, 1, 1)
+        ("vit_b_32", 32, ("class_token", "encoder.pos_embedding")),
+        ("swin_t", 32, ("features.1.0.attn.relative_position_bias_table",)),
+        ("swin_v2_t", 32, ("features.1.0.attn.logit_scale",)),
+        ("timm:test_convnext", 32, ("stages.0.blocks.0.gamma",)),
+        ("timm:test_vit", 160, ("cls_token", "pos_embed")),
+        ("timm:fastvit_t8", 32, ("stages.0.blocks.0.token_mixer.layer_scale.gamma",)),
+        ("timm:swinv2_tiny_window8_256", 256, ("layers.0.blocks.0.attn.cpb_mlp.0.weight",)),
+        ("timm:resmlp_12_224", 224, ("blocks.0.norm1.alpha", "blocks.0.ls1")),
+        ("timm:levit_128s", 224, ("stages.0.blocks.0.attn.attention_biases",)),
+    ],
+)
+def test_only_weight_matrices_are_decayed(
+    backbone: str, size: int, spared: tuple[str, ...]
+) -> None:
+    network = create(backbone, size, 2, is_pretrained=False)
+    groups = parameter_groups(network.model, network, TrainConfig(weight_decay=0.1))
+    found = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    parameters = dict(network.model.named_parameters())
+    decayed = {name for name, p in parameters.items() if id(p) in found}
+    assert set(spared) <= parameters.keys() - decayed
+    modules = network.model.named_modules()
+    kinds = (nn.Linear, nn.Conv2d)
+    matrices = {f"{name}.weight" for name, layer in modules if isinstance(layer, kinds)}
+    others = {name for name in matrices ^ decayed if not name.endswith("in_proj_weight")}
+    assert all("cpb_mlp" in name for name in others)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +134,7 @@ def test_our_optimizers_step_as_pytorchs_own(name: str) -> None:
     config = TrainConfig(
         optimizer=name, base_lr=0.05, head_lr_mult=1, weight_decay=0.01, decay_all=True
     )
-    groups = parameter_groups(ours, (), config)
+    groups = parameter_groups(ours, Classifier(ours, ()), config)
     optimizer = make_optimizer(groups, config, torch.device("cpu"))
     if name == "sgd":
         reference: torch.optim.Optimizer = torch.optim.SGD(

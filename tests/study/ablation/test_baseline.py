@@ -61,7 +61,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             )  # fmt: skip
             store.begin_trial(trial)
             if state != "running":
-                trial.value, trial.best_epoch, trial.epochs_done = value, 0, 4
+                trial.value, trial.best_epoch, trial.epochs_done = value, 1, 4
                 store.end_trial(trial, state)
         store.end_run(run, "trials")
         store.create_study("empty", StudyConfig().to_record(), {}, {})

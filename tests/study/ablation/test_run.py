@@ -93,11 +93,11 @@ def _script(
     def scripted(config: TrainConfig, data: ImageData, *, checkpoint_dir: Path, **options: Any):
         trained.append((config, data))
         acc = accuracy(config)
-        for epoch in range(config.epochs):
+        for epoch in range(1, config.epochs + 1):
             if options["should_stop"]():
                 raise Interrupted
             figures = (0.5, 0.5, acc, acc, acc, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
-            yield EpochMetrics(epoch, *figures, is_best=epoch == 0)
+            yield EpochMetrics(epoch, *figures, is_best=epoch == 1)
         checkpoint_dir.mkdir(parents=True)
         np.savez(
             checkpoint_dir / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels
@@ -222,7 +222,7 @@ class _Interrupts(QuietProgress):
 
     def emit(self, event: Event) -> None:
         is_epoch = isinstance(event, EpochEnded) and event.trial == self.number
-        if is_epoch and event.metrics.epoch == 0:
+        if is_epoch and event.metrics.epoch == 1:
             signal.raise_signal(signal.SIGINT)
 
 

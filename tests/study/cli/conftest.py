@@ -1,6 +1,7 @@
 """What the tests of the command line share: running a command, and a recorded study."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from study.record.models import Trial
 from study.record.record import Record
 from support import distributions_of
 
-DATA = {"source": "digits", "classes": ["0", "1"], "n_train": 8, "n_val": 4, "n_test": 0}
+DATA = {
+    "source": "digits",
+    "classes": ["0", "1"],
+    "n_train": 8,
+    "n_val": 4,
+    "n_test": 0,
+    "fingerprint": "f",
+}
 ENDS = [
     ("complete", 0.5, None),
     ("complete", 0.75, None),
@@ -79,13 +87,15 @@ def recorded(here: Path) -> Path:
             store.begin_trial(row)
             if value is not None:
                 figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
-                store.add_epoch(row, EpochMetrics(0, 0.5, 0.4, *figures), 1.0)
+                store.add_epoch(row, EpochMetrics(1, 0.5, 0.4, *figures), 1.0)
                 trial.report(value, 1)
             row.reason, row.duration_s = reason, 2.0
             if number == 1:
-                row.checkpoint = str(here / "trial-1")
+                row.weights_hash = hashlib.sha256(b"weights of 1").hexdigest()
             store.end_trial(row, state)
         store.end_run(run, "trials")
     for number in (0, 1):
-        (here / f"trial-{number}").mkdir()
+        folder = here / "frostline-runs" / "ants" / f"trial-000{number}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(f"weights of {number}")
     return here

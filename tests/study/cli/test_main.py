@@ -95,6 +95,21 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         ("show ants --storage other.db", ["no database other.db"]),
         ("list --storage postgresql+no://me:hunter2@db/x", ["postgresql+no://me:***@db"]),
         ("backbones resnte18", ["Near: "]),
+        ("show \udcff", ["UTF-8", "'\\udcff'"]),
+        ("show a\0b", ["NUL", "'a\\x00b'"]),
+        ("show ants --trial 9223372036854775808", ["--trial", "9223372036854775807"]),
+        (f"list --storage {'x' * 256}", ["xxx: File name too long"]),
+        (f"init {'x' * 256}", ["xxx: File name too long"]),
+        (f"run --name {'x' * 241}", ["--name: study.name", "at most 240 bytes, but has 241"]),
+        ("run --set space.epochs=0", ["--set: space.epochs: must be", "epochs=0"]),
+        ("run --set train.seed=9223372036854775808", ["--set: train.seed", "64 bits"]),
+        (f"run --set epochs=0x{'f' * 5000}", ["--set: train.epochs", "64 bits"]),
+        (f"run --set epochs={'9' * 5000}", ["--set: train.epochs: must be at most 4096 char"]),
+        (f"run --set space.base_lr={'[' * 3000}", ["--set: space.base_lr"]),
+        (f"run --set epochs={'[' * 9}{']' * 9}", ["--set: train.epochs", "at most 8 deep"]),
+        ('run --set data.root="a\\u001bb"', ["--set: data.root", "a control char", "a\\x1bb"]),
+        ("run --set base_lr=1e400", ["--set: train.base_lr", "finite"]),
+        ("run --set train.base_lr=nan", ["--set: train.base_lr", "finite"]),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line_and_changes_nothing(
@@ -119,7 +134,32 @@ def test_what_a_record_does_not_allow_is_refused(
     line: str, part: str, recorded: Path, refused: Callable[..., str]
 ) -> None:
     assert part in refused(*line.split())
-    assert (recorded / "trial-1").is_dir()
+    assert (recorded / "frostline-runs/ants/trial-0001").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "shown"),
+    [
+        ("python -m study backbones resnet1 >&-", 0, ""),
+        ("python -m study backbones no-such >&-", 2, "error: "),
+        ("python -m study --help >/dev/full", 2, "error: the working folder or standard output"),
+        ('mkdir x && cd x && rmdir "$OLDPWD/x"; python -m study list', 2, "error: the working fo"),
+        (
+            "touch \u00fc.db; PYTHONIOENCODING=ascii python -m study list --storage \u00fc.db",
+            2,
+            "\\xfc",
+        ),
+        ("unset HOME; COLUMNS=1 TMPDIR=/no python -m study backbones timm:test_vit", 0, ""),
+    ],
+)
+def test_an_odd_environment_ends_in_no_traceback(
+    line: str, status: int, shown: str, here: Path
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=env)
+    assert done.returncode == status, done.stderr
+    assert shown in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_status_130_and_a_bug_keeps_its_traceback(
@@ -203,8 +243,8 @@ def test_json_has_the_documented_fields(recorded: Path, answered: Callable[..., 
         *("id", "study_id", "number", "run_id", "state", "reason", "origin", "params", "config"),
         *("config_hash", "device", "started_at", "ended_at"),
         *("duration_s", "epochs_done", "value", "best_epoch", "score", "trained_parameters"),
-        *("total_parameters", "without_effect", "checkpoint", "factor", "level", "replicate"),
-        "epochs",
+        *("total_parameters", "without_effect", "factor", "level", "replicate"),
+        *("weights_hash", "checkpoint", "epochs"),
     }
     assert trial["epochs"][0]["val_acc"] == 0.75
 
@@ -218,8 +258,81 @@ def test_delete_does_what_is_answered(
     with Record(DEFAULT_STORAGE) as store:
         assert (store.find_study("ants") is None) == is_gone
     assert (not optuna.get_all_study_names(f"sqlite:///{DEFAULT_STORAGE}")) == is_gone
-    assert (recorded / "trial-0").is_dir()  # no checkpoint of the record
-    assert (recorded / "trial-1").is_dir() != is_gone
+    output = recorded / "frostline-runs" / "ants"
+    assert (output / "trial-0000").is_dir()  # no checkpoint of the record
+    assert (output / "trial-0001").is_dir() != is_gone
+
+
+def test_delete_leaves_and_names_what_another_study_wrote(
+    recorded: Path, answered: Callable[..., str]
+) -> None:
+    folder = recorded / "frostline-runs" / "ants"
+    theirs, link, state = (
+        folder / name for name in ("trial-0001", "trial-0002", "state/trial-0003.pt")
+    )
+    (theirs / "model.safetensors").write_text("weights of another study")
+    link.symlink_to(recorded)
+    state.parent.mkdir()
+    state.touch()
+    shown = answered("delete", "ants", "--yes")
+    assert "4 trials, 0 checkpoints" in shown
+    assert {str(path.relative_to(recorded)) for path in (theirs, link, state)} <= set(
+        shown.split()
+    )
+    assert all(path.exists() for path in (theirs, link, state, recorded / DEFAULT_STORAGE))
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"), [("of another study", "holds other weights"), (None, "cannot be read")]
+)
+def test_test_refuses_weights_that_are_not_the_trials(
+    weights: str | None, part: str, recorded: Path, refused: Callable[..., str]
+) -> None:
+    file = recorded / "frostline-runs" / "ants" / "trial-0001" / "model.safetensors"
+    file.unlink() if weights is None else file.write_text(weights)
+    message = refused("test", "ants")
+    assert part in message
+    assert "frostline-runs/ants/trial-0001" in message
+
+
+SECRET = "hunter2"
+SECRET_URLS = (
+    f"nonsense://me:{SECRET}@db/x",
+    f"nonsense://me:a {SECRET}@db/x",
+    f"nonsense://me@db/x?password={SECRET}&sslmode=require",
+    f"nonsense://db/x?p%61ssword=a@{SECRET}",
+    f"nonsense://me:a?b@db:5/x?sslkey={SECRET}",
+)
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_no_command_shows_a_password(
+    url: str, recorded: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Record(DEFAULT_STORAGE) as store:
+        row = store.study("ants")
+        row.config["study"]["storage"] = url
+        store.save(row)
+    for command in COMMANDS[:-2]:
+        name = [] if command in ("run", "list") else ["ants"]
+        assert main([command, *name, "--storage", url]) == 2
+    for line in ("list --json", "show ants", "show ants --json", "report ants", "test ants"):
+        main(line.split())
+    tiny = "run --dry-run --set weights=none --set image_size=32 --set space.backbone=resnet18"
+    for flag in ("--quiet", "--json"):
+        assert main([*tiny.split(), flag, "--storage", url]) == 0
+    shown = "".join(capfd.readouterr())
+    shown += "".join(path.read_text() for path in recorded.rglob("*.html"))
+    assert shown.count("nonsense://") > len(COMMANDS)
+    assert SECRET not in shown
+
+
+def test_the_record_keeps_no_password(here: Path, photos: list[str]) -> None:
+    words = ["--storage", DEFAULT_STORAGE, "--name", "ants", "--trials", "1", "--quiet"]
+    sets = ["--set", f"study.storage='{SECRET_URLS[2]}'"]  # which --storage overrides
+    assert main(["run", *photos, *sets, *words]) == 0
+    files = [path for path in here.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def text_of(view: RenderableType) -> str:
 
 def test_a_trial_shows_what_the_cache_saved(trials: list[Trial]) -> None:
     figures = (0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
-    epoch = EpochMetrics(0, 0.5, 0.4, 0.5, 0.5, 0.5, *figures)
+    epoch = EpochMetrics(1, 0.5, 0.4, 0.5, 0.5, 0.5, *figures)
     reader = dataclasses.replace(epoch, saved_s=1.5, cache_hits=2)
     maker = dataclasses.replace(epoch, cache_misses=1)
     assert "1.5 s (2 of 3 arrays" in text_of(views.trial_view(trials[0], [reader, maker]))
@@ -42,7 +42,7 @@ def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial])
     section = StudySection(name="ants", trials=30)
     view = views.summary_view(SearchOutcome("timeout", trials, 20, 65.0), section)
     text = text_of(view)
-    for part in ("study.timeout", "4 of 30 trials, 2 complete", "trial-1/model.safetensors"):
+    for part in ("study.timeout", "4 of 30 trials, 2 complete", "trial-0001/model.safetensors"):
         assert part in text
     assert "Selected from 3 trials on 20 validation images" in text
     rows = [line.split() for line in text.splitlines()]

@@ -12,8 +12,13 @@ from study.config.formatting import (
 
 def test_passwords_are_not_passed_on() -> None:
     url = "--storage postgresql+psycopg://me:p@ss:w/rd@host:5432/db --name x"
-    assert hide_password(url) == "--storage postgresql+psycopg://me:***@host:5432/db --name x"
+    hidden = "--storage postgresql+psycopg://me:***@host:5432/db --name x"
+    assert hide_password(url) == hide_password(hidden) == hidden
     assert hide_password("sqlite:///studies.db a@b") == "sqlite:///studies.db a@b"
+    assert hide_password("pg://me@host/db?password=x&y=a z") == "pg://me@host/db?*** z"
+    assert hide_password("pg://me:p%3Fw d@host/db") == "pg://me:***@host/db"
+    assert hide_password("pg://host:1/db?key=a@b") == "pg://***"
+    assert json_text({"a": ["pg://me:p@h/d?q=1", 2]}) == '{"a": ["pg://me:***@h/d?***", 2]}'
 
 
 def test_missing_values_are_a_dash() -> None:

@@ -11,6 +11,7 @@ from study.config.search_space import (
     Range,
     apply_params,
     distributions,
+    fits,
     n_points,
     recipes,
 )
@@ -30,7 +31,9 @@ def test_optuna_draws_every_dimension_inside_its_bounds() -> None:
     for _ in range(20):
         params = study.ask(distributions(SPACE)).params
         assert list(params) == list(SPACE)
-        assert all(dim.nearest(params[name]) == params[name] for name, dim in SPACE.items())
+        assert fits(SPACE, params)
+        assert not fits(SPACE, params | {"momentum": 0.95})
+        assert not fits({"base_lr": SPACE["base_lr"]}, params)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,31 @@ def test_template_for_other_data_is_not_named_after_the_old(tmp_path: Path) -> N
     text = config_text(load_config(), with_help=True)
     path.write_text(text.replace('"digits"', '"photos"'), encoding="utf-8")
     assert load_config(path).study.name == "photos"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = " + b"[" * 5000, "nested too deep"),
+        (b"a = " + b"9" * 5000, "must be TOML, but exceeds the limit"),
+        (b"\x80\x00\xff", "must be TOML, but 'utf-8' codec"),
+        (b"#" * (2**20 + 1), "must be a file, of at most 1048576 bytes"),
+        (None, "must be a file"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "study.toml"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    for wrong in (path, tmp_path) if content is None else (path,):
+        with pytest.raises(ConfigError, match=message):
+            load_config(wrong)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_bytes(b"\xef\xbb\xbf[study]\ntrials = 7\n")
+    assert load_config(tmp_path / "study.toml").study.trials == 7
 
 
 def test_write_new_replaces_a_file_only_when_asked(tmp_path: Path) -> None:

@@ -34,12 +34,12 @@ EVENTS: list[Event] = [
     Note("3 files are no images [ignored]"),
     StudyState("ants", 6, Counts(complete=2), 0.8, 0.8),
     TrialStarted(2, "recipe:linear-probe", {"base_lr": 0.00123, "depth": 5}, 2),
-    EpochEnded(2, metrics(0, 0.7)),
-    EpochEnded(2, metrics(1, 0.9)),
+    EpochEnded(2, metrics(1, 0.7)),
+    EpochEnded(2, metrics(2, 0.9)),
     TrialEnded(2, "complete", 0.9, None, 4.25),
     StudyState("ants", 6, Counts(complete=3), 0.9, 0.9),
     TrialStarted(3, "sampler", {}, 2),
-    EpochEnded(3, metrics(0, 0.1)),
+    EpochEnded(3, metrics(1, 0.1)),
     TrialEnded(3, "pruned", 0.1, "hopeless", 61),
     TrialStarted(4, "sampler", {}, 2),
     TrialEnded(4, "failed", None, "diverged", 3700),
@@ -87,7 +87,7 @@ def live() -> LiveProgress:
 def test_a_terminal_shows_images_decoded_then_the_trial_and_the_study(live: LiveProgress) -> None:
     live.emit(EVENTS[0])
     assert "decoding images: 5 of 10" in live.render().plain
-    for event in (*EVENTS[1:6], EpochEnded(2, metrics(1, 0.6, is_best=False))):
+    for event in (*EVENTS[1:6], EpochEnded(2, metrics(2, 0.6, is_best=False))):
         live.emit(event)
     shown = live.render().plain
     live.close()
@@ -114,7 +114,7 @@ def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks(
     out = io.StringIO()
     progress = JsonProgress(out)
     play(progress)
-    progress.emit(EpochEnded(9, metrics(0, 0.5, train_loss=float("nan"))))
+    progress.emit(EpochEnded(9, metrics(1, 0.5, train_loss=float("nan"))))
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     trial = ["trial_started", "epoch", "epoch", "trial_ended"]
     assert [event["event"] for event in events] == [
@@ -128,7 +128,7 @@ def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks(
         "best_score": 0.8,
     }  # fmt: skip
     assert events[2]["params"] == {"base_lr": 0.00123, "depth": 5}
-    assert (events[4]["trial"], events[4]["val_acc"], events[4]["epoch"]) == (2, 0.9, 1)
+    assert (events[4]["trial"], events[4]["val_acc"], events[4]["epoch"]) == (2, 0.9, 2)
     assert events[5] == {
         "event": "trial_ended", "trial": 2, "state": "complete", "value": 0.9, "reason": None,
         "duration_s": 4.25,

@@ -142,11 +142,37 @@ def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
     _dies_here(config, monkeypatch, method)
     assert [trial.state for trial in optuna_trials(home)][0] is TrialState.RUNNING
     shutil.rmtree(home / "runs" / "photos" / "state", ignore_errors=True)  # from a slow epoch
-    outcome = run(config, take_over=True)
+    listener = Listener()
+    outcome = run(config, take_over=True, progress=listener)
     assert (outcome.counts.finished, outcome.counts.running) == (1, 0)
     first, again = optuna_trials(home)
     assert (first.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE)
     assert (again.params, again.user_attrs["origin"]) == (first.params, "retry of 0")
+    assert Note("The settings of trial 0 run again.") in listener.events
+    assert [path.name for path in (home / "runs" / "photos").glob("trial-*")] == ["trial-0001"]
+
+
+def test_the_checkpoint_of_another_database_in_the_same_folder_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_of(home, 1))
+    other = config_of(home, 1, EPOCHS, **{"study.storage": str(home / "other.db")})
+    _dies_here(other, monkeypatch, "begin_trial")
+    run(other, take_over=True)
+    assert len(list((home / "runs" / "photos").glob("trial-*/model.safetensors"))) == 2
+
+
+def test_settings_that_a_changed_space_lacks_are_dropped_and_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _dies_here(config_of(home, 1), monkeypatch, "begin_trial")
+    listener, space = Listener(), "space.base_lr={low=0.2, high=0.5, log=true}"
+    run(config_of(home, 1, space), take_over=True, allow_changes=True, progress=listener)
+    assert [trial.state.name for trial in optuna_trials(home)] == ["FAIL", "COMPLETE"]
+    (row,) = rows_of(home)
+    assert (row.origin, 0.2 <= row.params["base_lr"] <= 0.5) == ("sampler", True)
+    notes = [event.text for event in listener.events if isinstance(event, Note)]
+    assert any("Dropped are the settings of trial 0: they lie outside" in text for text in notes)
 
 
 def test_settings_that_kill_the_process_run_three_more_times_at_most(
@@ -178,21 +204,25 @@ def test_a_stopped_trial_is_continued_under_its_number(
         patch.setattr(trial_engine, "fit", fit_until_told)
         outcome = run(config_of(home, 2, EPOCHS))
     assert outcome.stopped_because == "interrupted"
-    assert optuna_trials(home)[outcome.counts.finished].state is TrialState.RUNNING
+    paused = optuna_trials(home)[outcome.counts.finished]
+    assert (paused.state, paused.user_attrs["paused"]) == (TrialState.RUNNING, True)
     assert run(config_of(home, 2, EPOCHS)).counts.finished == 2
+    assert optuna_trials(home)[paused.number].user_attrs["paused"] is False
     _assert_equal_studies(home, whole)
 
 
 @pytest.mark.slow
-def test_the_command_line_stops_at_once_and_says_so(home: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_the_command_line_stops_at_once_and_says_so(number: str, status: int, home: Path) -> None:
     sets = [word for text in (*SETTINGS, "train.epochs=3000") for word in ("--set", text)]
     process = start(home, "run", "--config", "study.toml", "--data", "photos", "--json", *sets)
     assert process.stdout is not None
     next(line for line in process.stdout if json.loads(line)["event"] == "epoch")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.Signals[f"SIG{number}"])
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == status
     ended = [json.loads(line) for line in out.splitlines() if '"trial_ended"' in line]
     assert [(e["state"], e["reason"]) for e in ended] == [("stopped", "interrupted")]
     with Record(str(home / "studies.db")) as record:
         assert record.runs(record.study("photos").id)[0].outcome == "interrupted"
+        assert (home / "frostline-runs" / "photos" / "state" / "trial-0000.pt").is_file()

@@ -1,6 +1,7 @@
 import dataclasses
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,8 @@ from core.models.sources import BackboneError
 from core.models.weights import WeightsError
 from study.config.errors import ConfigError
 from study.config.load import load_config
-from study.config.study_config import StudyConfig
+from study.config.search_space import distributions
+from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import Note
 from study.execution.session import (
     corner_configs,
@@ -67,7 +69,8 @@ def test_a_session_enters_the_study_and_signs_off_with_its_reason(
         session.because = "trials"
     study = record.study("photos")
     assert record.runs(study.id)[0].outcome == "trials"
-    assert StudyConfig.from_record(study.config) == config
+    assert not config_diff(StudyConfig.from_record(study.config), config)
+    assert study.output == home / "runs" / "photos"
     assert (study.data["n_train"], study.data["n_val"], study.data["n_test"]) == (12, 4, 4)
     assert study.data["classes"] == ["blue", "red"]
 
@@ -84,14 +87,25 @@ def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
     _enter(record, _config(home))  # the next process may begin
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@contextmanager
+def _ignored(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_wish_to_stop(
     number: signal.Signals, home: Path, record: Record
 ) -> None:
     with _open(record, _config(home)) as session:
         assert not session.stop.is_set()
         signal.raise_signal(number)
-        assert session.stop.is_set()
+        assert (session.stop.is_set(), session.progress.stopped_by) == (True, number)
+        signal.raise_signal(signal.SIGHUP)  # a terminal that closes may send several
+    with _ignored(signal.SIGHUP), _open(record, _config(home)) as session:  # under nohup
+        signal.raise_signal(signal.SIGHUP)
+        assert not session.stop.is_set()
 
 
 @pytest.mark.parametrize(("setting", "budget"), [("8GB", 8 * 10**9), ("0", None), (None, None)])
@@ -130,6 +144,19 @@ def test_another_configuration_is_refused_with_the_difference(home: Path, record
     assert record.study("photos").config["train"]["epochs"] == 3
 
 
+@pytest.mark.parametrize("dimension", ["[0.1, 0.3]", "{low = 0.1, high = 0.3}"])
+def test_a_dimension_that_optuna_cannot_have_beside_the_old_one_is_refused(
+    dimension: str, home: Path, record: Record
+) -> None:
+    _enter(record, _config(home))
+    study, space = record.study("photos"), distributions(_config(home).space)
+    record.tell(study.id, record.start_trial(study.id, {"base_lr": 0.1}, space).number, "failed")
+    with pytest.raises(ConfigError, match=r"space.base_lr: must keep its choices.*another --name"):
+        _enter(record, _config(home, f"space.base_lr={dimension}"), allow_changes=True)
+    assert record.study("photos") == study
+    _enter(record, _config(home, "space.crop_scale=[0.1, 0.3]"), allow_changes=True)
+
+
 def test_keys_that_change_no_result_may_change(home: Path, record: Record) -> None:
     _enter(record, _config(home))
     _enter(record, config_of(home, 50, "train.workers=0", "ablation.replicates=9"))
@@ -148,6 +175,7 @@ def test_changed_images_are_refused_with_counts(home: Path, record: Record) -> N
     ("setting", "error", "shown"),
     [
         ("train.batch_size=13", ConfigError, r"training images, 12, but got batch_size=13"),
+        ("train.batch_size=1", ConfigError, "two images at a time .*batch_norm=frozen"),
         ("train.weights=nowhere.pth", WeightsError, "there is no file"),
     ],
 )
@@ -200,6 +228,8 @@ def test_corners_are_every_network_at_the_largest_batch(home: Path) -> None:
     found = [(c.backbone, c.image_size, c.batch_size) for c in corners]
     backbones = ("resnet18", "resnet34", "resnet50")
     assert found == [(backbone, size, 8) for backbone in backbones for size in (32, 64)]
+    starts = corner_configs(load_config(home / "study.toml", [], flags), with_starts=True)
+    assert {train.batch_size for train in starts} == {4, 8}  # 1 is refused for some networks
 
 
 def test_warnings_about_images_are_shown(home: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
     assert optuna_trials(home)[0].intermediate_values == {1: alone[0], 2: alone[1]}
     with np.load(Path(str(row.checkpoint)) / "val_predictions.npz") as saved:
         assert np.array_equal(saved["predicted"], predicted)
-    assert row.value == alone[row.best_epoch or 0] == np.mean(labels == predicted)
+    assert row.value == alone[(row.best_epoch or 0) - 1] == np.mean(labels == predicted)
     assert len(images) == np.sum(labels != predicted)
     kinds = [type(event) for event in session.progress.events if not hasattr(event, "text")]
     assert [k for k in kinds if k.__name__ != "DataProgress"] == [
@@ -75,14 +75,14 @@ def test_the_caller_may_stop_a_trial_but_not_after_its_last_epoch(home: Path) ->
 
     def stop(metrics: EpochMetrics) -> bool:
         asked.append(metrics.epoch)
-        return metrics.epoch == 1
+        return metrics.epoch == 2
 
     with opened(home) as session:
         engine = TrialEngine(session)
         pruned = engine.run(_request(session, epochs=3), stop)
         whole = engine.run(_request(session, epochs=2), stop)
     assert (pruned.state, pruned.reason) == ("pruned", "pruned after epoch 2")
-    assert (whole.state, asked) == ("complete", [0, 1, 0, 1])
+    assert (whole.state, asked) == ("complete", [1, 2, 1, 2])
 
 
 def test_a_solved_head_is_one_epoch_that_cannot_be_pruned(home: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
     config = config_of(home, 1, **flags)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StudyHalted, match=r"disk is full .*Free space .*study resume photos"),
+        pytest.raises(StudyHalted, match=r"disk is full.* Free space .*study resume photos"),
     ):
         patch.setattr("socket.gethostname", lambda: "elsewhere")  # it may not have signed off
         run(config, progress=Fills(disk / "ballast"))
@@ -180,7 +180,9 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
     assert main(["resume", "photos", "--storage", storage, "--json", "--take-over"]) == 0
     with Record(storage) as record:
         rows = record.trials(record.study("photos").id)
-    assert [row.state for row in rows if row.reason != "killed"] == ["complete"]
+    if place:  # the record could not say why the process left
+        rows = [row for row in rows if row.reason != "killed"]
+    assert [row.state for row in rows] == ["complete"]
 
 
 def _fill(file: Path) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import sqlalchemy
 
 from core.metrics import EpochMetrics
+from study.config.study_config import StudyConfig
 from study.record.database import RecordError
 from study.record.frames import (
     read_confusion,
@@ -28,6 +30,7 @@ from study.record.record import Record, config_hash
 from support import distributions_of
 
 CONFIG = {"seed": 3, "backbone": "resnet18", "freeze_depth": 2}
+N_IMAGES = {"n_train": 8, "n_val": 4, "n_test": 0}
 DATA = {"source": "folder:x", "classes": ["a", "b"], "fingerprint": "f", "n_train": 8}
 
 
@@ -56,10 +59,10 @@ def _trial(store: Record, study: int, run: int, number: int) -> Trial:
 
 def _epochs(store: Record, row: Trial, *values: float) -> None:
     """Enter epochs, in both tables."""
-    for epoch, value in enumerate(values):
-        is_best = value > max(values[:epoch], default=-1)
-        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), epoch + 1.0)
-        store.take_up_trial(row.study_id, row.number).report(value, epoch + 1)
+    for epoch, value in enumerate(values, start=1):
+        is_best = value > max(values[: epoch - 1], default=-1)
+        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), float(epoch))
+        store.take_up_trial(row.study_id, row.number).report(value, epoch)
 
 
 def _end(store: Record, row: Trial, state: str, value: float | None) -> None:
@@ -81,11 +84,11 @@ def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> No
     assert (running.seed, running.backbone, running.freeze_depth) == (3, "resnet18", 2)
     store.end_trial(trial, "complete")
     row = store.trial(study, 0)
-    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 0)
+    assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 1)
     assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
     assert row.ended_at is not None
     assert row.ended_at >= row.started_at
-    assert store.epochs(trial.id) == [_epoch(0, 0.8), _epoch(1, 0.5, is_best=False)]
+    assert store.epochs(trial.id) == [_epoch(1, 0.8), _epoch(2, 0.5, is_best=False)]
     assert store.study("photos").data == DATA
 
 
@@ -100,7 +103,7 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     assert trials["params_base_lr"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert trials["params_backbone"].tolist() == ["resnet18"] * 3
     assert epochs["number"].tolist() == [0, 1, 1, 2, 2, 2]
-    assert epochs["epoch"].tolist() == [0, 0, 1, 0, 1, 2]
+    assert epochs["epoch"].tolist() == [1, 1, 2, 1, 2, 3]
     assert epochs["val_acc"].tolist() == [0.5] * 6
 
 
@@ -322,9 +325,67 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
                 with pytest.raises(RecordError, match="cannot be written"):
                     store.begin_run(study, command="x", device="cpu", versions={})
             if mode == 0o555:
-                with pytest.raises(RecordError, match="cannot be opened: unable to open database"):
+                with pytest.raises(RecordError, match="cannot be used: unable to open database"):
                     Record(str(folder / "new.db"), create=True)
         folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def _full_disk(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    with Record(str(path), create=True) as store:
+        _study(store, "first")
+    with _full_disk(0), Record(str(path)) as store:
+        assert store.study("first").data == DATA
+        with pytest.raises(RecordError, match=r"cannot be written\. .* free space"):
+            _study(store, "second")
+    told = r"s\.db cannot be written: .* Free space on its disk"
+    with _full_disk(300_000), pytest.raises(RecordError, match=told), Record(str(path)) as store:
+        for number in range(1000):
+            _study(store, f"study {number}")
+    with Record(str(path)) as store:
+        assert store.study("study 0").data == DATA
+        _study(store, "last")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("UPDATE frostline_studies SET data = '[1'", r"damaged \(frostline_studies: Expecting"),
+        ("UPDATE frostline_trials SET number = 'x'", r"frostline_trials.number: holds 'x'"),
+        ("UPDATE trials SET state = 'x'", r"damaged \(Optuna's tables"),
+        ("ALTER TABLE frostline_trials RENAME score TO x", "is damaged: no such column"),
+        ("DROP TABLE frostline_epochs", "lacks the tables frostline_epochs"),
+        ("UPDATE alembic_version SET version_num = 'x'", "cannot be read: The runtime optuna"),
+    ],
+)
+def test_a_damaged_database_is_told_where_it_is_damaged(
+    store: Record, tmp_path: Path, damage: str, message: str
+) -> None:
+    study = store.create_study("photos", StudyConfig().to_record(), {**DATA, **N_IMAGES}, {})
+    run = store.begin_run(study, command="test", device="cpu", versions={})
+    _trial(store, study, run, 0)
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
+        connection.executescript(damage)
+    with pytest.raises(RecordError, match=message), Record(str(tmp_path / "s.db")) as again:
+        (row,) = again.trials(again.study("photos").id)
+        assert row.number >= 0
+
+
+def test_an_error_that_is_not_the_databases_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="ours"), Record(str(tmp_path / "s.db"), create=True):
+        raise KeyError("ours")
 
 
 def _journal(path: Path) -> tuple[str, int]:
@@ -343,3 +404,40 @@ def test_journal_mode_suits_the_file_system(
     mounts += [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: mounts)
     assert _journal(tmp_path / "s.db") == settings
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_paths_begin_in_the_databases_folder_wherever_one_stands_or_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def paths(storage: str) -> list[str]:
+        with Record(storage if kind == "path" else f"sqlite:///{storage}") as store:
+            row = store.study("photos")
+            data = row.config["data"]
+            places = [str(row.output), data["source"].removeprefix("folder:"), data["root"]]
+            places.append(str(store.trial(row.id, 0).checkpoint))
+            return [os.path.relpath(place, tmp_path) for place in places]
+
+    project, outside = tmp_path / "proj", str(tmp_path.parent / "sets")
+    (project / "sub").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    data = {"source": "folder:images", "root": outside}
+    config = {"study": {"output": "runs", "storage": "pg://a:b@c"}, "data": data}
+    with Record("s.db", create=True) as store:
+        study = store.create_study("photos", config, DATA, {})
+        run = store.begin_run(study, command="c", device="cpu", versions={})
+        row = _trial(store, study, run, 0)
+        row.weights_hash = "abc"
+        _end(store, row, "complete", 0.5)
+        assert store.trials(study)[0].checkpoint == "runs/photos/trial-0000"
+    expected = ["proj/runs/photos", "proj/images", "../sets", "proj/runs/photos/trial-0000"]
+    assert paths("s.db") == expected
+    for where, storage in (("sub", "../s.db"), ("..", "proj/s.db")):
+        monkeypatch.chdir(project / where)
+        assert paths(storage) == expected
+        with Record(storage) as store:  # as `resume` does
+            found = store.study("photos")
+            store.update_study(found, found.config, DATA)
+    project.rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert paths("new/s.db") == [place.replace("proj", "new") for place in expected]

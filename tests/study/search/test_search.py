@@ -65,7 +65,7 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
         (summary,) = store.studies()
     for row in trials:
         assert row.best_epoch is not None
-        best = epochs[row.number][row.best_epoch]
+        best = epochs[row.number][row.best_epoch - 1]
         assert best.score == max(epoch.score or 0.0 for epoch in epochs[row.number]) == row.score
         assert (row.value, best.is_best) == (best.val_acc, True)
         assert monitor == "val_loss" or row.score == row.value
@@ -85,6 +85,15 @@ def test_stopping_and_resuming_gives_the_same_study(done: Path) -> None:
     assert _figures(rows_of(done, "cut")) == _figures(rows_of(done))
 
 
+def test_recipes_that_wait_are_dropped_where_a_changed_space_lacks_them(home: Path) -> None:
+    run(_config(home, 1, "study.timeout=1e-6"))
+    assert [trial.state.name for trial in optuna_trials(home)] == ["WAITING"] * 3
+    run(_config(home, 1, "space.freeze_depth=[1, 2]"), allow_changes=True)
+    assert [trial.state.name for trial in optuna_trials(home)] == ["FAIL"] * 3 + ["COMPLETE"]
+    (row,) = rows_of(home)
+    assert (row.origin, row.freeze_depth in (1, 2)) == ("sampler", True)
+
+
 def test_a_finished_study_runs_nothing_more_and_keeps_what_ranks_its_trials(done: Path) -> None:
     before = rows_of(done)
     assert run(_config(done, N_TRIALS)).stopped_because == "trials"
@@ -101,7 +110,7 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done:
     for row, trial, own in zip(rows, trials, epochs, strict=True):
         assert (trial.number, trial.params) == (row.number, row.params)
         assert trial.state.name == names[row.state]
-        assert trial.intermediate_values == {m.epoch + 1: m.val_acc for m in own}
+        assert trial.intermediate_values == {m.epoch: m.val_acc for m in own}
     storage = optuna.storages.RDBStorage(f"sqlite:///{done}/s.db")
     answer: list[str] = []
     environ: dict[str, Any] = {"PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0"}
