@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,59 +48,47 @@ RATES = "base_lr = {low = 1e-5, high = 1e-2, log = true}\n"
 Figures = dict[str, Any]
 
 
-def _run(home: Path, space: str, trials: int, more: dict[str, object]) -> list[str]:
-    """Return the command of a search of study `s` for digits."""
-    (home / "study.toml").write_text(f"[space]\n{space}")
-    given = settings(SMALL | more)
-    return ["run", "--config", "study.toml", "--name", "s", "--trials", str(trials), *given]
-
-
-def _tpe_hyperband(home: Path) -> tuple[str, ...]:
-    space = (
+STUDIES: dict[str, tuple[str, int, dict[str, object]]] = {
+    "tpe-hyperband": (
         "freeze_depth = {low = 0, high = 5}\n"
         "base_lr = {low = 1e-4, high = 1e-2, log = true}\n"
-        "head_lr_mult = {low = 1.0, high = 30.0, log = true}\n"
-    )
-    study(home, *_run(home, space, 7, {"train.backbone": "timm:tf_efficientnet_lite0"}))
-    return ("s",)
-
-
-def _tpe_median(home: Path) -> tuple[str, ...]:
-    space = "freeze_depth = {low = 0, high = 4}\nweight_decay = [0, 1e-2]\n" + RATES
-    chosen = VIT | {"search.pruner": "median", "train.epochs": 4}
-    study(home, *_run(home, space, 9, chosen))
-    return ("s",)
-
-
-def _grid(home: Path) -> tuple[str, ...]:
-    chosen = VIT | {"train.base_lr": 1e-3, "search.sampler": "grid", "search.pruner": "none"}
-    study(home, *_run(home, "freeze_depth = {low = 0, high = 5}\n", 6, chosen))
-    return ("s",)
-
-
-def _ofat(home: Path) -> tuple[str, ...]:
-    (home / "study.toml").write_text("[space]\n")
-    chosen = settings(SMALL | VIT | {"train.freeze_depth": 3, "train.base_lr": 1e-3})
-    factors = ["--factor", "freeze_depth=0,5", "--factor", "augment=none"]
-    study(home, "ablate", "study.toml", "--name", "s", "--replicates", "2", *factors, *chosen)
-    return ("s",)
-
-
-def _audit(home: Path) -> tuple[str, ...]:
-    chosen = {"search.sampler": "random", "search.pruner": "halving", "search.recipes": False}
-    study(home, *_run(home, "freeze_depth = [0, 2, 4]\n" + RATES, 6, VIT | chosen))
-    study(home, "audit", "s", "--sample", "2")
-    return ("s", "s-audit")
-
-
-STUDIES: dict[str, Callable[[Path], tuple[str, ...]]] = {
-    "tpe-hyperband": _tpe_hyperband,
-    "tpe-median": _tpe_median,
-    "grid": _grid,
-    "ofat": _ofat,
-    "audit": _audit,
+        "head_lr_mult = {low = 1.0, high = 30.0, log = true}\n",
+        7,
+        {"train.backbone": "timm:tf_efficientnet_lite0"},
+    ),
+    "tpe-median": (
+        "freeze_depth = {low = 0, high = 4}\nweight_decay = [0, 1e-2]\n" + RATES,
+        9,
+        VIT | {"search.pruner": "median", "train.epochs": 4},
+    ),
+    "grid": (
+        "freeze_depth = {low = 0, high = 5}\n",
+        6,
+        VIT | {"train.base_lr": 1e-3, "search.sampler": "grid", "search.pruner": "none"},
+    ),
+    "ofat": ("", 0, VIT | {"train.freeze_depth": 3, "train.base_lr": 1e-3}),
+    "audit": (
+        "freeze_depth = [0, 2, 4]\n" + RATES,
+        6,
+        VIT | {"search.sampler": "random", "search.pruner": "halving", "search.recipes": False},
+    ),
 }
-"""Each runs in an empty folder and returns the studies to read."""
+"""The space, the number of trials and the settings of each study."""
+
+
+def _train(name: str, home: Path) -> tuple[str, ...]:
+    """Run study `s` in an empty folder; return the studies to read."""
+    space, trials, more = STUDIES[name]
+    (home / "study.toml").write_text(f"[space]\n{space}")
+    given = settings(SMALL | more)
+    if name == "ofat":
+        factors = ["--factor", "freeze_depth=0,5", "--factor", "augment=none"]
+        study(home, "ablate", "study.toml", "--name", "s", "--replicates", "2", *factors, *given)
+        return ("s",)
+    study(home, "run", "--config", "study.toml", "--name", "s", "--trials", str(trials), *given)
+    if name == "audit":
+        study(home, "audit", "s", "--sample", "2")
+    return ("s", "s-audit") if name == "audit" else ("s",)
 
 
 def read_figures(name: str, home: Path, studies: tuple[str, ...]) -> dict[str, Figures]:
@@ -139,7 +126,7 @@ def measure(name: str) -> dict[str, Figures]:
     """Run a study in a new folder and read its figures."""
     with tempfile.TemporaryDirectory() as folder, without_figures():
         home = Path(folder)
-        return read_figures(name, home, STUDIES[name](home))
+        return read_figures(name, home, _train(name, home))
 
 
 def recorded(name: str) -> dict[str, Figures]:
