@@ -134,22 +134,12 @@ def recorded(name: str) -> dict[str, Figures]:
     return {p.name: json.loads(p.read_text()) for p in sorted(HERE.glob(f"{name}.*json"))}
 
 
-def differences(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
-    """List the figures that are not equal to the bit: where, before, now."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        pairs = [(f"{at}, {key}".strip(", "), old.get(key), new.get(key)) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{at}[{k}]", *pair) for k, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [(at, old, new)]
-    return [found for where, a, b in pairs for found in differences(a, b, where)]
-
-
-def is_near(old: Any, new: Any, relative: float) -> bool:
-    """Say whether two figures are numbers, and equal but for rounding."""
-    are_numbers = all(isinstance(value, float) for value in (old, new))
-    return are_numbers and abs(old - new) <= relative * max(abs(old), abs(new))
+def flat(figures: Any, at: str = "") -> dict[str, Any]:
+    """Return each figure by its place."""
+    if not isinstance(figures, dict | list):
+        return {at: figures}
+    pairs = figures.items() if isinstance(figures, dict) else enumerate(figures)
+    return {k: v for key, own in pairs for k, v in flat(own, f"{at}, {key}").items()}
 
 
 def main() -> None:
