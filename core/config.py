@@ -74,10 +74,12 @@ class Preprocessing:
 
     Attributes:
         image_size: Side of the square input, pixels.
-        resize_size: Shorter side before the centre crop of the evaluation view, pixels.
+        resize_size: Shorter side before the centre crop of the evaluation view, pixels; both sides
+            where `is_squashed`.
         mean: Per-channel mean, of pixels in [0, 1].
         std: Per-channel standard deviation, of pixels in [0, 1].
         interpolation: `bilinear` or `bicubic`, always antialiased.
+        is_squashed: Whether the resize makes a square of the image.
         grey_range: Values that become black and white in images of more than 8 bits; None where
             no training image has more.
         max_aspect: Longest side, relative to the shorter one, that the centre of an image may
@@ -89,6 +91,7 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
+    is_squashed: bool = False
     grey_range: GreyRange = None
     max_aspect: int = MAX_ASPECT
 

@@ -34,16 +34,17 @@ _ONE_LARGE_IMAGE = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An evaluation view: the shorter side resized to `resize_size`, then a centre crop."""
+    """An evaluation view: what it takes from `Preprocessing`."""
 
     image_size: int
     resize_size: int
     interpolation: str
+    is_squashed: bool = False
 
     @classmethod
     def of(cls, shown: Preprocessing) -> "View":
         """Return the view that a network wants."""
-        return cls(shown.image_size, shown.resize_size, shown.interpolation)
+        return cls(shown.image_size, shown.resize_size, shown.interpolation, shown.is_squashed)
 
 
 Kind = int | View
@@ -171,7 +172,8 @@ def _to_8_bits(
 def _kept(image: Image.Image, kind: Kind) -> UInt8Array:
     if isinstance(kind, View):
         mode = InterpolationMode(kind.interpolation)
-        resized = functional.resize(image, [kind.resize_size], mode)
+        size = [kind.resize_size] * (2 if kind.is_squashed else 1)
+        resized = functional.resize(image, size, mode)
         image = functional.center_crop(resized, [kind.image_size, kind.image_size])
     elif (short := min(image.size)) > kind:
         width, height = (max(1, round(side * kind / short)) for side in image.size)

@@ -163,6 +163,7 @@ class _Timm:
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
             interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+            is_squashed=config["crop_mode"] == "squash",
         )
 
     def create(

@@ -16,7 +16,7 @@ from core.cache import ArrayCache
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.draws import IntArray
 from core.data.splits import ImageData, Split
-from core.device import amp_dtype
+from core.device import amp_dtype, in_parts
 from core.keys import images_key, key_text, prefix_key
 from core.models.builder import Network
 from core.models.layers import find_layers, tap
@@ -195,5 +195,5 @@ class Activations:
         for images in inputs:
             self._pulse()
             with torch.no_grad(), self._autocast:
-                rows = self._prefix(images)
+                rows = in_parts(self._prefix, images)
             yield (rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows).contiguous().cpu()

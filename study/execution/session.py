@@ -18,8 +18,7 @@ from typing import Any
 import optuna
 import psutil
 import torch
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
@@ -33,6 +32,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
+from study.record.damage import failure
 from study.record.models import Study
 from study.record.record import Record
 
@@ -165,7 +165,7 @@ def open_session(
                 raise StudyHalted(f"{cause} Then continue: {resume}") from err
             raise
         finally:
-            with suppress(DBAPIError):  # a full disk: the next process sees that this one is gone
+            with suppress(SQLAlchemyError):  # a full disk: the next process sees it gone
                 record.end_run(run_id, session.because)
 
 
@@ -175,11 +175,12 @@ def outside_cause(err: Exception) -> str | None:
     That is a full disk, a file that cannot be read or written, the database, and a device that
     fails for another reason than its memory. None for any other error.
     """
-    # Optuna's word for an error of the database
-    cause = err.__cause__ if isinstance(err, StorageInternalError) else err
-    text = " ".join(str(getattr(cause, "orig", cause)).split())
-    if isinstance(cause, OSError | DBAPIError):
-        is_full = "disk is full" in text or "No space left" in text
+    if why := failure(err):
+        return f"the database {why}"
+    text = " ".join(str(err).split())
+    if isinstance(err, OSError):
+        cause: BaseException | None = err
+        is_full = "No space left" in text
         while cause is not None and not is_full:
             is_full = isinstance(cause, OSError) and cause.errno in _FULL_DISK
             cause = cause.__cause__ or cause.__context__

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from optuna.storages import RDBStorage
@@ -16,13 +16,14 @@ from sqlalchemy import Engine, create_engine, inspect, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
-    DatabaseError,
-    IntegrityError,
+    DBAPIError,
     NoSuchModuleError,
     OperationalError,
 )
 from sqlalchemy.orm import Session
 
+from study.config.formatting import hide_password
+from study.record.damage import failure, is_full
 from study.record.models import PREFIX, SCHEMA, Base, Run, Schema
 
 Result = TypeVar("Result")
@@ -32,6 +33,7 @@ _BUSY_TIMEOUT_S = 60
 _RETRY_S = 0.05
 # Two readings of a process's start differ by rounding only.
 _SAME_START_S = 2.0
+_RACE = "already exists", "duplicate key", "locked", "UNIQUE"
 _ANOTHER = "Name another with --storage."
 _MADE_BY_RUN = "`python -m study run` makes one; --storage names another."
 # File systems of other machines, on which the write-ahead log does not work.
@@ -59,33 +61,47 @@ def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage, bo
     Raises:
         RecordError: Missing, not a database, another program's, or of another layout.
     """
-    url, options, is_writable = _database_url(storage), {}, True
+    url, path, is_writable = _database_url(storage), None, True
     if url.get_backend_name() == "sqlite":
         path = _check_file(url.database, create)
         is_writable = not path.exists() or (_may_write(path) and _may_write(path.parent))
-        options = {"creator": functools.partial(_connect, path, is_writable=is_writable)}
+    storage = hide_password(storage)
     try:
-        # Not with our settings: switching to the write-ahead log changes the file.
-        _check_owner(create_engine(url, **({} if is_writable else options)), storage, create)
-        engine = create_engine(url, **options)
-        if is_writable:
-            _with_patience(lambda: _create_tables(engine))
-        text = url.render_as_string(hide_password=False)
-        optuna = _with_patience(
-            lambda: RDBStorage(text, options, skip_table_creation=not is_writable)
-        )
+        try:
+            return *_open(url, path, storage, create, is_writable), is_writable
+        except OperationalError as err:
+            if create or path is None or not (is_writable and is_full(err)):
+                raise
+            return *_open(url, path, storage, create, False), False
     except ModuleNotFoundError as err:
         raise RecordError(
             f"database {storage} needs the package {err.name}, which is not installed. Install it "
             f'(for PostgreSQL: pip install "psycopg[binary]"). {_ANOTHER}'
         ) from err
-    except (DatabaseError, NoSuchModuleError) as err:
-        why = str(getattr(err, "orig", None) or err).splitlines()[0]
-        raise RecordError(
-            f"database {storage} cannot be opened: {why}. Check the path and its permissions, or "
-            "name another with --storage."
-        ) from err
-    return engine, optuna, is_writable
+    except NoSuchModuleError as err:
+        raise RecordError(f"database {storage} cannot be opened: {err}. {_ANOTHER}") from err
+    except RecordError:
+        raise
+    except Exception as err:
+        why = failure(err) or f"cannot be read: {err} {_ANOTHER}"
+        raise RecordError(f"database {storage} {why}") from err
+
+
+def _open(
+    url: URL, path: Path | None, shown: str, create: bool, is_writable: bool
+) -> tuple[Engine, RDBStorage]:
+    # A server may have been restarted since a connection was last used.
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if path is not None:
+        options = {"creator": functools.partial(_connect, path, is_writable=is_writable)}
+    # Not with our settings: switching to the write-ahead log changes the file.
+    _check_owner(create_engine(url, **({} if is_writable else options)), shown, create)
+    engine = create_engine(url, **options)
+    if is_writable:
+        _with_patience(lambda: _create_tables(engine))
+    text = url.render_as_string(hide_password=False)
+    optuna = _with_patience(lambda: RDBStorage(text, options, skip_table_creation=not is_writable))
+    return engine, optuna
 
 
 @contextmanager
@@ -198,7 +214,13 @@ def _connect(path: Path, *, is_writable: bool) -> sqlite3.Connection:
     """
     if not is_writable:
         # Without a log next to it the file is complete, and needs no lock that cannot be written.
-        is_whole = not path.with_name(path.name + "-wal").exists()
+        log = path.with_name(f"{path.name}-wal")
+        is_whole = not log.exists() or log.stat().st_size == 0
+        if not (is_whole or _may_write(path.parent) or log.with_name(f"{path.name}-shm").exists()):
+            raise RecordError(
+                f"database {path} can be read only together with its log, {log.name}, for which "
+                "the folder must be writable. Copy both into another folder."
+            )
         uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_whole else ''}"
         return sqlite3.connect(uri, _BUSY_TIMEOUT_S, uri=True, check_same_thread=False)
     connection = sqlite3.connect(path, _BUSY_TIMEOUT_S, check_same_thread=False)
@@ -231,8 +253,8 @@ def _with_patience(action: Callable[[], Result]) -> Result:
     while True:
         try:
             return action()
-        except (OperationalError, IntegrityError) as err:
-            is_race = any(word in str(err.orig) for word in ("already exists", "locked", "UNIQUE"))
+        except DBAPIError as err:
+            is_race = any(word in str(err.orig) for word in _RACE)
             if not is_race or time.monotonic() > last:
                 raise
             time.sleep(_RETRY_S)
@@ -259,6 +281,10 @@ def _check_owner(engine: Engine, storage: str, create: bool) -> None:
         shown = ", ".join(sorted(tables)[:3])
         text = f"database {storage} belongs to another program (tables {shown}). {_ANOTHER}"
         raise RecordError(text)
+    expected = {*Base.metadata.tables, *(() if create else ("studies", "trials"))}
+    if is_ours and (missing := expected - tables):
+        what = f"is damaged: it lacks the tables {', '.join(sorted(missing))}"
+        raise RecordError(f"database {storage} {what}. Restore a copy of it. {_ANOTHER}")
     if not tables and not create:
         raise RecordError(f"database {storage} is empty. {_MADE_BY_RUN}")
 

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics
 from study.config.formatting import hide_password
+from study.record.damage import failure, find_damage
 from study.record.database import (
     RecordError,
     check_dead,
@@ -94,8 +95,15 @@ class Record(AbstractContextManager["Record"]):
         self._optuna.remove_session()
         self._optuna.engine.dispose()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, err: BaseException | None, __: object) -> None:
+        try:
+            why = None
+            if isinstance(err, Exception):  # not Ctrl-C, nor a generator that is closed
+                why = failure(err) or find_damage(err, self.engine, self._optuna)
+        finally:
+            self.close()
+        if why:
+            raise RecordError(f"database {self.storage} {why}") from err
 
     def save(self, row: Base) -> None:
         """Add a row, or bring one that was read and changed up to date."""
@@ -314,13 +322,12 @@ class Record(AbstractContextManager["Record"]):
         query = select(Trial).where(Trial.study_id == study_id, *conditions)
         rows = self._all(query.order_by(Trial.number))
         study = next(self._studies_where(Study.id == study_id), None)
-        optunas = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
+        found = self.optuna_study(study_id).get_trials(deepcopy=False) if rows else []
+        optunas = {trial.number: trial for trial in found}
         for row in rows:
             if study and row.weights_hash:
                 row.checkpoint = str(study.output / trial_folder(row.number))
-            # Optuna's is missing where a kill came in the middle of `delete_study`.
-            if row.number < len(optunas):
-                _join(row, optunas[row.number])
+            _join(row, optunas.get(row.number))
         running = [row for row in rows if row.state == "running"]
         if running and not any(map(is_alive, self.runs(study_id))):
             for row in running:
@@ -396,7 +403,8 @@ class Record(AbstractContextManager["Record"]):
     def _writing(self) -> AbstractContextManager[Session]:
         if not self._is_writable:
             rule = f"database {self.storage} cannot be written."
-            raise RecordError(f"{rule} Change its permissions, or name another with --storage.")
+            remedy = "Change its permissions, free space, or name another with --storage."
+            raise RecordError(f"{rule} {remedy}")
         return writing(self.engine)
 
     def _all(self, query: Select[Any]) -> list[Any]:
@@ -414,15 +422,20 @@ def _with_paths(config: Json, change: Callable[[str], str]) -> Json:
     return changed
 
 
-def _join(row: Trial, trial: FrozenTrial) -> None:
+def _join(row: Trial, trial: FrozenTrial | None) -> None:
     """Fill in what a trial's row takes from Optuna.
 
     Its value is the accuracy of its best epoch; of a complete trial that is Optuna's value.
+    Optuna's is missing where a kill came in the middle of `delete_study`.
     """
+    if trial is None:
+        row.state, row.params, row.value = "interrupted", {}, None
+        return
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
         value = trial.intermediate_values.get(row.best_epoch)
-    row.state, row.params, row.value = _STATE_NAMES[trial.state], params_of(trial), value
+    row.state = _STATE_NAMES.get(trial.state, "interrupted")
+    row.params, row.value = params_of(trial), value
 
 
 def _pack(numbers: Sequence[int]) -> bytes:

@@ -150,12 +150,9 @@ def _small_memory(device: torch.device, peak: int, phase: str) -> Iterator[Calla
         hook.remove()
 
 
-TO_DO = pytest.mark.xfail(reason="frozen layers do not halve their chunks yet", strict=True)
-
-
 @pytest.mark.parametrize(
     "phase",
-    ["step", "evaluation", pytest.param("frozen layers", marks=TO_DO)],
+    ["step", "evaluation", "frozen layers"],
 )
 def test_a_run_lives_on_when_memory_runs_out(
     many: ImageData, device: torch.device, phase: str

@@ -1,9 +1,13 @@
-"""Reads a page as a browser would."""
+"""Reads a page as a browser would, and compares what it says with what it said before."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+RECORDED = Path(__file__).parent / "recorded"
 VOID = {"meta", "br", "img", "source", "link", "hr"}
+CLOCK = re.compile(r"\d{4}-\d\d-\d\d( \d\d:\d\d UTC)?|^\d+\.\d s$")
+READ = {"li", "p", "strong", "small"}
 
 
 class Page(HTMLParser):
@@ -26,7 +30,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "li":
+        if tag in READ:
             self.items.append("")
         elif tag == "table":
             self.tables.append([])
@@ -46,11 +50,16 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text += data
-        if "li" in self.open:
+        if READ & set(self.open):
             self.items[-1] += data
         if {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
 
-    def finding(self, head: str) -> str:
-        """Return the rest of the finding that begins so; empty where there is none."""
-        return next((i[len(head) :].strip() for i in self.items if i.startswith(head)), "")
+    def says_as_recorded(self, name: str) -> None:
+        """Compare cards and sentences with a file; where it was deleted, it is recorded anew."""
+        said = [CLOCK.sub("…", " ".join(item.split())) for item in self.items]
+        file = RECORDED / f"{name}.txt"
+        if not file.exists():
+            file.write_text("\n".join(said) + "\n", encoding="utf-8")
+            raise AssertionError(f"{file.name} is recorded anew: read it, and commit it.")
+        assert said == file.read_text(encoding="utf-8").splitlines()

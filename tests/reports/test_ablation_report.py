@@ -2,9 +2,10 @@
 
 import csv
 import io
-import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("unsaved")
 NAME = "pets-ablation"
 EVIL = "<script>alert(1)</script>"
 TRUTH = {"augment = none": -0.06, "augment = mixup": 0.05, "freeze = 5": 0.008}
+TESTED = {"baseline": 0.78, "augment = mixup": 0.85}
 OFAT = design_of(
     "ofat", augment=["crop", "none", "mixup"], freeze=["0", "3", "5"], head=["xavier", "zero"]
 )
@@ -72,9 +74,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def levels(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The drawn report of five levels, the test split read for the baseline and one of them."""
-    tested = {"baseline": 0.78, "augment = mixup": 0.85}
     folder = tmp_path_factory.mktemp("machine-path")
-    return report(folder, OFAT, simulate(TRUTH), test=lambda cell, r: tested.get(cell.label))
+    return report(folder, OFAT, simulate(TRUTH), test=lambda cell, r: TESTED.get(cell.label))
 
 
 def test_every_file_is_written(levels: Report) -> None:
@@ -89,34 +90,6 @@ def test_every_file_is_written(levels: Report) -> None:
     assert all(p.read_bytes().startswith(starts[p.suffix]) for p in paths.figures)
     found = {path for path in paths.html.parent.rglob("*") if path.is_file()}
     assert found == {*texts, *paths.figures}
-
-
-def test_the_page_says_which_levels_help_hurt_and_are_open(levels: Report) -> None:
-    _, page, found = levels
-    verdicts = {effect.arm.label: effect.verdict for effect in found.effects}
-    assert verdicts["augment = mixup"] == "helps" and verdicts["augment = none"] == "hurts"
-    heads = {
-        "helps": "Better than the baseline:",
-        "hurts": "Worse than the baseline:",
-        "no difference": "No difference beyond ±1 points:",
-        "inconclusive": "Inconclusive:",
-    }
-    for verdict, head in heads.items():
-        expected = {label for label, own in verdicts.items() if own == verdict}
-        assert set(re.findall(r"\w{2,} = [\w.]+", page.finding(head))) == expected
-    assert "replicates would settle it" in page.finding("Inconclusive:")
-
-
-def test_the_page_says_that_the_test_split_was_read(levels: Report) -> None:
-    paths, page, found = levels
-    assert page.finding("Test split:") == "The test split was read for 10 runs."
-    assert "The test split was not used" not in page.text
-    grids = {grid.name: grid for grid in found.grids}
-    assert set(grids) == {"ofat-effects", "ofat-test"}
-    assert [row[0] for row in grids["ofat-test"].rows] == ["baseline", "augment = mixup"]
-    assert "read for 10 runs" in paths.markdown.read_text(encoding="utf-8")
-    cards = {card.name: card.figure for card in found.cards}
-    assert (cards["Test split"], cards["Replicates"], cards["Runs"]) == ("read", "5", "30")
 
 
 def test_no_path_of_this_machine_is_in_any_file(levels: Report) -> None:
@@ -159,72 +132,71 @@ def test_the_csv_files_are_unrounded(levels: Report) -> None:
         assert {key: float(row[key]) for key in expected} == pytest.approx(expected, abs=1e-12)
 
 
-# Other states of such a study
+# What is said in every state of every design
+
+SIMULATED = simulate(TRUTH)
+ADAPTED = simulate({"augment = none": -0.1, "augment = mixup": 0.1}, sd=0.02)
+PLANTED = simulate({"augment = on": 0.05, "augment = on, freeze = on": 0.06})
+COSTLY = simulate({"augment = on": -0.03, "freeze = on": -0.12})  # what is still `on` costs
+FACTORIAL = design_of("factorial", "augment", "freeze")
+FAILED = {
+    ("head = zero", 1): "out of memory: 8 GiB", ("freeze = 3", 0): "interrupted",
+    **{("freeze = 5", r): "diverged: the loss is nan" for r in range(5)},
+}  # fmt: skip
 
 
-def test_failed_runs_are_findings(tmp_path: Path) -> None:
-    score = simulate(TRUTH)
-    failed: dict[tuple[str, int], Score] = {
-        ("head = zero", 1): "out of memory: 8 GiB", ("freeze = 3", 0): "interrupted",
-        **{("freeze = 5", r): f"diverged: the loss is nan {EVIL}" for r in range(5)},
-    }  # fmt: skip
-    paths, page, found = report(
-        tmp_path, OFAT, lambda cell, r: failed.get((cell.label, r)) or score(cell, r)
-    )
-    assert page.finding("Runs failed:") == "freeze = 5 (5 of 5 runs); head = zero (1 of 5 runs)."
-    verdicts = {effect.arm.label: effect for effect in found.effects}
-    assert verdicts["freeze = 5"].n == 0
-    assert found.grids[0].rows[-1][found.grids[0].header.index("n")] == "4 (1 failed)"
-    # What was cut short from outside will come again: it is missing, not failed.
-    assert verdicts["freeze = 3"].verdict != "fails" and verdicts["freeze = 3"].n == 4
-    cards = {card.name: card for card in found.cards}
-    assert cards["Runs"].more == "6 failed, 1 still missing"
-    grid = next(grid for grid in found.grids if grid.name == "ofat-failures")
-    assert [row[:2] for row in grid.rows] == [
-        *[("freeze = 5", str(seed)) for seed in range(7, 12)], ("head = zero", "8"),
-    ]  # fmt: skip
-    assert EVIL in page.text
+def only(is_run: Callable[[Cell, int], bool], score: Simulator, rest: Score = None) -> Simulator:
+    """Return how runs go of which only some are run, or go well."""
+    return lambda cell, r: score(cell, r) if is_run(cell, r) else rest
+
+
+def half(cell: Cell, replicate: int) -> bool:
+    is_done = replicate == 0 or (replicate == 1 and cell.label in ("baseline", "freeze = 3"))
+    return is_done and cell.label != "head = zero"
+
+
+def is_whole(cell: Cell, replicate: int) -> bool:
+    return len(cell.levels) == 2
+
+
+STATES: dict[str, tuple[Design, Simulator, dict[str, Any]]] = {
+    "ofat": (OFAT, SIMULATED, {"test": lambda cell, r: TESTED.get(cell.label)}),
+    "failures": (OFAT, lambda c, r: FAILED.get((c.label, r)) or SIMULATED(c, r), {}),
+    "unfinished": (OFAT, only(half, SIMULATED), {}),
+    "adaptive": (
+        OFAT,
+        only(lambda c, r: r < (5 if "augment" in c.label else 8), ADAPTED),
+        {"looks": (5, 8, 12), "margin": 0.5},
+    ),
+    "factorial": (FACTORIAL, PLANTED, {}),
+    "path": (follow(design_of("path", "augment", "freeze", "head"), COSTLY, 5), COSTLY, {}),
+    "factorial-failed": (FACTORIAL, only(is_whole, PLANTED, "diverged: nan"), {}),
+    "path-begun": (design_of("path", "a", "b"), only(is_whole, PLANTED), {}),
+    **{
+        f"{kind}-empty": (design_of(kind, "a", "b"), only(lambda *_: False, PLANTED), {})
+        for kind in ("ofat", "factorial", "path")
+    },
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_is_told_as_recorded(state: str, tmp_path: Path) -> None:
+    design, score, made = STATES[state]
+    paths, page, found = report(tmp_path, design, score, **made)
+    page.says_as_recorded(f"ablation-{state}")
+    assert page.tables == [[list(g.header), *map(list, g.rows)] for g in found.grids]
+    assert {path.name for path in paths.figures} == {
+        f"{plan.name}{kind}" for plan in found.plans for kind in (".png", ".svg", ".pdf")
+    }
+
+
+def test_interrupted_runs_are_missing_and_broken_ones_failed(tmp_path: Path) -> None:
+    design, score, _ = STATES["failures"]
+    paths, _, found = report(tmp_path, design, score)
+    verdicts = {effect.arm.label: (effect.n, effect.verdict) for effect in found.effects}
+    assert verdicts["freeze = 3"] == (4, "inconclusive")
+    assert (verdicts["freeze = 5"], verdicts["head = zero"]) == ((0, "fails"), (4, "fails"))
     assert [row["n_failed"] for row in rows_of(paths.csv[0])] == ["0", "0", "0", "0", "5", "1"]
-
-
-def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
-    score = simulate(TRUTH)
-
-    def half(cell: Cell, replicate: int) -> Score:
-        is_done = replicate == 0 or (replicate == 1 and cell.label in ("baseline", "freeze = 3"))
-        return score(cell, replicate) if is_done and cell.label != "head = zero" else None
-
-    _, page, found = report(tmp_path, OFAT, half)
-    cards = {card.name: card for card in found.cards}
-    assert (cards["Runs"].figure, cards["Runs"].more) == ("7", "0 failed, 23 still missing")
-    n = {effect.arm.label: effect.n for effect in found.effects}
-    assert n["freeze = 3"] == 2 and n["head = zero"] == 0
-    assert "head = zero (not run yet)" in page.finding("Inconclusive:")
-    assert "augment = none (too few replicates)" in page.finding("Inconclusive:")
-    assert {row[1]: row[-1] for row in found.grids[0].rows}["zero"] == "not run yet"
-
-
-@pytest.mark.parametrize("kind", ["ofat", "factorial", "path"])
-def test_a_study_of_which_nothing_has_run_can_be_drawn(kind: str, tmp_path: Path) -> None:
-    _, page, found = report(tmp_path, design_of(kind, "a", "b", "c"), lambda cell, r: None)
-    assert {card.name: card.figure for card in found.cards}["Runs"] == "0"
-    assert page.finding("Test split:") == "The test split was not used."
-
-
-def test_an_adaptive_study_shows_the_replicates_of_each_level(tmp_path: Path) -> None:
-    score = simulate({"augment = none": -0.1, "augment = mixup": 0.1}, sd=0.02)
-
-    def adaptive(cell: Cell, replicate: int) -> Score:
-        most = 5 if "augment" in cell.label else 8
-        return score(cell, replicate) if replicate < most else None
-
-    paths, page, found = report(tmp_path, OFAT, adaptive, looks=(5, 8, 12), margin=0.5)
-    own = {effect.arm.label: (effect.n, effect.verdict) for effect in found.effects}
-    assert own["augment = none"] == (5, "hurts") and own["augment = mixup"] == (5, "helps")
-    assert own["freeze = 3"][0] == 8
-    assert "looks at 5, 8, 12 replicates" in page.text and "±0.5 points" in page.text
-    assert "missing" not in {card.name: card for card in found.cards}["Runs"].more
-    assert len(rows_of(paths.csv[1])) == 4 * 8 + 2 * 5
 
 
 def test_names_are_escaped_and_passwords_blanked_wherever_they_stand(tmp_path: Path) -> None:
@@ -248,57 +220,6 @@ def test_a_search_is_no_ablation(tmp_path: Path) -> None:
         with pytest.raises(RecordError, match="nothing"):
             describe_ablation(store, "nothing")
     assert not (tmp_path / "out").exists()
-
-
-# Factorials and paths
-
-
-def test_a_full_factorial_finds_the_planted_interaction(tmp_path: Path) -> None:
-    truth = {"augment = on": 0.05, "augment = on, freeze = on": 0.06}
-    design = design_of("factorial", "augment", "freeze")
-    paths, page, found = report(tmp_path, design, simulate(truth))
-    assert "augment × freeze (interaction)" in page.finding("Matters:")
-    assert [grid.name for grid in found.grids] == [
-        "factorial-contrasts", "factorial-anova", "factorial-cells",
-    ]  # fmt: skip
-    assert {path.stem for path in paths.figures} == {
-        "factorial-main-effects", "factorial-interactions", "factorial-cells-augment-freeze",
-    }  # fmt: skip
-    assert page.finding("Design:") == "full factorial, 4 combinations."
-    assert [path.name for path in paths.csv] == ["factorial-effects.csv", "factorial-runs.csv"]
-    assert len(rows_of(paths.csv[0])) == 3
-    assert not found.effects
-
-
-def test_a_path_tells_its_order_and_its_gains(tmp_path: Path) -> None:
-    # Towards the baseline: what is still `on` costs.
-    score = simulate({"augment = on": -0.03, "freeze = on": -0.12})
-    design = follow(design_of("path", "augment", "freeze", "head"), score, 5)
-    paths, page, found = report(tmp_path, design, score)
-    assert page.finding("Order:").startswith("freeze, then augment, then head")
-    changed = page.finding("Steps that changed the accuracy:")
-    assert "freeze (+1" in changed and "augment (+" in changed and "head" not in changed
-    assert page.finding("In all:").startswith("+1") and "over 3 steps" in page.finding("In all:")
-    grid = found.grids[0]
-    assert [row[1] for row in grid.rows][:2] == ["start", "freeze: on → off"]
-    assert [row[-2] for row in grid.rows] == ["", "3", "2", "1"]
-    assert {path.stem for path in paths.figures} == {"path-waterfall"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "rest", "head"),
-    [("factorial", "diverged: nan", "Not estimated:"), ("path", None, "Path:")],
-)
-def test_a_design_without_a_whole_replicate_claims_nothing(
-    kind: str, rest: Score, head: str, tmp_path: Path
-) -> None:
-    score = simulate({"b = on": -0.3})
-    _, page, _ = report(
-        tmp_path,
-        design_of(kind, "a", "b"),
-        lambda cell, r: score(cell, r) if len(cell.levels) == 2 else rest,
-    )
-    assert page.finding(head) and not page.finding("Matters:") and not page.finding("Order:")
 
 
 # Several designs, several data sets

@@ -172,6 +172,8 @@ def test_evaluation_view_is_torchvisions_transform_of_the_whole_image(
         transform = v2.Compose([v2.Resize(28, v2.InterpolationMode(how)), v2.CenterCrop(24)])
         view = eval_view(source, replace(shown, interpolation=how))
         assert np.array_equal(view, np.asarray(transform(image)))
+    squashed = v2.Compose([v2.Resize((28, 28)), v2.CenterCrop(24)])(image)
+    assert np.array_equal(eval_view(source, replace(shown, is_squashed=True)), squashed)
 
 
 def test_more_bits_than_the_training_images_had_are_refused(shown: Preprocessing) -> None:

@@ -68,6 +68,7 @@ def test_every_tag_of_timm_has_its_own_preprocessing() -> None:
         assert (ours.image_size, ours.resize_size) == (size, math.floor(size / share)), tagged
         assert [ours.mean, ours.std] == [theirs["mean"], theirs["std"]], tagged
         assert ours.interpolation == theirs["interpolation"], tagged
+        assert ours.is_squashed == (theirs["crop_mode"] == "squash"), tagged
 
 
 @pytest.mark.parametrize(

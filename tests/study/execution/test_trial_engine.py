@@ -169,7 +169,7 @@ def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
     config = config_of(home, 1, **flags)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StudyHalted, match=r"disk is full .*Free space .*study resume photos"),
+        pytest.raises(StudyHalted, match=r"disk is full.* Free space .*study resume photos"),
     ):
         patch.setattr("socket.gethostname", lambda: "elsewhere")  # it may not have signed off
         run(config, progress=Fills(disk / "ballast"))

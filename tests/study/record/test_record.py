@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
+from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics
+from study.config.study_config import StudyConfig
 from study.record.database import RecordError
 from study.record.frames import (
     read_confusion,
@@ -23,11 +26,12 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import Base, Counts, Misclassified, Test, Trial
+from study.record.models import Base, Counts, Misclassified, Study, Test, Trial
 from study.record.record import Record, config_hash
 from support import distributions_of
 
 CONFIG = {"seed": 3, "backbone": "resnet18", "freeze_depth": 2}
+N_IMAGES = {"n_train": 8, "n_val": 4, "n_test": 0}
 DATA = {"source": "folder:x", "classes": ["a", "b"], "fingerprint": "f", "n_train": 8}
 
 
@@ -314,6 +318,8 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
             study, run = _study(store)
             _end(store, _trial(store, study, run, 0), "complete", 0.5)
         path.chmod(0o444)
+        log = folder / "s.db-wal"
+        log.touch()
         folder.chmod(mode)
         with _without_power():
             with Record(str(path)) as store:
@@ -322,9 +328,85 @@ def test_open_reads_a_database_that_cannot_be_written(mode: int) -> None:
                 with pytest.raises(RecordError, match="cannot be written"):
                     store.begin_run(study, command="x", device="cpu", versions={})
             if mode == 0o555:
-                with pytest.raises(RecordError, match="cannot be opened: unable to open database"):
+                with pytest.raises(RecordError, match="cannot be used: unable to open database"):
                     Record(str(folder / "new.db"), create=True)
         folder.chmod(0o755)
+        log.write_bytes(b"pages")
+        folder.chmod(mode)
+        refused = pytest.raises(RecordError, match="only together with its log, s.db-wal")
+        with _without_power(), refused if mode == 0o555 else contextlib.nullcontext():
+            Record(str(path)).close()
+        folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def _full_disk(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    with Record(str(path), create=True) as store:
+        _study(store, "first")
+    with _full_disk(0), Record(str(path)) as store:
+        assert store.study("first").data == DATA
+        with pytest.raises(RecordError, match=r"cannot be written\. .* free space"):
+            _study(store, "second")
+    told = r"s\.db cannot be written: .* Free space on its disk"
+    with _full_disk(300_000), pytest.raises(RecordError, match=told), Record(str(path)) as store:
+        for number in range(1000):
+            _study(store, f"study {number}")
+    with Record(str(path)) as store:
+        assert store.study("study 0").data == DATA
+        _study(store, "last")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("UPDATE frostline_studies SET data = '[1'", r"damaged \(frostline_studies: Expecting"),
+        ("UPDATE frostline_trials SET number = 'x'", r"frostline_trials.number: holds 'x'"),
+        ("UPDATE trials SET state = 'x'", r"damaged \(Optuna's tables"),
+        ("ALTER TABLE frostline_trials RENAME score TO x", "is damaged: no such column"),
+        ("DROP TABLE frostline_epochs", "lacks the tables frostline_epochs"),
+        ("UPDATE alembic_version SET version_num = 'x'", "cannot be read: The runtime optuna"),
+    ],
+)
+def test_a_damaged_database_is_told_where_it_is_damaged(
+    store: Record, tmp_path: Path, damage: str, message: str
+) -> None:
+    study = store.create_study("photos", StudyConfig().to_record(), {**DATA, **N_IMAGES}, {})
+    run = store.begin_run(study, command="test", device="cpu", versions={})
+    _trial(store, study, run, 0)
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
+        connection.executescript(damage)
+    with pytest.raises(RecordError, match=message), Record(str(tmp_path / "s.db")) as again:
+        (row,) = again.trials(again.study("photos").id)
+        assert row.number >= 0
+
+
+def test_of_errors_in_a_transaction_the_first_is_told(store: Record) -> None:
+    _study(store)
+    again = Study(name="photos", config={}, data={}, versions={})
+    told = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
+    with told, store, Session(store.engine) as session:
+        session.add(again)
+        try:
+            session.flush()
+        finally:
+            session.scalars(sqlalchemy.select(Study)).all()
+
+
+def test_an_error_that_is_not_the_databases_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="ours"), Record(str(tmp_path / "s.db"), create=True):
+        raise KeyError("ours")
 
 
 def _journal(path: Path) -> tuple[str, int]:
