@@ -1,6 +1,5 @@
 """Write an ablation's report: a page, tables, CSV, and figures as PNG, SVG and PDF."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from reports.figures import drawn, save_figures
 from reports.methods import data_words
 from reports.publish import latex_document, to_markdown
 from reports.templating import render_template
-from reports.words import moment
+from reports.words import config_words, moment
 from study.config.formatting import hide_password
 from study.record.record import Record
 
@@ -110,7 +109,6 @@ def _contents(
     ablations: Sequence[Ablation], sections: Sequence[Section], across: Across | None
 ) -> dict[str, Any]:
     first = ablations[0]
-    config = json.dumps(first.study.config, indent=2, ensure_ascii=False, default=str)
     return {
         "study": first.study,
         "data": data_words(first),
@@ -119,5 +117,5 @@ def _contents(
         "sections": sections,
         "across": across,
         "commands": [hide_password(a.design.command) for a in ablations],
-        "config": config,
+        "config": config_words(first.study.config),
     }

@@ -16,7 +16,7 @@ from reports.importance import Importance, estimate_importance
 from reports.record import SearchRecord, read_record
 from reports.summary import summarise
 from reports.templating import render_template
-from reports.words import moment
+from reports.words import config_words, moment
 from study.record.record import Record
 
 
@@ -96,7 +96,7 @@ def _contents(
         "space": tables.space_table(record.dims),
         "runs": tables.runs_table(record),
         "warnings": [str(warning) for warning in record.study.data.get("warnings", [])],
-        "config": _json(record.study.config),
+        "config": config_words(record.study.config),
         "best_config": _json(record.best.config) if record.best else "",
         "written": moment(datetime.now(UTC)),
     }

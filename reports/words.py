@@ -1,7 +1,8 @@
 """How figures and names are written for people, and made safe for Markdown."""
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from study.config.formatting import format_duration, format_value
@@ -79,3 +80,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text.append("| " + " | ".join(lines[1]) + " |")
     text += ["| " + " | ".join(map(markdown_text, row)) + " |" for row in rows]
     return "\n".join(text)
+
+
+def config_words(config: Mapping[str, Any]) -> str:
+    """Write a configuration as JSON, without the path of the database it was read from."""
+    study = {key: value for key, value in config.get("study", {}).items() if key != "storage"}
+    return json.dumps({**config, "study": study}, indent=2, ensure_ascii=False, default=str)

@@ -6,7 +6,6 @@ that was recorded; verdicts right; the test split out of the search.
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from command_line import (
     without_figures,
 )
 from support import make_folder
+from tests.reports.pages import Page
 
 DIGITS: dict[str, object] = {
     "data.limit": 60,
@@ -64,28 +64,6 @@ def search(home: Path, name: str, space: str, trials: int, more: dict[str, objec
 # 1. A run leaves what it promises
 
 
-class Page(HTMLParser):
-    """What a reader sees of a page, and what it loads."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = ""
-        self.loaded: list[str] = []
-        self.hidden = 0
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.hidden += tag in ("style", "script")
-        self.loaded += [str(v) for name, v in attrs if name in ("src", "srcset")]
-        self.loaded += [str(v) for name, v in attrs if name == "href" and tag == "link"]
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in ("style", "script")
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self.hidden else data
-
-
 @pytest.mark.slow
 def test_run_leaves_database_checkpoint_and_report(tmp_path: Path) -> None:
     space = "freeze_depth = {low = 0, high = 5}\n"
@@ -103,9 +81,9 @@ def test_run_leaves_database_checkpoint_and_report(tmp_path: Path) -> None:
     assert min(run.epochs[-1]["val_loss"] for run in runs) == found.epochs[-1]["val_loss"]
     assert found.checkpoint is not None
     assert {p.name for p in found.checkpoint.iterdir()} >= {"model.safetensors", "card.json"}
-    page = Page((tmp_path / "frostline-runs/s/report/report.html").read_text(encoding="utf-8"))
+    page = Page(tmp_path / "frostline-runs/s/report/report.html")  # which loads nothing
     assert f"{100 * value:.1f} %" in page.text
-    assert any(source.startswith("data:image/") for source in page.loaded)
+    assert any(source.startswith("data:image/") for source in page.sources)
 
 
 # 2. A killed process loses nothing
@@ -339,10 +317,8 @@ def test_report_names_the_decisive_setting_and_shows_pruned_trials(tmp_path: Pat
     study(tmp_path, *search(tmp_path, "s", space, 24, chosen))
     runs = read_runs(tmp_path, "s")
     assert 5 < sum(run.state == "pruned" for run in runs) < 24
-    html = (tmp_path / "frostline-runs/s/report/report.html").read_text(encoding="utf-8")
-    page = Page(html)
-    assert trap not in html and trap in page.text and "blue & green" in page.text
-    assert all(source.startswith("data:") for source in page.loaded), "it must load nothing"
+    page = Page(tmp_path / "frostline-runs/s/report/report.html")
+    assert trap not in page.source and trap in page.text and "blue & green" in page.text
     decisive = re.search(r"\b(base_lr|step_gamma)\b[^.]{0,60}\d+ %", page.text)
     assert decisive is not None and decisive[1] == "base_lr"
     rows = (tmp_path / "frostline-runs/s/report/trials.csv").read_text().splitlines()

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,59 +48,47 @@ RATES = "base_lr = {low = 1e-5, high = 1e-2, log = true}\n"
 Figures = dict[str, Any]
 
 
-def _run(home: Path, space: str, trials: int, more: dict[str, object]) -> list[str]:
-    """Return the command of a search of study `s` for digits."""
-    (home / "study.toml").write_text(f"[space]\n{space}")
-    given = settings(SMALL | more)
-    return ["run", "--config", "study.toml", "--name", "s", "--trials", str(trials), *given]
-
-
-def _tpe_hyperband(home: Path) -> tuple[str, ...]:
-    space = (
+STUDIES: dict[str, tuple[str, int, dict[str, object]]] = {
+    "tpe-hyperband": (
         "freeze_depth = {low = 0, high = 5}\n"
         "base_lr = {low = 1e-4, high = 1e-2, log = true}\n"
-        "head_lr_mult = {low = 1.0, high = 30.0, log = true}\n"
-    )
-    study(home, *_run(home, space, 7, {"train.backbone": "timm:tf_efficientnet_lite0"}))
-    return ("s",)
-
-
-def _tpe_median(home: Path) -> tuple[str, ...]:
-    space = "freeze_depth = {low = 0, high = 4}\nweight_decay = [0, 1e-2]\n" + RATES
-    chosen = VIT | {"search.pruner": "median", "train.epochs": 4}
-    study(home, *_run(home, space, 9, chosen))
-    return ("s",)
-
-
-def _grid(home: Path) -> tuple[str, ...]:
-    chosen = VIT | {"train.base_lr": 1e-3, "search.sampler": "grid", "search.pruner": "none"}
-    study(home, *_run(home, "freeze_depth = {low = 0, high = 5}\n", 6, chosen))
-    return ("s",)
-
-
-def _ofat(home: Path) -> tuple[str, ...]:
-    (home / "study.toml").write_text("[space]\n")
-    chosen = settings(SMALL | VIT | {"train.freeze_depth": 3, "train.base_lr": 1e-3})
-    factors = ["--factor", "freeze_depth=0,5", "--factor", "augment=none"]
-    study(home, "ablate", "study.toml", "--name", "s", "--replicates", "2", *factors, *chosen)
-    return ("s",)
-
-
-def _audit(home: Path) -> tuple[str, ...]:
-    chosen = {"search.sampler": "random", "search.pruner": "halving", "search.recipes": False}
-    study(home, *_run(home, "freeze_depth = [0, 2, 4]\n" + RATES, 6, VIT | chosen))
-    study(home, "audit", "s", "--sample", "2")
-    return ("s", "s-audit")
-
-
-STUDIES: dict[str, Callable[[Path], tuple[str, ...]]] = {
-    "tpe-hyperband": _tpe_hyperband,
-    "tpe-median": _tpe_median,
-    "grid": _grid,
-    "ofat": _ofat,
-    "audit": _audit,
+        "head_lr_mult = {low = 1.0, high = 30.0, log = true}\n",
+        7,
+        {"train.backbone": "timm:tf_efficientnet_lite0"},
+    ),
+    "tpe-median": (
+        "freeze_depth = {low = 0, high = 4}\nweight_decay = [0, 1e-2]\n" + RATES,
+        9,
+        VIT | {"search.pruner": "median", "train.epochs": 4},
+    ),
+    "grid": (
+        "freeze_depth = {low = 0, high = 5}\n",
+        6,
+        VIT | {"train.base_lr": 1e-3, "search.sampler": "grid", "search.pruner": "none"},
+    ),
+    "ofat": ("", 0, VIT | {"train.freeze_depth": 3, "train.base_lr": 1e-3}),
+    "audit": (
+        "freeze_depth = [0, 2, 4]\n" + RATES,
+        6,
+        VIT | {"search.sampler": "random", "search.pruner": "halving", "search.recipes": False},
+    ),
 }
-"""Each runs in an empty folder and returns the studies to read."""
+"""The space, the number of trials and the settings of each study."""
+
+
+def _train(name: str, home: Path) -> tuple[str, ...]:
+    """Run study `s` in an empty folder; return the studies to read."""
+    space, trials, more = STUDIES[name]
+    (home / "study.toml").write_text(f"[space]\n{space}")
+    given = settings(SMALL | more)
+    if name == "ofat":
+        factors = ["--factor", "freeze_depth=0,5", "--factor", "augment=none"]
+        study(home, "ablate", "study.toml", "--name", "s", "--replicates", "2", *factors, *given)
+        return ("s",)
+    study(home, "run", "--config", "study.toml", "--name", "s", "--trials", str(trials), *given)
+    if name == "audit":
+        study(home, "audit", "s", "--sample", "2")
+    return ("s", "s-audit") if name == "audit" else ("s",)
 
 
 def read_figures(name: str, home: Path, studies: tuple[str, ...]) -> dict[str, Figures]:
@@ -139,7 +126,7 @@ def measure(name: str) -> dict[str, Figures]:
     """Run a study in a new folder and read its figures."""
     with tempfile.TemporaryDirectory() as folder, without_figures():
         home = Path(folder)
-        return read_figures(name, home, STUDIES[name](home))
+        return read_figures(name, home, _train(name, home))
 
 
 def recorded(name: str) -> dict[str, Figures]:
@@ -147,22 +134,12 @@ def recorded(name: str) -> dict[str, Figures]:
     return {p.name: json.loads(p.read_text()) for p in sorted(HERE.glob(f"{name}.*json"))}
 
 
-def differences(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
-    """List the figures that are not equal to the bit: where, before, now."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        pairs = [(f"{at}, {key}".strip(", "), old.get(key), new.get(key)) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{at}[{k}]", *pair) for k, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [(at, old, new)]
-    return [found for where, a, b in pairs for found in differences(a, b, where)]
-
-
-def is_near(old: Any, new: Any, relative: float) -> bool:
-    """Say whether two figures are numbers, and equal but for rounding."""
-    are_numbers = all(isinstance(value, float) for value in (old, new))
-    return are_numbers and abs(old - new) <= relative * max(abs(old), abs(new))
+def flat(figures: Any, at: str = "") -> dict[str, Any]:
+    """Return each figure by its place."""
+    if not isinstance(figures, dict | list):
+        return {at: figures}
+    pairs = figures.items() if isinstance(figures, dict) else enumerate(figures)
+    return {k: v for key, own in pairs for k, v in flat(own, f"{at}, {key}").items()}
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 RECORDED = Path(__file__).parent / "recorded"
 VOID = {"meta", "br", "img", "source", "link", "hr"}
+CLOCK = re.compile(r"\d{4}-\d\d-\d\d( \d\d:\d\d UTC)?|^\d+\.\d s$")
 READ = {"li", "p", "strong", "small"}
-UNREAD = {"kind", "note", "sub", "commands"}  # what repeats, and what depends on the day
 
 
 class Page(HTMLParser):
@@ -19,7 +19,6 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.sources: list[str] = []
         self.items: list[str] = []
-        self.is_said = False
         self.tables: list[list[list[str]]] = []
         self.text = ""
         self.source = path.read_text(encoding="utf-8")
@@ -32,8 +31,7 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         if tag in READ:
-            self.is_said = dict(attrs).get("class") not in UNREAD
-            self.items += [""] * self.is_said
+            self.items.append("")
         elif tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -52,14 +50,14 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text += data
-        if READ & set(self.open) and self.is_said:
+        if READ & set(self.open):
             self.items[-1] += data
         if {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
 
     def says_as_recorded(self, name: str) -> None:
         """Compare cards and sentences with a file; where it was deleted, it is recorded anew."""
-        said = [re.sub(r"\d{4}-\d\d-\d\d", "today", " ".join(i.split())) for i in self.items]
+        said = [CLOCK.sub("…", " ".join(item.split())) for item in self.items]
         file = RECORDED / f"{name}.txt"
         if not file.exists():
             file.write_text("\n".join(said) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ DATA = {
     "source": "folder:pets", "classes": ["cat", "dog"], "n_train": 1360, "n_val": 400,
     "n_test": 400, "fingerprint": "9f2c" * 16, "warnings": [],
 }  # fmt: skip
+TRAIN = dataclasses.asdict(TrainConfig(backbone="resnet18", freeze_depth=0, seed=7))
 SPACE: dict[str, Any] = {
     "backbone": {"choices": ["resnet18", "mobilenet_v3_large", "timm:tf_efficientnet_lite0"]},
     "freeze_depth": {"low": 0, "high": 5},
@@ -56,6 +57,7 @@ class Plan:
     epoch_s: float = 4.0
     score: float | None = None
     config_hash: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def _begin(
@@ -67,13 +69,14 @@ def _begin(
     return store, study_id, run_id
 
 
-def _enter(
+def enter(
     store: Record, study_id: int, run_id: int, plan: Plan, space: Mapping[str, BaseDistribution]
 ) -> Trial:
+    """Enter a trial, as a run would have."""
     trial = store.start_trial(study_id, plan.params, space)
     row = Trial(
         study_id=study_id, number=trial.number, run_id=run_id, origin=plan.origin,
-        config={"backbone": "resnet18", "freeze_depth": 0, "seed": 7} | plan.params,
+        config=TRAIN | plan.params | plan.config,
         config_hash=plan.config_hash, device="cpu",
         trained_parameters=5_130, total_parameters=11_181_642,
     )  # fmt: skip
@@ -113,7 +116,7 @@ def make_study(
     store, study_id, run_id = _begin(path, name, config, data, command)
     dimensions = distributions_of(*(plan.params for plan in plans))
     for plan in plans:
-        _enter(store, study_id, run_id, plan, dimensions)
+        enter(store, study_id, run_id, plan, dimensions)
     store.end_run(run_id, "trials")
     return store
 
@@ -258,7 +261,7 @@ def make_ablation(
             Plan({}, [], "failed", found) if isinstance(found, str) else Plan({}, [], score=found)
         )
         plan.config_hash = spec["runs"][k][replicate]
-        row = _enter(store, study_id, run_id, plan, {})
+        row = enter(store, study_id, run_id, plan, {})
         if isinstance(found, float) and (tested := test(cell, replicate)) is not None:
             add_test(store, name, row.number, tested, found)
     store.end_run(run_id, "complete")

@@ -50,12 +50,13 @@ def test_dimensions_come_from_the_space_in_its_order() -> None:
 
 
 def test_dimensions_without_a_space_are_read_from_the_values() -> None:
-    many = [10.0**-i for i in range(8)]
-    trials = trials_of(params_lr=many, params_opt=["sgd", "adamw"] * 4, params_n=list(range(8)))
-    found = {dim.name: dim for dim in dimensions({}, trials)}
-    assert found["lr"].is_log and not found["lr"].choices
-    assert found["opt"].choices == ("adamw", "sgd")
-    assert found["n"].is_int and found["n"].high == 7
+    rates = [10.0**-i for i in range(8)]
+    names = ["sgd", "adamw"] * 4
+    assert dimensions({}, trials_of(params_lr=rates, params_o=names, params_n=range(8))) == (
+        Dimension("lr", low=1e-7, high=1.0, is_log=True),
+        Dimension("o", choices=("adamw", "sgd")),
+        Dimension("n", low=0, high=7, is_int=True),
+    )
 
 
 def test_a_column_with_gaps_gives_back_what_was_suggested() -> None:
@@ -92,11 +93,8 @@ def test_busy_seconds_leave_pauses_out_and_count_overlaps_once() -> None:
 
 
 def test_slices_hold_scored_trials_only() -> None:
-    trials = trials_of(
-        value=[0.5, None, 0.6, 0.7],
-        state=["complete", "failed", "pruned", "running"],
-        params_b=["x", "y", "z", "x"],
-    )
+    states = ["complete", "failed", "pruned", "running"]
+    trials = trials_of(value=[0.5, None, 0.6, 0.7], state=states, params_b=list("xyzx"))
     found = slice_frame(trials, Dimension("b", choices=("z", "x", "y")))
     assert found.values.tolist() == [[0, 1.0, 0.5, "complete"], [2, 0.0, 0.6, "pruned"]]
 
@@ -104,18 +102,10 @@ def test_slices_hold_scored_trials_only() -> None:
 def test_the_front_has_what_nothing_beats() -> None:
     cost, value = [3, 1, 2, 2, 5, 1], [0.9, 0.5, 0.5, 0.8, 0.9, 0.5]
     assert is_on_front(cost, value).tolist() == [True, True, False, True, False, False]
-
-
-def test_copies_are_not_on_the_cost_front_for_free() -> None:
-    trials = trials_of(
-        value=[0.8, 0.8, 0.9],
-        duration_s=[60.0, 0.0, 5.0],
-        origin=["sampler", "same as 0", "sampler"],
-        state=["complete", "complete", "pruned"],
-    )
-    found = cost_frame(trials)
-    assert found["number"].tolist() == [0, 2]
-    assert found["is_front"].tolist() == [True, False]
+    origins = ["sampler", "same as 0", "sampler"]  # a copy costs nothing
+    trials = trials_of(value=[0.8, 0.8, 0.9], duration_s=[60.0, 0.0, 5.0], origin=origins)
+    found = cost_frame(trials.assign(state=["complete", "complete", "pruned"]))
+    assert found[["number", "is_front"]].values.tolist() == [[0, True], [2, False]]
 
 
 def test_confused_pairs_are_the_commonest_first() -> None:

@@ -1,8 +1,6 @@
 """Every plot of a search draws; names and classes are drawn as they are."""
 
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 
 import matplotlib as mpl
@@ -83,8 +81,3 @@ def test_axes_are_labelled_in_percent_and_plain_numbers() -> None:
         assert labels and all(label.endswith("%") for label in labels)
     labels = [label.get_text() for label in axes_of("log range").get_xticklabels()]
     assert {"0.0001", "0.001", "0.01"} <= set(labels)
-
-
-def test_reports_load_no_torch() -> None:
-    check = "import reports.html, sys; print({'torch', 'timm'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", check], text=True).strip() == "set()"

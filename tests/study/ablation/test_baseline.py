@@ -13,9 +13,9 @@ from study.config.load import parse_config
 from study.config.search_space import Choices, Range
 from study.config.study_config import StudyConfig
 from study.record.database import RecordError
-from study.record.models import Trial
 from study.record.record import Record
 from support import distributions_of
+from tests.reports.studies import Plan, enter
 
 TOML = """
 [study]
@@ -52,17 +52,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         study = store.create_study("bees", config.to_record(), {}, {})
         run = store.begin_run(study, command="c", device="cpu", versions={})
         for number, (state, value, base_lr, seed) in enumerate(TRIALS):
-            train = dataclasses.replace(config.train, base_lr=base_lr, seed=seed)
-            params = {"base_lr": base_lr}
-            store.start_trial(study, params, distributions_of(params))
-            trial = Trial(
-                study_id=study, number=number, run_id=run, origin="sampler",
-                config=dataclasses.asdict(train), config_hash=str(number), device="cpu",
-            )  # fmt: skip
-            store.begin_trial(trial)
-            if state != "running":
-                trial.value, trial.best_epoch, trial.epochs_done = value, 1, 4
-                store.end_trial(trial, state)
+            train = dataclasses.asdict(config.train) | {"seed": seed}
+            plan = Plan({"base_lr": base_lr}, [value], state, config_hash=str(number))
+            plan.config = train | plan.params
+            enter(store, study, run, plan, distributions_of(plan.params))
         store.end_run(run, "trials")
         store.create_study("empty", StudyConfig().to_record(), {}, {})
     return tmp_path

@@ -124,16 +124,6 @@ def test_an_adaptive_design_adds_replicates_to_the_open_cells_and_the_baseline()
     assert order[6:] == [("baseline", 2), ("freeze_depth = 5", 2)]
 
 
-def test_ofat_is_the_baseline_and_each_level_alone() -> None:
-    design = OneFactorAtATime(_factors({"freeze_depth": [0, 3, 5], "augment": "none"}))
-    assert design.cells == [
-        Cell({}, {}),
-        Cell({"freeze_depth": "3"}, {"freeze_depth": 3}),
-        Cell({"freeze_depth": "5"}, {"freeze_depth": 5}),
-        Cell({"augment": "none"}, {"augment": "none"}),
-    ]
-
-
 def test_a_full_factorial_has_every_combination_once_and_the_baseline_first() -> None:
     recipe = {"a": {"momentum": 0.5}, "b": {"momentum": 0.0, "weight_decay": 0.0}}
     raw = {"freeze_depth": [3, 5], "augment": ["none"], "recipe": recipe}

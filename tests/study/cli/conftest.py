@@ -1,6 +1,5 @@
 """What the tests of the command line share: running a command, and a recorded study."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from command_line import without_figures
-from core.config import TrainConfig
-from core.metrics import EpochMetrics
 from study.cli.main import DEFAULT_STORAGE, main
 from study.config.study_config import StudyConfig
-from study.record.models import Trial
 from study.record.record import Record
 from support import distributions_of
+from tests.reports.studies import Plan, enter
 
 DATA = {
     "source": "digits",
@@ -76,23 +73,12 @@ def recorded(here: Path) -> Path:
         study = store.create_study("ants", StudyConfig().to_record(), DATA, {})
         run = store.begin_run(study, command="c", device="cpu", versions={})
         for number, (state, value, reason) in enumerate(ENDS):
-            params = {"base_lr": 10.0 ** -(number + 1)}
-            trial = store.start_trial(study, params, distributions_of(params))
-            row = Trial(
-                study_id=study, number=number, run_id=run, origin="sampler",
-                config=dataclasses.asdict(TrainConfig(**params, epochs=1)),
-                config_hash=str(number), device="cpu",
-                trained_parameters=1234, total_parameters=5678,
-            )  # fmt: skip
-            store.begin_trial(row)
-            if value is not None:
-                figures = (value, value, value, 0.1, 1.0, 9.0, 0.0, 0.0, 0.0, 1, 32, True)
-                store.add_epoch(row, EpochMetrics(1, 0.5, 0.4, *figures), 1.0)
-                trial.report(value, 1)
-            row.reason, row.duration_s = reason, 2.0
+            params, curve = {"base_lr": 10.0 ** -(number + 1)}, [] if value is None else [value]
+            plan = Plan(params, curve, state, reason, epoch_s=1.0, config_hash=str(number))
+            row = enter(store, study, run, plan, distributions_of(params))
             if number == 1:
                 row.weights_hash = hashlib.sha256(b"weights of 1").hexdigest()
-            store.end_trial(row, state)
+                store.save(row)
         store.end_run(run, "trials")
     for number in (0, 1):
         folder = here / "frostline-runs" / "ants" / f"trial-000{number}"

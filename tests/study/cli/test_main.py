@@ -218,9 +218,9 @@ def test_list_and_show_read_the_record(recorded: Path, answered: Callable[..., s
     assert "Best trial: 1, 75.0 %." in study
     rows = lines_of("show", "ants")
     assert ["1", "75.0", "%", "1", "2.0", "s", "complete", "sampler", "base_lr=0.01"] in rows
-    assert ["3", "-", "0", "2.0", "s", "failed", "sampler", "base_lr=0.0001"] in rows
+    assert ["3", "-", "0", "1.0", "s", "failed", "sampler", "base_lr=0.0001"] in rows
     pruned = answered("show", "ants", "--trial", "2")
-    for part in ("pruned: hopeless", "1,234 of 5,678", "25.0 % (validation, epoch 1)"):
+    for part in ("pruned: hopeless", "5,130 of 11,181,642", "25.0 % (validation, epoch 1)"):
         assert part in pruned
     assert ["clip_norm", "none"] in lines_of("show", "ants", "--trial", "2")
     assert "failed: diverged [bad]" in answered("show", "ants", "--trial", "3")

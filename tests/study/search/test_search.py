@@ -47,13 +47,6 @@ def _figures(rows: list[Trial]) -> list[tuple[object, ...]]:
     return [(row.number, row.state, row.origin, row.value, row.params) for row in rows]
 
 
-def test_a_study_tries_recipes_first_and_never_prunes_them(done: Path) -> None:
-    rows = rows_of(done)
-    assert [row.origin.partition(":")[0] for row in rows[:4]] == ["recipe"] * 3 + ["sampler"]
-    assert [row.state for row in rows[:3]] == ["complete"] * 3
-    assert "pruned" in [row.state for row in rows]
-
-
 @pytest.mark.parametrize("monitor", ["val_loss", "val_acc"])
 def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
@@ -104,6 +97,8 @@ def test_a_finished_study_runs_nothing_more_and_keeps_what_ranks_its_trials(done
 
 def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done: Path) -> None:
     rows, trials = rows_of(done), optuna_trials(done)
+    assert [row.origin.partition(":")[0] for row in rows[:4]] == ["recipe"] * 3 + ["sampler"]
+    assert "pruned" in [row.state for row in rows[3:]]
     names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
     with Record(str(done / "s.db")) as store:
         epochs = [store.epochs(row.id) for row in rows]
