@@ -26,8 +26,8 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
     # Entering as the process that works on it keeps others out until it is gone.
     store.begin_run(study.id, command=command, device="none", versions={})
     trials = store.trials(study.id)
-    store.delete_study(name)
     images = tuple(study.data["classes"]), study.data["fingerprint"]
+    store.delete_study(name)
     gone: list[Path] = []
     left: list[Path] = []
     for row in trials:

@@ -372,7 +372,18 @@ def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> No
     [
         ("UPDATE frostline_studies SET data = '[1'", r"damaged \(frostline_studies: Expecting"),
         ("UPDATE frostline_trials SET number = 'x'", r"frostline_trials.number: holds 'x'"),
+        (
+            "UPDATE frostline_trials SET config = json_remove(config, '$.seed')",
+            r"damaged \(frostline_trials.config: 'seed'",
+        ),
+        (
+            "UPDATE frostline_studies SET config = json_set(config, '$.space.base_lr', 'x')",
+            r"damaged \(frostline_studies.config: .*base_lr",
+        ),
+        ("UPDATE trial_values SET value = 7", r"trial 0 must be in \[0, 1\], but is 7"),
+        ("UPDATE frostline_predictions SET labels = x'00'", r"damaged \(frostline_predictions.l"),
         ("UPDATE trials SET state = 'x'", r"damaged \(Optuna's tables"),
+        ("UPDATE study_directions SET direction = 'x'", r"damaged \(Optuna's tables"),
         ("ALTER TABLE frostline_trials RENAME score TO x", "is damaged: no such column"),
         ("DROP TABLE frostline_epochs", "lacks the tables frostline_epochs"),
         ("UPDATE alembic_version SET version_num = 'x'", "cannot be read: The runtime optuna"),
@@ -383,13 +394,17 @@ def test_a_damaged_database_is_told_where_it_is_damaged(
 ) -> None:
     study = store.create_study("photos", StudyConfig().to_record(), {**DATA, **N_IMAGES}, {})
     run = store.begin_run(study, command="test", device="cpu", versions={})
-    _trial(store, study, run, 0)
+    row = _trial(store, study, run, 0)
+    store.add_predictions(row.id, "val", [0], [0])
+    _end(store, row, "complete", 0.5)
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
         connection.executescript(damage)
     with pytest.raises(RecordError, match=message), Record(str(tmp_path / "s.db")) as again:
         (row,) = again.trials(again.study("photos").id)
-        assert row.number >= 0
+        assert min(
+            row.number, row.seed, *again.study("photos").config["space"]["base_lr"].values()
+        )
 
 
 def test_of_errors_in_a_transaction_the_first_is_told(store: Record) -> None:
