@@ -232,7 +232,7 @@ def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The second candidate is the better one; its last replicate is cut short.
-    _script(monkeypatch, lambda c: {"none": 0.9}.get(c.augment, 0.5) - c.base_lr * 100)
+    _script(monkeypatch, lambda c: {"none": 0.9}.get(c.augment, 0.5) - c.base_lr * 50)
     settings, design = ("train.epochs=2",), "path"
     outcome = _run(_plan(photos, tmp_path, *settings, design=design), _Interrupts(5))
     assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 5)
