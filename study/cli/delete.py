@@ -1,10 +1,10 @@
 """Remove a study: its record, Optuna's, and the checkpoints that it kept."""
 
 import contextlib
-import shutil
 from pathlib import Path
 
 from core.config import TrainConfig
+from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, WEIGHTS_FILE
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
 from study.record.models import trial_folder
@@ -35,9 +35,11 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
         state = study.output / "state" / f"{folder.name}.pt"
         if folder.exists():
             is_own = not folder.is_symlink() and is_checkpoint_of(folder, row)
-            (gone if is_own else left).append(folder)
-            if is_own:
-                shutil.rmtree(folder, ignore_errors=True)
+            for file in (WEIGHTS_FILE, CARD_FILE, PREDICTIONS_FILE) if is_own else ():
+                (folder / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a user's own files lie there, too
+                folder.rmdir()
+            (left if folder.exists() else gone).append(folder)
         if state.exists():
             if epochs_in_state(state, TrainConfig(**row.config), *images) is None:
                 left.append(state)
