@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from core.config import TrainConfig
-from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, WEIGHTS_FILE
+from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
 from study.record.models import trial_folder
@@ -34,11 +34,8 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
         folder = study.output / trial_folder(row.number)
         state = study.output / "state" / f"{folder.name}.pt"
         if folder.exists():
-            is_own = not folder.is_symlink() and is_checkpoint_of(folder, row)
-            for file in (WEIGHTS_FILE, CARD_FILE, PREDICTIONS_FILE) if is_own else ():
-                (folder / file).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a user's own files lie there, too
-                folder.rmdir()
+            if is_checkpoint_of(folder, row):
+                remove_checkpoint(folder)
             (left if folder.exists() else gone).append(folder)
         if state.exists():
             if epochs_in_state(state, TrainConfig(**row.config), *images) is None:

@@ -99,6 +99,6 @@ def find_damage(err: Exception, engine: Engine, optuna: RDBStorage) -> str | Non
             optuna.get_all_studies()
             for name in connection.scalars(select(Study.name)).all():
                 optuna.get_all_trials(optuna.get_study_id_from_name(name))
-    except Exception as found:
+    except Exception as found:  # damage makes a driver, Optuna or pydantic raise nearly anything
         return failure(found) or f"is damaged ({place}: {found}). Restore a copy of it."
     return None

@@ -350,7 +350,7 @@ def _full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_what_is_there_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     with Record(str(path), create=True) as store:
         _study(store, "first")
@@ -358,8 +358,8 @@ def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> No
         assert store.study("first").data == DATA
         with pytest.raises(RecordError, match=r"cannot be written\. .* free space"):
             _study(store, "second")
-    told = r"s\.db cannot be written: .* Free space on its disk"
-    with _full_disk(300_000), pytest.raises(RecordError, match=told), Record(str(path)) as store:
+    words = r"s\.db cannot be written: .* Free space on its disk"
+    with _full_disk(300_000), pytest.raises(RecordError, match=words), Record(str(path)) as store:
         for number in range(1000):
             _study(store, f"study {number}")
     with Record(str(path)) as store:
@@ -389,7 +389,7 @@ def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> No
         ("UPDATE alembic_version SET version_num = 'x'", "cannot be read: The runtime optuna"),
     ],
 )
-def test_a_damaged_database_is_told_where_it_is_damaged(
+def test_an_error_says_where_a_database_is_damaged(
     store: Record, tmp_path: Path, damage: str, message: str
 ) -> None:
     study = store.create_study("photos", StudyConfig().to_record(), {**DATA, **N_IMAGES}, {})
@@ -407,11 +407,11 @@ def test_a_damaged_database_is_told_where_it_is_damaged(
         )
 
 
-def test_of_errors_in_a_transaction_the_first_is_told(store: Record) -> None:
+def test_of_errors_in_a_transaction_the_first_is_named(store: Record) -> None:
     _study(store)
     again = Study(name="photos", config={}, data={}, versions={})
-    told = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
-    with told, store, Session(store.engine) as session:
+    refused = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
+    with refused, store, Session(store.engine) as session:
         session.add(again)
         try:
             session.flush()
