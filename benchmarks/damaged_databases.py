@@ -32,7 +32,7 @@ SETTINGS = ("studies", "config"), ("studies", "data"), ("trials", "config")
 STATEMENTS = {
     "table": "DROP TABLE {table}",
     "column": "ALTER TABLE {table} RENAME COLUMN {column} TO other",
-    "rows": "DELETE FROM {table} WHERE abs(random()) % 2",
+    "rows": "DELETE FROM {table} WHERE rowid % 2 = {half}",
     "value": "UPDATE {table} SET {column} = ?",
 }
 
@@ -56,7 +56,9 @@ def damage(path: Path, rng: random.Random) -> tuple[str, str]:
             table = f"frostline_{name}"
             text = connection.execute(f"SELECT {column} FROM {table}").fetchone()[0]
             values = [json.dumps(changed(json.loads(text), rng))]
-        statement = STATEMENTS.get(kind, STATEMENTS["value"]).format(table=table, column=column)
+        statement = STATEMENTS.get(kind, STATEMENTS["value"]).format(
+            table=table, column=column, half=rng.randrange(2)
+        )
         with contextlib.suppress(sqlite3.IntegrityError):
             connection.execute(statement, values if "?" in statement else [])
     return kind, f"{table}.{column}"

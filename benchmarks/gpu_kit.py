@@ -48,7 +48,7 @@ def wanted() -> list[str]:
 
 
 def main() -> None:
-    """Make the kit anew and say how large it is."""
+    """Make the kit again and print its size."""
     shutil.rmtree(KIT, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]

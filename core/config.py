@@ -21,6 +21,7 @@ MAX_ASPECT = 20
 
 GreyRange = tuple[float, float] | None
 """Values that become black and white in images of more than 8 bits."""
+
 HeadInit = Literal["default", "xavier", "zero", "source-classes", "solved"]
 HeadSolver = Literal["logistic", "sgd"]
 Optimizer = Literal["sgd", "adamw"]

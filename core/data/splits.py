@@ -110,7 +110,7 @@ def load_data(
             f"of {', '.join(absent)}. Add some or remove the class."
         )
     parts["train"] = _limited(parts["train"], config.limit)
-    grey_range = _grey_range(parts["train"], store)
+    grey_range = _grey_range(parts["train"], store, notes)
     if grey_range:
         store = build_stores(found.images, kinds, cache, progress, grey_range)[0]
         notes += _few_levels(images, store, grey_range)
@@ -142,9 +142,16 @@ def load_data(
     )
 
 
-def _grey_range(images: list[LabelledImage], store: ImageStore) -> GreyRange:
-    """Return the lowest and highest value in images of more than 8 bits; None without any."""
+def _grey_range(images: list[LabelledImage], store: ImageStore, notes: list[str]) -> GreyRange:
+    """Return the lowest and highest value in images of more than 8 bits; None without any.
+
+    Those of the training images, if any of them has more.
+    """
     found = [store.grey[image.content] for image in images if image.content in store.grey]
+    if store.grey and not found:
+        found = list(store.grey.values())
+        text = "images have more than 8 bits and no training image has: their own values become"
+        notes.append(f"{len(found)} {text} 0 to 255.")
     return (min(g[0] for g in found), max(g[1] for g in found)) if found else None
 
 

@@ -1,5 +1,6 @@
 """The best epoch on disk: weights as safetensors, and a card that says what they are."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -142,3 +143,14 @@ def write_predictions(folder: Path, evaluation: Evaluation, paths: Sequence[str]
 
 def _unreadable(folder: Path, err: Exception) -> str:
     return f"checkpoint {folder / WEIGHTS_FILE} cannot be read ({err}). Train the trial again."
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, whole or cut short; a user's own files in it stay, and links do."""
+    if folder.is_symlink():
+        return
+    for name in (WEIGHTS_FILE, CARD_FILE, PREDICTIONS_FILE):
+        for file in (folder / name, folder / f"{name}.partial"):
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()

@@ -226,11 +226,13 @@ class Trainer:
 
 
 def check_batches(config: TrainConfig, network: Network, n_images: int) -> None:
-    """Check that a run's batches, and their parts, can be trained on.
+    """Check that a run's batches, and their parts, can be trained on; a solved head has none.
 
     Raises:
         ValueError: A batch has more images than there are, or a batch norm would see but one.
     """
+    if config.is_solved:
+        return
     batch_size, micro = config.batch_size, config.micro_batch_size or config.batch_size
     if batch_size > n_images:
         raise ValueError(
@@ -239,7 +241,7 @@ def check_batches(config: TrainConfig, network: Network, n_images: int) -> None:
         )
     whole(network, config).set_train_mode()
     sizes = {len(batch) for batch in batch_positions(np.arange(n_images), batch_size)}
-    if not config.is_solved and not all(_is_enough(network.model, n, micro) for n in sizes):
+    if not all(_is_enough(network.model, n, micro) for n in sizes):
         raise ValueError(
             "train.batch_size and micro_batch_size must leave two images at a time or more, by "
             f"which batch norms are trained, but got {batch_size=} and micro_batch_size="

@@ -1,10 +1,10 @@
 """Remove a study: its record, Optuna's, and the checkpoints that it kept."""
 
 import contextlib
-import shutil
 from pathlib import Path
 
 from core.config import TrainConfig
+from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
 from study.record.models import trial_folder
@@ -26,18 +26,17 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
     # Entering as the process that works on it keeps others out until it is gone.
     store.begin_run(study.id, command=command, device="none", versions={})
     trials = store.trials(study.id)
-    store.delete_study(name)
     images = tuple(study.data["classes"]), study.data["fingerprint"]
+    store.delete_study(name)
     gone: list[Path] = []
     left: list[Path] = []
     for row in trials:
         folder = study.output / trial_folder(row.number)
         state = study.output / "state" / f"{folder.name}.pt"
         if folder.exists():
-            is_own = not folder.is_symlink() and is_checkpoint_of(folder, row)
-            (gone if is_own else left).append(folder)
-            if is_own:
-                shutil.rmtree(folder, ignore_errors=True)
+            if is_checkpoint_of(folder, row):
+                remove_checkpoint(folder)
+            (left if folder.exists() else gone).append(folder)
         if state.exists():
             if epochs_in_state(state, TrainConfig(**row.config), *images) is None:
                 left.append(state)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.models.weights import WeightsError
-from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE, read_card, weights_hash
+from core.training.checkpoint import (
+    CARD_FILE,
+    PREDICTIONS_FILE,
+    read_card,
+    remove_checkpoint,
+    weights_hash,
+)
 from study.execution.session import Session
 from study.record.models import Misclassified, Trial, trial_folder
 
@@ -53,7 +58,7 @@ class TrialFiles:
             folder = self.checkpoint(row.number)
             is_cut_short = not (folder / CARD_FILE).is_file()  # it is written last
             if not row.weights_hash and (is_cut_short or is_checkpoint_of(folder, row)):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_checkpoint(folder)
         wanted = {self.state(number) for number in continued}
         for file in self._session.output.glob("state/*"):
             if file not in wanted:
@@ -88,7 +93,7 @@ class TrialFiles:
             if self._keep_best:
                 row.weights_hash = None
                 self._session.record.save(row)
-            shutil.rmtree(self.checkpoint(row.number), ignore_errors=True)
+            remove_checkpoint(self.checkpoint(row.number))
 
     def _record_worst(
         self,

@@ -352,7 +352,7 @@ def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
             signal.raise_signal(number)
         stop.set()
         progress.stopped_by = number
-        text = "Stopping, and saving the trial's state; press Ctrl-C again to leave at once."
+        text = "Stopping, and saving the trial's state; Ctrl-C now leaves at once, without it."
         with suppress(OSError, RuntimeError):  # it may come in the middle of another line
             progress.emit(Note(text))
 

@@ -1,6 +1,8 @@
 """What an error says about the database that it came from."""
 
+import zlib
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 from optuna.exceptions import StorageInternalError
@@ -10,11 +12,13 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from core.config import TrainConfig
+from study.config.search_space import parse_space
 from study.config.study_config import StudyConfig
 from study.record.models import Base, Study
 
 _FULL = "disk is full", "disk I/O error", "No space left"
 _DAMAGED = "malformed", "decode", "not a database", "no such", "does not exist"
+_OF_TRIAL = itemgetter("seed", "backbone", "freeze_depth")
 _OURS = "core", "study", "reports", "click"
 
 
@@ -28,14 +32,20 @@ class _Images:
     fingerprint: str
 
 
+def _check_config(config: Any) -> None:
+    StudyConfig.from_record(config)
+    wrong = [fault.sentence for fault in parse_space(config["space"])[1]]
+    if wrong or not config["study"]["output"]:
+        raise ValueError(wrong or "study.output is missing")
+
+
 _CHECKS: dict[str, Callable[[Any], object]] = {
-    "frostline_studies.config": lambda config: (
-        StudyConfig.from_record(config),
-        config["study"]["output"],
-    ),
+    "frostline_studies.config": _check_config,
     "frostline_studies.data": lambda data: _Images(**data),
-    "frostline_studies.versions": dict,
-    "frostline_trials.config": lambda config: TrainConfig(**config),
+    "frostline_studies.versions": lambda versions: versions.items(),
+    "frostline_trials.config": lambda config: (TrainConfig(**config), _OF_TRIAL(config)),
+    "frostline_predictions.labels": zlib.decompress,
+    "frostline_predictions.predicted": zlib.decompress,
 }
 
 
@@ -86,8 +96,9 @@ def find_damage(err: Exception, engine: Engine, optuna: RDBStorage) -> str | Non
                             raise TypeError(f"holds {str(value)[:40]!r}")
                         _CHECKS.get(place, bool)(value)
             place = "Optuna's tables"
+            optuna.get_all_studies()
             for name in connection.scalars(select(Study.name)).all():
                 optuna.get_all_trials(optuna.get_study_id_from_name(name))
-    except Exception as found:
+    except Exception as found:  # damage makes a driver, Optuna or pydantic raise nearly anything
         return failure(found) or f"is damaged ({place}: {found}). Restore a copy of it."
     return None

@@ -82,7 +82,7 @@ def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage, bo
         raise RecordError(f"database {storage} cannot be opened: {err}. {_ANOTHER}") from err
     except RecordError:
         raise
-    except Exception as err:
+    except Exception as err:  # a damaged file makes drivers and Optuna raise nearly anything
         why = failure(err) or f"cannot be read: {err} {_ANOTHER}"
         raise RecordError(f"database {storage} {why}") from err
 

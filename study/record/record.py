@@ -434,6 +434,9 @@ def _join(row: Trial, trial: FrozenTrial | None) -> None:
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
         value = trial.intermediate_values.get(row.best_epoch)
+    if value is not None and not 0 <= value <= 1:
+        rule = f"the accuracy of trial {row.number} must be in [0, 1], but is {value}."
+        raise RecordError(f"{rule} The database is damaged: restore a copy of it.")
     row.state = _STATE_NAMES.get(trial.state, "interrupted")
     row.params, row.value = params_of(trial), value
 

@@ -24,7 +24,13 @@ from core.models.sources import create
 from core.models.weights import WeightsError
 from core.training import trainer
 from core.training.batches import Views
-from core.training.checkpoint import PREDICTIONS_FILE, load_checkpoint, read_card, weights_hash
+from core.training.checkpoint import (
+    PREDICTIONS_FILE,
+    load_checkpoint,
+    read_card,
+    remove_checkpoint,
+    weights_hash,
+)
 
 TINY = TrainConfig(
     backbone="timm:test_resnet",
@@ -232,6 +238,25 @@ def test_the_lines_of_the_readme_give_the_recorded_predictions(
         own = snippet.replace("frostline-runs/photos/trial-0007", str(tmp_path))
         exec(own.replace("new.jpg", str(image)), names)
         assert names["probabilities"][0].numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_users_files_stay_where_a_checkpoint_is_removed(data: ImageData, tmp_path: Path) -> None:
+    folder, link = tmp_path / "trial-0000", tmp_path / "trial-0001"
+    list(fit(replace(TINY, epochs=1), data, checkpoint_dir=folder))
+    link.symlink_to(folder)
+    remove_checkpoint(link)
+    assert read_card(folder)
+    (folder / "note.txt").write_text("mine")
+    (folder / "card.json.partial").touch()
+    remove_checkpoint(folder)
+    assert [path.name for path in folder.iterdir()] == ["note.txt"]
+    (folder / "note.txt").unlink()
+    remove_checkpoint(folder)
+    assert not folder.exists()
+
+
+def test_a_solved_head_has_no_batch(data: ImageData) -> None:
+    assert list(fit(replace(TINY, batch_size=500, freeze_depth=5, head_solver="logistic"), data))
 
 
 def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: Path) -> None:

@@ -56,10 +56,10 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
     def says_as_recorded(self, name: str) -> None:
-        """Compare cards and sentences with a file; where it was deleted, it is recorded anew."""
+        """Compare cards and sentences with a file; where it was deleted, it is recorded again."""
         said = [CLOCK.sub("…", " ".join(item.split())) for item in self.items]
         file = RECORDED / f"{name}.txt"
         if not file.exists():
             file.write_text("\n".join(said) + "\n", encoding="utf-8")
-            raise AssertionError(f"{file.name} is recorded anew: read it, and commit it.")
+            raise AssertionError(f"{file.name} is recorded again: read it, and commit it.")
         assert said == file.read_text(encoding="utf-8").splitlines()

@@ -200,5 +200,24 @@ def test_images_of_more_than_8_bits_share_the_range_of_the_training_images(
     assert data.warnings[0].startswith("40 images of more than 8 bits are left with fewer than 20")
 
 
+def test_images_of_more_than_8_bits_that_are_not_trained_on_are_scaled_and_named(
+    tmp_path: Path, shown: Preprocessing
+) -> None:
+    root = tmp_path / "photos"
+    for k, part in enumerate(("train", "val")):
+        make_folder(root / part, {"a": 10, "b": 10}, seed=k)
+    image = Image.new("I;16", (40, 40), 1000)
+    image.putpixel((0, 0), 9)
+    image.save(root / "val" / "a" / "scan.png")
+    data = _load(root)
+    assert data.views.grey_range == (9, 1000)
+    assert any(
+        "1 images have more than 8 bits and no training image has" in w for w in data.warnings
+    )
+    at = data.val.paths.index("val/a/scan.png")
+    views = eval_views(data, data.val, np.array([at]), shown)
+    assert views[0, :, 12, 12].tolist() == [255, 255, 255]
+
+
 def test_images_of_8_bits_have_no_range(photos: Path) -> None:
     assert _load(photos).views.grey_range is None

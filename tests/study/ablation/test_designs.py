@@ -1,5 +1,6 @@
 import itertools
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -86,11 +87,13 @@ def test_a_design_counts_its_runs_and_tests(
     assert (design.n_runs(replicates), design.n_tests) == (n_runs, n_tests)
 
 
-def _run(design: Design, n: int, score: object = 0.5) -> list[tuple[str, int]]:
+def _run(
+    design: Design, looks: Sequence[int], score: object = 0.5, decide: object = None
+) -> list[tuple[str, int]]:
     """Run a design to its end; return the runs in order."""
     done: dict[str, dict[int, float | None]] = {}
     order = []
-    for cell, replicate in design.missing([n], lambda cell: done.get(cell.label, {}), None):
+    for cell, replicate in design.missing(looks, lambda cell: done.get(cell.label, {}), decide):
         value = score(cell, replicate) if callable(score) else score
         done.setdefault(cell.label, {})[replicate] = value
         order.append((cell.label, replicate))
@@ -100,12 +103,25 @@ def _run(design: Design, n: int, score: object = 0.5) -> list[tuple[str, int]]:
 def test_one_whole_replicate_is_run_after_the_other_and_none_twice() -> None:
     design = OneFactorAtATime(_factors({"freeze_depth": [0, 3], "augment": "none"}))
     labels = ["baseline", "freeze_depth = 3", "augment = none"]
-    assert _run(design, 2) == list(zip(labels * 2, [0] * 3 + [1] * 3, strict=True))
+    assert _run(design, [2]) == list(zip(labels * 2, [0] * 3 + [1] * 3, strict=True))
     known = {"baseline": {0: 0.5, 1: 0.5}, "augment = none": {0: None}}
     left = design.missing([2], lambda cell: known.get(cell.label, {}), None)
     assert [(cell.label, r) for cell, r in left] == [
         ("freeze_depth = 3", 0), ("freeze_depth = 3", 1), ("augment = none", 1),
     ]  # fmt: skip
+
+
+def test_an_adaptive_design_adds_replicates_to_the_open_cells_and_the_baseline() -> None:
+    design = OneFactorAtATime(_factors({"freeze_depth": [3, 5]}))
+    asked = []
+
+    def decide(scores: list[list[float | None]], looks: Sequence[int]) -> set[int]:
+        asked.append(([len(values) for values in scores], list(looks)))
+        return {2} if len(looks) == 1 else set()
+
+    order = _run(design, [2, 3, 5], decide=decide)
+    assert asked == [([2, 2, 2], [2]), ([3, 2, 3], [2, 3])]
+    assert order[6:] == [("baseline", 2), ("freeze_depth = 5", 2)]
 
 
 def test_a_full_factorial_has_every_combination_once_and_the_baseline_first() -> None:
@@ -149,7 +165,7 @@ def test_a_path_takes_the_change_with_the_best_mean_and_a_failed_one_last() -> N
             return None
         return sum(gain[replicate] for name, gain in gains.items() if name not in cell.levels)
 
-    order = _run(design, 2, score)
+    order = _run(design, [2], score)
     assert design.steps == ["flip", "augment", "head_init"]
     assert design.cells[-1] == Cell({}, {})
     assert len(order) == len(set(order)) == design.n_runs(2) == 14

@@ -218,11 +218,21 @@ class _Interrupts(QuietProgress):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_an_interrupted_ablation_continues_its_trial(photos: Path, tmp_path: Path) -> None:
+    plan = _plan(photos, tmp_path, "train.epochs=2")
+    outcome = _run(plan, _Interrupts(4))
+    assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 4)
+    assert rows_of(tmp_path, "tiny")[4].ended_at is None
+    outcome = _run(plan)
+    assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
+    assert [row.state for row in rows_of(tmp_path, "tiny")] == ["complete"] * 6
+
+
 def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The second candidate is the better one; its last replicate is cut short.
-    _script(monkeypatch, lambda c: {"none": 0.9}.get(c.augment, 0.5) - c.base_lr * 100)
+    _script(monkeypatch, lambda c: {"none": 0.9}.get(c.augment, 0.5) - c.base_lr * 50)
     settings, design = ("train.epochs=2",), "path"
     outcome = _run(_plan(photos, tmp_path, *settings, design=design), _Interrupts(5))
     assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 5)

@@ -225,3 +225,17 @@ def test_ctrl_c_ends_with_status_130_and_without_a_report(bees: Bees, tmp_path: 
     last = json.loads(printed.getvalue().splitlines()[-1])
     assert (last["event"], last["stopped_because"]) == ("ablation_ended", "interrupted")
     assert (last["n_done"], last["report"]) == (0, None)
+
+
+def test_an_adaptive_ablation_stops_by_the_rules_of_its_report(
+    bees: Bees, answered: Callable[..., str]
+) -> None:
+    # Few images and no pretrained weights: nothing can be decided, so it runs to the end.
+    line = ["ablate", "bees", "--name", "adaptive", "--factor", "augment=none", "--adaptive"]
+    most = ["--replicates", "2", "--set", "ablation.max_replicates=4"]
+    with without_figures():
+        shown = answered(*line, *most, "--json", *bees.storage)
+    last = json.loads(shown.splitlines()[-1])
+    (effect,) = last["effects"]
+    assert effect["verdict"] == "inconclusive"
+    assert (effect["n"], last["n_done"], last["n_planned"]) == (4, 8, 8)

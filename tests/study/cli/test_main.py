@@ -155,7 +155,8 @@ def test_what_a_record_does_not_allow_is_refused(
 def test_an_odd_environment_ends_in_no_traceback(
     line: str, status: int, shown: str, here: Path
 ) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # whose `python` may be another
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=env)
     assert done.returncode == status, done.stderr
     assert shown in done.stderr

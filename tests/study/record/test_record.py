@@ -350,7 +350,7 @@ def _full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_what_is_there_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     with Record(str(path), create=True) as store:
         _study(store, "first")
@@ -358,8 +358,8 @@ def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> No
         assert store.study("first").data == DATA
         with pytest.raises(RecordError, match=r"cannot be written\. .* free space"):
             _study(store, "second")
-    told = r"s\.db cannot be written: .* Free space on its disk"
-    with _full_disk(300_000), pytest.raises(RecordError, match=told), Record(str(path)) as store:
+    words = r"s\.db cannot be written: .* Free space on its disk"
+    with _full_disk(300_000), pytest.raises(RecordError, match=words), Record(str(path)) as store:
         for number in range(1000):
             _study(store, f"study {number}")
     with Record(str(path)) as store:
@@ -372,31 +372,46 @@ def test_a_full_disk_is_told_and_what_is_there_can_be_read(tmp_path: Path) -> No
     [
         ("UPDATE frostline_studies SET data = '[1'", r"damaged \(frostline_studies: Expecting"),
         ("UPDATE frostline_trials SET number = 'x'", r"frostline_trials.number: holds 'x'"),
+        (
+            "UPDATE frostline_trials SET config = json_remove(config, '$.seed')",
+            r"damaged \(frostline_trials.config: 'seed'",
+        ),
+        (
+            "UPDATE frostline_studies SET config = json_set(config, '$.space.base_lr', 'x')",
+            r"damaged \(frostline_studies.config: .*base_lr",
+        ),
+        ("UPDATE trial_values SET value = 7", r"trial 0 must be in \[0, 1\], but is 7"),
+        ("UPDATE frostline_predictions SET labels = x'00'", r"damaged \(frostline_predictions.l"),
         ("UPDATE trials SET state = 'x'", r"damaged \(Optuna's tables"),
+        ("UPDATE study_directions SET direction = 'x'", r"damaged \(Optuna's tables"),
         ("ALTER TABLE frostline_trials RENAME score TO x", "is damaged: no such column"),
         ("DROP TABLE frostline_epochs", "lacks the tables frostline_epochs"),
         ("UPDATE alembic_version SET version_num = 'x'", "cannot be read: The runtime optuna"),
     ],
 )
-def test_a_damaged_database_is_told_where_it_is_damaged(
+def test_an_error_says_where_a_database_is_damaged(
     store: Record, tmp_path: Path, damage: str, message: str
 ) -> None:
     study = store.create_study("photos", StudyConfig().to_record(), {**DATA, **N_IMAGES}, {})
     run = store.begin_run(study, command="test", device="cpu", versions={})
-    _trial(store, study, run, 0)
+    row = _trial(store, study, run, 0)
+    store.add_predictions(row.id, "val", [0], [0])
+    _end(store, row, "complete", 0.5)
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
         connection.executescript(damage)
     with pytest.raises(RecordError, match=message), Record(str(tmp_path / "s.db")) as again:
         (row,) = again.trials(again.study("photos").id)
-        assert row.number >= 0
+        assert min(
+            row.number, row.seed, *again.study("photos").config["space"]["base_lr"].values()
+        )
 
 
-def test_of_errors_in_a_transaction_the_first_is_told(store: Record) -> None:
+def test_of_errors_in_a_transaction_the_first_is_named(store: Record) -> None:
     _study(store)
     again = Study(name="photos", config={}, data={}, versions={})
-    told = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
-    with told, store, Session(store.engine) as session:
+    refused = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
+    with refused, store, Session(store.engine) as session:
         session.add(again)
         try:
             session.flush()
