@@ -199,8 +199,9 @@ class TrainConfig:
     """Training view: none (the evaluation view), standard (random crop and flip), or standard with
     TrivialAugment (trivial) or RandAugment (rand) on top."""
     views: OrNone[int] = Field(default=None, ge=1)
-    """Draw only so many sets of training views, and repeat them from epoch to epoch: frozen layers
-    then compute each once. Leave out for new views in every epoch."""
+    """Where outputs of frozen layers are kept: draw so many sets of training views and repeat them,
+    so that frozen layers compute each once. Leave out for new views in every epoch, as a network
+    always has whose frozen layers are too few for that."""
     crop_scale: float = Field(default=0.35, gt=0, le=1)
     """Smallest share of the image that a random crop covers."""
     flip: float = Field(default=0.5, ge=0, le=1)

@@ -170,6 +170,7 @@ def test_frozen_stages_keep_their_bits(tmp_path: Path, name: str) -> None:
         "train.weights": "w.safetensors",
         "train.epochs": 1,
         "train.batch_norm": "train",
+        "train.features": "last",  # the network's own names in the checkpoint
         "data.limit": 20,
         "train.batch_size": 10,
         "study.keep_checkpoints": 6,

@@ -117,7 +117,8 @@ class Activations:
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's rows (N, ...) and labels (N,) from a batch on."""
-        rows = self._train_rows(self._views.draw(epoch))
+        views = self._config.views
+        rows = self._train_rows(epoch % views if views else epoch)
         for positions in map(torch.from_numpy, self._views.order(epoch)[first:]):
             labels = self._labels[positions].to(self._views.device, non_blocking=True)
             yield self._ready(rows(positions)), labels

@@ -67,14 +67,10 @@ class Views:
         order = epoch_order(len(self._labels), self._config.seed, epoch)
         return batch_positions(order, self._config.batch_size)
 
-    def draw(self, epoch: int) -> int:
-        """Return which set of views an epoch has: its own number, unless sets are repeated."""
-        return epoch % self._config.views if self._config.views else epoch
-
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's inputs (N, 3, S, S) and labels (N,) from a batch on."""
         batches = self.order(epoch)[first:]
-        inputs_of = self.train_inputs(self.draw(epoch), batches)
+        inputs_of = self.train_inputs(epoch, batches)
         for positions, inputs in zip(batches, inputs_of, strict=True):
             labels = self._labels[torch.from_numpy(positions)]
             yield inputs, labels.to(self.device, non_blocking=True)

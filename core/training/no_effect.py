@@ -41,6 +41,8 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
         found |= dict.fromkeys(("crop_scale", "flip", "views"), "augment is none")
     if config.views is not None and config.views >= config.epochs:
         found["views"] = "every epoch has its own"
+    if config.freeze_depth == 0 or config.mixup or config.cutmix:
+        found["views"] = "no outputs of frozen layers are kept"
     if config.augment != "rand":
         found["rand_magnitude"] = "augment is not rand"
     if config.optimizer != "sgd":

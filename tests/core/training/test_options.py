@@ -38,6 +38,8 @@ CHANGES: dict[str, Any] = {
     "freeze_depth": None,  # the next level
     "head_init": "zero",
     "head_solver": "sgd",
+    "features": "last",
+    "mirrored": True,
     "head_decay": 0.5,
     "epochs": 3,
     "batch_size": 6,
@@ -62,6 +64,7 @@ CHANGES: dict[str, Any] = {
     "batch_norm": "frozen",
     "monitor": "val_acc",
     "augment": "standard",
+    "views": 1,
     "crop_scale": 0.8,
     "flip": 0.0,
     "rand_magnitude": 2,
