@@ -126,7 +126,7 @@ class TrainConfig:
         default=0, ge=0, le=MAX_FREEZE_DEPTH, json_schema_extra={"neutral": 0}
     )
     """Backbone stages frozen, counted from the input: 0 trains everything, 5 the head alone."""
-    head_init: HeadInit = Field(default="default", json_schema_extra={"neutral": "default"})
+    head_init: HeadInit = Field(default="solved", json_schema_extra={"neutral": "default"})
     """How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the
     source classifier's row where a class has the same name), or solved (the logistic regression
     that head_solver = logistic fits, on the frozen network's features)."""
@@ -141,20 +141,20 @@ class TrainConfig:
     head_decay: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Penalty of the logistic regression, 1 / (C n) for n images with the bias not penalised; auto
     chooses it from a path of values by cross-validation."""
-    epochs: int = Field(default=10, ge=1)
+    epochs: int = Field(default=8, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=32, ge=1)
     """Images per optimizer step."""
     micro_batch_size: OrNone[int] = Field(default=None, ge=1)
     """Images per forward and backward pass; smaller than batch_size accumulates gradients. Leave
     out for batch_size."""
-    optimizer: Optimizer = "sgd"
-    """sgd (with momentum) or adamw."""
-    base_lr: float = Field(default=0.01, gt=0)
+    optimizer: Optimizer = "adamw"
+    """adamw, or sgd (with momentum)."""
+    base_lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate of the backbone."""
-    head_lr_mult: float = Field(default=10.0, gt=0, json_schema_extra={"neutral": 1.0})
+    head_lr_mult: float = Field(default=1.0, gt=0, json_schema_extra={"neutral": 1.0})
     """The head's learning rate is base_lr times this."""
-    weight_decay: float = Field(default=1e-4, ge=0, json_schema_extra={"neutral": 0.0})
+    weight_decay: float = Field(default=0.05, ge=0, json_schema_extra={"neutral": 0.0})
     """Weight decay (SGD: L2 as PyTorch adds it; AdamW: decoupled)."""
     decay_all: bool = False
     """Decay norms and biases too, as plain recipes do; else only weight matrices."""
@@ -167,7 +167,7 @@ class TrainConfig:
     """SGD's momentum, and AdamW's first beta."""
     nesterov: bool = False
     """Nesterov's form of momentum (SGD)."""
-    schedule: Schedule = Field(default="cosine", json_schema_extra={"neutral": "constant"})
+    schedule: Schedule = Field(default="one-cycle", json_schema_extra={"neutral": "constant"})
     """Learning rate over the run: constant, cosine, one-cycle or step."""
     warmup_epochs: float = Field(default=0.0, ge=0, json_schema_extra={"neutral": 0.0})
     """Linear warm-up at the start, in epochs (one-cycle has its own)."""
@@ -198,10 +198,10 @@ class TrainConfig:
     augment: Augment = Field(default="standard", json_schema_extra={"neutral": "none"})
     """Training view: none (the evaluation view), standard (random crop and flip), or standard with
     TrivialAugment (trivial) or RandAugment (rand) on top."""
-    views: OrNone[int] = Field(default=None, ge=1)
-    """Where outputs of frozen layers are kept: draw so many sets of training views and repeat them,
-    so that frozen layers compute each once. Leave out for new views in every epoch, as a network
-    always has whose frozen layers are too few for that."""
+    views: OrNone[int] = Field(default=3, ge=1)
+    """Where outputs of frozen layers are kept: draw so many sets of training views and repeat
+    them, so that frozen layers compute each once. Leave out for new views in every epoch, as a
+    network always has whose frozen layers are too few for that."""
     crop_scale: float = Field(default=0.35, gt=0, le=1)
     """Smallest share of the image that a random crop covers."""
     flip: float = Field(default=0.5, ge=0, le=1)

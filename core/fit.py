@@ -21,7 +21,14 @@ from core.models.partition import whole
 from core.models.sources import library_versions
 from core.training.activations import Activations, kept_partition
 from core.training.batches import Views
-from core.training.checkpoint import Card, save_checkpoint, write_predictions
+from core.training.checkpoint import (
+    REFIT_FILE,
+    Card,
+    read_card,
+    save_checkpoint,
+    save_tensors,
+    write_predictions,
+)
 from core.training.resume import Best, TrainingState
 from core.training.trainer import Trainer, check_batches
 
@@ -80,27 +87,23 @@ def fit(
         torch.cuda.reset_peak_memory_stats(device)
     if config.is_solved:
         with deterministic(device):
-            metrics, evaluation, network = fit_solved(network, config, data, cache, pulse)
+            found = fit_solved(network, config, data, cache, pulse)
+        metrics, evaluation, network, refitted = found
         yield metrics
         _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
+        if checkpoint_dir is not None:
+            save_tensors(checkpoint_dir / REFIT_FILE, refitted)
         return
     reference = Reference()
     if config.head_init == "solved":
         with deterministic(device):
             reference = start_from_solved(network, config, data, cache, pulse)
-    freeze(network.model, network.stages, config.freeze_depth)
-    views = Views(config, network.preprocessing, data, device)
-    part = kept_partition(network, config, device)
-    batches = Activations(config, network, part, views, data, cache, pulse) if part else views
-    trained = part.suffix if part else whole(network, config)
-    trainer = Trainer(config, trained, network, batches, device)
+    trainer = _trainer(config, network, data, cache, pulse)
     state = TrainingState(state_file, config, data, trainer)
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:
         saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
-        seed = np.random.SeedSequence((config.seed, _TAG_DROPOUT, epoch))
-        own_seed = int(seed.generate_state(1, np.uint64)[0])
-        with deterministic(device), seeded(own_seed, device):
+        with deterministic(device), seeded(_dropout_seed(config, epoch), device):
             state.restore_random(device)
             try:
                 for _ in trainer.train_epoch():
@@ -128,6 +131,72 @@ def fit(
         state.save_if_due(best, device, after_epoch=True)
     if best is not None:
         _save(checkpoint_dir, config, network, data, best)
+
+
+def refit(
+    config: TrainConfig,
+    data: ImageData,
+    checkpoint: Path,
+    *,
+    cache: ArrayCache,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train a complete run again on all images but the test split, and keep that beside it.
+
+    It is trained as long as its best epoch says, and evaluated on nothing: no image is left that
+    it has not seen. A solved head needs none of this: `fit` has kept its refit.
+
+    Args:
+        config: The run's configuration.
+        data: Images.
+        checkpoint: Its checkpoint.
+        cache: Where outputs of frozen layers are kept.
+        should_stop: Asked after each step; True ends it, and nothing is kept.
+
+    Raises:
+        Interrupted: `should_stop` said so.
+        OSError: The weights cannot be written.
+    """
+
+    def pulse() -> None:
+        if should_stop():
+            raise Interrupted
+
+    n_epochs = read_card(checkpoint).metrics.epoch
+    device = choose_device(config.device)
+    network = build(config, data.classes)
+    network.model.to(device)
+    if config.head_init == "solved":
+        with deterministic(device):
+            start_from_solved(network, config, data, cache, pulse, is_refit=True)
+    trainer = _trainer(config, network, replace(data, train=data.development), cache, pulse)
+    for epoch in range(n_epochs):
+        with deterministic(device), seeded(_dropout_seed(config, epoch), device):
+            for _ in trainer.train_epoch():
+                pulse()
+        trainer.end_epoch()
+    save_tensors(checkpoint / REFIT_FILE, {**network.model.state_dict(), **trainer.snapshot()})
+
+
+def _trainer(
+    config: TrainConfig,
+    network: Network,
+    data: ImageData,
+    cache: ArrayCache,
+    pulse: Callable[[], None],
+) -> Trainer:
+    device = next(network.model.parameters()).device
+    freeze(network.model, network.stages, config.freeze_depth)
+    views = Views(config, network.preprocessing, data, device)
+    part = kept_partition(network, config, device)
+    batches = Activations(config, network, part, views, data, cache, pulse) if part else views
+    trained = part.suffix if part else whole(network, config)
+    return Trainer(config, trained, network, batches, device)
+
+
+def _dropout_seed(config: TrainConfig, epoch: int) -> int:
+    seed = np.random.SeedSequence((config.seed, _TAG_DROPOUT, epoch))
+    return int(seed.generate_state(1, np.uint64)[0])
 
 
 def _save(

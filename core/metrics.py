@@ -154,15 +154,15 @@ class Reference:
 
     The validation split is one fold of several. A solved head has predictions for all of them, so
     that it says how much easier or harder this fold is than all; where a network starts from that
-    head, the same is taken to hold for it.
+    head, the same factor is taken to hold for it.
 
     Attributes:
-        loss: Loss of the solved head on all folds, less its loss on the validation split.
-        acc: The same of its accuracy.
+        loss: Loss of the solved head on all folds, divided by its loss on the validation split.
+        error: The same of its share of wrong images.
     """
 
-    loss: float = 0.0
-    acc: float = 0.0
+    loss: float = 1.0
+    error: float = 1.0
 
     def score(self, evaluation: Evaluation, monitor: Monitor) -> float:
         """Return what epochs and trials are ranked by; higher is better.
@@ -171,8 +171,8 @@ class Reference:
         mean of the probability that the true class is given.
         """
         if monitor == "val_acc":
-            return evaluation.acc + self.acc
-        return float(np.exp(-(evaluation.calibrated_loss + self.loss)))
+            return 1 - (1 - evaluation.acc) * self.error
+        return float(np.exp(-evaluation.calibrated_loss * self.loss))
 
 
 def _temperature(labels: IntArray, log_probs: FloatArray) -> float:

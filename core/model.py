@@ -4,6 +4,8 @@ The folder holds `model.json` and one checkpoint folder per member. A checkpoint
 of one member.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +23,14 @@ from core.data.decode import Raw, eval_view
 from core.metrics import FloatArray
 from core.models.weights import WeightsError
 from core.training.batches import Normalizer, in_order
-from core.training.checkpoint import CARD_FILE, load_checkpoint, read_card
+from core.training.checkpoint import (
+    CARD_FILE,
+    copy_refitted,
+    load_checkpoint,
+    read_card,
+    remove_checkpoint,
+    weights_hash,
+)
 
 MODEL_FILE = "model.json"
 _BATCH = 16
@@ -78,6 +87,32 @@ class Model:
         return found
 
 
+def model_hash(folder: Path) -> str | None:
+    """Return the SHA-256 of a model's description, which names its weights; None without one."""
+    try:
+        return hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Return what `model.json` says; nothing where there is none that can be read."""
+    try:
+        found = json.loads((folder / MODEL_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remove_model(folder: Path) -> None:
+    """Remove a model, and nothing else from its folder."""
+    for member in folder.glob("member-*"):
+        remove_checkpoint(member)
+    (folder / MODEL_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
+
+
 def load_model(folder: Path) -> Model:
     """Load a model, or a checkpoint as a model of one member, on the CPU.
 
@@ -88,16 +123,19 @@ def load_model(folder: Path) -> Model:
         network, card = load_checkpoint(folder)
         return Model(card.classes, (Member(network, card.preprocessing),))
     try:
-        described: dict[str, Any] = json.loads((folder / MODEL_FILE).read_bytes())
+        found: dict[str, Any] = json.loads((folder / MODEL_FILE).read_bytes())
         rows = [
-            (m["folder"], float(m["weight"]), float(m["temperature"]))
-            for m in described["members"]
+            (m["folder"], float(m["weight"]), float(m["temperature"]), m["weights_hash"])
+            for m in found["members"]
         ]
-        classes = tuple(described["classes"])
+        classes = tuple(found["classes"])
     except (OSError, ValueError, LookupError, TypeError) as err:
         raise WeightsError(f"model {folder} has no readable {MODEL_FILE} ({err}).") from err
     members = []
-    for name, weight, temperature in rows:
+    for name, weight, temperature, own_hash in rows:
+        if weights_hash(folder / name) != own_hash:
+            text = f"model {folder}: {name} holds other weights than {MODEL_FILE} says."
+            raise WeightsError(f"{text} Continue the study, which writes it again.")
         network, card = load_checkpoint(folder / name)
         members.append(Member(network, card.preprocessing, weight, temperature))
     return Model(classes, tuple(members))
@@ -107,6 +145,9 @@ def save_model(
     folder: Path, members: Sequence[tuple[Path, float, float]], facts: dict[str, Any]
 ) -> None:
     """Write a model; whoever loads it meanwhile gets the old one or the new one whole.
+
+    Members have the tensors of their refit where there is one. The folders of the model before
+    stay until the next one, for whoever is reading them.
 
     Args:
         folder: Where to; what it holds is replaced.
@@ -118,17 +159,28 @@ def save_model(
         WeightsError: A checkpoint is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = {path for path in folder.iterdir() if path.is_dir()}
+    before = {path for path in folder.glob("member-*") if path.is_dir()}
     first = max((int(path.name.split("-")[-1]) for path in before), default=-1) + 1
     rows = []
     for k, (checkpoint, weight, temperature) in enumerate(members, start=first):
         target = folder / f"member-{k}"
-        shutil.copytree(checkpoint, target)
-        rows.append({"folder": target.name, "weight": weight, "temperature": temperature})
+        is_refitted = copy_refitted(checkpoint, target)
+        row = {"folder": target.name, "weight": weight, "temperature": temperature}
+        rows.append({**row, "is_refitted": is_refitted, "weights_hash": weights_hash(target)})
     classes = read_card(members[0][0]).classes
+    read_now = _folders(folder)
     partial = folder / f"{MODEL_FILE}.partial"
     text = json.dumps({"classes": classes, "members": rows, **facts}, indent=2, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, folder / MODEL_FILE)
     for path in before:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.name not in read_now:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _folders(folder: Path) -> set[str]:
+    """Return the folders of the members of a model; none where there is no readable one."""
+    try:
+        return {member["folder"] for member in described(folder)["members"]}
+    except (LookupError, TypeError):
+        return set()

@@ -145,7 +145,11 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
             f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
         )
     trials = _by_identity(store.trials(study.id))
-    tested = {row.trial_number: row.accuracy for row in store.tests(study.id)}
+    tested = {
+        row.trial_number: row.accuracy
+        for row in store.tests(study.id)
+        if row.trial_number is not None
+    }
     return [_read(study, row, trials, tested) for row in reversed(designs)]
 
 

@@ -172,12 +172,12 @@ def _rivals_sentence(record: SearchRecord, accuracy: Interval | None) -> str | N
 def _optimism_sentences(looks: tuple[Look, ...]) -> list[str]:
     """Say, for the first look at each trial, how far validation was above test."""
     sentences = []
-    first: dict[int, Look] = {}
+    first: dict[str, Look] = {}
     for look in looks:
-        first.setdefault(look.row.trial_number, look)
-    for number, look in first.items():
+        first.setdefault(look.row.of, look)
+    for what, look in first.items():
         text = (
-            f"Trial {number} on the test split: {percent(look.accuracy.estimate)} of "
+            f"{what[0].upper()}{what[1:]} on the test split: {percent(look.accuracy.estimate)} of "
             f"{count(look.row.n)} images (95 % interval "
             f"{percent_range(look.accuracy.low, look.accuracy.high)})."
         )
@@ -238,11 +238,11 @@ def _test_line(record: SearchRecord) -> str:
         if not record.n_test:
             return "There is no test split."
         return f"The test split ({count(record.n_test)} images) has not been read."
-    numbers = ", ".join(str(look.trial_number) for look in record.tests)
+    numbers = ", ".join(look.of for look in record.tests)
     if n == 1:
-        return f"The test split has been read once, for trial {numbers}."
+        return f"The test split has been read once, for {numbers}."
     return (
-        f"The test split has been read {n} times (trials {numbers}). Only the first reading is "
+        f"The test split has been read {n} times ({numbers}). Only the first reading is "
         "untouched by what the others showed."
     )
 

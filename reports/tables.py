@@ -117,7 +117,7 @@ def _share(part: int | None, whole: int | None) -> str:
 
 def tests_table(summary: Summary) -> Table:
     """List the looks at the test split."""
-    header = ("When", "Trial", "Test accuracy", "95 % interval", "Right", "Balanced", "Macro-F1",
+    header = ("When", "What", "Test accuracy", "95 % interval", "Right", "Balanced", "Macro-F1",
               "Validation", "Validation − test, points")  # fmt: skip
     rows = []
     for look in summary.looks:
@@ -128,7 +128,7 @@ def tests_table(summary: Summary) -> Table:
         rows.append(
             (
                 moment(row.created_at),
-                str(row.trial_number),
+                row.of,
                 percent(row.accuracy),
                 percent_range(row.low, row.high),
                 f"{count(row.n_correct)} of {count(row.n)}",

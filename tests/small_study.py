@@ -11,7 +11,7 @@ from study.execution.progress import Event, QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
 from study.search.search import SearchOutcome, run_search
-from support import make_folder
+from support import classic_settings, make_folder
 
 SETTINGS = [
     'train.backbone="timm:test_resnet"',
@@ -52,9 +52,10 @@ def make_home(home: Path, space: str = HEADS, n: int = 16) -> Path:
 
 def config_of(home: Path, trials: int, *settings: str, **flags: object) -> StudyConfig:
     """Return a study's configuration; all that it writes is in its home."""
+    classic = classic_settings("\n".join([(home / "study.toml").read_text(), *settings]))
     return load_config(
         home / "study.toml",
-        [*SETTINGS, *settings],
+        [*(f"{key}={value}" for key, value in classic.items()), *SETTINGS, *settings],
         {
             "data.source": str(home / "photos"),
             "data.cache_dir": str(home / "cache"),

@@ -1,6 +1,7 @@
 """What several tests need: small folders of real image files, and the shared photo sets."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,27 @@ from core.metrics import MEASURED, EpochMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+CLASSIC: dict[str, Any] = {
+    "optimizer": "sgd",
+    "base_lr": 0.01,
+    "head_lr_mult": 10.0,
+    "weight_decay": 1e-4,
+    "schedule": "cosine",
+    "head_init": "default",
+    "views": None,
+}
+"""SGD as most recipes have it, from a new head and on new views in every epoch."""
+
+
+def classic_settings(text: str = "") -> dict[str, object]:
+    """Return a classic search's settings, but for keys that a configuration's text has."""
+    settings: dict[str, object] = {"search.strategy": "sampler"}
+    settings |= {f"train.{k}": "none" if v is None else v for k, v in CLASSIC.items()}
+    return {
+        key: value
+        for key, value in settings.items()
+        if not re.search(rf"\b{key.split('.')[1]}\s*=", text)
+    }
 
 
 def shared_data(name: str) -> Path:

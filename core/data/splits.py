@@ -72,6 +72,17 @@ class ImageData:
     fingerprint: str
     warnings: tuple[str, ...]
 
+    @property
+    def development(self) -> Split:
+        """All images but the test split: the training and then the validation images."""
+        train, val = self.train, self.val
+        return Split(
+            train.store,
+            np.concatenate([train.indices, val.indices]),
+            np.concatenate([train.labels, val.labels]),
+            train.paths + val.paths,
+        )
+
 
 def cache_folder(config: DataConfig) -> Path:
     """Return the folder of decoded images and of the arrays that runs share."""

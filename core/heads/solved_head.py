@@ -57,17 +57,24 @@ def start_from_solved(
     data: ImageData,
     cache: ArrayCache,
     pulse: Callable[[], None],
+    *,
+    is_refit: bool = False,
 ) -> Reference:
     """Set a network's head to the one that is solved on the training images' last layer.
+
+    With `is_refit` it is the one that is solved on the validation images, too.
 
     Returns:
         How much easier or harder the validation split is for that head than all images are.
     """
     last = replace(config, features="last", mirrored=False)
     solved, _ = solve(network, last, data, cache, pulse)
-    _set_head(network.model.get_submodule(network.head[0]), solved)
+    head = (solved.weight, solved.bias) if is_refit else solved.apart
+    _set_head(network.model.get_submodule(network.head[0]), head)
     everything, val = _out_of_fold(solved, data)
-    return Reference(everything.loss - val.loss, everything.acc - val.acc)
+    # One more wrong image in each: few images may all be right.
+    error = (1 - everything.acc + 1 / len(everything.labels)) / (1 - val.acc + 1 / len(val.labels))
+    return Reference(everything.loss / max(val.loss, 1e-9), error)
 
 
 def fit_solved(
@@ -76,11 +83,12 @@ def fit_solved(
     data: ImageData,
     cache: ArrayCache,
     pulse: Callable[[], None],
-) -> tuple[EpochMetrics, Evaluation, Network]:
+) -> tuple[EpochMetrics, Evaluation, Network, dict[str, Tensor]]:
     """Solve a network's head and evaluate it, as the one epoch of its run.
 
     Returns:
-        The figures, the predictions for the validation split, and the network with its head.
+        The figures, the predictions for the validation split, the network with its head, and the
+        head's tensors, by their names in it, when all images but the test split are fitted.
     """
     begin = time.perf_counter()
     saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
@@ -113,7 +121,10 @@ def fit_solved(
         cache_misses=cache.misses - misses,
         score=Reference().score(everything, config.monitor),
     )
-    return metrics, evaluation, _with_head(network, config, solved)
+    network = _with_head(network, config, solved)
+    name = network.head[0]
+    refit = {f"{name}.weight": solved.weight.cpu(), f"{name}.bias": solved.bias.cpu()}
+    return metrics, evaluation, network, refit
 
 
 def _out_of_fold(solved: SolvedHead, data: ImageData) -> tuple[Evaluation, Evaluation]:
@@ -127,18 +138,18 @@ def _out_of_fold(solved: SolvedHead, data: ImageData) -> tuple[Evaluation, Evalu
 def _with_head(network: Network, config: TrainConfig, solved: SolvedHead) -> Network:
     """Return the network with its solved head: its own layer, or one on several layers."""
     if config.features == "last" and not config.mirrored:
-        _set_head(network.model.get_submodule(network.head[0]), solved)
+        _set_head(network.model.get_submodule(network.head[0]), solved.apart)
         return network
     layers = find_layers(network)
     layers = layers if config.features == "several" else layers[-1:]
     head = nn.Linear(solved.weight.shape[1], solved.weight.shape[0])
-    _set_head(head, solved)
+    _set_head(head, solved.apart)
     model = SolvedNetwork(tap(network.model, layers), head, mirrored=config.mirrored)
     return replace(network, model=model, head=("head",), layers=layers)
 
 
-def _set_head(layer: nn.Module, solved: SolvedHead) -> None:
+def _set_head(layer: nn.Module, head: tuple[Tensor, Tensor]) -> None:
     assert isinstance(layer, nn.Linear), "evaluation_features refuses any other head"
     with torch.no_grad():
-        layer.weight.copy_(solved.apart[0])
-        layer.bias.copy_(solved.apart[1])
+        layer.weight.copy_(head[0])
+        layer.bias.copy_(head[1])

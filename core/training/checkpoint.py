@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from core.models.weights import WeightsError, load
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "card.json"
+REFIT_FILE = "refit.safetensors"
 PREDICTIONS_FILE = "val_predictions.npz"
 
 
@@ -63,19 +65,56 @@ def save_checkpoint(folder: Path, state: dict[str, Tensor], card: Card) -> None:
         OSError: One of them cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS_FILE, state)
+    partial = folder / f"{CARD_FILE}.partial"
+    text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / CARD_FILE)
+
+
+def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Write tensors by name; the file appears whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     # Channels-last tensors are written in their logical order, so any layout loads them.
     plain = {name: tensor.contiguous() for name, tensor in state.items()}
-    partial = folder / f"{WEIGHTS_FILE}.partial"
+    partial = path.with_name(f"{path.name}.partial")
     try:
         safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
     except safetensors.SafetensorError as err:
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial} cannot be written: {err}") from err
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f"{CARD_FILE}.partial"
-    text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / CARD_FILE)
+    os.replace(partial, path)
+
+
+def copy_refitted(checkpoint: Path, folder: Path) -> bool:
+    """Copy a checkpoint's weights and card, with the tensors of its refit where there are some.
+
+    The refit is the same settings fitted on all images but the test split. Its card is that of the
+    checkpoint: what the settings score was measured before.
+
+    Returns:
+        Whether there is a refit.
+
+    Raises:
+        OSError: A file cannot be written.
+        WeightsError: The checkpoint is missing or damaged.
+    """
+    folder.mkdir(parents=True)
+    has_refit = (checkpoint / REFIT_FILE).exists()
+    try:
+        if has_refit:
+            state = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
+            state |= safetensors.torch.load_file(checkpoint / REFIT_FILE)
+            save_tensors(folder / WEIGHTS_FILE, state)
+        else:
+            shutil.copyfile(checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        shutil.copyfile(checkpoint / CARD_FILE, folder / CARD_FILE)
+    except (FileNotFoundError, safetensors.SafetensorError) as err:
+        raise WeightsError(_unreadable(checkpoint, err)) from err
+    return has_refit
 
 
 def read_card(folder: Path) -> Card:
@@ -149,7 +188,7 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint, whole or cut short; a user's own files in it stay, and links do."""
     if folder.is_symlink():
         return
-    for name in (WEIGHTS_FILE, CARD_FILE, PREDICTIONS_FILE):
+    for name in (WEIGHTS_FILE, CARD_FILE, REFIT_FILE, PREDICTIONS_FILE):
         for file in (folder / name, folder / f"{name}.partial"):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it is not empty, or not there

@@ -126,7 +126,7 @@ def _from_trial(
     train = dataclasses.replace(TrainConfig(**trial.config), seed=trial.seed + 1)
     record = source.to_record()
     record |= {"train": dataclasses.asdict(train), "space": {}}
-    record["study"] |= {"name": study.name + _SUFFIX, "timeout": None}
+    record["study"] |= {"name": study.name + _SUFFIX, "time": None}
     config = parse_config(record, f"study {study.name}", overrides, flags)
     return Baseline(config, origin, source.space, source)
 

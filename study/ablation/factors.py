@@ -185,7 +185,17 @@ def _recipe_default(key: str, space: Space) -> ParamValue:
 
 def _levels_of(baseline: TrainConfig, key: str, values: Iterable[ParamValue]) -> list[Level]:
     others = [value for value in dict.fromkeys(values) if value != getattr(baseline, key)]
-    return [Level(format_value(value), {key: value}) for value in others]
+    levels = [Level(format_value(value), {key: value}) for value in others]
+    return [level for level in levels if _is_allowed(baseline, level)]
+
+
+def _is_allowed(baseline: TrainConfig, level: Level) -> bool:
+    """Return whether a level breaks no rule between keys, as adamw does with nesterov."""
+    try:
+        apply_params(baseline, level.overrides)
+    except ValueError:
+        return False
+    return True
 
 
 def _has_no_effect(baseline: TrainConfig, key: str) -> bool:

@@ -212,18 +212,17 @@ class _Ablation:
             if is_settled(row):
                 self.rows.setdefault(row.config_hash, row)
         self._record_design(command)
-        timeout = self.config.study.timeout
+        if self.config.study.time is not None:
+            self.session.deadline = begin + self.config.study.time
         self._show()
         for request in continued:
             self._run(request)
         for cell, replicate in self.design.missing(self.plan.looks, self._done, decide):
             self._record_design(command)  # a path may have taken a step
-            if self.session.stop.is_set():
-                return "interrupted"
-            if timeout is not None and time.monotonic() - begin > timeout:
-                return "timeout"
+            if because := self.session.halted():
+                return because
             if not self._run(self._request(cell, replicate)):
-                return "interrupted"
+                return self.session.halted() or "interrupted"
         self._record_design(command)
         return "complete"
 

@@ -4,10 +4,11 @@ import contextlib
 from pathlib import Path
 
 from core.config import TrainConfig
+from core.model import described, remove_model
 from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
-from study.record.models import trial_folder
+from study.record.models import MODEL_FOLDER, Study, trial_folder
 from study.record.record import Record
 
 
@@ -42,7 +43,15 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
                 left.append(state)
             else:
                 state.unlink()
+    if _is_model_of(study):
+        remove_model(study.output / MODEL_FOLDER)
     for folder in (study.output / "state", study.output):
         with contextlib.suppress(OSError):  # it is not empty, or missing
             folder.rmdir()
     return gone, left
+
+
+def _is_model_of(study: Study) -> bool:
+    own = {"study": study.name, "created_at": study.created_at.isoformat()}
+    found = described(study.output / MODEL_FOLDER)
+    return all(found.get(key) == value for key, value in own.items())

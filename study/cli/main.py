@@ -30,7 +30,8 @@ _BY_SIGNAL = 128  # a shell reports this plus the signal's number
 _PACKAGES = ("core", "study", "reports")
 _CONFIG_KEYS = {
     "data": "data.source",
-    **{name: f"study.{name}" for name in ("name", "trials", "timeout", "storage", "cache")},
+    **{name: f"study.{name}" for name in ("name", "trials", "time", "storage", "cache")},
+    **{name: f"study.{name}" for name in ("finish", "refit")},
     **{name: f"ablation.{name}" for name in ("design", "replicates", "resplit", "adaptive")},
 }
 """Options that set a key of the configuration."""
@@ -185,7 +186,7 @@ _database = functools.partial(
 )
 _storage = _database(default=DEFAULT_STORAGE)
 _settings = _options(
-    click.option("--timeout", metavar="TIME", help="Time limit of this run: seconds, 90m, 2h."),
+    click.option("--time", "--timeout", "time", metavar="TIME", help="Time of this run: 15m, 2h."),
     _many("--set", "overrides", metavar="KEY=VALUE", help="Override a key; may be repeated."),
     click.option("--cache", metavar="SIZE", help="Most bytes for shared work, such as 8GB; or 0."),
     _take_over,
@@ -194,6 +195,10 @@ _settings = _options(
 )
 _search_settings = _options(
     click.option("--trials", type=int, metavar="N", help="Finished trials in total."),
+    click.option("--finish", metavar="KIND", help="The model: ensemble (default) or single."),
+    _flag(
+        "--no-refit", "refit", flag_value=False, default=None, help="Keep validation images out."
+    ),
     _settings,
     _flag("--allow-changes", help="Continue although the configuration or the images changed."),
 )
@@ -247,7 +252,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 
 
 def _search(config: "StudyConfig") -> int:
-    from study.config.formatting import hide_password
+    from study.config.formatting import format_duration, hide_password
     from study.execution.progress import Note
     from study.record.database import database_folder
     from study.search.search import run_search
@@ -257,17 +262,31 @@ def _search(config: "StudyConfig") -> int:
         folder = beside / config.study.output / config.study.name
         storage = hide_password(config.study.storage)
         progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
+        if config.study.time is None and config.study.seconds is not None:
+            limit = format_duration(config.study.seconds)
+            progress.emit(Note(f"It takes {limit}; choose with --time 1h, or --trials 30."))
         outcome = run_search(
             config,
             progress=progress,
             command=_command_line(),
             allow_changes=_given("allow_changes"),
             take_over=_given("take_over"),
+            begin=_process_begin(),
         )
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
+
+
+def _process_begin() -> float:
+    """Return when this process began, as `time.monotonic` counts."""
+    import time
+
+    import psutil
+
+    began: float = psutil.Process().create_time()
+    return time.monotonic() - (time.time() - began)
 
 
 def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path) -> None:
@@ -284,7 +303,8 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
         with _open(storage) as store:
             report = write_report(store, name, folder).html
     if _given("as_json"):
-        facts = {key: getattr(outcome, key) for key in ("stopped_because", "counts", "best")}
+        names = ("stopped_because", "counts", "best", "model")
+        facts = {key: getattr(outcome, key) for key in names}
         views.print_json({"event": "study_ended", "study": name, **facts, "report": report})
         return
     if report:
@@ -454,14 +474,14 @@ def delete(study: str, yes: bool, **_: Any) -> None:
 
 @cli.command()
 @_study
-@click.option("--trial", type=_number, metavar="N", help="This trial instead of the best.")
+@click.option("--trial", type=_number, metavar="N", help="This trial instead of the model.")
 @_many("--levels", metavar="LEVEL", help="Of an ablation: all, or 'weights = none'.")
 @_storage
 @_json
 def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **_: Any) -> None:
-    """Evaluate the best trial on the test split, once."""
+    """Evaluate the model on the test split, once."""
     from study.cli.views import describe_use
-    from study.search.final_test import test_trials
+    from study.search.final_test import test_model, test_trials
 
     with _open() as store, _progress() as progress:
         is_ablation, folder = _is_ablation(store, study), store.study(study).output
@@ -480,8 +500,11 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
             raise _no_best(study, f"test {shlex.quote(study)} --levels all")
         found = store.study(study)
         n_before = len(store.tests(found.id))
-        number = store.best_trial(found).number if trial is None else trial
-        (row,) = test_trials(store, study, [number], progress=progress, command=line)
+        if trial is None:
+            store.best_trial(found)  # says so where no trial is complete
+            row = test_model(store, study, progress=progress, command=line)
+        else:
+            (row,) = test_trials(store, study, [trial], progress=progress, command=line)
         tests = store.tests(found.id)
         if (folder / "report" / "report.html").exists():  # what it says of the test has changed
             from reports.html import write_report

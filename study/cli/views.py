@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from reports.publish import Grid
     from study.config.study_config import StudySection
     from study.record.models import Study, StudySummary, Test, Trial
+    from study.search.final_model import Choice
     from study.search.plan import Estimate
     from study.search.search import SearchOutcome
 
@@ -39,7 +40,9 @@ _SUMMARY_ROWS = 5
 _SHOWN_TRIALS = 50
 _STOPPED = {
     "trials": "All trials are done.",
-    "timeout": "The time limit is reached (study.timeout).",
+    "timeout": "The time is up (study.time).",
+    "no time": "No trial that may gain fits into the time that is left (study.time).",
+    "no gain": "The plan is at its end: nothing that was not tried promises a gain.",
     "patience": "No improvement for study.patience trials.",
     "space exhausted": "The search space holds no setting that has not been tried.",
     "interrupted": "Interrupted; the record is complete up to here.",
@@ -255,9 +258,10 @@ def selection_bias(value: float, n_val: int, n_trials: int) -> float:
 def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableType:
     """Show how a run ended: the best trials, and how far to trust the best one."""
     counts = outcome.counts
+    of = f" of {study.trials}" if study.trials else ""
     head = Text(
         f"\n{_STOPPED.get(outcome.stopped_because, outcome.stopped_because)} Study "
-        f"{study.name}: {counts.finished} of {study.trials} trials, {counts.complete} complete, "
+        f"{study.name}: {counts.finished}{of} trials, {counts.complete} complete, "
         f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
     )
     trials = outcome.trials
@@ -274,9 +278,29 @@ def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableT
             f"Selected from {n_seen} trials on {outcome.n_val} validation images, the best "
             f"accuracy may be up to {100 * bias:.1f} points too high. The test split decides."
         )
-    folder = best[0].checkpoint
-    lines.append(f"Best checkpoint: {f'{folder}/model.safetensors' if folder else 'not kept'}")
+    if outcome.model is not None:
+        lines.append(_model_words(outcome, outcome.model))
     return Group(head, trials_table(best), *(Text(line) for line in lines if line))
+
+
+def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
+    """Say what the model of a study is made of."""
+    folder = outcome.folder
+    speed = f", {outcome.images_per_s:.0f} images/s" if outcome.images_per_s else ""
+    numbers = [row.number for row in model.trials]
+    what = f"trial {numbers[0]}"
+    if len(numbers) > 1:
+        shares = (f"{n} ({w:.0%})" for n, w in zip(numbers, model.weights, strict=True))
+        what = f"the mean of trials {', '.join(shares)}"
+    refitted = "fitted to all images but the test split"
+    n_refitted = sum(model.refitted)
+    how = {0: "", len(numbers): f", {refitted}"}.get(
+        n_refitted, f", {n_refitted} of them {refitted}"
+    )
+    return (
+        f"Model: {what}{how}; score {model.score:.4f}, accuracy {format_accuracy(model.val_acc)} "
+        f"in validation{speed}. In {folder}"
+    )
 
 
 def study_command(command: str, name: str, storage: str, *flags: str) -> str:
@@ -310,7 +334,7 @@ def print_next(commands: Iterable[str]) -> None:
 def describe_test(row: "Test") -> str:
     """Say what a test gave, and how it compares with validation."""
     text = (
-        f"Test accuracy of trial {row.trial_number}: {format_accuracy(row.accuracy)} on {row.n} "
+        f"Test accuracy of {row.of}: {format_accuracy(row.accuracy)} on {row.n} "
         f"images (95 % interval {format_accuracy(row.low)} to {format_accuracy(row.high)})."
     )
     if row.val_acc is None:
@@ -327,9 +351,9 @@ def describe_use(row: "Test", tests: Sequence["Test"], *, is_new: bool) -> str:
     if not is_new:
         lines.append(f"(From the record: tested on {str(row.created_at)[:16]} UTC.)")
     if len(tests) > 1:
-        numbers = ", ".join(str(test.trial_number) for test in tests)
+        numbers = ", ".join(test.of for test in tests)
         lines.append(
-            f"The test split has been used {len(tests)} times (trials {numbers}): only the first "
+            f"The test split has been used {len(tests)} times ({numbers}): only the first "
             "result is independent of the others."
         )
     return "\n".join(lines)
@@ -369,4 +393,11 @@ def estimate_view(estimate: "Estimate") -> RenderableType:
         f"{format_duration(estimate.total_s)} if none is pruned, "
         f"{filesize.decimal(estimate.checkpoint_bytes)} of checkpoints."
     )
-    return Group(make_table(("backbone", *right), rows, right=right), Text(total))
+    found = [make_table(("backbone", *right), rows, right=right)]
+    if estimate.plan:
+        steps = (
+            (step.reason, format_duration(step.forecast_s), format_params(step.params))
+            for step in estimate.plan
+        )
+        found.append(make_table(("plan, if thawing gains", "about", "settings"), steps))
+    return Group(*found, Text(total))

@@ -16,7 +16,11 @@ from study.config.search_space import DEFAULT_SPACE, default_params, parse_space
 from study.config.study_config import EXHAUSTIVE, LONGEST_NAME, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
-_FLAGS = {"data.source": "--data", "ablation.factors": "--factor"}
+_FLAGS = {
+    "data.source": "--data",
+    "ablation.factors": "--factor",
+    "study.refit": "--no-refit",
+}
 """Flags that are not called as the key that they set."""
 # Tables within tables, of which [space] and [ablation.factors] need four. Assumption.
 _DEEPEST = 8
@@ -137,6 +141,9 @@ class _Merged:
             ConfigError: Something is wrong; it lists every fault.
         """
         self._settle()
+        search = self.values["search"]
+        if search.keys() & {"sampler", "pruner", "recipes"}:  # which a plan has no use for
+            search.setdefault("strategy", "sampler")
         space, wrong = parse_space(self.values["space"])
         self._explain("space", wrong)
         fixed = {key: dim.ends[0] for key, dim in space.items() if len(dim.ends) == 1}

@@ -41,6 +41,8 @@ EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
 """Samplers that visit every setting of the space."""
 # Bytes: folders take 255, and `-ablation` is appended.
 LONGEST_NAME = 240
+DEFAULT_TIME = 900.0
+"""Seconds of a run whose study is limited by nothing."""
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -80,38 +82,54 @@ class StudySection:
     """Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."""
     output: str = "frostline-runs"
     """Folder of checkpoints and reports; a relative one lies beside the database."""
-    trials: int = Field(default=20, ge=1)
-    """Finished trials that the study shall have in total."""
-    timeout: OrNone[
+    time: OrNone[
         Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
     ] = Field(default=None, gt=0)
-    """No trial begins after this time of one run, in seconds or as "2h" or "90m"; leave out for
-    none."""
+    """Time that one run takes as a whole, in seconds or as "2h" or "90m". Leave out for no limit,
+    or, where trials is left out too, for 15 minutes."""
+    trials: OrNone[int] = Field(default=None, ge=1)
+    """Finished trials that the study shall have in total; leave out for no limit."""
     patience: OrNone[int] = Field(default=None, ge=1)
     """Stop when this many finished trials in a row were no better; leave out for never."""
     keep_checkpoints: int = Field(default=3, ge=1)
-    """Checkpoints that stay on disk: those of the best trials."""
+    """Checkpoints that stay on disk: those of the best trials, beside those that a model is made
+    of (of each network the best head and the best thawed trial)."""
+    finish: Literal["ensemble", "single"] = "ensemble"
+    """What the model is made of: the best trial alone, or the best of several backbones and
+    freeze levels, whose probabilities are averaged, where that scores higher."""
+    refit: bool = True
+    """Fit the trials of the model again on all images but the test split."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampler. (That of training is train.seed.)"""
     cache: OrNone[ByteSize] = Field(default=None, ge=0)
     """Most bytes on disk for outputs of frozen layers, which trials share, as "8GB"; 0 shares
     nothing; leave out for a tenth of what is free. It changes no number."""
 
+    @property
+    def seconds(self) -> float | None:
+        """Time of one run; None for no limit."""
+        return DEFAULT_TIME if self.time is None and self.trials is None else self.time
+
 
 @dataclass(frozen=True, slots=True, config=SECTION)
 class SearchSection:
     """How settings are proposed, and how hopeless trials are stopped."""
 
+    strategy: Literal["plan", "sampler"] = "plan"
+    """plan: solved heads of every backbone, then thawed layers where that helps, then the sampler,
+    each trial as long as the time allows. sampler: recipes, then the sampler, with a pruner; this
+    is the default where one of the three keys below is given."""
     sampler: Sampler = "tpe"
     """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."""
     pruner: Pruner = "hyperband"
-    """Stops hopeless trials early: hyperband, median, percentile, halving, wilcoxon or none."""
+    """With strategy = sampler, stops hopeless trials early: hyperband, median, percentile,
+    halving, wilcoxon or none. (A plan stops trials that fall behind the head they start from.)"""
     recipes: Annotated[
         bool | tuple[str, ...],
         BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
     ] = True
-    """Known settings to try first: true (all; none under grid and bruteforce), false, or a list of
-    linear-probe, fine-tune-half, fine-tune-all."""
+    """With strategy = sampler, known settings to try first: true (all; none under grid and
+    bruteforce), false, or a list of linear-probe, fine-tune-half, fine-tune-all."""
 
     @property
     def recipe_names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from core.config import MAX_FREEZE_DEPTH
 from core.models.weights import WeightsError
 from core.training.checkpoint import (
     CARD_FILE,
@@ -30,7 +31,8 @@ class TrialFiles:
 
     Args:
         session: The study that this process works on.
-        keep_best: Checkpoints to keep: those of the best trials; None for all, 0 for none.
+        keep_best: Checkpoints to keep: those of the best trials, and where the model is a mean of
+            trials those of which it can be made; None for all, 0 for none.
     """
 
     def __init__(self, session: Session, keep_best: int | None) -> None:
@@ -88,8 +90,12 @@ class TrialFiles:
         if self._keep_best is None:
             return
         self._kept.sort(key=lambda row: row.rank)
-        while len(self._kept) > self._keep_best:
-            row = self._kept.pop()
+        is_mean = self._keep_best and self._session.config.study.finish == "ensemble"
+        members = model_members(self._kept) if is_mean else []
+        kept = self._kept[: self._keep_best]
+        dropped = [row for row in self._kept if row not in kept and row not in members]
+        for row in dropped:
+            self._kept.remove(row)
             if self._keep_best:
                 row.weights_hash = None
                 self._session.record.save(row)
@@ -119,6 +125,19 @@ class TrialFiles:
             for rank, i in enumerate(worst.tolist())
         ]
         self._session.record.add_misclassified(trial_id, rows)
+
+
+def model_members(rows: Iterable[Trial]) -> list[Trial]:
+    """Return what a mean of several trials is made of: each network's best head and thawed trial.
+
+    Returns:
+        The best first.
+    """
+    found: dict[tuple[object, ...], Trial] = {}
+    for row in sorted(rows, key=lambda row: row.rank):
+        is_head = row.freeze_depth == MAX_FREEZE_DEPTH
+        found.setdefault((row.backbone, row.config["image_size"], is_head), row)
+    return list(found.values())
 
 
 def is_checkpoint_of(folder: Path, row: Trial) -> bool:

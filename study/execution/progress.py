@@ -19,20 +19,20 @@ class StudyState:
 
     Attributes:
         study: Name of the study.
-        target: Finished trials that it shall have in total.
+        target: Finished trials that it shall have in total; None for no limit.
         counts: Trials that it has.
         best: Validation accuracy of the best complete trial so far, in [0, 1].
         best_score: What it is the best by, as in `EpochMetrics`.
     """
 
     study: str
-    target: int
+    target: int | None
     counts: Counts
     best: float | None = None
     best_score: float | None = None
 
     @classmethod
-    def of(cls, study: str, target: int, trials: Sequence[Trial]) -> "StudyState":
+    def of(cls, study: str, target: int | None, trials: Sequence[Trial]) -> "StudyState":
         """Sum up the trials that a study has."""
         best = best_of(trials)
         shown = (best.value, best.ranked_by) if best else (None, None)

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -63,9 +64,11 @@ class Session:
         progress: Shows what happens.
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
+        created_at: When the study was created, as a text.
         resume: Command that continues the study.
         same_images: Whether they are those of the study so far.
         because: Why the process left, for the record; set by whoever runs the trials.
+        deadline: When the running trial is to stop, as `time.monotonic` counts; None for never.
     """
 
     record: Record
@@ -77,10 +80,19 @@ class Session:
     progress: Progress
     stop: threading.Event
     cache: ArrayCache | None
+    created_at: str
     resume: str
     same_images: bool
     because: str = "error"
+    deadline: float | None = None
     _resplit: tuple[int, ImageData] | None = field(default=None, repr=False)
+
+    def halted(self) -> str | None:
+        """Return why the process is to leave after the current step, if it is."""
+        if self.stop.is_set():
+            return "interrupted"
+        is_late = self.deadline is not None and time.monotonic() > self.deadline
+        return "timeout" if is_late else None
 
     def images(self, val_seed: int | None) -> ImageData:
         """Return the images in a validation split of their own; None for the study's split.
@@ -154,7 +166,18 @@ def open_session(
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
-            record, study_id, run_id, config, data, output, progress, stop, cache, resume, is_same
+            record=record,
+            study_id=study_id,
+            run_id=run_id,
+            config=config,
+            data=data,
+            output=output,
+            progress=progress,
+            stop=stop,
+            cache=cache,
+            created_at=record.study(name).created_at.isoformat(),
+            resume=resume,
+            same_images=is_same,
         )
         try:
             yield session

@@ -76,16 +76,19 @@ class PlainProgress(Progress):
         """Return the counts, the best accuracy, the pace and the time left, in one line."""
         counts = now.counts
         parts = [
-            f"{counts.finished} of {now.target} trials",
+            f"{counts.finished} of {now.target} trials"
+            if now.target
+            else f"{counts.finished} trials",
             f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
             f"best {'' if now.best_score == now.best else 'by loss '}{format_accuracy(now.best)}",
         ]
         here = counts.finished - first.counts.finished
         if here > 0:
             each = (time.monotonic() - self._begin) / here
-            left = max(0, now.target - counts.finished) * each
             parts.append(f"{3600 / max(each, 1e-9):.0f} trials/h")
-            parts.append(f"about {format_duration(left)} left")
+            if now.target:
+                left = max(0, now.target - counts.finished) * each
+                parts.append(f"about {format_duration(left)} left")
         return f"study {now.study}: " + " · ".join(parts)
 
     def _show_decoding(self, done: int, total: int) -> None:

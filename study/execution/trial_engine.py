@@ -144,7 +144,7 @@ class TrialEngine:
                         state, reason = "pruned", f"pruned after epoch {metrics.epoch}"
                         break
         except Interrupted:
-            state, reason = "stopped", "interrupted"
+            state, reason = "stopped", self.session.halted() or "interrupted"
             trial.set_user_attr(PAUSED, True)
         except TrainingDiverged as err:
             state, reason = "failed", f"{REASON_DIVERGED}: {err}"
@@ -238,7 +238,7 @@ class TrialEngine:
             cache=session.cache,
             checkpoint_dir=self.files.checkpoint(number),
             state_file=self.files.state(number),
-            should_stop=session.stop.is_set,
+            should_stop=lambda: session.halted() is not None,
         )
         with contextlib.closing(run):
             for metrics in run:
@@ -287,8 +287,9 @@ def training_s(epochs: list[EpochMetrics]) -> float:
 
 
 def _started(request: TrialRequest) -> TrialStarted:
-    n_epochs = request.config.n_epochs
-    return TrialStarted(request.number, request.origin, request.params, n_epochs)
+    idle = without_effect(request.config)
+    params = {key: value for key, value in request.params.items() if key not in idle}
+    return TrialStarted(request.number, request.origin, params, request.config.n_epochs)
 
 
 def _ended(row: Trial, state: str) -> TrialEnded:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from core.metrics import EpochMetrics
 
-SCHEMA = 2
+SCHEMA = 3
 """Number of this layout. Another one is refused; there are no migrations."""
 PREFIX = "frostline_"
 
@@ -34,6 +34,10 @@ REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
 COPY = "same as "
 """How the origin of a trial begins that has an earlier one's result: it does not count."""
+
+
+MODEL_FOLDER = "model"
+"""Name of the model's folder in that of its study."""
 
 
 def now() -> datetime:
@@ -312,9 +316,11 @@ class Misclassified(Base, kw_only=True):
 
 
 class Test(Base, kw_only=True):
-    """A trial's result on the test split.
+    """A result on the test split: a trial's, or the model's that a search left.
 
     Attributes:
+        trial_number: None for the study's model.
+        model_hash: SHA-256 of the model's description; None for a trial.
         created_at: When the split was read.
         n: Number of test images.
         accuracy: `n_correct / n`.
@@ -328,7 +334,8 @@ class Test(Base, kw_only=True):
     __tablename__ = f"{PREFIX}tests"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
     study_id: Mapped[OfStudy]
-    trial_number: Mapped[int]
+    trial_number: Mapped[int | None]
+    model_hash: Mapped[str | None] = mapped_column(default=None)
     created_at: Mapped[datetime] = mapped_column(default_factory=now)
     n: Mapped[int]
     n_correct: Mapped[int]
@@ -340,6 +347,11 @@ class Test(Base, kw_only=True):
     val_acc: Mapped[float | None]
     confusion: Mapped[list[list[int]]]
     command: Mapped[str]
+
+    @property
+    def of(self) -> str:
+        """What was tested, in words."""
+        return "the model" if self.trial_number is None else f"trial {self.trial_number}"
 
     def __post_init__(self) -> None:
         from scipy.stats import binomtest

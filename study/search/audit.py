@@ -71,7 +71,7 @@ def _audit_config(source: StudyConfig) -> StudyConfig:
     data = source.data
     if data.store_size is None:
         data = dataclasses.replace(data, store_size=stored_side(corner_configs(source)))
-    named = dataclasses.replace(source.study, name=source.study.name + SUFFIX, timeout=None)
+    named = dataclasses.replace(source.study, name=source.study.name + SUFFIX, time=None)
     return source.model_copy(update={"study": named, "data": data})
 
 

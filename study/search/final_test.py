@@ -2,20 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from core.config import Amp, TrainConfig
 from core.data.splits import ImageData, Split
 from core.device import amp_dtype, choose_device
+from core.heads.ensemble import Mean
 from core.metrics import Evaluation
+from core.model import Model, described, load_model, model_hash
 from core.training.batches import Normalizer, eval_batches
-from core.training.checkpoint import load_checkpoint, weights_hash
+from core.training.checkpoint import weights_hash
 from core.training.trainer import evaluate
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.execution.progress import Progress
 from study.execution.session import load_images
-from study.record.models import Study, Test, Trial
+from study.record.models import MODEL_FOLDER, Study, Test, Trial
 from study.record.record import Record
 
 
@@ -37,26 +42,57 @@ def test_trials(
         data = load_images(config, progress)
         split = _test_split(study, data)
         for trial in trials:
-            _add(record, study, trial, _evaluate(config, data, split, trial), command)
-        known = {row.trial_number: row for row in record.tests(study.id)}
+            model = load_model(Path(str(trial.checkpoint)))
+            amp = TrainConfig(**trial.config).amp
+            found = _evaluate(config, data, split, model, amp)
+            labels, predicted = found.labels.tolist(), found.predicted.tolist()
+            record.add_predictions(trial.id, "test", labels, predicted)
+            facts = {"trial_number": trial.number, "val_acc": trial.value}
+            known[trial.number] = _add(record, study, found, command, facts)
     return [known[number] for number in numbers]
 
 
-def _add(record: Record, study: Study, trial: Trial, evaluation: Evaluation, command: str) -> None:
-    labels, predicted = evaluation.labels.tolist(), evaluation.predicted.tolist()
-    record.add_predictions(trial.id, "test", labels, predicted)
+def test_model(record: Record, name: str, *, progress: Progress, command: str) -> Test:
+    """Evaluate the model that a search left on the test split, as `test_trials` does.
+
+    Raises:
+        ConfigError: No model, no test split, or other images.
+        RecordError: No such study.
+    """
+    study = record.study(name)
+    folder = study.output / MODEL_FOLDER
+    own = model_hash(folder)
+    if own is None:
+        raise ConfigError(
+            f"study {name} must have its model, but there is none in {folder}. Run it, or test a "
+            "trial: --trial NUMBER."
+        )
+    for row in record.tests(study.id):
+        if row.model_hash == own:
+            return row
+    config = StudyConfig.from_record(study.config)
+    data = load_images(config, progress)
+    split = _test_split(study, data)
+    found = _evaluate(config, data, split, load_model(folder), config.train.amp)
+    facts = {"trial_number": None, "model_hash": own, "val_acc": described(folder).get("val_acc")}
+    return _add(record, study, found, command, facts)
+
+
+def _add(
+    record: Record, study: Study, evaluation: Evaluation, command: str, facts: dict[str, Any]
+) -> Test:
     test = Test(
         study_id=study.id,
-        trial_number=trial.number,
-        n=len(labels),
+        n=len(evaluation.labels),
         n_correct=evaluation.n_correct,
         balanced_acc=evaluation.balanced_acc,
         macro_f1=evaluation.macro_f1,
-        val_acc=trial.value,
         confusion=evaluation.confusion.tolist(),
         command=command,
+        **facts,
     )
     record.save(test)
+    return test
 
 
 def _with_checkpoint(study: Study, trial: Trial) -> Trial:
@@ -89,11 +125,20 @@ def _test_split(study: Study, data: ImageData) -> Split:
     return data.test
 
 
-def _evaluate(config: StudyConfig, data: ImageData, split: Split, trial: Trial) -> Evaluation:
-    model, card = load_checkpoint(Path(str(trial.checkpoint)))
+def _evaluate(
+    config: StudyConfig, data: ImageData, split: Split, model: Model, amp: Amp
+) -> Evaluation:
     device = choose_device(config.train.device)
-    shown = card.preprocessing
-    batches = map(Normalizer(shown, device), eval_batches(data, split, shown, device))
-    dtype = amp_dtype(card.config.amp, device)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        return evaluate(model.to(device), batches, split.labels)
+    dtype = amp_dtype(amp, device)
+    found = []
+    for member in model.members:
+        shown = member.preprocessing
+        batches = map(Normalizer(shown, device), eval_batches(data, split, shown, device))
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            evaluation = evaluate(member.network.to(device), batches, split.labels)
+        found.append(evaluation.log_probs)
+    mean = Mean(
+        np.array([member.weight for member in model.members], dtype=np.float32),
+        np.array([member.temperature for member in model.members], dtype=np.float32),
+    )
+    return Evaluation(split.labels, mean.log_probs(np.stack(found)))

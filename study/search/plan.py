@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +14,16 @@ from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
-from study.config.search_space import apply_params, distributions
+from core.models.partition import cut_head
+from core.training.activations import kept_partition
+from study.config.search_space import ParamValue, apply_params, distributions
 from study.config.study_config import StudyConfig
 from study.execution.session import corner_configs, without_weights
+from study.search.planner import NetworkCost, Planner, Step, networks
 from study.search.samplers import grid_of
 
 _MEASURED_STEPS = 3
+_MEASURED_IMAGES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class Estimate:
     Attributes:
         device: Where the steps were measured.
         n_trials: Trials that would be run.
+        plan: The trials of a plan whose thawed levels all gain; none without a plan.
         costs: Per backbone.
         trial_s: Mean seconds of a trial, all epochs.
         total_s: All trials; pruning makes it less.
@@ -51,6 +57,58 @@ class Estimate:
     trial_s: float
     total_s: float
     checkpoint_bytes: int
+    plan: tuple[Step, ...] = ()
+
+
+def make_planner(config: StudyConfig, data: ImageData) -> Planner:
+    """Measure the networks of a space, and make the planner of a study."""
+    return Planner(
+        config.space,
+        config.train,
+        measure_networks(config, data),
+        len(data.train),
+        len(data.val),
+        len(data.classes),
+    )
+
+
+def measure_networks(
+    config: StudyConfig, data: ImageData
+) -> dict[tuple[ParamValue, ...], NetworkCost]:
+    """Measure a forward pass of every network of a space."""
+    return {
+        point: _network_cost(train, data)
+        for point, train in networks(config.space, config.train).items()
+    }
+
+
+def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
+    device = choose_device(train.device)
+    network = build(train, data.classes)
+    model, size = network.model.to(device).eval(), network.preprocessing.image_size
+    images = torch.randn(_MEASURED_IMAGES, 3, size, size, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    dtype = amp_dtype(train.amp, device)
+    times = []
+    for _ in range(_MEASURED_STEPS):
+        begin = time.perf_counter()
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+        ):
+            model(images)
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    levels = range(MAX_FREEZE_DEPTH + 1)
+    return NetworkCost(
+        min(times) / _MEASURED_IMAGES,
+        tuple(network.stages.frozen_flops_share(level) for level in levels),
+        tuple(
+            kept_partition(network, replace(train, freeze_depth=level), device) is not None
+            for level in levels
+        ),
+        2 * int(np.prod(cut_head(network, train).row_shape)),
+    )
 
 
 def estimate_search(config: StudyConfig, data: ImageData) -> Estimate:
@@ -63,7 +121,13 @@ def estimate_search(config: StudyConfig, data: ImageData) -> Estimate:
         for depth in depths
     ]
     settings = config.study
-    return estimate(trains, data, n_trials=settings.trials, n_kept=settings.keep_checkpoints)
+    found = estimate(trains, data, n_trials=settings.trials or 1, n_kept=settings.keep_checkpoints)
+    if config.search.strategy == "sampler":
+        return found
+    plan = make_planner(config, data).preview(settings.seconds)[: settings.trials]
+    total_s = sum(step.forecast_s for step in plan)
+    trial_s = total_s / max(1, len(plan))
+    return replace(found, n_trials=len(plan), trial_s=trial_s, total_s=total_s, plan=tuple(plan))
 
 
 def estimate(

@@ -1,13 +1,16 @@
 """Run a search: ask Optuna for settings, run them, and stop or continue as the user wishes."""
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
 
+from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 from study.config.search_space import (
     ParamValue,
@@ -22,8 +25,11 @@ from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
-from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
+from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
+from study.search.final_model import Choice, FinalModel
+from study.search.plan import make_planner
+from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
 _DROPPED = "Dropped are the settings of trial"
@@ -32,7 +38,16 @@ _ORIGIN, _QUEUED, _RECIPE = "origin", "queued", "recipe"
 # A sampler that proposes so many settings in a row that were tried will hardly propose another.
 # Assumption.
 _MOST_COPIES = 100
-HALTED = ("interrupted", "timeout")
+# Seconds that are left for the last model, once trials have to stop. Assumption.
+_RESERVE_S = 3.0
+# A refit has all images but the test split, where its trial had four fifths. With a margin.
+_REFIT_COST = 1.35
+_LARGEST_SHARE_OF_REFITS = 0.35
+# From half of its epochs on, a thawed trial below this share of the score of the head that it
+# starts from is stopped. Runs that ended above it had been at 0.98 to 1.03 by then; one that was
+# at 0.91 did not gain (flowers5 and textures10, EfficientNet-Lite0).
+_LEAST_OF_HEAD = 0.95
+HALTED = ("interrupted", "timeout", "no time")
 """A study that stopped for these can be continued as it is; else it is at its end."""
 
 
@@ -41,16 +56,23 @@ class SearchOutcome:
     """How a search ended.
 
     Attributes:
-        stopped_because: `trials`, `timeout`, `patience`, `space exhausted` or `interrupted`.
+        stopped_because: `trials`, `timeout`, `patience`, `space exhausted`, `interrupted`; or of
+            a plan `no gain`, where nothing promises one, and `no time`, where nothing fits.
         trials: Those of the study.
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
+        model: What the study's model is made of, if there is one.
+        folder: Where it is.
+        images_per_s: What it classifies here, by a plan's measured forward passes.
     """
 
     stopped_because: str
     trials: list[Trial]
     n_val: int
     duration_s: float
+    model: Choice | None = None
+    folder: Path = Path()
+    images_per_s: float | None = None
 
     @property
     def counts(self) -> Counts:
@@ -70,12 +92,14 @@ def run_search(
     command: str,
     allow_changes: bool = False,
     take_over: bool = False,
+    begin: float | None = None,
 ) -> SearchOutcome:
     """Run or continue the study that a configuration names.
 
-    The arguments, and what it raises, are those of `open_session`.
+    The arguments, and what it raises, are those of `open_session`; its time counts from `begin`,
+    as `time.monotonic` does, or from now.
     """
-    begin = time.monotonic()
+    begin = time.monotonic() if begin is None else begin
     with (
         Record(config.study.storage, create=True) as record,
         open_session(
@@ -88,9 +112,17 @@ def run_search(
             take_over=take_over,
         ) as session,
     ):
-        session.because = _Search(session, begin).run()
-        trials, n_val = record.trials(session.study_id), len(session.data.val)
-        return SearchOutcome(session.because, trials, n_val, time.monotonic() - begin)
+        search = _Search(session, begin)
+        session.because = search.run()
+        return SearchOutcome(
+            session.because,
+            record.trials(session.study_id),
+            len(session.data.val),
+            time.monotonic() - begin,
+            search.model.choice,
+            session.output / MODEL_FOLDER,
+            search.images_per_s(),
+        )
 
 
 class _Search:
@@ -100,11 +132,16 @@ class _Search:
         self.session = session
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
-        self.begin = begin
+        if self.config.study.seconds is not None:
+            session.deadline = begin + self.config.study.seconds - _RESERVE_S
+        self.is_planned = self.config.search.strategy == "plan"
         self.distributions = distributions(self.config.space)
         self.n_points = n_points(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
-        self.study.pruner = make_pruner(self.config.search.pruner, self.config.train.epochs)
+        pruner = "none" if self.is_planned else self.config.search.pruner
+        self.study.pruner = make_pruner(pruner, self.config.train.epochs)
+        self.model = FinalModel(session)
+        self.planner: Planner | None = None
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
         self.rows: list[Trial] = []  # those that ended by themselves, in their order
 
@@ -112,7 +149,8 @@ class _Search:
         """Run trials until something says stop; return what did."""
         continued = recover(self.engine)
         self._queue_again()
-        self._enqueue_recipes()
+        if not self.is_planned:
+            self._enqueue_recipes()
         rows = self.record.trials(self.study_id)
         self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
         self._show(rows)
@@ -121,13 +159,63 @@ class _Search:
                 request = continued.pop(0)
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
+            elif self.is_planned and not self._waiting():
+                step = self._planned()
+                if isinstance(step, str):
+                    because = step
+                    break
+                trial = self._ask(step)
+                self._train_or_copy(trial)
             else:
                 trial = self._ask()
                 self._train_or_copy(trial)
             row = self.record.trial(self.study_id, trial.number)
             if row.ended_at:
                 self.rows.append(row)
+                self._update_model()
                 self._show(self.rows)
+        return self._finish(because)
+
+    def _update_model(self) -> None:
+        """Bring the model up to date; which checkpoints are kept stands in the record alone."""
+        self.model.update(self.record.trials(self.study_id))
+
+    def _planned(self) -> Step | str:
+        """Return the plan's next trial, or why there is none."""
+        if self.planner is None:
+            self.planner = make_planner(self.config, self.session.data)
+        left = self._left_s()
+        refits = sum(_REFIT_COST * (row.duration_s or 0.0) for row in self.model.to_refit())
+        if left is not None:
+            left -= min(refits, _LARGEST_SHARE_OF_REFITS * left)
+        rows = [row for row in self.rows if not _is_copy(row)]
+        step = self.planner.next(rows, left, self.config.study.seconds)
+        if isinstance(step, str):
+            self._note(f"The plan is at its end: {step}.")
+            return "no time" if "time" in step else "no gain"
+        return step
+
+    def images_per_s(self) -> float | None:
+        """Return how many images the model classifies per second; None where nothing is known."""
+        if self.planner is None or self.model.choice is None:
+            return None
+        return 1 / sum(self.planner.forward_s(row) for row in self.model.choice.trials)
+
+    def _left_s(self) -> float | None:
+        deadline = self.session.deadline
+        return None if deadline is None else deadline - time.monotonic()
+
+    def _finish(self, because: str) -> str:
+        """Refit the model's members, as far as the time allows; return why the study ended."""
+        self._update_model()
+        for row in self.model.to_refit():
+            left = self._left_s()
+            needed = _REFIT_COST * (row.duration_s or 0.0)
+            if self.session.halted() or (left is not None and needed > left):
+                continue
+            self._note(f"Trial {row.number} is fitted again on all images but the test split.")
+            if self.model.refit(row):
+                self._update_model()
         return because
 
     def _show(self, rows: list[Trial]) -> None:
@@ -183,12 +271,10 @@ class _Search:
         """Return why the study is to stop; trials that copy a result do not count."""
         settings = self.config.study
         counted = [row for row in self.rows if not _is_copy(row)]
-        if self.session.stop.is_set():
-            return "interrupted"
-        if len(counted) >= settings.trials:
+        if because := self.session.halted():
+            return because
+        if settings.trials is not None and len(counted) >= settings.trials:
             return "trials"
-        if settings.timeout is not None and time.monotonic() - self.begin > settings.timeout:
-            return "timeout"
         best = best_of(counted)
         n_since_best = sum(best is None or row.number > best.number for row in counted)
         if settings.patience is not None and n_since_best >= settings.patience:
@@ -201,7 +287,7 @@ class _Search:
 
     def _train_or_copy(self, trial: optuna.Trial) -> None:
         """Train a trial, unless its settings are not allowed or their result is known."""
-        origin = str(trial.user_attrs.get(_ORIGIN, "sampler"))
+        origin = str(trial.user_attrs.get(_ORIGIN, SAMPLED))
         request = TrialRequest(trial.number, self.config.train, origin, trial.params)
         try:
             request = replace(request, config=apply_params(self.config.train, trial.params))
@@ -222,18 +308,41 @@ class _Search:
     def _train(self, request: TrialRequest, trial: optuna.Trial) -> None:
         is_recipe = trial.user_attrs.get(_RECIPE, False)  # or the retry of one
 
-        def should_prune(_: EpochMetrics) -> bool:
+        def should_prune(metrics: EpochMetrics) -> bool:
             if request.config.is_solved:
                 return False  # nor do others' rungs hold it
+            if self.is_planned:
+                return self._falls_behind(request, metrics)
             # Asked for a recipe, too: others are compared with it. It is never pruned.
             with quiet_experiments():
                 return trial.should_prune() and not is_recipe
 
         self.engine.run(request, should_prune, trial)
 
-    def _ask(self) -> optuna.Trial:
+    def _falls_behind(self, request: TrialRequest, metrics: EpochMetrics) -> bool:
+        """Return whether a thawed trial is far below the head that it started from."""
+        config = request.config
+        same = [
+            row.ranked_by or 0.0
+            for row in self.rows
+            if row.state == "complete"
+            and row.freeze_depth == MAX_FREEZE_DEPTH
+            and row.config["features"] == "last"
+            and (row.backbone, row.config["image_size"]) == (config.backbone, config.image_size)
+        ]
+        is_early = 2 * metrics.epoch < config.epochs
+        return not is_early and metrics.ranked_by < _LEAST_OF_HEAD * max(same, default=-math.inf)
+
+    def _waiting(self) -> list[optuna.trial.FrozenTrial]:
         trials = self.study.get_trials(deepcopy=False)
-        waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+        return [trial for trial in trials if trial.state is TrialState.WAITING]
+
+    def _ask(self, step: Step | None = None) -> optuna.Trial:
+        """Begin the next trial: one that waits, a planned one, or one that the sampler draws."""
+        if step is not None and not step.is_sampled:
+            self._enqueue(step.params, f"plan: {step.reason}", is_recipe=True)
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = self._waiting()
         while waiting and not fits(self.config.space, waiting[0].user_attrs[_QUEUED]):
             dropped = self.study.ask().number  # the first that waits, without drawing anything
             self.record.tell(self.study_id, dropped, "failed")
@@ -245,6 +354,9 @@ class _Search:
         seed = self.config.study.seed
         with quiet_experiments():
             self.study.sampler = make_sampler(sampler, seed, number, self.distributions)
+            if step is not None and step.is_sampled:
+                fixed = {key: value for key, value in step.params.items() if key not in RATES}
+                self.study.sampler = optuna.samplers.PartialFixedSampler(fixed, self.study.sampler)
             return self.study.ask(self.distributions)
 
 

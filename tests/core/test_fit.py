@@ -31,6 +31,7 @@ from core.training.checkpoint import (
     remove_checkpoint,
     weights_hash,
 )
+from support import CLASSIC
 
 TINY = TrainConfig(
     backbone="timm:test_resnet",
@@ -38,10 +39,9 @@ TINY = TrainConfig(
     image_size=32,
     epochs=2,
     batch_size=8,
-    base_lr=0.01,
-    head_lr_mult=2,
     head_solver="sgd",
     device="cpu",
+    **CLASSIC | {"head_lr_mult": 2},
 )
 
 

@@ -21,7 +21,7 @@ from core.models.builder import build
 from core.models.weights import packaged_file
 from core.training import resume
 from core.training.batches import Views
-from support import figures, make_folder
+from support import CLASSIC, figures, make_folder
 
 FAMILIES = {
     "resnet": {"cpu": "timm:test_resnet", "cuda": "resnet18"},
@@ -38,7 +38,7 @@ def _config(device: torch.device, family: str = "resnet", **settings: Any) -> Tr
         weights="packaged" if packaged_file(backbone) else "none",
         image_size={"cpu": 32, "cuda": 96}[device.type],
         device=device.type,
-        **{"epochs": 2, "batch_size": 8, "head_solver": "sgd", **settings},
+        **CLASSIC | {"epochs": 2, "batch_size": 8, "head_solver": "sgd"} | settings,
     )
 
 

@@ -70,9 +70,9 @@ def test_the_loss_is_calibrated_on_other_images() -> None:
 def test_the_score_is_the_accuracy_or_what_the_true_class_is_given() -> None:
     result = _of_logits(np.log([[0.9, 0.1]] * 8), np.array([0, 0, 0, 0, 0, 0, 1, 1]))
     assert Reference().score(result, "val_acc") == 0.75
-    assert Reference(acc=0.05).score(result, "val_acc") == pytest.approx(0.8)
-    loss = -np.log(Reference(loss=0.1).score(result, "val_loss"))
-    assert loss == pytest.approx(result.calibrated_loss + 0.1)
+    assert Reference(error=0.8).score(result, "val_acc") == pytest.approx(0.8)
+    loss = -np.log(Reference(loss=1.2).score(result, "val_loss"))
+    assert loss == pytest.approx(1.2 * result.calibrated_loss)
 
 
 def test_a_network_that_says_nothing_scores_chance_by_its_loss() -> None:

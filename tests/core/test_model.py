@@ -10,7 +10,7 @@ from core.fit import fit
 from core.metrics import FloatArray
 from core.model import load_model, save_model
 from core.models.weights import WeightsError
-from core.training.checkpoint import PREDICTIONS_FILE
+from core.training.checkpoint import PREDICTIONS_FILE, REFIT_FILE
 
 HEAD = TrainConfig(
     backbone="timm:test_resnet",
@@ -37,6 +37,7 @@ def checkpoints(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> li
     folders = [tmp_path_factory.mktemp("checkpoint") for _ in configs]
     for config, folder in zip(configs, folders, strict=True):
         list(fit(config, data, checkpoint_dir=folder))
+        (folder / REFIT_FILE).unlink(missing_ok=True)  # a model would have the refit's weights
     return folders
 
 
@@ -59,9 +60,10 @@ def test_a_model_is_the_weighted_mean_of_its_members_and_replaces_another(
     photos, [a, b, *_] = _photos(data), checkpoints
     save_model(tmp_path, [(b, 1.0, 1.0)], {})
     save_model(tmp_path, [(a, 0.25, 1.0), (b, 0.75, 2.0)], {"score": 0.5})
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
     cooler = np.sqrt(_probabilities(b))
     cooler /= cooler.sum(axis=1, keepdims=True)
+    save_model(tmp_path, [(a, 0.25, 1.0), (b, 0.75, 2.0)], {})  # only now the first one is gone
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 4
     model = load_model(tmp_path)
     assert model.classes == data.classes
     expected = 0.25 * _probabilities(a) + 0.75 * cooler
@@ -72,4 +74,13 @@ def test_a_model_is_the_weighted_mean_of_its_members_and_replaces_another(
 def test_a_damaged_model_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(WeightsError, match="has no readable model.json"):
+        load_model(tmp_path)
+
+
+def test_a_model_whose_weights_were_replaced_is_refused(
+    checkpoints: list[Path], tmp_path: Path
+) -> None:
+    save_model(tmp_path, [(checkpoints[0], 1.0, 1.0)], {})
+    (tmp_path / "member-0" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(WeightsError, match="other weights"):
         load_model(tmp_path)

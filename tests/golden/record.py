@@ -22,6 +22,7 @@ from command_line import (  # noqa: E402 (found by the path above)
     study,
     without_figures,
 )
+from support import classic_settings  # noqa: E402
 
 HEAD_ONLY = 5
 """The freeze level at which only the head is trained."""
@@ -80,7 +81,7 @@ def _train(name: str, home: Path) -> tuple[str, ...]:
     """Run study `s` in an empty folder; return the studies to read."""
     space, trials, more = STUDIES[name]
     (home / "study.toml").write_text(f"[space]\n{space}")
-    given = settings(SMALL | more)
+    given = settings(classic_settings(space) | SMALL | more)
     if name == "ofat":
         factors = ["--factor", "freeze_depth=0,5", "--factor", "augment=none"]
         study(home, "ablate", "study.toml", "--name", "s", "--replicates", "2", *factors, *given)

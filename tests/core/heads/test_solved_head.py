@@ -81,7 +81,7 @@ def test_a_trained_head_starts_from_the_solved_one(
 ) -> None:
     [solved] = fit(config, data)
     trained = replace(config, freeze_depth=depth, head_solver="sgd", base_lr=1e-7, epochs=1)
-    [default] = fit(trained, data)
+    [default] = fit(replace(trained, head_init="default"), data)
     [started] = fit(replace(trained, head_init="solved"), data)
     assert started.val_loss == pytest.approx(solved.val_loss, abs=1e-3)
     assert default.val_loss > started.val_loss + 0.05

@@ -18,6 +18,7 @@ from core.fit import fit
 from core.models.sources import create
 from core.training.no_effect import without_effect
 from core.training.trainer import Trainer
+from support import CLASSIC
 
 BASE = TrainConfig(
     backbone="timm:test_resnet",
@@ -25,9 +26,9 @@ BASE = TrainConfig(
     image_size=32,
     epochs=2,
     batch_size=8,
-    base_lr=0.01,
     augment="rand",
     device="cpu",
+    **CLASSIC,
 )
 # Another value of each field; one that does something wherever the field can.
 CHANGES: dict[str, Any] = {

@@ -11,7 +11,7 @@ from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import Interrupted, fit
 from core.training import resume
-from support import figures
+from support import CLASSIC, figures
 
 BASE = TrainConfig(
     backbone="timm:test_resnet",
@@ -19,8 +19,8 @@ BASE = TrainConfig(
     image_size=32,
     epochs=3,
     batch_size=8,
-    base_lr=0.01,
     device="cpu",
+    **CLASSIC,
 )
 
 

@@ -20,7 +20,7 @@ from tests.reports.studies import Plan, enter
 TOML = """
 [study]
 name = "bees"
-timeout = 60
+time = 60
 [train]
 epochs = 4
 seed = 20
@@ -83,8 +83,8 @@ def test_the_best_trial_is_the_first_complete_one_of_the_highest_accuracy(here: 
     assert baseline.source is not None
     assert baseline.source.study.name == "bees"
     # Fresh seeds, and no timeout but its own.
-    assert (baseline.config.train.seed, baseline.config.study.timeout) == (22, None)
-    assert _find(flags={"study.timeout": "2m"}).config.study.timeout == 120
+    assert (baseline.config.train.seed, baseline.config.study.time) == (22, None)
+    assert _find(flags={"study.time": "2m"}).config.study.time == 120
     other = _find(which="4")
     assert other.origin == "trial 4 of study bees"
     assert (other.config.train.base_lr, other.config.train.seed) == (0.005, 21)
@@ -128,9 +128,9 @@ def test_a_file_gives_its_own_settings(here: Path) -> None:
     baseline = _find("bees.toml")
     assert baseline.origin == "the settings of bees.toml"
     train = baseline.config.train
-    assert (train.epochs, train.seed, train.base_lr) == (4, 20, 0.01)
+    assert (train.epochs, train.seed, train.base_lr) == (4, 20, 3e-4)
     assert baseline.config.study.name == "bees-ablation"
-    assert baseline.config.study.timeout == 60
+    assert baseline.config.study.time == 60
     assert baseline.config.space == {}
     assert baseline.space == SPACE
     assert baseline.source is None
@@ -169,7 +169,7 @@ GIVEN = {
 def test_an_ablation_resumes_by_its_own_name_as_before_but_for_what_is_given_now(
     here: Path,
 ) -> None:
-    flags = {"ablation.factors": GIVEN, "ablation.replicates": 3, "study.timeout": 10}
+    flags = {"ablation.factors": GIVEN, "ablation.replicates": 3, "study.time": 10}
     first = _find(overrides=["ablation.margin=2", "clip_norm=1"], flags=flags)
     _put(first)
     again = _find("bees-ablation")
@@ -211,7 +211,9 @@ def test_factors_that_nobody_named_suit_the_design_and_stay_at_a_resume(here: Pa
     found = {}
     for design in ("ofat", "loco", "path"):
         # Nesterov's form goes with momentum, and a long number keeps its digits.
-        first = _find(overrides=["nesterov=true"], flags={"ablation.design": design})
+        first = _find(
+            overrides=["optimizer=sgd", "nesterov=true"], flags={"ablation.design": design}
+        )
         _put(first)
         again = _find("bees-ablation")
         found[design] = {factor.name: factor.levels for factor in factors_of(first)}
@@ -220,7 +222,7 @@ def test_factors_that_nobody_named_suit_the_design_and_stay_at_a_resume(here: Pa
     (level,) = found["loco"]["momentum"]
     assert level.overrides == {"momentum": 0.0, "nesterov": False}
     (level,) = found["path"]["base_lr"]
-    assert level.overrides == {"base_lr": 1e-3}
+    assert level.overrides == {"base_lr": 3e-4}
     assert list(found["path"]) == ["base_lr"]
     assert len(found["ofat"]["freeze_depth"]) == 2
 

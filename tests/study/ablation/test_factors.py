@@ -134,7 +134,11 @@ def test_the_baselines_own_level_is_dropped() -> None:
     ("baseline", "raw", "shown"),
     [
         ({"mixup": 0.2}, {"cutmix": [1.0]}, "level 1: mixup and cutmix must not both be on"),
-        ({"nesterov": True}, {"momentum": [0.5, 0.0]}, "level 0: nesterov needs optimizer = sgd"),
+        (
+            {"nesterov": True, "optimizer": "sgd"},
+            {"momentum": [0.5, 0.0]},
+            "level 0: nesterov needs optimizer = sgd",
+        ),
         (
             {"warmup_epochs": 3.0},
             {"short": {"two epochs": {"epochs": 2}}},
@@ -203,13 +207,15 @@ def test_the_components_of_known_baselines() -> None:
 
     both = {"weight_decay": "0", "momentum": "0", "schedule": "constant"}
     both |= {"augment": "none", "normalize": "none"}
+    both["head_init"] = "default"
     own = {"weights": "none", "head_lr_mult": "1", "batch_norm": "train"}
-    assert found() == both | own
-    head = found(weights="none", freeze_depth=5, head_solver="sgd", nesterov=True, clip_norm=1.0)
+    assert found(head_lr_mult=10.0) == both | own
+    sgd = {"optimizer": "sgd", "nesterov": True}
+    head = found(weights="none", freeze_depth=5, head_solver="sgd", clip_norm=1.0, **sgd)
     assert head == both | {"freeze_depth": "0", "clip_norm": "none"}
     # Nothing is left to take out, but the settings without which there is no training.
     bare = {"weight_decay": 0.0, "momentum": 0.0, "schedule": "constant"}
-    bare |= {"augment": "none", "normalize": "none", "weights": "none", "head_lr_mult": 1.0}
+    bare |= {"augment": "none", "normalize": "none", "weights": "none", "head_init": "default"}
     assert found(**bare) == {}
 
 
@@ -224,7 +230,7 @@ def test_a_searched_setting_is_tried_at_its_recipe_default() -> None:
     baseline = TrainConfig(base_lr=0.0042, optimizer="adamw", clip_norm=1.0, freeze_depth=1)
     proposed = propose_levels(baseline, SPACE)
     values = {key: [lv.overrides[key] for lv in levels] for key, levels in proposed.items()}
-    wanted = {"base_lr": [1e-3], "optimizer": ["sgd"], "clip_norm": [None]}
+    wanted = {"base_lr": [3e-4], "clip_norm": [None]}
     wanted["freeze_depth"] = [0, 3, 5]
     assert values | wanted == values
     assert "mixup" not in values

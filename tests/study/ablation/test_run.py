@@ -29,10 +29,11 @@ from study.execution.progress import EpochEnded, Event, QuietProgress
 from study.execution.trial_engine import is_settled
 from study.record.models import Design
 from study.record.record import Record
-from support import make_folder
+from support import classic_settings, make_folder
 
 # The head alone is trained: a fifth of a second a run.
-HEADS = ["train.freeze_depth=5", "train.epochs=1", "train.seed=7"]
+CLASSIC = [f"{key}={value}" for key, value in classic_settings().items()]
+HEADS = [*CLASSIC, "train.freeze_depth=5", "train.epochs=1", "train.seed=7"]
 HEADS += ["ablation.keep_checkpoints=false"]
 FACTORS = {"base_lr": [0.001], "augment": ["none"]}
 
@@ -245,7 +246,7 @@ def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
 
 
 def test_a_timeout_begins_no_further_run(home: Path, photos: Path) -> None:
-    outcome = _run(_plan(photos, home, "study.timeout=1e-3", replicates=4))
+    outcome = _run(_plan(photos, home, "study.time=1e-3", replicates=4))
     assert (outcome.stopped_because, outcome.n_done, outcome.n_planned) == ("timeout", 9, 12)
     assert len(rows_of(home, "tiny")) == 9
 

@@ -12,10 +12,11 @@ from command_line import without_figures
 from study.cli.main import main
 from study.record.models import Trial
 from study.record.record import Record
-from support import make_folder
+from support import classic_settings, make_folder
 
 # Small checkpoints and a tenth of a second per run; what it learns does not matter here.
 SETTINGS = (
+    *(f"{key}={value}" for key, value in classic_settings().items()),
     *("train.backbone=squeezenet1_1", "train.weights=none", "train.image_size=32"),
     *("train.epochs=1", "train.batch_size=8", "train.device=cpu", "train.head_solver=sgd"),
 )

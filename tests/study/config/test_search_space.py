@@ -99,8 +99,10 @@ def test_the_default_space_has_every_recipe() -> None:
     assert probe == {
         "backbone": backbones[1],
         "freeze_depth": 5,
-        "base_lr": 1e-3,
-        "head_lr_mult": 10.0,
+        "base_lr": 3e-4,
+        "head_lr_mult": 1.0,
+        "features": "several",
+        "mirrored": False,
         "weight_decay": config.train.weight_decay,
     }
     for params in found.values():
@@ -112,7 +114,7 @@ def test_the_default_space_has_every_recipe() -> None:
     ("space", "base_depth", "found"),
     [
         (
-            {"base_lr": Range(1e-4, 5e-4), "freeze_depth": Range(0, 5)},  # rates are clipped
+            {"base_lr": Range(5e-4, 9e-4), "freeze_depth": Range(0, 5)},  # rates are clipped
             0,
             {
                 "linear-probe": {"base_lr": 5e-4, "freeze_depth": 5},

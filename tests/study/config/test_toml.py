@@ -13,7 +13,7 @@ OVERRIDES = [
     "space.ema_decay=['none', 0.99]",
     "train.clip_norm=1.0",
     "recipes=['linear-probe']",
-    "timeout=90m",
+    "study.time=90m",
     "name='other \u00fc'",
     "study.output='a \"b\" \\'",
     "ablation.factors={'large rates' = {fast = {base_lr = 1e-6, nesterov = true}}}",

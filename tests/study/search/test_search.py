@@ -26,7 +26,7 @@ N_TRIALS = 8
 
 
 def _config(home: Path, trials: int, *more: str, **flags: object) -> StudyConfig:
-    settings = ("train.epochs=5", "study.keep_checkpoints=1", *more)
+    settings = ("train.epochs=5", "study.keep_checkpoints=1", "study.finish=single", *more)
     return config_of(home, trials, *settings, **flags)
 
 
@@ -66,7 +66,7 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     first = max(complete, key=lambda row: (row.score or 0.0, -row.number))
     assert outcome.best == first
     assert (summary.best_number, summary.best_value) == (first.number, first.value)
-    assert [path.parent for path in (home / "runs").rglob("model.safetensors")] == [
+    assert [path.parent for path in (home / "runs").glob("photos/trial-*/model.safetensors")] == [
         Path(str(first.checkpoint))
     ]
 
@@ -79,7 +79,7 @@ def test_stopping_and_resuming_gives_the_same_study(done: Path) -> None:
 
 
 def test_recipes_that_wait_are_dropped_where_a_changed_space_lacks_them(home: Path) -> None:
-    run(_config(home, 1, "study.timeout=1e-6"))
+    run(_config(home, 1, "study.time=1e-6"))
     assert [trial.state.name for trial in optuna_trials(home)] == ["WAITING"] * 3
     run(_config(home, 1, "space.freeze_depth=[1, 2]"), allow_changes=True)
     assert [trial.state.name for trial in optuna_trials(home)] == ["FAIL"] * 3 + ["COMPLETE"]
@@ -181,7 +181,7 @@ def test_patience_and_timeout_end_a_study(home: Path) -> None:
     assert outcome.stopped_because == "patience"
     assert outcome.best is not None
     assert outcome.counts.finished == outcome.best.number + 3
-    later = run(_config(home, 50, "study.timeout=1e-3", 'search.pruner="none"'))
+    later = run(_config(home, 50, "study.time=1e-3", 'search.pruner="none"'))
     assert (later.stopped_because, later.counts) == ("timeout", outcome.counts)
 
 

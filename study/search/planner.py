@@ -1,0 +1,317 @@
+"""What to train next for the best model in the time that is left.
+
+Solved heads come first, the cheapest network's before all others. Thawing the last layers is then
+tried where it is cheapest, and continued, to more layers and to other networks, only where it
+scored higher than the head that it starts from. What is left of the time is the sampler's.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from core.config import MAX_FREEZE_DEPTH, TrainConfig
+from study.config.search_space import ParamValue, Space, apply_params, default_params
+from study.record.models import Trial
+
+Params = dict[str, ParamValue]
+_Wanted = tuple[Params, str, bool]
+"""Settings, why, and whether the sampler chooses rates and decay."""
+
+# A trial may take this share of what is left: one that disappoints leaves enough for others.
+_LARGEST_SHARE = 1 / 4
+# Heads may take this, of which each new backbone's raised every score measured; and trials that
+# take no more than this share of the whole time, for at its end nothing would be short enough.
+_LARGEST_SHARE_OF_HEAD = 1 / 2
+_SHORT = 1 / 8
+# A step costs this many forward passes: forward, and about twice that backward.
+_PASSES_PER_STEP = 3.0
+# Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
+_SOLVER_S = 1.1e-7
+# Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
+_OVERHEAD_S = 1.0
+_MOST_SAMPLED = 4  # trials of the sampler in a row that were no better: nothing promises more
+_MOST_PREVIEWED = 30
+_RATES = {4: 1e-3, 3: 3e-4}
+"""Base learning rate by freeze level. 1e-3 at level 4 gained in 47 seconds what 3e-4 at level 3
+gained in 200 (flowers5, EfficientNet-Lite0); level 3 broke at higher rates now and then."""
+_RATE_BELOW = 2e-4
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkCost:
+    """What a network costs.
+
+    Attributes:
+        forward_s: Seconds per image of a forward pass.
+        frozen: Share of it that is frozen, by freeze level.
+        kept: Whether outputs of the frozen layers are kept, by freeze level.
+        n_features: Of a solved head.
+    """
+
+    forward_s: float
+    frozen: tuple[float, ...]
+    kept: tuple[bool, ...]
+    n_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A trial to run next.
+
+    Attributes:
+        params: A value for every dimension.
+        forecast_s: Seconds that it will take.
+        reason: Why, in a few words.
+        is_sampled: The sampler chooses rates and decay.
+    """
+
+    params: Params
+    forecast_s: float
+    reason: str
+    is_sampled: bool = False
+
+
+class Planner:
+    """Chooses trials from a study's rows and the time that is left, and from nothing else.
+
+    Args:
+        space: The search space.
+        base: Settings of keys that are not searched.
+        costs: By the values of the dimensions that make a network; see `networks`.
+        n_train: Training images.
+        n_val: Validation images.
+        n_classes: Classes.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        base: TrainConfig,
+        costs: Mapping[tuple[ParamValue, ...], NetworkCost],
+        n_train: int,
+        n_val: int,
+        n_classes: int,
+    ) -> None:
+        self._space, self._base = space, base
+        self._n_train, self._n_val, self._n_classes = n_train, n_val, n_classes
+        self._costs = dict(sorted(costs.items(), key=lambda item: item[1].forward_s))
+        depth = space.get("freeze_depth")
+        found = {d for d in range(MAX_FREEZE_DEPTH + 1) if depth and depth.nearest(d) == d}
+        self._depths = found or {base.freeze_depth}
+
+    def next(
+        self, rows: Sequence[Trial], left_s: float | None, total_s: float | None
+    ) -> Step | str:
+        """Return the next trial, or why there is none.
+
+        Args:
+            rows: The study's ended trials.
+            left_s: Seconds that trials may still take; None for no limit.
+            total_s: Seconds of the whole run; None for no limit.
+        """
+        rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
+        pace = self._pace(rows)
+        does_not_fit = False
+        for params, reason, is_sampled in self._wanted(rows):
+            if not is_sampled and self._find(rows, params):
+                continue
+            config = apply_params(self._base, params)
+            forecast = pace * self.seconds(config, has_features=self._has_features(rows, config))
+            is_head = params.get("freeze_depth", self._base.freeze_depth) == MAX_FREEZE_DEPTH
+            is_short = total_s is not None and forecast <= _SHORT * total_s
+            share = _LARGEST_SHARE_OF_HEAD if is_head or is_short else _LARGEST_SHARE
+            if left_s is None or not rows or forecast <= share * left_s:
+                return Step(params, forecast, reason, is_sampled)
+            does_not_fit = True
+        if does_not_fit:
+            return "no trial that may still gain fits into the time that is left"
+        return "nothing that was not tried promises a gain"
+
+    def preview(self, total_s: float | None) -> list[Step]:
+        """Return the trials of a study in which every thawed level gains: the longest course."""
+        found: list[Step] = []
+        rows: list[Trial] = []
+        left = total_s
+        while len(found) < _MOST_PREVIEWED and isinstance(
+            step := self.next(rows, left, total_s), Step
+        ):
+            found.append(step)
+            config = apply_params(self._base, step.params)
+            row = Trial(
+                study_id=0,
+                number=len(rows),
+                run_id=0,
+                origin=SAMPLED if step.is_sampled else "",
+                config=asdict(config),
+                config_hash="",
+                device="",
+            )
+            row.params, row.state, row.duration_s = step.params, "complete", step.forecast_s
+            row.score = 0.5 if config.is_solved else 0.9 - config.freeze_depth / 100
+            rows.append(row)
+            left = left and left - step.forecast_s
+        return found
+
+    def _has_features(self, rows: Sequence[Trial], train: TrainConfig) -> bool:
+        """Return whether what a head is solved on was computed before."""
+        configs = (TrainConfig(**row.config) for row in rows if row.state == "complete")
+        wanted = self.network_of(train), train.mirrored
+        return any(c.is_solved and (self.network_of(c), c.mirrored) == wanted for c in configs)
+
+    def seconds(self, train: TrainConfig, *, has_features: bool = False) -> float:
+        """Forecast the seconds of a trial whose networks' arrays are not cached.
+
+        With `has_features` those of a solved head are.
+        """
+        cost = self._costs[self.network_of(train)]
+        n = self._n_train + self._n_val
+        n_features = cost.n_features if train.features == "several" else cost.n_features / 2
+        solve_s = _SOLVER_S * n * n_features * self._n_classes
+        passes_s = n * cost.forward_s
+        if train.is_solved:
+            return (0.0 if has_features else passes_s) + solve_s + _OVERHEAD_S
+        depth = train.freeze_depth
+        frozen, kept = cost.frozen[depth], cost.kept[depth]
+        above = _PASSES_PER_STEP * (1 - frozen)
+        if kept:
+            views = min(train.epochs, train.views or train.epochs)
+            passes = views * frozen + train.epochs * above
+            evaluations = frozen + train.epochs * (1 - frozen)
+        else:
+            passes, evaluations = train.epochs * (frozen + above), float(train.epochs)
+        images = passes * self._n_train + evaluations * self._n_val
+        return images * cost.forward_s + _OVERHEAD_S * (1 + train.epochs / 10)
+
+    def forward_s(self, row: Trial) -> float:
+        """Return the seconds per image of what a trial trained."""
+        config = TrainConfig(**row.config)
+        n_passes = 2 if config.is_solved and config.mirrored else 1
+        return n_passes * self._costs[self.network_of(config)].forward_s
+
+    def network_of(self, train: TrainConfig) -> tuple[ParamValue, ...]:
+        """Return the values of the dimensions that make a network."""
+        return tuple(getattr(train, name) for name in network_keys(self._space))
+
+    def _pace(self, rows: Sequence[Trial]) -> float:
+        """Return how much longer trials take than was forecast, by those that took longest."""
+        ratios = []
+        for row in rows:
+            train = TrainConfig(**row.config)
+            known = self.network_of(train) in self._costs
+            if row.state == "complete" and known and row.duration_s:
+                ratios.append(row.duration_s / self.seconds(train))
+        # Trials that found their arrays cached took less, and say nothing about the others.
+        return max(1.0, statistics.median(sorted(ratios)[len(ratios) // 2 :])) if ratios else 1.0
+
+    def _wanted(self, rows: Sequence[Trial]) -> Generator[_Wanted, None, None]:
+        """List what may gain, the best for its seconds first; tried settings are among it."""
+        networks = list(self._costs)
+        heads: dict[tuple[ParamValue, ...], Trial] = {}
+        if MAX_FREEZE_DEPTH in self._depths:
+            for network in networks:
+                params = self._params(network, MAX_FREEZE_DEPTH)
+                yield params, "solved head", False
+                if row := self._find(rows, params):
+                    heads[network] = row
+        levels = sorted(self._depths - {MAX_FREEZE_DEPTH}, reverse=True)
+        gained: list[tuple[float, tuple[ParamValue, ...], int]] = []
+        for network in networks:
+            # The cheapest network shows whether thawing gains, and how much of it is to be thawed.
+            own = levels if network == networks[0] else [gained[0][2]]
+            score, level = yield from self._thaw(rows, network, own)
+            if score > (self._score(heads[network]) if network in heads else -math.inf):
+                gained.append((score, network, level))
+            if not gained:
+                break
+        mirrored = self._space.get("mirrored")
+        if mirrored and MAX_FREEZE_DEPTH in self._depths and mirrored.nearest(True) is True:
+            for network in networks:
+                params = self._params(network, MAX_FREEZE_DEPTH) | {"mirrored": True}
+                yield params, "solved head on images and mirror images", False
+        sampled = [row for row in rows if row.origin == SAMPLED][-_MOST_SAMPLED:]
+        before = max((self._score(row) for row in rows if row not in sampled), default=-math.inf)
+        is_stale = len(sampled) == _MOST_SAMPLED and all(
+            self._score(row) <= before for row in sampled
+        )
+        free = [name for name, dim in self._space.items() if name in RATES and len(dim.ends) > 1]
+        if free and not is_stale:
+            for _, network, level in sorted(gained, key=lambda item: -item[0])[:1]:
+                yield self._params(network, level), "rates drawn at the best level", True
+
+    def _thaw(
+        self, rows: Sequence[Trial], network: tuple[ParamValue, ...], levels: Sequence[int]
+    ) -> Generator[_Wanted, None, tuple[float, int]]:
+        """List trials that thaw a network, ever more of it while that scores higher.
+
+        Returns:
+            The highest score, and its level.
+        """
+        found = []
+        for level in levels:
+            row = None
+            for rate in (_RATES.get(level, _RATE_BELOW), _RATES.get(level, _RATE_BELOW) / 3):
+                params = self._params(network, level, rate)
+                if "features" in self._space:  # what it starts from, to be compared with
+                    last = self._params(network, MAX_FREEZE_DEPTH) | {"features": "last"}
+                    yield last, "solved head that thawing starts from", False
+                share = self._costs[network].frozen[level]
+                yield params, f"the last {1 - share:.0%} of the network thawed", False
+                row = self._find(rows, params)
+                if row is None or row.state == "complete":
+                    break
+            if row is None:  # it does not fit into the time
+                break
+            found.append((self._score(row), level))
+            if len(found) > 1 and found[-1][0] <= found[-2][0]:
+                break
+        return max(found, default=(-math.inf, 0))
+
+    def _params(
+        self, network: tuple[ParamValue, ...], level: int, rate: float = _RATE_BELOW
+    ) -> Params:
+        """Return a point of the space: a network, thawed from a level on by a known recipe."""
+        wanted: dict[str, Any] = dict(zip(network_keys(self._space), network, strict=True))
+        wanted |= {
+            "freeze_depth": level,
+            "base_lr": rate,
+            "features": "several",
+            "mirrored": False,
+        }
+        params = default_params(self._space)
+        params |= {n: d.nearest(wanted[n]) for n, d in self._space.items() if n in wanted}
+        return params
+
+    def _find(self, rows: Sequence[Trial], params: Params) -> Trial | None:
+        """Return the trial of these settings, if there is one."""
+        config = apply_params(self._base, params)
+        same = [row for row in rows if row.origin != SAMPLED and row.params == params]
+        if not same and config.is_solved:  # rates say nothing about a solved head
+            keys = (*network_keys(self._space), "freeze_depth", "features", "mirrored")
+            wanted = {key: getattr(config, key) for key in keys}
+            same = [r for r in rows if {key: r.config[key] for key in keys} == wanted]
+        return same[0] if same else None
+
+    @staticmethod
+    def _score(row: Trial) -> float:
+        return -math.inf if row.state != "complete" or row.ranked_by is None else row.ranked_by
+
+
+SAMPLED = "sampler"
+"""Origin of a trial whose settings the sampler drew."""
+RATES = ("base_lr", "head_lr_mult", "weight_decay")
+"""Keys that the sampler chooses once everything else is planned."""
+
+
+def network_keys(space: Space) -> tuple[str, ...]:
+    """Return the dimensions whose values make another network."""
+    return tuple(name for name in ("backbone", "weights", "image_size") if name in space)
+
+
+def networks(space: Space, base: TrainConfig) -> dict[tuple[ParamValue, ...], TrainConfig]:
+    """Return every network of a space, with the settings that build it."""
+    keys = network_keys(space)
+    points = itertools.product(*(space[key].ends for key in keys))
+    return {point: apply_params(base, dict(zip(keys, point, strict=True))) for point in points}

@@ -1,0 +1,138 @@
+"""What a planned search leaves: the model, its refits, its deadline and its resumption."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+from small_study import config_of, make_home, rows_of, run
+
+from core.config import TrainConfig
+from core.metrics import Evaluation, Reference
+from core.model import load_model
+from core.training.checkpoint import PREDICTIONS_FILE
+from study.cli.delete import delete_study
+from study.execution.progress import QuietProgress
+from study.record.models import Trial
+from study.record.record import Record
+from study.search.final_model import choose
+from study.search.final_test import test_model as read_test_split
+
+SPACE = """
+[search]
+strategy = "plan"
+[space]
+freeze_depth = {low = 3, high = 5}
+features = ["several", "last"]
+"""
+SETTINGS = ('train.head_solver="logistic"', "train.epochs=4")
+NETWORKS = {"space.backbone": ["timm:test_resnet", "timm:test_efficientnet"]}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planned search that came to its end; tests leave it as it is."""
+    home = make_home(tmp_path_factory.mktemp("done"), SPACE, n=40)
+    outcome = run(config_of(home, 30, *SETTINGS, **NETWORKS))
+    assert outcome.stopped_because == "no gain"
+    return home
+
+
+def _model(home: Path) -> dict[str, Any]:
+    return json.loads((home / "runs" / "photos" / "model" / "model.json").read_bytes())
+
+
+def test_a_plan_solves_heads_thaws_and_ends_with_a_model_that_is_refitted(done: Path) -> None:
+    rows = rows_of(done)
+    assert [row.freeze_depth for row in rows[:4]] == [5, 5, 5, 4]
+    assert all(row.origin.startswith("plan: ") for row in rows)
+    model = _model(done)
+    best = max(row.ranked_by or 0 for row in rows if row.state == "complete")
+    assert model["score"] >= best
+    assert model["refitted"] == [True] * len(model["trials"])
+    photos = sorted((done / "photos").rglob("*.png"))
+    assert load_model(done / "runs" / "photos" / "model").predict(photos).shape == (len(photos), 2)
+
+
+def test_a_refit_has_other_weights_than_its_trial_and_the_model_has_them(done: Path) -> None:
+    for member, number in zip(_model(done)["members"], _model(done)["trials"], strict=True):
+        folder = done / "runs" / "photos"
+        own = safetensors.torch.load_file(folder / f"trial-{number:04d}" / "model.safetensors")
+        refit = safetensors.torch.load_file(folder / f"trial-{number:04d}" / "refit.safetensors")
+        found = safetensors.torch.load_file(
+            folder / "model" / member["folder"] / "model.safetensors"
+        )
+        assert found.keys() == own.keys() and refit.keys() <= own.keys()
+        assert all((found[name] == refit[name]).all() for name in refit)
+        assert any((own[name] != refit[name]).any() for name in refit)
+
+
+def test_the_model_is_tested_once_and_only_its_own_files_go_with_the_study(tmp_path: Path) -> None:
+    home = make_home(tmp_path, SPACE, n=40)
+    run(config_of(home, 3, *SETTINGS, **NETWORKS))
+    own = home / "runs" / "photos" / "model"
+    (own / "notes.txt").write_text("mine")
+    with Record(str(home / "s.db")) as record:
+        options: dict[str, Any] = {"progress": QuietProgress(), "command": "test"}
+        first = read_test_split(record, "photos", **options)
+        assert read_test_split(record, "photos", **options).id == first.id
+        assert first.of == "the model" and first.val_acc == _model(home)["val_acc"]
+        delete_study(record, "photos", command="delete")
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+
+
+def test_a_trial_that_meets_the_deadline_is_continued_and_gives_what_it_would_have(
+    tmp_path: Path,
+) -> None:
+    settings = (*SETTINGS, "train.epochs=200", "space.freeze_depth=4", "train.views=2")
+    cut, whole = (make_home(tmp_path / name, SPACE, n=40) for name in ("cut", "whole"))
+    outcome = run(config_of(cut, 1, *settings, **{"study.time": 4.0}))
+    assert outcome.stopped_because == "timeout"
+    assert [row.state for row in rows_of(cut)] == ["interrupted"]
+    for home in (cut, whole):
+        assert run(config_of(home, 1, *settings)).stopped_because == "trials"
+    one, two = rows_of(cut), rows_of(whole)
+    assert [(row.number, row.score, row.weights_hash) for row in one] == [
+        (row.number, row.score, row.weights_hash) for row in two
+    ]
+
+
+def _trial(folder: Path, number: int, backbone: str, probabilities: Any) -> Trial:
+    folder = folder / f"trial-{number:04d}"
+    folder.mkdir()
+    labels = np.arange(len(probabilities)) // 2 % 2
+    np.savez(folder / PREDICTIONS_FILE, labels=labels, probabilities=probabilities)
+    score = Reference().score(Evaluation(labels, np.log(probabilities)), "val_loss")
+    config = {**asdict(TrainConfig()), "backbone": backbone, "freeze_depth": 5}
+    row = Trial(study_id=1, number=number, run_id=1, origin="plan", config=config, config_hash="",
+                device="cpu", score=score)  # fmt: skip
+    row.state, row.value, row.checkpoint = "complete", score, str(folder)
+    return row
+
+
+@pytest.mark.parametrize(("finish", "n_members"), [("ensemble", 2), ("single", 1)])
+def test_trials_that_err_on_different_images_are_averaged(
+    tmp_path: Path, finish: str, n_members: int
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) // 2 % 2
+    rows = []
+    for number, backbone in enumerate(("a", "b")):
+        right = np.where(rng.random(400) < 0.85, 0.85, 0.15)
+        first = np.where(labels == 0, right, 1 - right)
+        probabilities = np.stack([first, 1 - first], axis=1)
+        rows.append(_trial(tmp_path, number, backbone, probabilities))
+    found = choose(rows, finish, "val_loss")
+    assert len(found.trials) == n_members
+    best = max(row.score or 0 for row in rows)
+    assert found.score == pytest.approx(best) if n_members == 1 else found.score > best
+
+
+def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:
+    first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
+    probabilities = np.stack([first, 1 - first], axis=1)
+    rows = [_trial(tmp_path, n, name, probabilities) for n, name in enumerate("ab")]
+    assert [row.number for row in choose(rows, "ensemble", "val_loss").trials] == [0]

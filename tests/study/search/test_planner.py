@@ -1,0 +1,140 @@
+"""The plan: which trial comes next, from what is known and from the time that is left."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import pytest
+
+from core.config import TrainConfig
+from study.config.search_space import DEFAULT_SPACE, Choices, Range, apply_params, parse_space
+from study.record.models import Trial
+from study.search.planner import SAMPLED, NetworkCost, Planner, Step
+
+SPACE = parse_space(DEFAULT_SPACE)[0]
+LITE0, LITE1, LITE2 = SPACE["backbone"].ends
+FROZEN = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+KEPT = (False, False, True, True, True, True)
+# Two CPU cores.
+COSTS = {
+    (name,): NetworkCost(forward_s, FROZEN, KEPT, 2560)
+    for name, forward_s in ((LITE2, 0.012), (LITE0, 0.006), (LITE1, 0.009))
+}
+
+
+def _planner(**changes: object) -> Planner:
+    own = {"space": SPACE, "base": TrainConfig(), "costs": COSTS}
+    return Planner(**own | changes, n_train=1600, n_val=400, n_classes=5)
+
+
+def _play(
+    planner: Planner,
+    score: Callable[[TrainConfig], float | None],
+    total_s: float | None = None,
+) -> tuple[list[Step], str]:
+    """Run a plan: trials score so, or are pruned where that is None, and last as forecast."""
+    steps: list[Step] = []
+    rows: list[Trial] = []
+    left = total_s
+    while isinstance(step := planner.next(rows, left, total_s), Step):
+        steps.append(step)
+        config = apply_params(planner._base, step.params)
+        origin = SAMPLED if step.is_sampled else "plan"
+        row = Trial(study_id=1, number=len(rows), run_id=1, origin=origin, config=asdict(config),
+                    config_hash="", device="cpu")  # fmt: skip
+        row.params, row.duration_s, row.score = step.params, step.forecast_s, score(config)
+        row.state = "complete" if row.score is not None else "pruned"
+        rows.append(row)
+        left = left and left - step.forecast_s
+        assert len(rows) < 60
+    return steps, step
+
+
+def _courses(steps: list[Step]) -> list[tuple[object, object]]:
+    return [(step.params["backbone"], step.params["freeze_depth"]) for step in steps]
+
+
+def test_heads_come_first_and_little_else_where_thawing_does_not_gain() -> None:
+    steps, why = _play(_planner(), lambda config: 0.7 if config.is_solved else 0.6)
+    heads = [(LITE0, 5), (LITE1, 5), (LITE2, 5)]
+    assert _courses(steps) == [*heads, (LITE0, 5), (LITE0, 4), (LITE0, 3), *heads]
+    assert steps[3].params["features"] == "last"
+    assert [step.params["mirrored"] for step in steps[-3:]] == [True] * 3
+    assert "promises a gain" in why
+
+
+def test_thawing_goes_down_while_it_scores_higher_and_then_to_other_networks() -> None:
+    by_level = {5: 0.7, 4: 0.71, 3: 0.73, 2: 0.72, 1: 0.9, 0: 0.9}
+    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
+    thawed = [step for step in _courses(steps) if step[1] != 5]
+    assert thawed[:5] == [(LITE0, 4), (LITE0, 3), (LITE0, 2), (LITE1, 3), (LITE2, 3)]
+    assert thawed[5:] == [(LITE0, 3)] * 4  # the sampler's, until four in a row are no better
+    assert all(step.is_sampled for step in steps[-4:])
+
+
+def test_a_thawed_trial_that_was_stopped_is_tried_at_a_third_of_its_rate() -> None:
+    def score(config: TrainConfig) -> float | None:
+        return 0.7 if config.is_solved else None if config.base_lr > 4e-4 else 0.8
+
+    steps, _ = _play(_planner(), score)
+    rates = [step.params["base_lr"] for step in steps if step.params["freeze_depth"] == 4]
+    assert rates[:2] == pytest.approx([1e-3, 1e-3 / 3])
+
+
+@pytest.mark.parametrize("total_s", [60.0, 300.0, 900.0, 7200.0])
+def test_no_trial_takes_more_than_its_share_of_what_is_left(total_s: float) -> None:
+    steps, why = _play(_planner(), lambda config: 1 - config.freeze_depth / 10, total_s)
+    left = total_s
+    for number, step in enumerate(steps):
+        is_head = step.params["freeze_depth"] == 5
+        share = 1 / 2 if is_head or step.forecast_s <= total_s / 8 else 1 / 4
+        assert number == 0 or step.forecast_s <= share * left
+        left -= step.forecast_s
+    assert "time" in why or "promises" in why
+
+
+def test_the_first_head_is_solved_however_short_the_time_is() -> None:
+    assert isinstance(_planner().next([], 1.0, 1.0), Step)
+
+
+def test_trials_that_take_longer_than_forecast_make_the_next_forecasts_longer() -> None:
+    planner = _planner()
+    first = planner.next([], None, None)
+    assert isinstance(first, Step)
+    config = apply_params(TrainConfig(), first.params)
+    row = Trial(study_id=1, number=0, run_id=1, origin="plan", config=asdict(config),
+                config_hash="", device="cpu")  # fmt: skip
+    row.params, row.state, row.score = first.params, "complete", 0.7
+    found = []
+    for factor in (1, 3):
+        row.duration_s = factor * first.forecast_s
+        step = planner.next([row], None, None)
+        assert isinstance(step, Step)
+        found.append(step.forecast_s)
+    assert found[1] == pytest.approx(3 * found[0])
+
+
+def test_a_gpu_reaches_full_fine_tuning_at_full_size() -> None:
+    # Made up: an H100's forward pass of EfficientNet-Lite and ResNet-50 at two sizes.
+    sizes = (224, 384)
+    space = SPACE | {
+        "backbone": Choices((LITE0, "resnet50")),
+        "image_size": Choices(sizes),
+        "base_lr": Range(3e-5, 3e-3, log=True),
+    }
+    costs = {
+        (name, size): NetworkCost(s * (size / 224) ** 2, FROZEN, KEPT, 2560)
+        for name, s in ((LITE0, 1.2e-4), ("resnet50", 3e-4))
+        for size in sizes
+    }
+    steps = _planner(space=space, costs=costs).preview(900.0)
+    points = {
+        tuple(step.params[k] for k in ("backbone", "image_size", "freeze_depth")) for step in steps
+    }
+    assert ("resnet50", 384, 0) in points
+
+
+def test_a_space_without_levels_or_networks_is_planned_too() -> None:
+    base = replace(TrainConfig(), freeze_depth=4)
+    space = {"base_lr": Range(3e-5, 3e-3, log=True)}
+    steps, _ = _play(Planner(space, base, {(): COSTS[LITE0,]}, 1600, 400, 5), lambda _: 0.8)
+    assert [step.is_sampled for step in steps] == [False] + [True] * 4
