@@ -211,7 +211,9 @@ class _Fits:
             bias = (self.masks.to(self.rows.dtype).t() @ self.hot).clamp(min=0.5)
             start = self.rows.new_zeros(len(self.scale), *bias.shape)
             start[-1] = (bias / bias.sum(dim=1, keepdim=True)).log()
-        head = start
+        # A term that is the same for all classes changes no probability: rounding drove it, where
+        # nothing else did, to logits of millions.
+        head = _centred(start)
         rows, hot, masks = self.rows, self.hot, self.masks
         n_problems, n_classes = masks.shape[1], hot.shape[1]
         sizes = masks.sum(dim=0)
@@ -233,12 +235,12 @@ class _Fits:
         spread = (probs * (1 - probs) * share).sum(dim=0).clamp(min=1e-4)
         # The diagonal Hessian's, (D, B, K).
         inverse = 1 / (self.scale[:, None, None] * spread + decay)
-        gradient = back(probs * share) - target + decay * head
+        gradient = _centred(back(probs * share) - target + decay * head)
         history: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(_MAX_STEPS):
             if bool((_dot(gradient, gradient * inverse).sqrt() <= tolerance).all()):
                 return head, True
-            direction = _direction(gradient, inverse, history)
+            direction = _centred(_direction(gradient, inverse, history))
             moved = forth(direction)
             fixed = _dot(direction, decay * head - target)
             slope, curve = _dot(gradient, direction), _dot(direction, decay * direction)
@@ -246,10 +248,15 @@ class _Fits:
             logits.addcmul_(moved, length)
             taken = direction * length
             head = head + taken
-            new = back(logits.softmax(dim=2).mul_(share)) - target + decay * head
+            new = _centred(back(logits.softmax(dim=2).mul_(share)) - target + decay * head)
             change, gradient = new - gradient, new
             history = [*history[1 - _HISTORY :], (taken, change, _dot(taken, change))]
         return head, False
+
+
+def _centred(heads: Tensor) -> Tensor:
+    """Take from heads, (D, B, K), what all classes have in common."""
+    return heads - heads.mean(dim=2, keepdim=True)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
