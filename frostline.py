@@ -5,6 +5,7 @@ from core.data.decode import eval_view
 from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.metrics import EpochMetrics
+from core.model import load_model
 from core.training.checkpoint import load_checkpoint
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
@@ -20,4 +21,5 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_data",
+    "load_model",
 ]

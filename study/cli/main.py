@@ -211,11 +211,17 @@ _search_settings = _options(
 @click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
+@click.option("--plan", type=_path, metavar="FILE", help="Run the trials of a study's plan.json.")
 @_dry_run
 @_search_settings
 @_database()
 def run(
-    path: Path | None, data: str | None, overrides: Sequence[str], dry_run: bool, **_: Any
+    path: Path | None,
+    data: str | None,
+    overrides: Sequence[str],
+    plan: Path | None,
+    dry_run: bool,
+    **_: Any,
 ) -> int:
     """Run a study, or continue it; without options, the demo."""
     from study.config.load import check_inputs, load_config, parse_config
@@ -231,7 +237,7 @@ def run(
     else:
         config = load_config(path, overrides, _flags())
     check_inputs(config)
-    return _estimate(config) if dry_run else _search(config)
+    return _estimate(config) if dry_run else _search(config, plan)
 
 
 @cli.command()
@@ -251,7 +257,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
     return _search(config)
 
 
-def _search(config: "StudyConfig") -> int:
+def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     from study.config.formatting import format_duration, hide_password
     from study.execution.progress import Note
     from study.record.database import database_folder
@@ -272,6 +278,7 @@ def _search(config: "StudyConfig") -> int:
             allow_changes=_given("allow_changes"),
             take_over=_given("take_over"),
             begin=_process_begin(),
+            plan=plan,
         )
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":

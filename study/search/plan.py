@@ -2,11 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
@@ -16,12 +18,16 @@ from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
 from core.models.partition import cut_head
 from core.training.activations import kept_partition
-from study.config.search_space import ParamValue, apply_params, distributions
+from study.config.errors import ConfigError
+from study.config.search_space import ParamValue, apply_params, distributions, fits
 from study.config.study_config import StudyConfig
 from study.execution.session import corner_configs, without_weights
+from study.record.models import Trial
 from study.search.planner import NetworkCost, Planner, Step, networks
 from study.search.samplers import grid_of
 
+PLAN_FILE = "plan.json"
+"""What a study ran, in its folder."""
 _MEASURED_STEPS = 3
 _MEASURED_IMAGES = 16
 
@@ -58,6 +64,56 @@ class Estimate:
     total_s: float
     checkpoint_bytes: int
     plan: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTrial:
+    """A trial in the file of a plan.
+
+    Attributes:
+        params: A value for every dimension.
+        origin: Why it was run.
+        forecast_s: Seconds that were foreseen; None where nothing was.
+        duration_s: Seconds that it took.
+    """
+
+    params: dict[str, ParamValue]
+    origin: str = "plan"
+    forecast_s: float | None = None
+    duration_s: float | None = None
+
+
+_PLAN = TypeAdapter(list[PlannedTrial])
+
+
+def write_plan(path: Path, rows: Sequence[Trial], forecasts: Mapping[int, float]) -> None:
+    """Keep what a study ran, in its order, so that `--plan` can run it again."""
+    found = [
+        PlannedTrial(row.params, row.origin, forecasts.get(row.number), row.duration_s)
+        for row in rows
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_PLAN.dump_json(found, indent=1) + b"\n")
+
+
+def read_plan(path: Path, config: StudyConfig) -> list[PlannedTrial]:
+    """Read a plan for a study.
+
+    Raises:
+        ConfigError: It cannot be read, or has settings outside the study's space.
+    """
+    try:
+        found = _PLAN.validate_json(path.read_bytes())
+    except (OSError, ValueError) as err:
+        reason = " ".join(str(err).split("\n")[:2])
+        raise ConfigError(f"--plan {path}: must be a study's {PLAN_FILE}, but {reason}.") from err
+    for k, trial in enumerate(found):
+        if not fits(config.space, trial.params):
+            raise ConfigError(
+                f"--plan {path}: trial {k} must lie in the study's space, but has {trial.params}. "
+                "Use the same --config and --set as the study that left it."
+            )
+    return found
 
 
 def make_planner(config: StudyConfig, data: ImageData) -> Planner:

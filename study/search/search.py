@@ -28,7 +28,7 @@ from study.execution.trial_engine import TrialEngine, TrialRequest, identity, re
 from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.final_model import Choice, FinalModel
-from study.search.plan import make_planner
+from study.search.plan import PLAN_FILE, PlannedTrial, make_planner, read_plan, write_plan
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 
@@ -57,7 +57,8 @@ class SearchOutcome:
 
     Attributes:
         stopped_because: `trials`, `timeout`, `patience`, `space exhausted`, `interrupted`; or of
-            a plan `no gain`, where nothing promises one, and `no time`, where nothing fits.
+            a plan `no gain`, where nothing promises one, `no time`, where nothing fits, and
+            `plan`, where a given one is done.
         trials: Those of the study.
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
@@ -93,13 +94,16 @@ def run_search(
     allow_changes: bool = False,
     take_over: bool = False,
     begin: float | None = None,
+    plan: Path | None = None,
 ) -> SearchOutcome:
     """Run or continue the study that a configuration names.
 
     The arguments, and what it raises, are those of `open_session`; its time counts from `begin`,
-    as `time.monotonic` does, or from now.
+    as `time.monotonic` does, or from now. With `plan`, a file that another study left, a study
+    that has not begun runs its trials and ends.
     """
     begin = time.monotonic() if begin is None else begin
+    replayed = None if plan is None else read_plan(plan, config)
     with (
         Record(config.study.storage, create=True) as record,
         open_session(
@@ -112,7 +116,7 @@ def run_search(
             take_over=take_over,
         ) as session,
     ):
-        search = _Search(session, begin)
+        search = _Search(session, begin, replayed)
         session.because = search.run()
         return SearchOutcome(
             session.because,
@@ -128,13 +132,16 @@ def run_search(
 class _Search:
     """One process's part in a study."""
 
-    def __init__(self, session: Session, begin: float) -> None:
+    def __init__(
+        self, session: Session, begin: float, replayed: list[PlannedTrial] | None
+    ) -> None:
         self.session = session
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
         if self.config.study.seconds is not None:
             session.deadline = begin + self.config.study.seconds - _RESERVE_S
         self.is_planned = self.config.search.strategy == "plan"
+        self.replayed = replayed
         self.distributions = distributions(self.config.space)
         self.n_points = n_points(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
@@ -143,14 +150,19 @@ class _Search:
         self.model = FinalModel(session)
         self.planner: Planner | None = None
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
+        self.forecasts: dict[int, float] = {}
         self.rows: list[Trial] = []  # those that ended by themselves, in their order
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
         continued = recover(self.engine)
         self._queue_again()
-        if not self.is_planned:
-            self._enqueue_recipes()
+        if self.replayed is not None:
+            self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(self.replayed)})
+        elif not self.is_planned:
+            settings = self.config.search.recipe_names
+            found = recipes(self.config.space, self.config.train, settings)
+            self._enqueue_all({f"recipe:{name}": params for name, params in found.items()})
         rows = self.record.trials(self.study_id)
         self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
         self._show(rows)
@@ -160,7 +172,7 @@ class _Search:
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
             elif self.is_planned and not self._waiting():
-                step = self._planned()
+                step = self._planned() if self.replayed is None else "plan"
                 if isinstance(step, str):
                     because = step
                     break
@@ -173,6 +185,7 @@ class _Search:
             if row.ended_at:
                 self.rows.append(row)
                 self._update_model()
+                write_plan(self.session.output / PLAN_FILE, self.rows, self.forecasts)
                 self._show(self.rows)
         return self._finish(because)
 
@@ -256,16 +269,15 @@ class _Search:
         attrs = {_ORIGIN: origin, RERUNS: reruns, _QUEUED: dict(params), _RECIPE: is_recipe}
         self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
-    def _enqueue_recipes(self) -> None:
-        """Queue the recipes in a study that has not begun."""
+    def _enqueue_all(self, found: Mapping[str, Mapping[str, ParamValue]]) -> None:
+        """Queue settings by their origin in a study that has not begun."""
         trials = self.study.get_trials(deepcopy=False)
         if any(trial.state is not TrialState.WAITING for trial in trials):
             return
         queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
-        wanted = self.config.search.recipe_names
-        for name, params in recipes(self.config.space, self.config.train, wanted).items():
-            if f"recipe:{name}" not in queued:
-                self._enqueue(params, f"recipe:{name}", is_recipe=True)
+        for origin, params in found.items():
+            if origin not in queued:
+                self._enqueue(params, origin, is_recipe=True)
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop; trials that copy a result do not count."""
@@ -353,6 +365,8 @@ class _Search:
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed
         with quiet_experiments():
+            if step is not None:
+                self.forecasts[number] = step.forecast_s
             self.study.sampler = make_sampler(sampler, seed, number, self.distributions)
             if step is not None and step.is_sampled:
                 fixed = {key: value for key, value in step.params.items() if key not in RATES}

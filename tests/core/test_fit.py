@@ -226,7 +226,8 @@ def test_the_lines_of_the_readme_give_the_recorded_predictions(
     data: ImageData, tmp_path: Path
 ) -> None:
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
-    [snippet] = re.findall("```python\n(.*?load_checkpoint.*?)```", readme, re.DOTALL)
+    blocks = re.findall("```python\n(.*?)```", readme, re.DOTALL)
+    model, snippet = (block for block in blocks if "import load_" in block or "eval_view" in block)
     list(fit(replace(TINY, epochs=2), data, checkpoint_dir=tmp_path))
     with np.load(tmp_path / PREDICTIONS_FILE) as saved:
         paths, recorded = saved["paths"].tolist(), saved["probabilities"]
@@ -238,6 +239,10 @@ def test_the_lines_of_the_readme_give_the_recorded_predictions(
         own = snippet.replace("frostline-runs/photos/trial-0007", str(tmp_path))
         exec(own.replace("new.jpg", str(image)), names)
         assert names["probabilities"][0].numpy() == pytest.approx(expected, abs=1e-5)
+        # A checkpoint is a model of one member.
+        own = model.replace("frostline-runs/photos/model", str(tmp_path))
+        exec(own.replace("new.jpg", str(image)), names)
+        assert names["probabilities"][0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_users_files_stay_where_a_checkpoint_is_removed(data: ImageData, tmp_path: Path) -> None:

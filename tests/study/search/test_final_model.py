@@ -15,6 +15,7 @@ from core.metrics import Evaluation, Reference
 from core.model import load_model
 from core.training.checkpoint import PREDICTIONS_FILE
 from study.cli.delete import delete_study
+from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
@@ -136,3 +137,23 @@ def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:
     probabilities = np.stack([first, 1 - first], axis=1)
     rows = [_trial(tmp_path, n, name, probabilities) for n, name in enumerate("ab")]
     assert [row.number for row in choose(rows, "ensemble", "val_loss").trials] == [0]
+
+
+def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
+    done: Path, tmp_path: Path
+) -> None:
+    home = make_home(tmp_path, SPACE, n=40)
+    plan = done / "runs" / "photos" / "plan.json"
+    outcome = run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=plan)
+    assert outcome.stopped_because == "plan"
+    figures = [[(row.params, row.score, row.state) for row in rows_of(h)] for h in (done, home)]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
+def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
+    home = make_home(tmp_path, SPACE)
+    (home / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match="--plan"):
+        run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+    assert not (home / "s.db").exists()
