@@ -52,14 +52,6 @@ def some_photos() -> Path:
     return taken if taken.is_dir() else shared_data("hotdog")
 
 
-def shared_weights(name: str) -> Path:
-    """Return a weights file beside the project, or skip the test."""
-    path = SHARED / "weights" / name
-    if not path.is_file():
-        pytest.skip(f"the weights {name} are not beside the project (shared/weights)")
-    return path
-
-
 def make_folder(
     root: Path, classes: Mapping[str, int], side: int = 40, seed: int = 0, suffix: str = "png"
 ) -> Path:

@@ -12,7 +12,6 @@ from torch import Tensor
 from core.cache import ArrayCache, prune, remove_abandoned
 
 DAY_S = 24 * 3600.0
-ROW = 4 * 10  # bytes of a row of `chunks`
 
 
 def chunks(rows: int, value: float = 1.0, wide: bool = False) -> Iterator[Tensor]:

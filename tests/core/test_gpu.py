@@ -150,10 +150,7 @@ def _small_memory(device: torch.device, peak: int, phase: str) -> Iterator[Calla
         hook.remove()
 
 
-@pytest.mark.parametrize(
-    "phase",
-    ["step", "evaluation", "frozen layers"],
-)
+@pytest.mark.parametrize("phase", ["step", "evaluation", "frozen layers"])
 def test_a_run_lives_on_when_memory_runs_out(
     many: ImageData, device: torch.device, phase: str
 ) -> None:

@@ -28,10 +28,7 @@ seed = 20
 base_lr = {low = 1e-4, high = 1e-2, log = true}
 augment = ["none", "standard"]
 """
-SPACE = {
-    "base_lr": Range(1e-4, 1e-2, log=True),
-    "augment": Choices(("none", "standard")),
-}
+SPACE = {"base_lr": Range(1e-4, 1e-2, log=True), "augment": Choices(("none", "standard"))}
 TRIALS = [  # state, value, base_lr, seed
     ("complete", 0.7, 0.001, 20),
     ("failed", 0.9, 0.002, 20),

@@ -206,8 +206,7 @@ def test_the_components_of_known_baselines() -> None:
         return {key: level.label for key, (level,) in listed.items()}
 
     both = {"weight_decay": "0", "momentum": "0", "schedule": "constant"}
-    both |= {"augment": "none", "normalize": "none"}
-    both["head_init"] = "default"
+    both |= {"augment": "none", "normalize": "none", "head_init": "default"}
     own = {"weights": "none", "head_lr_mult": "1", "batch_norm": "train"}
     assert found(head_lr_mult=10.0) == both | own
     sgd = {"optimizer": "sgd", "nesterov": True}
@@ -227,10 +226,10 @@ def test_the_heads_rate_is_not_varied_where_the_head_alone_is_trained() -> None:
 
 
 def test_a_searched_setting_is_tried_at_its_recipe_default() -> None:
-    baseline = TrainConfig(base_lr=0.0042, optimizer="adamw", clip_norm=1.0, freeze_depth=1)
+    baseline = TrainConfig(base_lr=0.0042, optimizer="sgd", clip_norm=1.0, freeze_depth=1)
     proposed = propose_levels(baseline, SPACE)
     values = {key: [lv.overrides[key] for lv in levels] for key, levels in proposed.items()}
-    wanted = {"base_lr": [3e-4], "clip_norm": [None]}
+    wanted = {"base_lr": [3e-4], "optimizer": ["adamw"], "clip_norm": [None]}
     wanted["freeze_depth"] = [0, 3, 5]
     assert values | wanted == values
     assert "mixup" not in values

@@ -369,6 +369,7 @@ def test_run_resume_and_test_report_what_they_did(
     assert f"Report: {report}" in shown
     assert report.is_file()
     assert "1 of 1 trials" in shown
+    assert "Model: trial 0" in shown and "frostline-runs/photos/model" in shown
     assert shown.index("-m study show photos") < shown.index("-m study test photos")
     *events, last = map(json.loads, answered("resume", "photos", "--json").splitlines())
     assert all("event" in event for event in events)

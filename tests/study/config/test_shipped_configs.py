@@ -9,6 +9,7 @@ from core.config import TrainConfig
 from study.config.load import load_config, parse_config
 from study.config.study_config import StudyConfig
 from study.config.toml import config_text, demo_text
+from support import CLASSIC
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
@@ -38,7 +39,17 @@ def test_the_books_recipe_is_kept() -> None:
         epochs=5, batch_size=128, optimizer="sgd", momentum=0.0, base_lr=5e-5,
         loss_reduction="sum", head_lr_mult=10.0, weight_decay=1e-3, decay_all=True,
         schedule="constant", monitor="val_acc", crop_scale=0.08, batch_norm="train", amp="off",
+        views=None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "default"])
+def test_a_recipe_depends_on_no_default_that_moves(path: Path) -> None:
+    train = tomllib.loads(path.read_text(encoding="utf-8"))["train"]
+    assert CLASSIC.keys() | {"epochs"} <= train.keys()
+    config = load_config(path)
+    assert config.train.views is None
+    assert config.space.keys() <= {"seed"}
 
 
 def test_recipes_with_seeds_are_three_trials() -> None:

@@ -27,9 +27,7 @@ def _planner(**changes: object) -> Planner:
 
 
 def _play(
-    planner: Planner,
-    score: Callable[[TrainConfig], float | None],
-    total_s: float | None = None,
+    planner: Planner, score: Callable[[TrainConfig], float | None], total_s: float | None = None
 ) -> tuple[list[Step], str]:
     """Run a plan: trials score so, or are pruned where that is None, and last as forecast."""
     steps: list[Step] = []
