@@ -16,7 +16,7 @@ from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
-from core.models.partition import cut_head
+from core.models.partition import cut
 from core.training.activations import kept_partition
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params, distributions, fits
@@ -156,6 +156,7 @@ def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
         synchronize(device)
         times.append(time.perf_counter() - begin)
     levels = range(MAX_FREEZE_DEPTH + 1)
+    head = cut(network, replace(train, freeze_depth=MAX_FREEZE_DEPTH))
     return NetworkCost(
         min(times) / _MEASURED_IMAGES,
         tuple(network.stages.frozen_flops_share(level) for level in levels),
@@ -163,7 +164,7 @@ def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
             kept_partition(network, replace(train, freeze_depth=level), device) is not None
             for level in levels
         ),
-        2 * int(np.prod(cut_head(network, train).row_shape)),
+        2 * int(np.prod(head.row_shape)) if head else 0,
     )
 
 
