@@ -221,8 +221,9 @@ class Planner:
         for network in networks:
             # The cheapest network shows whether thawing gains, and how much of it is to be thawed.
             own = levels if network == networks[0] else [gained[0][2]]
-            score, level = yield from self._thaw(rows, network, own)
-            if score > (self._score(heads[network]) if network in heads else -math.inf):
+            start = self._score(heads[network]) if network in heads else -math.inf
+            score, level = yield from self._thaw(rows, network, own, start)
+            if score > start:
                 gained.append((score, network, level))
             if not gained:
                 break
@@ -242,9 +243,16 @@ class Planner:
                 yield self._params(network, level), "rates drawn at the best level", True
 
     def _thaw(
-        self, rows: Sequence[Trial], network: tuple[ParamValue, ...], levels: Sequence[int]
+        self,
+        rows: Sequence[Trial],
+        network: tuple[ParamValue, ...],
+        levels: Sequence[int],
+        start: float,
     ) -> Generator[_Wanted, None, tuple[float, int]]:
-        """List trials that thaw a network, ever more of it while that scores higher.
+        """List trials that thaw a network, ever more of it while that scores above its head.
+
+        Two levels in a row that score lower than the one before end it, too. One is not enough:
+        on flowers5 level 3 scored below level 4, and level 2 above both.
 
         Returns:
             The highest score, and its level.
@@ -265,7 +273,9 @@ class Planner:
             if row is None:  # it does not fit into the time
                 break
             found.append((self._score(row), level))
-            if len(found) > 1 and found[-1][0] <= found[-2][0]:
+            ends = [score for score, _ in found[-3:]]
+            is_falling = len(ends) == 3 and ends[2] <= ends[1] <= ends[0]
+            if is_falling or (len(found) > 1 and ends[-1] <= start):
                 break
         return max(found, default=(-math.inf, 0))
 

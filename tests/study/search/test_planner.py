@@ -60,13 +60,22 @@ def test_heads_come_first_and_little_else_where_thawing_does_not_gain() -> None:
     assert "promises a gain" in why
 
 
-def test_thawing_goes_down_while_it_scores_higher_and_then_to_other_networks() -> None:
-    by_level = {5: 0.7, 4: 0.71, 3: 0.73, 2: 0.72, 1: 0.9, 0: 0.9}
+def test_thawing_goes_down_while_it_gains_and_then_to_other_networks() -> None:
+    by_level = {5: 0.7, 4: 0.71, 3: 0.73, 2: 0.69, 1: 0.9, 0: 0.9}
     steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
     thawed = [step for step in _courses(steps) if step[1] != 5]
     assert thawed[:5] == [(LITE0, 4), (LITE0, 3), (LITE0, 2), (LITE1, 3), (LITE2, 3)]
     assert thawed[5:] == [(LITE0, 3)] * 4  # the sampler's, until four in a row are no better
     assert all(step.is_sampled for step in steps[-4:])
+
+
+def test_one_level_that_scores_lower_does_not_end_thawing_but_two_do() -> None:
+    by_level = {5: 0.7, 4: 0.74, 3: 0.73, 2: 0.76, 1: 0.75, 0: 0.9}
+    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
+    assert [level for name, level in _courses(steps)[3:9] if name == LITE0][1:] == [4, 3, 2, 1, 0]
+    by_level |= {3: 0.73, 2: 0.72}
+    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
+    assert min(level for _, level in _courses(steps)) == 2
 
 
 def test_a_thawed_trial_that_was_stopped_is_tried_at_a_third_of_its_rate() -> None:
