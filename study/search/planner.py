@@ -22,10 +22,12 @@ _Wanted = tuple[Params, str, bool]
 
 # A trial may take this share of what is left: one that disappoints leaves enough for others.
 _LARGEST_SHARE = 1 / 4
-# Heads may take this, of which each new backbone's raised every score measured; and trials that
-# take no more than this share of the whole time, for at its end nothing would be short enough.
-_LARGEST_SHARE_OF_HEAD = 1 / 2
-_SHORT = 1 / 8
+# Heads may take this: their time is foreseen well, and each new backbone's raised every score
+# measured.
+_LARGEST_SHARE_OF_HEAD = 0.8
+# A trial that takes no more than this share of the whole time may take so much of what is left,
+# for at the end nothing would be short enough.
+_SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 # A step costs this many forward passes: forward, and about twice that backward.
 _PASSES_PER_STEP = 3.0
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
@@ -122,7 +124,8 @@ class Planner:
             forecast = pace * self.seconds(config, has_features=self._has_features(rows, config))
             is_head = params.get("freeze_depth", self._base.freeze_depth) == MAX_FREEZE_DEPTH
             is_short = total_s is not None and forecast <= _SHORT * total_s
-            share = _LARGEST_SHARE_OF_HEAD if is_head or is_short else _LARGEST_SHARE
+            share = _LARGEST_SHARE_OF_SHORT if is_short else _LARGEST_SHARE
+            share = _LARGEST_SHARE_OF_HEAD if is_head else share
             if left_s is None or not rows or forecast <= share * left_s:
                 return Step(params, forecast, reason, is_sampled)
             does_not_fit = True
