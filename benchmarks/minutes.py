@@ -647,7 +647,7 @@ def read_results(file: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
 def summary(rows: dict[tuple[str, int, str], dict[str, Any]]) -> dict[str, Any]:
     """Return accuracies by moment, arm and set, and Frostline's differences to each rival."""
     sets, arms = sorted({s for s, _, _ in rows}), [a for a in ARMS if any(a == k[2] for k in rows)]
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for moment in MOMENTS:
         at = {k: value_at(row["entries"], moment, row["guess"])[0] for k, row in rows.items()}
         mean = {
@@ -679,13 +679,13 @@ def summary(rows: dict[tuple[str, int, str], dict[str, Any]]) -> dict[str, Any]:
                         sum(map(len, each.values())),
                     )
                     differences[f"{ours} - {rival}"] = {"all": whole, **by_set}
-        told[str(moment)] = {"accuracy": mean, "difference": differences}
-    return told
+        found[str(moment)] = {"accuracy": mean, "difference": differences}
+    return found
 
 
-def show(told: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
     """Print the summary in per cent and points."""
-    for moment, part in told.items():
+    for moment, part in found.items():
         print(f"\nafter {int(moment) / 60:g} min: test accuracy, %")
         for arm, sets in part["accuracy"].items():
             print(f"  {arm:20}", *(f"{s} {100 * v:.1f}" for s, v in sets.items()), sep="  ")
@@ -712,7 +712,7 @@ def run_cases(args: argparse.Namespace) -> bool:
                     continue
                 try:
                     entries = ARMS[arm](case)
-                except Exception:
+                except Exception:  # one arm that fails must not end a night; it is run again
                     traceback.print_exc()
                     is_good = False
                     continue
@@ -740,10 +740,10 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     is_good = args.report or run_cases(args)
     if rows := read_results(args.work / "results.jsonl"):
-        told = summary(rows)
-        show(told)
+        found = summary(rows)
+        show(found)
         if args.json:
-            args.json.write_text(json.dumps(told, indent=1) + "\n")
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(not is_good)
 
 

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from core.models.weights import WeightsError
 from core.training.batches import Normalizer, in_order
 from core.training.checkpoint import (
     CARD_FILE,
-    copy_refitted,
+    REFIT_FILE,
+    copy_weights,
     load_checkpoint,
     read_card,
     remove_checkpoint,
@@ -106,7 +106,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 def remove_model(folder: Path) -> None:
     """Remove a model, and nothing else from its folder."""
-    for member in folder.glob("member-*"):
+    for member in _member_folders(folder):
         remove_checkpoint(member)
     (folder / MODEL_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it is not empty, or not there
@@ -142,29 +142,34 @@ def load_model(folder: Path) -> Model:
 
 
 def save_model(
-    folder: Path, members: Sequence[tuple[Path, float, float]], facts: dict[str, Any]
+    folder: Path,
+    members: Sequence[tuple[Path, float, float]],
+    facts: dict[str, Any],
+    *,
+    use_refits: bool = True,
 ) -> None:
     """Write a model; whoever loads it meanwhile gets the old one or the new one whole.
 
-    Members have the tensors of their refit where there is one. The folders of the model before
-    stay until the next one, for whoever is reading them.
+    The folders of the model before stay until the next one, for whoever is reading them.
 
     Args:
-        folder: Where to; what it holds is replaced.
+        folder: Where to; the model that it holds is replaced.
         members: Checkpoint folder, weight and temperature of each.
         facts: What else `model.json` says.
+        use_refits: Whether members have the tensors of their refit where there is one.
 
     Raises:
         OSError: It cannot be written.
         WeightsError: A checkpoint is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = {path for path in folder.glob("member-*") if path.is_dir()}
-    first = max((int(path.name.split("-")[-1]) for path in before), default=-1) + 1
+    before = {int(path.name[7:]): path for path in _member_folders(folder)}
+    first = max(before, default=-1) + 1
     rows = []
     for k, (checkpoint, weight, temperature) in enumerate(members, start=first):
         target = folder / f"member-{k}"
-        is_refitted = copy_refitted(checkpoint, target)
+        is_refitted = use_refits and (checkpoint / REFIT_FILE).exists()
+        copy_weights(checkpoint, target, is_refitted=is_refitted)
         row = {"folder": target.name, "weight": weight, "temperature": temperature}
         rows.append({**row, "is_refitted": is_refitted, "weights_hash": weights_hash(target)})
     classes = read_card(members[0][0]).classes
@@ -173,9 +178,14 @@ def save_model(
     text = json.dumps({"classes": classes, "members": rows, **facts}, indent=2, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, folder / MODEL_FILE)
-    for path in before:
+    for path in before.values():
         if path.name not in read_now:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_checkpoint(path)
+
+
+def _member_folders(folder: Path) -> list[Path]:
+    """Return the folders that members have or had; one of a user's is called otherwise."""
+    return [path for path in folder.glob("member-*") if path.name[7:].isdecimal()]
 
 
 def _folders(folder: Path) -> set[str]:

@@ -89,23 +89,19 @@ def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
     os.replace(partial, path)
 
 
-def copy_refitted(checkpoint: Path, folder: Path) -> bool:
-    """Copy a checkpoint's weights and card, with the tensors of its refit where there are some.
+def copy_weights(checkpoint: Path, folder: Path, *, is_refitted: bool) -> None:
+    """Copy a checkpoint's weights and card to a new folder.
 
-    The refit is the same settings fitted on all images but the test split. Its card is that of the
-    checkpoint: what the settings score was measured before.
-
-    Returns:
-        Whether there is a refit.
+    With `is_refitted` the tensors are those of its refit, the same settings fitted on all images
+    but the test split. The card stays: what the settings score was measured before.
 
     Raises:
         OSError: A file cannot be written.
         WeightsError: The checkpoint is missing or damaged.
     """
-    folder.mkdir(parents=True)
-    has_refit = (checkpoint / REFIT_FILE).exists()
+    folder.mkdir()
     try:
-        if has_refit:
+        if is_refitted:
             state = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
             state |= safetensors.torch.load_file(checkpoint / REFIT_FILE)
             save_tensors(folder / WEIGHTS_FILE, state)
@@ -114,7 +110,6 @@ def copy_refitted(checkpoint: Path, folder: Path) -> bool:
         shutil.copyfile(checkpoint / CARD_FILE, folder / CARD_FILE)
     except (FileNotFoundError, safetensors.SafetensorError) as err:
         raise WeightsError(_unreadable(checkpoint, err)) from err
-    return has_refit
 
 
 def read_card(folder: Path) -> Card:

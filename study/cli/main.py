@@ -237,6 +237,8 @@ def run(
     else:
         config = load_config(path, overrides, _flags())
     check_inputs(config)
+    if plan is not None and dry_run:
+        raise click.UsageError("--dry-run makes a plan, so --plan must not be given with it.")
     return _estimate(config) if dry_run else _search(config, plan)
 
 

@@ -1,17 +1,18 @@
 """The model that a search leaves: the best of its trials so far, alone or averaged."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from core.cache import ArrayCache
 from core.config import Monitor, TrainConfig
 from core.fit import Interrupted, refit
 from core.heads.ensemble import fit_mean, nested_log_probs
-from core.metrics import Evaluation, FloatArray, Reference
+from core.metrics import Evaluation, FloatArray, Reference, TrainingDiverged
 from core.model import described, save_model
 from core.training.checkpoint import PREDICTIONS_FILE, REFIT_FILE
 from study.execution.files import model_members
@@ -33,6 +34,7 @@ class Choice:
         temperatures: What their logits are divided by.
         score: As trials are ranked; a mean's is measured on images that did not choose it.
         val_acc: Accuracy on the validation split, measured in the same way.
+        refitted: Whether each member is fitted again on all images but the test split.
     """
 
     trials: tuple[Trial, ...]
@@ -40,11 +42,7 @@ class Choice:
     temperatures: tuple[float, ...]
     score: float
     val_acc: float
-
-    @property
-    def refitted(self) -> tuple[bool, ...]:
-        """Whether each member was fitted again on all images but the test split."""
-        return tuple((Path(str(row.checkpoint)) / REFIT_FILE).exists() for row in self.trials)
+    refitted: tuple[bool, ...] = ()
 
 
 class FinalModel:
@@ -68,6 +66,7 @@ class FinalModel:
         kept = [row for row in rows if row.state == "complete" and row.weights_hash]
         if not kept:
             return
+        self.choice = self.choice or self._saved(kept)
         found = choose(kept, self._settings.finish, self._session.config.train.monitor)
         if (
             self.choice is not None
@@ -75,22 +74,39 @@ class FinalModel:
             and all(row.number in {other.number for other in kept} for row in self.choice.trials)
         ):
             found = self.choice
-        self.choice = found
-        checkpoints = [Path(str(row.checkpoint)) for row in self.choice.trials]
-        members = list(
-            zip(checkpoints, self.choice.weights, self.choice.temperatures, strict=True)
-        )
+        refitted = tuple(self._settings.refit and has_refit(row) for row in found.trials)
+        self.choice = found = replace(found, refitted=refitted)
         facts: dict[str, Any] = {
             "study": self._settings.name,
             "created_at": self._session.created_at,
-            "trials": [row.number for row in self.choice.trials],
-            "score": self.choice.score,
-            "val_acc": self.choice.val_acc,
-            "weights_hashes": [row.weights_hash for row in self.choice.trials],
-            "refitted": list(self.choice.refitted),
+            "trials": [row.number for row in found.trials],
+            "score": found.score,
+            "val_acc": found.val_acc,
+            "weights_hashes": [row.weights_hash for row in found.trials],
+            "refitted": list(refitted),
         }
         if not self._is_there(facts):
-            save_model(self._folder, members, facts)
+            folders = [Path(str(row.checkpoint)) for row in found.trials]
+            members = list(zip(folders, found.weights, found.temperatures, strict=True))
+            save_model(self._folder, members, facts, use_refits=self._settings.refit)
+
+    def _saved(self, kept: Sequence[Trial]) -> Choice | None:
+        """Return what an earlier process left in the folder, if these trials still give it."""
+        by_number = {row.number: row for row in kept}
+        facts = described(self._folder)
+        own: dict[str, Any] = {"study": self._settings.name}
+        own["created_at"] = self._session.created_at
+        try:
+            rows = [by_number[number] for number in facts["trials"]]
+            own["weights_hashes"] = [row.weights_hash for row in rows]
+            is_other = any(facts[key] != value for key, value in own.items())
+            if is_other or (self._settings.finish == "single" and len(rows) > 1):
+                return None
+            weights = tuple(float(member["weight"]) for member in facts["members"])
+            temperatures = tuple(float(member["temperature"]) for member in facts["members"])
+            return Choice(tuple(rows), weights, temperatures, facts["score"], facts["val_acc"])
+        except (LookupError, TypeError, ValueError):
+            return None  # none, another study's, or a damaged one
 
     def _is_there(self, facts: dict[str, Any]) -> bool:
         """Return whether the folder holds just this model."""
@@ -101,11 +117,10 @@ class FinalModel:
         """Return the members whose settings have not been fitted to all images yet."""
         if self.choice is None or not self._settings.refit:
             return []
-        pairs = zip(self.choice.trials, self.choice.refitted, strict=True)
-        return [row for row, is_refitted in pairs if not is_refitted]
+        return [row for row in self.choice.trials if not has_refit(row)]
 
-    def refit(self, row: Trial) -> bool:
-        """Fit a member's settings to all images but the test split; return whether it was."""
+    def refit(self, row: Trial) -> str | None:
+        """Fit a member's settings to all images but the test split; return what prevented it."""
         session = self._session
         try:
             refit(
@@ -116,8 +131,15 @@ class FinalModel:
                 should_stop=lambda: session.halted() is not None,
             )
         except Interrupted:
-            return False
-        return True
+            return session.halted()
+        except (TrainingDiverged, torch.OutOfMemoryError, ValueError) as err:
+            return str(err)
+        return None
+
+
+def has_refit(row: Trial) -> bool:
+    """Return whether a trial's settings were fitted to all images but the test split, too."""
+    return (Path(str(row.checkpoint)) / REFIT_FILE).exists()
 
 
 def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
@@ -125,9 +147,11 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
 
     Of each network the best head and the best thawed trial can be members.
     """
-    members = model_members(rows)
-    best = members[0]
-    evaluations = [_evaluation(row) for row in members]
+    best = min(rows, key=lambda row: row.rank)
+    images = _predicted(best)[0]
+    # Where the study's images were changed, others were evaluated on other ones.
+    members = [row for row in model_members(rows) if _predicted(row)[0] == images]
+    evaluations = [_predicted(row)[1] for row in members]
     labels = evaluations[0].labels
     log_probs = np.stack([evaluation.log_probs for evaluation in evaluations])
     own = evaluations[0].temperature
@@ -153,10 +177,11 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     )
 
 
-def _evaluation(row: Trial) -> Evaluation:
+def _predicted(row: Trial) -> tuple[list[str], Evaluation]:
+    """Return the validation images that a trial was evaluated on, and what it says of them."""
     with np.load(Path(str(row.checkpoint)) / PREDICTIONS_FILE) as saved:
         log_probs = np.log(np.maximum(saved["probabilities"], 1e-12))
-        return Evaluation(saved["labels"], log_probs)
+        return saved["paths"].tolist(), Evaluation(saved["labels"], log_probs)
 
 
 def _mean_reference(

@@ -140,8 +140,11 @@ def measure_networks(
 
 def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
     device = choose_device(train.device)
+    size = input_of(train.backbone, train.weights, train.image_size).image_size
+    # The time does not depend on the weights' values: none need be downloaded for a dry run.
+    train = replace(without_weights(train), image_size=size)
     network = build(train, data.classes)
-    model, size = network.model.to(device).eval(), network.preprocessing.image_size
+    model = network.model.to(device).eval()
     images = torch.randn(_MEASURED_IMAGES, 3, size, size, device=device)
     images = images.to(memory_format=torch.channels_last)
     dtype = amp_dtype(train.amp, device)

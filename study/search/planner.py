@@ -109,6 +109,8 @@ class Planner:
     ) -> Step | str:
         """Return the next trial, or why there is none.
 
+        That is `no time` where those that may gain do not fit into it, else `no gain`.
+
         Args:
             rows: The study's ended trials.
             left_s: Seconds that trials may still take; None for no limit.
@@ -129,9 +131,7 @@ class Planner:
             if left_s is None or not rows or forecast <= share * left_s:
                 return Step(params, forecast, reason, is_sampled)
             does_not_fit = True
-        if does_not_fit:
-            return "no trial that may still gain fits into the time that is left"
-        return "nothing that was not tried promises a gain"
+        return "no time" if does_not_fit else "no gain"
 
     def preview(self, total_s: float | None) -> list[Step]:
         """Return the trials of a study in which every thawed level gains: the longest course."""

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
+from study.config.errors import ConfigError
 from study.config.search_space import (
     ParamValue,
     apply_params,
@@ -159,6 +160,7 @@ class _Search:
         self._queue_again()
         if self.replayed is not None:
             self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(self.replayed)})
+            self._check_replayed(self.replayed)
         elif not self.is_planned:
             settings = self.config.search.recipe_names
             found = recipes(self.config.space, self.config.train, settings)
@@ -171,7 +173,7 @@ class _Search:
                 request = continued.pop(0)
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
-            elif self.is_planned and not self._waiting():
+            elif (self.is_planned or self.replayed is not None) and not self._waiting():
                 step = self._planned() if self.replayed is None else "plan"
                 if isinstance(step, str):
                     because = step
@@ -185,7 +187,8 @@ class _Search:
             if row.ended_at:
                 self.rows.append(row)
                 self._update_model()
-                write_plan(self.session.output / PLAN_FILE, self.rows, self.forecasts)
+                ran = [row for row in self.rows if not _is_copy(row)]
+                write_plan(self.session.output / PLAN_FILE, ran, self.forecasts)
                 self._show(self.rows)
         return self._finish(because)
 
@@ -198,15 +201,11 @@ class _Search:
         if self.planner is None:
             self.planner = make_planner(self.config, self.session.data)
         left = self._left_s()
-        refits = sum(_REFIT_COST * (row.duration_s or 0.0) for row in self.model.to_refit())
         if left is not None:
-            left -= min(refits, _LARGEST_SHARE_OF_REFITS * left)
+            refits_s = sum(map(_refit_s, self.model.to_refit()))
+            left -= min(refits_s, _LARGEST_SHARE_OF_REFITS * left)
         rows = [row for row in self.rows if not _is_copy(row)]
-        step = self.planner.next(rows, left, self.config.study.seconds)
-        if isinstance(step, str):
-            self._note(f"The plan is at its end: {step}.")
-            return "no time" if "time" in step else "no gain"
-        return step
+        return self.planner.next(rows, left, self.config.study.seconds)
 
     def images_per_s(self) -> float | None:
         """Return how many images the model classifies per second; None where nothing is known."""
@@ -223,11 +222,12 @@ class _Search:
         self._update_model()
         for row in self.model.to_refit():
             left = self._left_s()
-            needed = _REFIT_COST * (row.duration_s or 0.0)
-            if self.session.halted() or (left is not None and needed > left):
+            if self.session.halted() or (left is not None and _refit_s(row) > left):
                 continue
             self._note(f"Trial {row.number} is fitted again on all images but the test split.")
-            if self.model.refit(row):
+            if why := self.model.refit(row):
+                self._note(f"It was not, so the model has it as it is: {why}.")
+            else:
                 self._update_model()
         return because
 
@@ -278,6 +278,16 @@ class _Search:
         for origin, params in found.items():
             if origin not in queued:
                 self._enqueue(params, origin, is_recipe=True)
+
+    def _check_replayed(self, planned: list[PlannedTrial]) -> None:
+        """Refuse a plan for a study that has begun with other trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        known = [trial.user_attrs.get(_QUEUED, trial.params) for trial in trials]
+        if not all(trial.params in known for trial in planned):
+            name = self.config.study.name
+            raise ConfigError(
+                f"--plan must begin a study, but {name} has other trials. Use another --name."
+            )
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop; trials that copy a result do not count."""
@@ -372,6 +382,11 @@ class _Search:
                 fixed = {key: value for key, value in step.params.items() if key not in RATES}
                 self.study.sampler = optuna.samplers.PartialFixedSampler(fixed, self.study.sampler)
             return self.study.ask(self.distributions)
+
+
+def _refit_s(row: Trial) -> float:
+    """Forecast the seconds of fitting a trial's settings again."""
+    return _REFIT_COST * (row.duration_s or 0.0)
 
 
 def _is_copy(row: Trial) -> bool:

@@ -22,7 +22,7 @@ from command_line import (  # noqa: E402 (found by the path above)
     study,
     without_figures,
 )
-from support import classic_settings  # noqa: E402
+from support import classic_settings  # noqa: E402 (the same)
 
 HEAD_ONLY = 5
 """The freeze level at which only the head is trained."""

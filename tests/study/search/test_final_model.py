@@ -105,7 +105,8 @@ def _trial(folder: Path, number: int, backbone: str, probabilities: Any) -> Tria
     folder = folder / f"trial-{number:04d}"
     folder.mkdir()
     labels = np.arange(len(probabilities)) // 2 % 2
-    np.savez(folder / PREDICTIONS_FILE, labels=labels, probabilities=probabilities)
+    paths = [f"{i}.png" for i in range(len(labels))]
+    np.savez(folder / PREDICTIONS_FILE, paths=paths, labels=labels, probabilities=probabilities)
     score = Reference().score(Evaluation(labels, np.log(probabilities)), "val_loss")
     config = {**asdict(TrainConfig()), "backbone": backbone, "freeze_depth": 5}
     row = Trial(study_id=1, number=number, run_id=1, origin="plan", config=config, config_hash="",
@@ -150,6 +151,33 @@ def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
     assert figures[0] == figures[1]
 
 
+def test_a_plan_is_refused_for_a_study_with_other_trials(done: Path, tmp_path: Path) -> None:
+    home = make_home(tmp_path, SPACE, n=40)
+    run(config_of(home, 1, *SETTINGS, **NETWORKS))
+    (home / "plan.json").write_text('[{"params": {"backbone": "timm:test_resnet", '
+                                    '"freeze_depth": 3, "features": "last"}}]')  # fmt: skip
+    with pytest.raises(ConfigError, match="has other trials"):
+        run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+
+
+def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
+    home = make_home(tmp_path, SPACE, n=40)
+    config = {**NETWORKS, "study.refit": False, "study.finish": "single"}
+    own = home / "runs" / "photos" / "model" / "member-mine"
+    own.mkdir(parents=True)  # a user's folder stays, whatever it is called
+    run(config_of(home, 2, *SETTINGS, **config))
+    (number,), (member,) = _model(home)["trials"], _model(home)["members"]
+    trial = home / "runs" / "photos" / f"trial-{number:04d}" / "model.safetensors"
+    model = home / "runs" / "photos" / "model" / member["folder"] / "model.safetensors"
+    assert model.read_bytes() == trial.read_bytes() and own.is_dir()
+    # A later process knows what is there, and a refit makes it another.
+    before = (home / "runs" / "photos" / "model" / "model.json").read_bytes()
+    run(config_of(home, 2, *SETTINGS, **config))
+    assert (home / "runs" / "photos" / "model" / "model.json").read_bytes() == before
+    run(config_of(home, 2, *SETTINGS, **config | {"study.refit": True}))
+    assert _model(home)["refitted"] == [True]
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
 def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
     home = make_home(tmp_path, SPACE)
@@ -157,3 +185,10 @@ def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None
     with pytest.raises(ConfigError, match="--plan"):
         run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
     assert not (home / "s.db").exists()
+
+
+def test_trials_on_other_images_are_not_averaged(tmp_path: Path) -> None:
+    first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
+    probabilities = np.stack([first, 1 - first], axis=1)
+    rows = [_trial(tmp_path, k, "ab"[k], probabilities[: 100 - k]) for k in range(2)]
+    assert len(choose(rows, "ensemble", "val_loss").trials) == 1
