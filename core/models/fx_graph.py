@@ -3,11 +3,13 @@
 import functools
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import NodePathTracer
 
@@ -131,6 +133,35 @@ class TracedGraph:
 def trace_nodes(model: nn.Module) -> list[fx.Node]:
     """Trace a network in the mode it is in; `Stages.limits` are positions in this list."""
     return list(_tracer().trace(model).nodes)
+
+
+def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
+    """Fold batch norms into the convolutions before them; it computes the same but for rounding.
+
+    The module, in eval mode, is changed; the layers of the network that it was made of are not.
+    """
+    from timm.layers import BatchNormAct2d
+
+    layers = dict(module.named_modules())
+    uses = Counter(str(node.target) for node in module.graph.nodes)
+    for node in module.graph.nodes:
+        before = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(before, fx.Node) or len(before.users) > 1:
+            continue
+        names = str(before.target), str(node.target)
+        conv, norm = layers.get(names[0]), layers[names[1]]
+        if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
+            continue
+        if isinstance(conv, nn.Conv2d) and uses[names[0]] == uses[names[1]] == 1:
+            _set(module, names[0], fuse_conv_bn_eval(conv, norm))
+            # timm's norms hold their dropout and activation.
+            _set(module, names[1], nn.Sequential(*norm.children()))
+    return module
+
+
+def _set(module: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, layer)
 
 
 def _tracer() -> NodePathTracer:

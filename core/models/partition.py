@@ -41,7 +41,7 @@ class Partition:
         row_shape: Shape of one row.
     """
 
-    make_prefix: Callable[[], nn.Module]
+    make_prefix: Callable[[], fx.GraphModule]
     suffix: Trainable
     row_shape: tuple[int, ...]
 

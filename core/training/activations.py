@@ -19,6 +19,7 @@ from core.data.splits import ImageData, Split
 from core.device import amp_dtype, in_parts
 from core.keys import images_key, key_text, prefix_key
 from core.models.builder import Network
+from core.models.fx_graph import fold_norms
 from core.models.layers import find_layers, tap
 from core.models.partition import Partition, cut, cut_head
 from core.training.batches import Views, in_order
@@ -192,7 +193,7 @@ class Activations:
     def _computed(self, inputs: Iterator[Tensor]) -> Iterator[Tensor]:
         """Send chunks through the prefix; rows of images come out channels last, on the CPU."""
         if self._prefix is None:
-            self._prefix = self._make_prefix()
+            self._prefix = fold_norms(self._make_prefix())
         for images in inputs:
             self._pulse()
             with torch.no_grad(), self._autocast:

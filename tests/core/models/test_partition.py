@@ -8,6 +8,7 @@ import torch
 from core.config import TrainConfig
 from core.models.builder import build
 from core.models.freeze_stages import train_mode
+from core.models.fx_graph import fold_norms
 from core.models.partition import cut, cut_head
 from core.models.sources import BackboneError
 
@@ -41,6 +42,29 @@ def test_the_parts_do_exactly_what_the_network_does(backbone: str) -> None:
         state = twin.state_dict()
         for name, value in part.suffix.module.state_dict().items():
             assert torch.equal(value, state[name])  # batch norms moved alike
+
+
+@pytest.mark.parametrize("backbone", ["timm:tf_efficientnet_lite0", "resnet18", "mobilenet_v2"])
+def test_folded_norms_compute_the_same_and_leave_the_network_as_it_is(backbone: str) -> None:
+    config = replace(BASE, backbone=backbone, image_size=64, freeze_depth=4)
+    network = build(config, ("a", "b"))
+    for layer in network.model.modules():  # statistics that a wrong fold would show
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for values in (layer.running_mean, layer.running_var, layer.weight):
+                assert values is not None
+                values.data.uniform_(0.5, 1.5)
+    part, before = cut(network, config), copy.deepcopy(network.model.state_dict())
+    assert part is not None
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        expected = part.make_prefix()(images)
+        folded = fold_norms(part.make_prefix())
+        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-4)
+    assert not [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    after = network.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with torch.no_grad():
+        assert torch.equal(part.make_prefix()(images), expected)
 
 
 def test_a_head_alone_behind_features_is_told_from_others() -> None:
