@@ -137,7 +137,8 @@ class TrainConfig:
     """What a solved head sees: the pooled outputs of several layers side by side, or of the last
     layer alone."""
     mirrored: bool = False
-    """Whether a solved head sees the mean of an image's features and its mirror image's."""
+    """Whether predictions are the mean of those for an image and for its mirror image (logits, and
+    features where a head is solved)."""
     head_decay: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Penalty of the logistic regression, 1 / (C n) for n images with the bias not penalised; auto
     chooses it from a path of values by cross-validation."""

@@ -160,11 +160,11 @@ class EvalViews:
         self._images, self._cache = images, cache
         self._stores: dict[View, ImageStore] = {}
 
-    def store(self, shown: Preprocessing) -> ImageStore:
+    def store(self, shown: Preprocessing, progress: Progress = None) -> ImageStore:
         """Return the store of some views, made at the first call; it raises as `build_stores`."""
         view = View.of(shown)
         if view not in self._stores:
-            self.make([view])
+            self.make([view], progress)
         return self._stores[view]
 
     def make(self, kinds: Sequence[View], progress: Progress = None) -> None:

@@ -137,14 +137,13 @@ def _out_of_fold(solved: SolvedHead, data: ImageData) -> tuple[Evaluation, Evalu
 
 def _with_head(network: Network, config: TrainConfig, solved: SolvedHead) -> Network:
     """Return the network with its solved head: its own layer, or one on several layers."""
-    if config.features == "last" and not config.mirrored:
+    if config.features == "last":
         _set_head(network.model.get_submodule(network.head[0]), solved.apart)
         return network
     layers = find_layers(network)
-    layers = layers if config.features == "several" else layers[-1:]
     head = nn.Linear(solved.weight.shape[1], solved.weight.shape[0])
     _set_head(head, solved.apart)
-    model = SolvedNetwork(tap(network.model, layers), head, mirrored=config.mirrored)
+    model = SolvedNetwork(tap(network.model, layers), head)
     return replace(network, model=model, head=("head",), layers=layers)
 
 

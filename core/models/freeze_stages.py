@@ -43,6 +43,7 @@ class Stages:
         flops: Forward FLOPs per image in each stage, the head's last.
         sizes: Parameters (scalars) in each stage, the head's last, then those never used.
         limits: For each level, the last node of the traced graph that it freezes; -1 for none.
+        numels: For levels 1 to 4, numbers per image in what the frozen part hands over.
     """
 
     stage_of: dict[str, int]
@@ -50,6 +51,7 @@ class Stages:
     flops: tuple[int, ...]
     sizes: tuple[int, ...]
     limits: tuple[int, ...]
+    numels: tuple[int, ...]
 
     def frozen_flops_share(self, depth: int) -> float:
         """Return the share of the forward pass that level `depth` freezes, in [0, 1]."""
@@ -139,7 +141,8 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
     for name, at in trunk.items():
         sizes_at[at] += model.get_parameter(name).numel()
     weights = list(itertools.accumulate(sizes_at))
-    edges = [cut.position for cut in _choose_cuts(graph, weights, cost, end)]
+    cuts = _choose_cuts(graph, weights, cost, end)
+    edges = [cut.position for cut in cuts]
     limits = [-1, *edges, end - 1]
     stage_of = {
         name: sum(at > edge for edge in edges) if name in trunk else MAX_FREEZE_DEPTH
@@ -156,6 +159,7 @@ def find_stages(model: nn.Module, head: tuple[str, ...], image_size: int) -> Sta
         flops=(*flops, cost[-1] - cost[end]),
         sizes=tuple(sizes),
         limits=tuple(limits),
+        numels=tuple(cut.numel for cut in cuts),
     )
 
 

@@ -25,7 +25,7 @@ class CutPoint:
     Attributes:
         position: Index of the last node before the cut.
         spatial: Positions per image of the tensor: height times width, or tokens.
-        numel: Elements of the tensor.
+        numel: Elements of the tensor per image.
         nesting: Modules that hold both neighbours; small at the border of a large block.
     """
 
@@ -126,7 +126,7 @@ class TracedGraph:
             if shape and len(shape) >= 2 and shape[0] == _PROBE_BATCH:
                 pairs = zip(self.paths[i], self.paths[i + 1], strict=False)
                 shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-                cuts.append(CutPoint(i, _spatial(shape), math.prod(shape), len(list(shared))))
+                cuts.append(CutPoint(i, _spatial(shape), math.prod(shape[1:]), len(list(shared))))
         return cuts
 
 

@@ -22,19 +22,28 @@ class SolvedNetwork(nn.Module):
     Args:
         features: Images (N, 3, S, S) to features (N, F), as `tap` makes it.
         head: Features to logits.
-        mirrored: Whether features are the mean of those of an image and of its mirror image.
     """
 
-    def __init__(self, features: nn.Module, head: nn.Linear, *, mirrored: bool) -> None:
+    def __init__(self, features: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.features, self.head, self.mirrored = features, head, mirrored
+        self.features, self.head = features, head
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, (N, K)."""
-        rows = self.features(images)
-        if self.mirrored:
-            rows = (rows + self.features(images.flip(-1))) / 2
-        logits: Tensor = self.head(rows)
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+class Mirrored(nn.Module):
+    """A network whose logits are the mean of those for an image and for its mirror image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, (N, K)."""
+        logits: Tensor = (self.network(images) + self.network(images.flip(-1))) / 2
         return logits
 
 

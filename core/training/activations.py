@@ -8,7 +8,6 @@ that equal settings give equal bits: cached or not, in any process, with any num
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from core.data.splits import ImageData, Split
 from core.device import amp_dtype, in_parts
 from core.keys import images_key, key_text, prefix_key
 from core.models.builder import Network
+from core.models.freeze_stages import Stages
 from core.models.fx_graph import fold_norms
 from core.models.layers import find_layers, tap
 from core.models.partition import Partition, cut, cut_head
@@ -40,16 +40,18 @@ def kept_partition(
 
     The rule is static, so that the way a run is computed depends on its settings alone.
     """
+    return cut(network, config) if is_kept(network.stages, config, device) else None
+
+
+def is_kept(stages: Stages, config: TrainConfig, device: torch.device) -> bool:
+    """Return whether rows are worth keeping at the configuration's freeze level."""
     depth = config.freeze_depth
     if depth == 0 or config.mixup or config.cutmix:  # blends of images are a batch's own
-        return None
-    part = cut(network, config)
-    if part is None or depth == MAX_FREEZE_DEPTH:
-        return part
-    item = 2 if amp_dtype(config.amp, device) else 4
-    row_bytes = item * int(np.prod(part.row_shape))
-    flops = sum(network.stages.flops[:depth])
-    return part if flops >= _FLOPS_PER_BYTE * row_bytes else None
+        return False
+    if depth == MAX_FREEZE_DEPTH:
+        return True
+    row_bytes = (2 if amp_dtype(config.amp, device) else 4) * stages.numels[depth - 1]
+    return sum(stages.flops[:depth]) >= _FLOPS_PER_BYTE * row_bytes
 
 
 def evaluation_features(
@@ -114,7 +116,7 @@ class Activations:
         dtype = amp_dtype(config.amp, views.device)
         self._autocast = torch.autocast(views.device.type, dtype=dtype, enabled=dtype is not None)
         self._labels = torch.from_numpy(data.train.labels)
-        self._val: Callable[[Tensor], Tensor] | None = None
+        self._val: dict[bool, Callable[[Tensor], Tensor]] = {}
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's rows (N, ...) and labels (N,) from a batch on."""
@@ -124,12 +126,13 @@ class Activations:
             labels = self._labels[positions].to(self._views.device, non_blocking=True)
             yield self._ready(rows(positions)), labels
 
-    def val(self) -> Iterator[Tensor]:
-        """Iterate over the validation split's rows in its order."""
-        if self._val is None:
-            self._val = self.evaluation_rows(self._data.val)
+    def val(self, *, is_mirrored: bool = False) -> Iterator[Tensor]:
+        """Iterate over the validation split's rows, or its mirror images', in its order."""
+        if is_mirrored not in self._val:
+            rows = self.evaluation_rows(self._data.val, is_mirrored=is_mirrored)
+            self._val[is_mirrored] = rows
         for positions in in_order(len(self.val_labels), self._chunk):
-            yield self._ready(self._val(torch.from_numpy(positions)))
+            yield self._ready(self._val[is_mirrored](torch.from_numpy(positions)))
 
     def _ready(self, rows: Tensor) -> Tensor:
         """Bring rows to the device, channels last where they are images."""
@@ -161,7 +164,8 @@ class Activations:
         self, split: Split, *, is_mirrored: bool = False
     ) -> Callable[[Tensor], Tensor]:
         """Return what gives the rows of a split's evaluation views at some positions."""
-        views = images_key(self._data.views.store(self._views.shown), split.indices)
+        store = self._data.views.store(self._views.shown, lambda done, total: self._pulse())
+        views = images_key(store, split.indices)
 
         def inputs(chunks: list[IntArray]) -> Iterator[Tensor]:
             for images in self._views.eval_inputs(split, chunks):

@@ -98,8 +98,12 @@ class Views:
         for positions in batches:
             yield self.normalize(eval_views(self._data, split, positions, self.shown))
 
-    def val(self) -> Iterator[Tensor]:
-        """Iterate over the validation split's inputs in its order."""
+    def val(self, *, is_mirrored: bool = False) -> Iterator[Tensor]:
+        """Iterate over the validation split's inputs, or their mirror images, in its order."""
+        inputs = self._val_inputs()
+        yield from (images.flip(-1) for images in inputs) if is_mirrored else inputs
+
+    def _val_inputs(self) -> Iterator[Tensor]:
         if self._kept_val:
             yield from map(self.normalize, self._kept_val)
             return

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.config import Preprocessing, TrainConfig
 from core.metrics import EpochMetrics, Evaluation
-from core.models.layers import SolvedNetwork, tap
+from core.models.layers import Mirrored, SolvedNetwork, tap
 from core.models.sources import create
 from core.models.weights import WeightsError, load
 
@@ -156,10 +156,11 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
         state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         if card.layers:
             head = nn.Linear(state["head.weight"].shape[1], len(card.classes))
-            model = SolvedNetwork(tap(model, card.layers), head, mirrored=card.config.mirrored)
+            model = SolvedNetwork(tap(model, card.layers), head)
         load(model, state)
     except (OSError, RuntimeError, LookupError, safetensors.SafetensorError) as err:
         raise WeightsError(_unreadable(folder, err)) from err
+    model = Mirrored(model) if card.config.mirrored else model
     return model.eval(), card
 
 

@@ -26,7 +26,7 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
         kept |= {"seed"} if config.weights == "none" else set()
         others = sorted(set(fields_of(TrainConfig)) - kept)
         return found | dict.fromkeys(others, "the head is solved")
-    found |= dict.fromkeys(("features", "mirrored"), "the head is not solved")
+    found["features"] = "the head is not solved"
     if config.freeze_depth != MAX_FREEZE_DEPTH:
         found["head_solver"] = "more than the head is trained"
     if config.head_init != "solved":

@@ -131,6 +131,7 @@ DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "base_lr": {"low": 3e-5, "high": 3e-3, "log": True},
     "head_lr_mult": {"low": 0.1, "high": 10.0, "log": True},
     "weight_decay": {"low": 1e-3, "high": 0.3, "log": True},
+    "image_size": {"choices": [None, 320]},
     "features": {"choices": ["several", "last"]},
     "mirrored": {"choices": [False, True]},
 }

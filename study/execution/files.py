@@ -128,7 +128,7 @@ class TrialFiles:
 
 
 def model_members(rows: Iterable[Trial]) -> list[Trial]:
-    """Return what a mean of several trials is made of: each network's best head and thawed trial.
+    """Return what a mean of several trials is made of: each backbone's best head and thawed trial.
 
     Returns:
         The best first.
@@ -136,7 +136,7 @@ def model_members(rows: Iterable[Trial]) -> list[Trial]:
     found: dict[tuple[object, ...], Trial] = {}
     for row in sorted(rows, key=lambda row: row.rank):
         is_head = row.freeze_depth == MAX_FREEZE_DEPTH
-        found.setdefault((row.backbone, row.config["image_size"], is_head), row)
+        found.setdefault((row.backbone, is_head), row)
     return list(found.values())
 
 

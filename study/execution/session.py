@@ -235,6 +235,8 @@ def stored_side(trains: Iterable[TrainConfig]) -> int:
 def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[TrainConfig]:
     """Return the base configuration at every network of the space, at the largest batch size.
 
+    A plan's are of the first image size: whether it comes to another is open.
+
     Args:
         config: The study.
         with_starts: At every freeze level, every way to start or solve a head and to treat batch
@@ -243,6 +245,8 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
     starts = ("head_init", "head_solver", "freeze_depth", "batch_norm") if with_starts else ()
     names = ("backbone", "weights", "image_size", *starts)
     ends = {name: config.space[name].ends for name in names if name in config.space}
+    if config.search.strategy == "plan" and "image_size" in ends:
+        ends["image_size"] = ends["image_size"][:1]
     if "batch_size" in config.space:
         sizes = sorted(int(n or 0) for n in config.space["batch_size"].ends)
         possible = [n for n in sizes if n >= (config.train.micro_batch_size or 1)]
@@ -276,6 +280,7 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         ValueError: A backbone, its weights, the device, or the batch size cannot be used.
     """
     different: dict[object, list[TrainConfig]] = {}
+    checked: set[str] = set()
     for t in trains:
         key = (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved)
         different.setdefault(key, []).append(t)
@@ -288,8 +293,10 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
                 check_batches(other, network, len(data.train))
             except ValueError as err:
                 raise ConfigError(str(err)) from err
-        if train.is_solved or train.head_init == "solved":
+        is_solved = train.is_solved or train.head_init == "solved"
+        if is_solved and train.backbone not in checked:
             cut_head(network, train)
+            checked.add(train.backbone)
 
 
 def without_weights(train: TrainConfig) -> TrainConfig:

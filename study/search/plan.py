@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -16,8 +15,10 @@ from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
 from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
-from core.models.partition import cut
-from core.training.activations import kept_partition
+from core.models.fx_graph import fold_norms
+from core.models.layers import find_layers, tap
+from core.models.weights import fingerprint, resolve
+from core.training.activations import is_kept
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params, distributions, fits
 from study.config.study_config import StudyConfig
@@ -29,7 +30,7 @@ from study.search.samplers import grid_of
 PLAN_FILE = "plan.json"
 """What a study ran, in its folder."""
 _MEASURED_STEPS = 3
-_MEASURED_IMAGES = 16
+_MEASURED_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +132,28 @@ def make_planner(config: StudyConfig, data: ImageData) -> Planner:
 def measure_networks(
     config: StudyConfig, data: ImageData
 ) -> dict[tuple[ParamValue, ...], NetworkCost]:
-    """Measure a forward pass of every network of a space."""
-    return {
-        point: _network_cost(train, data)
-        for point, train in networks(config.space, config.train).items()
-    }
+    """Measure a forward pass of every backbone of a space; other image sizes are in proportion."""
+    measured: dict[tuple[str, str], tuple[int, NetworkCost]] = {}
+    found = {}
+    for point, train in networks(config.space, config.train).items():
+        size = input_of(train.backbone, train.weights, train.image_size).image_size
+        name = train.backbone, train.weights
+        if name not in measured:
+            measured[name] = size, _network_cost(train, data)
+        own, cost = measured[name]
+        found[point] = replace(cost, forward_s=cost.forward_s * (size / own) ** 2)
+    return found
 
 
 def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
     device = choose_device(train.device)
     size = input_of(train.backbone, train.weights, train.image_size).image_size
-    # The time does not depend on the weights' values: none need be downloaded for a dry run.
-    train = replace(without_weights(train), image_size=size)
+    if fingerprint(train.backbone, resolve(train.backbone, train.weights)) is None:
+        # The time does not depend on the weights' values: none need be downloaded for a dry run.
+        train = replace(without_weights(train), image_size=size)
     network = build(train, data.classes)
-    model = network.model.to(device).eval()
+    network.model.to(device)
+    model = fold_norms(tap(network.model, find_layers(network)))
     images = torch.randn(_MEASURED_IMAGES, 3, size, size, device=device)
     images = images.to(memory_format=torch.channels_last)
     dtype = amp_dtype(train.amp, device)
@@ -159,15 +168,14 @@ def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
         synchronize(device)
         times.append(time.perf_counter() - begin)
     levels = range(MAX_FREEZE_DEPTH + 1)
-    head = cut(network, replace(train, freeze_depth=MAX_FREEZE_DEPTH))
+    head = network.model.get_submodule(network.head[0])
     return NetworkCost(
         min(times) / _MEASURED_IMAGES,
         tuple(network.stages.frozen_flops_share(level) for level in levels),
         tuple(
-            kept_partition(network, replace(train, freeze_depth=level), device) is not None
-            for level in levels
+            is_kept(network.stages, replace(train, freeze_depth=level), device) for level in levels
         ),
-        2 * int(np.prod(head.row_shape)) if head else 0,
+        2 * getattr(head, "in_features", 0),
     )
 
 

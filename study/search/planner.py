@@ -7,6 +7,7 @@ scored higher than the head that it starts from. What is left of the time is the
 
 import itertools
 import math
+import operator
 import statistics
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from study.config.search_space import ParamValue, Space, apply_params, default_p
 from study.record.models import Trial
 
 Params = dict[str, ParamValue]
+_Network = tuple[ParamValue, ...]
 _Wanted = tuple[Params, str, bool]
 """Settings, why, and whether the sampler chooses rates and decay."""
 
@@ -28,8 +30,9 @@ _LARGEST_SHARE_OF_HEAD = 0.8
 # A trial that takes no more than this share of the whole time may take so much of what is left,
 # for at the end nothing would be short enough.
 _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
-# A step costs this many forward passes: forward, and about twice that backward.
-_PASSES_PER_STEP = 3.0
+# A step costs so many passes of the frozen network, whose norms are folded: forward, and about
+# twice that backward.
+_PASSES_PER_STEP = 3.75
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
 _SOLVER_S = 1.1e-7
 # Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
@@ -92,7 +95,7 @@ class Planner:
         self,
         space: Space,
         base: TrainConfig,
-        costs: Mapping[tuple[ParamValue, ...], NetworkCost],
+        costs: Mapping[_Network, NetworkCost],
         n_train: int,
         n_val: int,
         n_classes: int,
@@ -194,7 +197,7 @@ class Planner:
         n_passes = 2 if config.is_solved and config.mirrored else 1
         return n_passes * self._costs[self.network_of(config)].forward_s
 
-    def network_of(self, train: TrainConfig) -> tuple[ParamValue, ...]:
+    def network_of(self, train: TrainConfig) -> _Network:
         """Return the values of the dimensions that make a network."""
         return tuple(getattr(train, name) for name in network_keys(self._space))
 
@@ -211,30 +214,28 @@ class Planner:
 
     def _wanted(self, rows: Sequence[Trial]) -> Generator[_Wanted, None, None]:
         """List what may gain, the best for its seconds first; tried settings are among it."""
-        networks = list(self._costs)
-        heads: dict[tuple[ParamValue, ...], Trial] = {}
-        if MAX_FREEZE_DEPTH in self._depths:
-            for network in networks:
-                params = self._params(network, MAX_FREEZE_DEPTH)
-                yield params, "solved head", False
-                if row := self._find(rows, params):
-                    heads[network] = row
+        small = [network for network in self._costs if network == self._first_size(network)]
+        large = [network for network in self._costs if network not in small]
+        heads = yield from self._heads(rows, small, "solved head")
         levels = sorted(self._depths - {MAX_FREEZE_DEPTH}, reverse=True)
-        gained: list[tuple[float, tuple[ParamValue, ...], int]] = []
-        for network in networks:
+        gained: list[tuple[float, _Network, int]] = []
+        for network in small:
             # The cheapest network shows whether thawing gains, and how much of it is to be thawed.
-            own = levels if network == networks[0] else [gained[0][2]]
-            start = self._score(heads[network]) if network in heads else -math.inf
-            score, level = yield from self._thaw(rows, network, own, start)
-            if score > start:
-                gained.append((score, network, level))
+            own = levels if network == small[0] else [gained[0][2]]
+            gained += yield from self._thaw(rows, network, own, heads.get(network, -math.inf))
             if not gained:
                 break
-        mirrored = self._space.get("mirrored")
-        if mirrored and MAX_FREEZE_DEPTH in self._depths and mirrored.nearest(True) is True:
-            for network in networks:
-                params = self._params(network, MAX_FREEZE_DEPTH) | {"mirrored": True}
-                yield params, "solved head on images and mirror images", False
+        heads |= yield from self._heads(rows, large, "solved head on larger images")
+        better = [n for n in large if heads.get(n, 0.0) >= heads.get(self._first_size(n), 0.0)]
+        for network in better if gained else ():
+            own = [max(gained, key=_first)[2]]
+            gained += yield from self._thaw(rows, network, own, heads.get(network, -math.inf))
+        for key, value, reason in (
+            ("mirrored", True, "solved head on images and mirror images"),
+            ("features", "last", "solved head on the last layer"),
+        ):
+            if key in self._space and self._space[key].nearest(value) == value:
+                yield from self._heads(rows, [*small, *better], reason, {key: value})
         sampled = [row for row in rows if row.origin == SAMPLED][-_MOST_SAMPLED:]
         before = max((self._score(row) for row in rows if row not in sampled), default=-math.inf)
         is_stale = len(sampled) == _MOST_SAMPLED and all(
@@ -242,25 +243,48 @@ class Planner:
         )
         free = [name for name, dim in self._space.items() if name in RATES and len(dim.ends) > 1]
         if free and not is_stale:
-            for _, network, level in sorted(gained, key=lambda item: -item[0])[:1]:
+            for _, network, level in [max(gained, key=_first)] if gained else []:
                 yield self._params(network, level), "rates drawn at the best level", True
+
+    def _first_size(self, network: _Network) -> _Network:
+        """Return a network at the first image size of the space."""
+        named = dict(zip(network_keys(self._space), network, strict=True))
+        if "image_size" in named:
+            named["image_size"] = self._space["image_size"].ends[0]
+        return tuple(named.values())
+
+    def _heads(
+        self,
+        rows: Sequence[Trial],
+        networks: Sequence[_Network],
+        reason: str,
+        changes: Params | None = None,
+    ) -> Generator[_Wanted, None, dict[_Network, float]]:
+        """List the solved heads of some networks; return the scores of those that there are."""
+        found = {}
+        for network in networks if MAX_FREEZE_DEPTH in self._depths else ():
+            params = self._params(network, MAX_FREEZE_DEPTH) | (changes or {})
+            yield params, reason, False
+            if row := self._find(rows, params):
+                found[network] = self._score(row)
+        return found
 
     def _thaw(
         self,
         rows: Sequence[Trial],
-        network: tuple[ParamValue, ...],
+        network: _Network,
         levels: Sequence[int],
         start: float,
-    ) -> Generator[_Wanted, None, tuple[float, int]]:
+    ) -> Generator[_Wanted, None, list[tuple[float, _Network, int]]]:
         """List trials that thaw a network, ever more of it while that scores above its head.
 
         Two levels in a row that score lower than the one before end it, too. One is not enough:
         on flowers5 level 3 scored below level 4, and level 2 above both.
 
         Returns:
-            The highest score, and its level.
+            The highest score, the network and the level, if that is above its head's score.
         """
-        found = []
+        found: list[tuple[float, _Network, int]] = []
         for level in levels:
             row = None
             for rate in (_RATES.get(level, _RATE_BELOW), _RATES.get(level, _RATE_BELOW) / 3):
@@ -275,16 +299,15 @@ class Planner:
                     break
             if row is None:  # it does not fit into the time
                 break
-            found.append((self._score(row), level))
-            ends = [score for score, _ in found[-3:]]
+            found.append((self._score(row), network, level))
+            ends = [score for score, *_ in found[-3:]]
             is_falling = len(ends) == 3 and ends[2] <= ends[1] <= ends[0]
             if is_falling or (len(found) > 1 and ends[-1] <= start):
                 break
-        return max(found, default=(-math.inf, 0))
+        best = max(found, key=_first, default=None)
+        return [best] if best and best[0] > start else []
 
-    def _params(
-        self, network: tuple[ParamValue, ...], level: int, rate: float = _RATE_BELOW
-    ) -> Params:
+    def _params(self, network: _Network, level: int, rate: float = _RATE_BELOW) -> Params:
         """Return a point of the space: a network, thawed from a level on by a known recipe."""
         wanted: dict[str, Any] = dict(zip(network_keys(self._space), network, strict=True))
         wanted |= {
@@ -312,6 +335,7 @@ class Planner:
         return -math.inf if row.state != "complete" or row.ranked_by is None else row.ranked_by
 
 
+_first = operator.itemgetter(0)
 SAMPLED = "sampler"
 """Origin of a trial whose settings the sampler drew."""
 RATES = ("base_lr", "head_lr_mult", "weight_decay")
@@ -323,7 +347,7 @@ def network_keys(space: Space) -> tuple[str, ...]:
     return tuple(name for name in ("backbone", "weights", "image_size") if name in space)
 
 
-def networks(space: Space, base: TrainConfig) -> dict[tuple[ParamValue, ...], TrainConfig]:
+def networks(space: Space, base: TrainConfig) -> dict[_Network, TrainConfig]:
     """Return every network of a space, with the settings that build it."""
     keys = network_keys(space)
     points = itertools.product(*(space[key].ends for key in keys))

@@ -33,6 +33,7 @@ def checkpoints(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> li
         replace(HEAD, mirrored=True),
         replace(HEAD, features="last", mirrored=True, image_size=40),
         replace(HEAD, freeze_depth=3, epochs=1),
+        *(replace(HEAD, freeze_depth=depth, epochs=1, mirrored=True) for depth in (0, 4)),
     ]
     folders = [tmp_path_factory.mktemp("checkpoint") for _ in configs]
     for config, folder in zip(configs, folders, strict=True):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.models.builder import build
-from core.models.layers import SolvedNetwork, find_layers, tap
+from core.models.layers import Mirrored, SolvedNetwork, find_layers, tap
 
 POSITIONS = {"resnet18": (2, 3), "timm:vit_tiny_patch16_224": (1,)}
 
@@ -51,6 +51,6 @@ def test_a_mirrored_network_does_not_see_sides() -> None:
     features = tap(network.model, find_layers(network))
     images = torch.randn(2, 3, 64, 64)
     head = torch.nn.Linear(features(images).shape[1], 2)
-    for mirrored in (False, True):
-        model = SolvedNetwork(features, head, mirrored=mirrored).eval()
-        assert torch.allclose(model(images), model(images.flip(-1)), atol=1e-6) == mirrored
+    plain = SolvedNetwork(features, head).eval()
+    for model, is_blind in ((plain, False), (Mirrored(plain), True)):
+        assert torch.allclose(model(images), model(images.flip(-1)), atol=1e-6) == is_blind

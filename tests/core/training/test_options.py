@@ -151,6 +151,8 @@ def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
             continue
         changed = _differ(plain, _trained(config, data, cache, monkeypatch))
         expected = name not in without_effect(base) or name not in without_effect(config)
+        if name == "mirrored" and not base.is_solved:  # what is predicted, not the weights
+            expected = False
         if changed != expected:
             wrong.append((name, changed, without_effect(config).get(name)))
     assert not wrong

@@ -102,6 +102,7 @@ def test_the_default_space_has_every_recipe() -> None:
         "base_lr": 3e-4,
         "head_lr_mult": 1.0,
         "features": "several",
+        "image_size": None,
         "mirrored": False,
         "weight_decay": config.train.weight_decay,
     }

@@ -54,9 +54,10 @@ def _courses(steps: list[Step]) -> list[tuple[object, object]]:
 def test_heads_come_first_and_little_else_where_thawing_does_not_gain() -> None:
     steps, why = _play(_planner(), lambda config: 0.7 if config.is_solved else 0.6)
     heads = [(LITE0, 5), (LITE1, 5), (LITE2, 5)]
-    assert _courses(steps) == [*heads, (LITE0, 5), (LITE0, 4), (LITE0, 3), *heads]
+    ends = [*heads, (LITE1, 5), (LITE2, 5)]  # mirrored, and on the last layer
+    assert _courses(steps) == [*heads, (LITE0, 5), (LITE0, 4), (LITE0, 3), *ends]
     assert steps[3].params["features"] == "last"
-    assert [step.params["mirrored"] for step in steps[-3:]] == [True] * 3
+    assert [step.params["mirrored"] for step in steps[-5:]] == [True] * 3 + [False] * 2
     assert why == "no gain"
 
 
