@@ -88,9 +88,9 @@ def test_the_model_is_tested_once_and_only_its_own_files_go_with_the_study(tmp_p
 def test_a_trial_that_meets_the_deadline_is_continued_and_gives_what_it_would_have(
     tmp_path: Path,
 ) -> None:
-    settings = (*SETTINGS, "train.epochs=200", "space.freeze_depth=4", "train.views=2")
+    settings = (*SETTINGS, "train.epochs=300", "space.freeze_depth=4", "train.views=2")
     cut, whole = (make_home(tmp_path / name, SPACE, n=40) for name in ("cut", "whole"))
-    outcome = run(config_of(cut, 1, *settings, **{"study.time": 4.0}))
+    outcome = run(config_of(cut, 1, *settings, **{"study.time": 6.0}))
     assert outcome.stopped_because == "timeout"
     assert [row.state for row in rows_of(cut)] == ["interrupted"]
     for home in (cut, whole):

@@ -10,7 +10,8 @@ from study.config.search_space import DEFAULT_SPACE, Choices, Range, apply_param
 from study.record.models import Trial
 from study.search.planner import SAMPLED, NetworkCost, Planner, Step
 
-SPACE = parse_space(DEFAULT_SPACE)[0]
+SIZES = parse_space(DEFAULT_SPACE)[0]
+SPACE = {name: dim for name, dim in SIZES.items() if name != "image_size"}
 LITE0, LITE1, LITE2 = SPACE["backbone"].ends
 FROZEN = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 KEPT = (False, False, True, True, True, True)
@@ -68,6 +69,34 @@ def test_thawing_goes_down_while_it_gains_and_then_to_other_networks() -> None:
     assert thawed[:5] == [(LITE0, 4), (LITE0, 3), (LITE0, 2), (LITE1, 3), (LITE2, 3)]
     assert thawed[5:] == [(LITE0, 3)] * 4  # the sampler's, until four in a row are no better
     assert all(step.is_sampled for step in steps[-4:])
+
+
+@pytest.mark.parametrize("gain", [-0.01, 0.01])
+def test_larger_images_are_tried_last_and_trained_on_where_their_head_scores_higher(
+    gain: float,
+) -> None:
+    costs = {
+        (*key, size): replace(cost, forward_s=cost.forward_s * factor)
+        for key, cost in COSTS.items()
+        for size, factor in ((None, 1), (320, 2))
+    }
+    planner = _planner(space=SIZES, costs=costs)
+    is_large = {LITE0: gain, LITE1: -0.01, LITE2: -0.01}
+    by_level = {5: 0.7, 4: 0.72, 3: 0.71, 2: 0.71, 1: 0.71, 0: 0.71}
+
+    def score(config: TrainConfig) -> float:
+        larger = is_large[config.backbone] if config.image_size else 0.0
+        return by_level[config.freeze_depth] + larger
+
+    steps, _ = _play(planner, score)
+    sizes = [step.params["image_size"] for step in steps]
+    first = sizes.index(320)
+    assert all(step.params["freeze_depth"] == 5 for step in steps[first : first + 3])
+    assert {step.params["backbone"] for step in steps[first : first + 3]} == {LITE0, LITE1, LITE2}
+    large = [step.params for step in steps if step.params["image_size"] == 320]
+    trained = [p["backbone"] for p in large if p["freeze_depth"] != 5]
+    assert set(trained) == ({LITE0} if gain > 0 else set())
+    assert sum(p["mirrored"] for p in large if p["freeze_depth"] == 5) == (gain > 0)
 
 
 def test_one_level_that_scores_lower_does_not_end_thawing_but_two_do() -> None:
