@@ -88,9 +88,9 @@ def fit(
     if config.is_solved:
         with deterministic(device):
             found = fit_solved(network, config, data, cache, pulse)
-        metrics, evaluation, network, refitted = found
+        metrics, (rest, evaluation), network, refitted = found
         yield metrics
-        _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}))
+        _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}), rest)
         if checkpoint_dir is not None:
             save_tensors(checkpoint_dir / REFIT_FILE, refitted)
         return
@@ -200,9 +200,14 @@ def _dropout_seed(config: TrainConfig, epoch: int) -> int:
 
 
 def _save(
-    folder: Path | None, config: TrainConfig, network: Network, data: ImageData, best: Best
+    folder: Path | None,
+    config: TrainConfig,
+    network: Network,
+    data: ImageData,
+    best: Best,
+    out_of_fold: Evaluation | None = None,
 ) -> None:
-    """Write the best epoch's weights, card and validation predictions, where they are wanted."""
+    """Write the best epoch's weights, card and predictions, where they are wanted."""
     if folder is not None:
         card = Card(
             backbone=config.backbone,
@@ -216,7 +221,7 @@ def _save(
             versions=library_versions(),
         )
         save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
-        write_predictions(folder, best.evaluation, data.val.paths)
+        write_predictions(folder, best.evaluation, data.val.paths, out_of_fold)
 
 
 def _epoch_metrics(

@@ -28,16 +28,17 @@ class Mean:
 
     def log_probs(self, log_probs: FloatArray) -> FloatArray:
         """Return the logarithm of the mean, (N, K), of what each says, (M, N, K)."""
-        return mean_log_probs(self.weights, _tempered(log_probs, self.temperatures))
+        return mean_log_probs(self.weights, tempered(log_probs, self.temperatures))
 
 
 def fit_mean(labels: IntArray, log_probs: FloatArray) -> Mean:
     """Choose temperatures one by one, and then the weights, for the least cross-entropy."""
     found = np.array([Evaluation(labels, own).temperature for own in log_probs], dtype=np.float32)
-    return Mean(mean_weights(labels, _tempered(log_probs, found)), found)
+    return Mean(mean_weights(labels, tempered(log_probs, found)), found)
 
 
-def _tempered(log_probs: FloatArray, temperatures: FloatArray) -> FloatArray:
+def tempered(log_probs: FloatArray, temperatures: FloatArray) -> FloatArray:
+    """Divide the logits of each member, (M, N, K), by its temperature, (M,)."""
     scaled = log_probs / temperatures[:, None, None]
     top = scaled.max(axis=2, keepdims=True)
     total = top + np.log(np.exp(scaled - top).sum(axis=2, keepdims=True))

@@ -83,12 +83,13 @@ def fit_solved(
     data: ImageData,
     cache: ArrayCache,
     pulse: Callable[[], None],
-) -> tuple[EpochMetrics, Evaluation, Network, dict[str, Tensor]]:
+) -> tuple[EpochMetrics, tuple[Evaluation, Evaluation], Network, dict[str, Tensor]]:
     """Solve a network's head and evaluate it, as the one epoch of its run.
 
     Returns:
-        The figures, the predictions for the validation split, the network with its head, and the
-        head's tensors, by their names in it, when all images but the test split are fitted.
+        The figures, the out-of-fold predictions for the training and for the validation split,
+        the network with its head, and the head's tensors, by their names in it, when all images
+        but the test split are fitted.
     """
     begin = time.perf_counter()
     saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
@@ -124,7 +125,8 @@ def fit_solved(
     network = _with_head(network, config, solved)
     name = network.head[0]
     refit = {f"{name}.weight": solved.weight.cpu(), f"{name}.bias": solved.bias.cpu()}
-    return metrics, evaluation, network, refit
+    rest = Evaluation(data.train.labels, everything.log_probs[:n_train])
+    return metrics, (rest, evaluation), network, refit
 
 
 def _out_of_fold(solved: SolvedHead, data: ImageData) -> tuple[Evaluation, Evaluation]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -164,8 +165,20 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
     return model.eval(), card
 
 
-def write_predictions(folder: Path, evaluation: Evaluation, paths: Sequence[str]) -> None:
-    """Keep the best epoch's validation predictions beside the weights, one row an image."""
+def write_predictions(
+    folder: Path,
+    evaluation: Evaluation,
+    paths: Sequence[str],
+    out_of_fold: Evaluation | None = None,
+) -> None:
+    """Keep the best epoch's validation predictions beside the weights, one row an image.
+
+    A solved head has some for the training images, too, each by the folds that lack it.
+    """
+    rest: dict[str, Any] = {}
+    if out_of_fold is not None:  # there may be many, and only their mean counts
+        half = np.exp(out_of_fold.log_probs).astype(np.float16)
+        rest = {"train_labels": out_of_fold.labels, "train_probabilities": half}
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         folder / PREDICTIONS_FILE,
@@ -173,6 +186,7 @@ def write_predictions(folder: Path, evaluation: Evaluation, paths: Sequence[str]
         labels=evaluation.labels,
         predicted=evaluation.predicted,
         probabilities=np.exp(evaluation.log_probs),  # (N, K), float32
+        **rest,
     )
 
 

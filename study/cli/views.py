@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reports.publish import Grid
     from study.config.study_config import StudySection
     from study.record.models import Study, StudySummary, Test, Trial
-    from study.search.final_model import Choice
+    from study.search.choice import Choice
     from study.search.plan import Estimate
     from study.search.search import SearchOutcome
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -119,10 +120,18 @@ def read_plan(path: Path, config: StudyConfig) -> list[PlannedTrial]:
 
 def make_planner(config: StudyConfig, data: ImageData) -> Planner:
     """Measure the networks of a space, and make the planner of a study."""
+    costs = measure_networks(config, data)
+    at_first = {train.backbone: train for train in corner_configs(config)}
+    sides = data.train.store.sizes[data.train.indices].min(axis=1)
+    for point, train in networks(config.space, config.train).items():
+        first = at_first[train.backbone]
+        shown = input_of(first.backbone, first.weights, first.image_size)
+        if train.image_size != first.image_size and np.median(sides) <= shown.resize_size:
+            del costs[point]  # a larger view of such images shows nothing more
     return Planner(
         config.space,
         config.train,
-        measure_networks(config, data),
+        costs,
         len(data.train),
         len(data.val),
         len(data.classes),

@@ -1,8 +1,9 @@
 """What to train next for the best model in the time that is left.
 
-Solved heads come first, the cheapest network's before all others. Thawing the last layers is then
-tried where it is cheapest, and continued, to more layers and to other networks, only where it
-scored higher than the head that it starts from. What is left of the time is the sampler's.
+Solved heads come first, the cheapest network's before all others, then heads on larger images
+where there are some. Thawing the last layers is tried next, where it is cheapest, and continued,
+to more layers and to other networks, only where it scored higher than the head that it starts
+from. What is left of the time is the sampler's.
 """
 
 import itertools
@@ -217,6 +218,10 @@ class Planner:
         small = [network for network in self._costs if network == self._first_size(network)]
         large = [network for network in self._costs if network not in small]
         heads = yield from self._heads(rows, small, "solved head")
+        for network in large:  # the cheapest network shows whether larger images gain
+            heads |= yield from self._heads(rows, [network], "solved head on larger images")
+            if heads.get(network, 0.0) < heads.get(self._first_size(network), 0.0):
+                break
         levels = sorted(self._depths - {MAX_FREEZE_DEPTH}, reverse=True)
         gained: list[tuple[float, _Network, int]] = []
         for network in small:
@@ -225,8 +230,7 @@ class Planner:
             gained += yield from self._thaw(rows, network, own, heads.get(network, -math.inf))
             if not gained:
                 break
-        heads |= yield from self._heads(rows, large, "solved head on larger images")
-        better = [n for n in large if heads.get(n, 0.0) >= heads.get(self._first_size(n), 0.0)]
+        better = [n for n in large if heads.get(n, -1.0) >= heads.get(self._first_size(n), 0.0)]
         for network in better if gained else ():
             own = [max(gained, key=_first)[2]]
             gained += yield from self._thaw(rows, network, own, heads.get(network, -math.inf))

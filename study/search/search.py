@@ -28,7 +28,8 @@ from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
 from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
-from study.search.final_model import Choice, FinalModel
+from study.search.choice import Choice
+from study.search.final_model import FinalModel
 from study.search.plan import PLAN_FILE, PlannedTrial, make_planner, read_plan, write_plan
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments

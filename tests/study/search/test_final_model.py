@@ -13,13 +13,13 @@ from small_study import config_of, make_home, rows_of, run
 from core.config import TrainConfig
 from core.metrics import Evaluation, Reference
 from core.model import load_model
-from core.training.checkpoint import PREDICTIONS_FILE
+from core.training.checkpoint import write_predictions
 from study.cli.delete import delete_study
 from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
-from study.search.final_model import choose
+from study.search.choice import choose
 from study.search.final_test import test_model as read_test_split
 
 SPACE = """
@@ -101,14 +101,18 @@ def test_a_trial_that_meets_the_deadline_is_continued_and_gives_what_it_would_ha
     ]
 
 
-def _trial(folder: Path, number: int, backbone: str, probabilities: Any) -> Trial:
+def _trial(
+    folder: Path, number: int, backbone: str, probabilities: Any, freeze_depth: int = 5
+) -> Trial:
     folder = folder / f"trial-{number:04d}"
     folder.mkdir()
     labels = np.arange(len(probabilities)) // 2 % 2
     paths = [f"{i}.png" for i in range(len(labels))]
-    np.savez(folder / PREDICTIONS_FILE, paths=paths, labels=labels, probabilities=probabilities)
+    evaluation = Evaluation(labels, np.log(probabilities))
+    rest = evaluation if freeze_depth == 5 else None
+    write_predictions(folder, evaluation, paths, rest)
     score = Reference().score(Evaluation(labels, np.log(probabilities)), "val_loss")
-    config = {**asdict(TrainConfig()), "backbone": backbone, "freeze_depth": 5}
+    config = {**asdict(TrainConfig()), "backbone": backbone, "freeze_depth": freeze_depth}
     row = Trial(study_id=1, number=number, run_id=1, origin="plan", config=config, config_hash="",
                 device="cpu", score=score)  # fmt: skip
     row.state, row.value, row.checkpoint = "complete", score, str(folder)
@@ -131,6 +135,24 @@ def test_trials_that_err_on_different_images_are_averaged(
     assert len(found.trials) == n_members
     best = max(row.score or 0 for row in rows)
     assert found.score == pytest.approx(best) if n_members == 1 else found.score > best
+
+
+@pytest.mark.parametrize(("skill", "n_members"), [(0.9, 3), (0.72, 2)])
+def test_a_thawed_trial_joins_the_heads_where_it_lowers_their_loss_beyond_doubt(
+    tmp_path: Path, skill: float, n_members: int
+) -> None:
+    rng = np.random.default_rng(1)
+    labels = np.arange(300) // 2 % 2
+    rows = []
+    for number, (level, own) in enumerate(((5, 0.85), (5, 0.85), (3, skill))):
+        right = np.where(rng.random(300) < own, own, 1 - own)
+        first = np.where(labels == 0, right, 1 - right)
+        probabilities = np.stack([first, 1 - first], axis=1)
+        rows.append(_trial(tmp_path, number, "abc"[number], probabilities, level))
+    heads, found = (choose(part, "ensemble", "val_loss") for part in (rows[:2], rows))
+    assert len(found.trials) == n_members
+    assert sum(found.weights) == pytest.approx(1)
+    assert found.score > heads.score if n_members == 3 else found.score == heads.score
 
 
 def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_thawing_goes_down_while_it_gains_and_then_to_other_networks() -> None:
 
 
 @pytest.mark.parametrize("gain", [-0.01, 0.01])
-def test_larger_images_are_tried_last_and_trained_on_where_their_head_scores_higher(
+def test_larger_images_are_tried_and_trained_on_where_their_head_scores_higher(
     gain: float,
 ) -> None:
     costs = {
@@ -90,9 +90,7 @@ def test_larger_images_are_tried_last_and_trained_on_where_their_head_scores_hig
 
     steps, _ = _play(planner, score)
     sizes = [step.params["image_size"] for step in steps]
-    first = sizes.index(320)
-    assert all(step.params["freeze_depth"] == 5 for step in steps[first : first + 3])
-    assert {step.params["backbone"] for step in steps[first : first + 3]} == {LITE0, LITE1, LITE2}
+    assert sizes[:7] == [None] * 3 + ([320, 320, None, None] if gain > 0 else [320] + [None] * 3)
     large = [step.params for step in steps if step.params["image_size"] == 320]
     trained = [p["backbone"] for p in large if p["freeze_depth"] != 5]
     assert set(trained) == ({LITE0} if gain > 0 else set())
