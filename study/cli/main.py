@@ -32,6 +32,7 @@ _CONFIG_KEYS = {
     "data": "data.source",
     **{name: f"study.{name}" for name in ("name", "trials", "time", "storage", "cache")},
     **{name: f"study.{name}" for name in ("finish", "refit")},
+    "download": "search.download",
     **{name: f"ablation.{name}" for name in ("design", "replicates", "resplit", "adaptive")},
 }
 """Options that set a key of the configuration."""
@@ -211,6 +212,7 @@ _search_settings = _options(
 @click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
+@_flag("--download", default=None, help="Search modern backbones, too; download their weights.")
 @click.option("--plan", type=_path, metavar="FILE", help="Run the trials of a study's plan.json.")
 @_dry_run
 @_search_settings
@@ -273,6 +275,7 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
         if config.study.time is None and config.study.seconds is not None:
             limit = format_duration(config.study.seconds)
             progress.emit(Note(f"It takes {limit}; choose with --time 1h, or --trials 30."))
+        _say_downloads(config, progress)
         outcome = run_search(
             config,
             progress=progress,
@@ -286,6 +289,20 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
+
+
+def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:
+    """Say how large the weights are that will be downloaded."""
+    from study.config.backbones import MODERN
+    from study.execution.progress import Note
+    from study.execution.session import corner_configs, is_on_this_machine
+
+    corners = {train.backbone: train for train in corner_configs(config)}
+    found = [m for m in MODERN if m.name in corners and not is_on_this_machine(corners[m.name])]
+    if found:
+        listed = ", ".join(f"{modern.name} ({modern.megabytes} MB)" for modern in found)
+        total = sum(modern.megabytes for modern in found)
+        progress.emit(Note(f"Weights to be downloaded, {total} MB: {listed}."))
 
 
 def _process_begin() -> float:
@@ -333,6 +350,7 @@ def _estimate(config: "StudyConfig") -> int:
     if not _given("as_json"):
         print(config_text(config))
     with _progress() as progress:
+        _say_downloads(config, progress)
         data = load_images(config, progress)
     preflight([without_weights(train) for train in corner_configs(config, with_starts=True)], data)
     found = estimate_search(config, data)
@@ -563,14 +581,19 @@ def init(file: Path, data: str | None, force: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
+@_flag("--modern", help="List those that run --download adds, with their sources.")
 @_json
-def backbones(name: str | None, **_: Any) -> None:
+def backbones(name: str | None, modern: bool, **_: Any) -> None:
     """List backbones, or the freeze levels of one."""
     from core.models.builder import stages_of
     from core.models.freeze_stages import describe_levels
     from core.models.sources import backbone_names, find_source
-    from study.cli.views import levels_view
+    from study.cli.views import levels_view, modern_view
+    from study.config.backbones import MODERN
 
+    if modern:
+        _print(modern_view(MODERN), MODERN)
+        return
     names = backbone_names()
     if name in names:
         levels = describe_levels(*stages_of(name))

@@ -28,6 +28,7 @@ from core.device import choose_device, describe_device
 from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
+from core.models.weights import fingerprint, resolve
 from core.training.trainer import check_batches
 from study.config.errors import ConfigError
 from study.config.search_space import apply_params, distributions
@@ -297,6 +298,12 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         if is_solved and train.backbone not in checked:
             cut_head(network, train)
             checked.add(train.backbone)
+
+
+def is_on_this_machine(train: TrainConfig) -> bool:
+    """Return whether a run's pretrained weights need not be downloaded."""
+    weights = resolve(train.backbone, train.weights)
+    return weights == "none" or fingerprint(train.backbone, weights) is not None
 
 
 def without_weights(train: TrainConfig) -> TrainConfig:

@@ -18,12 +18,11 @@ from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
 from core.models.fx_graph import fold_norms
 from core.models.layers import find_layers, tap
-from core.models.weights import fingerprint, resolve
 from core.training.activations import is_kept
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, apply_params, distributions, fits
 from study.config.study_config import StudyConfig
-from study.execution.session import corner_configs, without_weights
+from study.execution.session import corner_configs, is_on_this_machine, without_weights
 from study.record.models import Trial
 from study.search.planner import NetworkCost, Planner, Step, networks
 from study.search.samplers import grid_of
@@ -157,7 +156,7 @@ def measure_networks(
 def _network_cost(train: TrainConfig, data: ImageData) -> NetworkCost:
     device = choose_device(train.device)
     size = input_of(train.backbone, train.weights, train.image_size).image_size
-    if fingerprint(train.backbone, resolve(train.backbone, train.weights)) is None:
+    if not is_on_this_machine(train):
         # The time does not depend on the weights' values: none need be downloaded for a dry run.
         train = replace(without_weights(train), image_size=size)
     network = build(train, data.classes)

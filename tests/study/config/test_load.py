@@ -3,7 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from study.config.backbones import MODERN
 from study.config.errors import ConfigError
 from study.config.load import check_inputs, load_config, parse_config
 from study.config.search_space import Choices, Range
@@ -212,3 +215,24 @@ def test_importing_the_configuration_loads_nothing_heavy() -> None:
     heavy = {"torch", "torchvision", "timm", "optuna", "sqlalchemy", "pandas", "scipy"}
     assert "pydantic" in loaded.decode().split()
     assert not heavy & set(loaded.decode().split())
+
+
+def test_download_adds_modern_backbones_to_the_default_ones_alone() -> None:
+    config = load_config(flags={"search.download": True})
+    names = config.space["backbone"].ends
+    assert len(names) == 9 and "timm:convnext_nano" in names
+    again = parse_config(config.to_record(), "study x", (), {})
+    assert again.space["backbone"].ends == names
+    with pytest.raises(ConfigError, match="search.download: adds backbones to the default ones"):
+        load_config(None, ['space.backbone=["resnet18", "resnet34"]'], {"search.download": True})
+
+
+def test_modern_backbones_are_timms_of_the_size_that_is_said() -> None:
+    for modern in MODERN:
+        name = modern.name.removeprefix("timm:")
+        settings = timm.models.get_pretrained_cfg(name)
+        assert settings.tag == modern.tag
+        with torch.device("meta"):
+            network = timm.create_model(name, num_classes=settings.num_classes)
+        size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+        assert size / 1e6 == pytest.approx(modern.megabytes, rel=0.02)
