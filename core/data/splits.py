@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from core.data.decode import Kind, View
 from core.data.draws import IntArray
 from core.data.image_store import EvalViews, ImageStore, Progress, build_stores
 from core.data.partition import partition
-from core.data.sources import DataError, LabelledImage, find_images
+from core.data.sources import DataError, Found, LabelledImage, find_images
 
 # Below this many training images a class cannot be learned or judged; worth a warning. Assumption.
 _FEW = 10
@@ -94,6 +94,7 @@ def load_data(
     store_size: int,
     progress: Progress = None,
     shown: Sequence[Preprocessing] = (),
+    most: int | None = None,
 ) -> ImageData:
     """Find, check, decode and split the images of a source.
 
@@ -103,11 +104,15 @@ def load_data(
         progress: Called with how many of how many images are decoded.
         shown: Evaluation views to make at once, for which each image is decoded once; others are
             made when they are needed.
+        most: Sample about so many images, no image of the test split among them; None for all.
 
     Raises:
         DataError: The source cannot be used; says what to do.
     """
     found = find_images(config)
+    if most is not None:
+        found = _sampled(found, config, most)
+        config = replace(config, val_seed=None, limit=None, skip_unreadable=True)
     notes = found.warnings
     kinds: list[Kind] = [config.store_size or store_size, *dict.fromkeys(map(View.of, shown))]
     cache = cache_folder(config)
@@ -235,6 +240,19 @@ def _split(
     for k, name in enumerate((*fractions, "train")):
         parts[name] = [whole[i] for i in np.flatnonzero(part_of == k)]
     return dict(parts)
+
+
+def _sampled(found: Found, config: DataConfig, most: int) -> Found:
+    """Keep the same share of every class and of both parts, but of the test split nothing."""
+    parts = {name: part for name, part in _split(found.images, config, []).items()}
+    parts.pop("test", None)
+    n = sum(map(len, parts.values()))
+    kept = [
+        replace(image, split=name)
+        for name, part in parts.items()
+        for image in _limited(part, most * len(part) // n)
+    ]
+    return Found(kept, found.classes)
 
 
 def _limited(images: list[LabelledImage], limit: int | None) -> list[LabelledImage]:

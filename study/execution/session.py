@@ -122,6 +122,7 @@ def open_session(
     resume: str | None = None,
     allow_changes: bool = False,
     take_over: bool = False,
+    deadline: float | None = None,
 ) -> Iterator[Session]:
     """Enter a study as the process that works on it, and sign off at the end.
 
@@ -134,11 +135,13 @@ def open_session(
         resume: Command that continues the study; None for that of a search.
         allow_changes: Continue a stored study although its configuration or images changed.
         take_over: Begin although a process of another machine has not signed off.
+        deadline: The session's.
 
     Raises:
         ConfigError: The configuration differs from the stored one, or cannot be run.
         RecordError: Another process runs the study.
-        StudyHalted: The disk is full, a file cannot be used, or the device fails.
+        StudyHalted: The disk is full, a file cannot be used, the device fails, or the deadline
+            passes while images are decoded.
         ValueError: Images, weights, backbone or device cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -146,7 +149,7 @@ def open_session(
     if stored is not None:
         _check_config(stored, config, allow_changes)
         _check_space(record, stored, config)
-    data = load_images(config, progress)
+    data = load_images(config, progress, deadline)
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
     output = Path(record.usable_path(config.study.output)) / name
@@ -179,6 +182,7 @@ def open_session(
             created_at=record.study(name).created_at.isoformat(),
             resume=resume,
             same_images=is_same,
+            deadline=deadline,
         )
         try:
             yield session
@@ -256,20 +260,34 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
     return [apply_params(config.train, dict(zip(ends, c, strict=True))) for c in corners]
 
 
-def load_images(config: StudyConfig, progress: Progress) -> ImageData:
-    """Load the study's images, showing progress and warnings."""
-    data = _load(config, config.data, progress)
+def load_images(
+    config: StudyConfig, progress: Progress, deadline: float | None = None
+) -> ImageData:
+    """Load the study's images, showing progress and warnings; `deadline` is as a session's.
+
+    Raises:
+        StudyHalted: The deadline has passed.
+    """
+    data = _load(config, config.data, progress, deadline)
     for warning in data.warnings:
         progress.emit(Note(warning))
     return data
 
 
-def _load(config: StudyConfig, data: Any, progress: Progress) -> ImageData:
+def _load(
+    config: StudyConfig, data: Any, progress: Progress, deadline: float | None = None
+) -> ImageData:
     trains = corner_configs(config)
     shown = [input_of(train.backbone, train.weights, train.image_size) for train in trains]
 
     def show(done: int, total: int) -> None:
         progress.emit(DataProgress(done, total))
+        if deadline is not None and time.monotonic() > deadline:
+            raise StudyHalted(
+                f"the time (study.time) must be long enough to decode all images, but {done} of "
+                f"{total} were decoded when it ended. Give it more (--time), or use fewer images "
+                "(--set data.limit=N)."
+            )
 
     return load_data(data, stored_side(trains), show, shown)
 

@@ -67,6 +67,11 @@ def test_model(record: Record, name: str, *, progress: Progress, command: str) -
             f"study {name} must have its model, but there is none in {folder}. Run it, or test a "
             "trial: --trial NUMBER."
         )
+    if not described(folder).get("trials"):
+        raise ConfigError(
+            f"study {name} must have a model of its trials, but that in {folder} is a first one "
+            f"from a few images. Continue the study (python -m study resume {name})."
+        )
     for row in record.tests(study.id):
         if row.model_hash == own:
             return row

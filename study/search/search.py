@@ -1,5 +1,6 @@
 """Run a search: ask Optuna for settings, run them, and stop or continue as the user wishes."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -30,6 +31,7 @@ from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial
 from study.record.record import Record
 from study.search.choice import Choice
 from study.search.final_model import FinalModel
+from study.search.first_look import take_first_look
 from study.search.plan import PLAN_FILE, PlannedTrial, make_planner, read_plan, write_plan
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
@@ -106,19 +108,26 @@ def run_search(
     """
     begin = time.monotonic() if begin is None else begin
     replayed = None if plan is None else read_plan(plan, config)
-    with (
-        Record(config.study.storage, create=True) as record,
-        open_session(
-            record,
-            config,
-            corner_configs(config, with_starts=True),
-            progress=progress,
-            command=command,
-            allow_changes=allow_changes,
-            take_over=take_over,
-        ) as session,
-    ):
-        search = _Search(session, begin, replayed)
+    seconds = config.study.seconds
+    deadline = None if seconds is None else begin + seconds - _RESERVE_S
+    with Record(config.study.storage, create=True) as record, contextlib.ExitStack() as stack:
+        is_new = record.find_study(config.study.name) is None
+        if is_new and deadline is not None and config.search.strategy == "plan":
+            output = Path(record.usable_path(config.study.output)) / config.study.name
+            take_first_look(config, output, progress, lambda: time.monotonic() > deadline)
+        session = stack.enter_context(
+            open_session(
+                record,
+                config,
+                corner_configs(config, with_starts=True),
+                progress=progress,
+                command=command,
+                allow_changes=allow_changes,
+                take_over=take_over,
+                deadline=deadline,
+            )
+        )
+        search = _Search(session, replayed)
         session.because = search.run()
         return SearchOutcome(
             session.because,
@@ -134,14 +143,10 @@ def run_search(
 class _Search:
     """One process's part in a study."""
 
-    def __init__(
-        self, session: Session, begin: float, replayed: list[PlannedTrial] | None
-    ) -> None:
+    def __init__(self, session: Session, replayed: list[PlannedTrial] | None) -> None:
         self.session = session
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
-        if self.config.study.seconds is not None:
-            session.deadline = begin + self.config.study.seconds - _RESERVE_S
         self.is_planned = self.config.search.strategy == "plan"
         self.replayed = replayed
         self.distributions = distributions(self.config.space)

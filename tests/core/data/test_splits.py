@@ -51,6 +51,18 @@ def _split_by_hand(root: Path, seed: int) -> list[set[str]]:
     return [train, val, test]
 
 
+def test_a_sample_holds_the_same_share_of_classes_and_no_image_of_the_test_split(
+    photos: Path,
+) -> None:
+    whole = _load(photos)
+    config = DataConfig(source=f"folder:{photos}", cache_dir=str(photos.parent / "cache"))
+    some = load_data(config, 40, most=12)
+    assert some.test is None and 9 < len(some.train) + len(some.val) <= 13
+    for part, own in ((some.train, whole.train), (some.val, whole.val)):
+        assert set(part.paths) < set(own.paths)
+        assert 0 < (part.labels == 0).sum() < len(part)
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_one_folder_is_split_three_ways_by_class_and_contents(photos: Path, seed: int) -> None:
     data = _load(photos, split_seed=seed)

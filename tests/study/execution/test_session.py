@@ -1,5 +1,6 @@
 import dataclasses
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from study.config.search_space import distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import Note
 from study.execution.session import (
+    StudyHalted,
     corner_configs,
     load_images,
     open_session,
@@ -56,6 +58,15 @@ def _enter(record: Record, config: StudyConfig, **more: object) -> None:
     """Work on a study for no time at all."""
     with _open(record, config, **more):
         pass
+
+
+def test_a_deadline_ends_the_decoding_of_images_and_nothing_is_recorded(
+    home: Path, record: Record
+) -> None:
+    with pytest.raises(StudyHalted, match="of 20 were decoded when it ended"):
+        _enter(record, _config(home), deadline=time.monotonic())
+    assert record.find_study("photos") is None
+    _enter(record, _config(home), deadline=time.monotonic() + 300)
 
 
 def test_a_session_enters_the_study_and_signs_off_with_its_reason(
@@ -224,10 +235,12 @@ def test_corners_are_every_network_at_the_largest_batch(home: Path) -> None:
         "base_lr = [0.1, 0.01]\n"
     )
     flags = {"data.source": str(home / "photos")}
-    corners = corner_configs(load_config(home / "study.toml", [], flags))
-    found = [(c.backbone, c.image_size, c.batch_size) for c in corners]
     backbones = ("resnet18", "resnet34", "resnet50")
-    assert found == [(backbone, size, 8) for backbone in backbones for size in (32, 64)]
+    for strategy, sizes in (("sampler", (32, 64)), ("plan", (32,))):
+        settings = [f"search.strategy={strategy}"]
+        corners = corner_configs(load_config(home / "study.toml", settings, flags))
+        found = [(c.backbone, c.image_size, c.batch_size) for c in corners]
+        assert found == [(backbone, size, 8) for backbone in backbones for size in sizes]
     starts = corner_configs(load_config(home / "study.toml", [], flags), with_starts=True)
     assert {train.batch_size for train in starts} == {4, 8}  # 1 is refused for some networks
 

@@ -17,8 +17,10 @@ from core.training.checkpoint import write_predictions
 from study.cli.delete import delete_study
 from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
+from study.execution.session import StudyHalted
 from study.record.models import Trial
 from study.record.record import Record
+from study.search import first_look, search
 from study.search.choice import choose
 from study.search.final_test import test_model as read_test_split
 
@@ -207,6 +209,28 @@ def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None
     with pytest.raises(ConfigError, match="--plan"):
         run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
     assert not (home / "s.db").exists()
+
+
+def test_of_many_images_a_sample_gives_a_first_model_which_is_not_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_look, "_MANY", 30)
+    monkeypatch.setattr(first_look, "_SAMPLE", 20)
+    home = make_home(tmp_path, SPACE, n=40)
+    settings = config_of(home, 1, *SETTINGS, **NETWORKS, **{"study.time": 300.0})
+    model = home / "runs" / "photos" / "model"
+    with monkeypatch.context() as patch:  # a run that ends before the first trial
+        patch.setattr(search, "open_session", _fail)
+        with pytest.raises(StudyHalted):
+            run(settings)
+    assert _model(home)["trials"] == [] and 15 < _model(home)["n_images"] <= 20
+    assert load_model(model).classes == ("blue", "red")
+    run(settings)
+    assert _model(home)["trials"] == [0] and not (model.parent / "first-look").exists()
+
+
+def _fail(*_: object, **__: object) -> Any:
+    raise StudyHalted("no time")
 
 
 def test_trials_on_other_images_are_not_averaged(tmp_path: Path) -> None:

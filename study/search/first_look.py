@@ -1,0 +1,60 @@
+"""A model from a sample of many images, before all of them are decoded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.config import MAX_FREEZE_DEPTH
+from core.data.sources import find_images
+from core.data.splits import load_data
+from core.fit import Interrupted, fit
+from core.metrics import EpochMetrics
+from core.model import save_model
+from core.models.builder import input_of
+from core.training.checkpoint import remove_checkpoint
+from study.config.search_space import apply_params, default_params
+from study.config.study_config import StudyConfig
+from study.execution.progress import Note, Progress
+from study.execution.session import stored_side
+from study.record.models import MODEL_FOLDER
+
+# Decoding so many images and sending them through a network takes a quarter of a minute on two
+# cores; all of more than three times as many would leave the first minute without a model.
+_SAMPLE, _MANY = 1_000, 3_000
+
+
+def take_first_look(
+    config: StudyConfig, output: Path, progress: Progress, should_stop: Callable[[], bool]
+) -> None:
+    """Where there are many images, solve a head on a sample of them and keep it as the model.
+
+    The first trial's model takes its place. It does not touch the test split.
+    """
+    space = config.space
+    params = default_params(space) | {
+        name: dim.nearest(MAX_FREEZE_DEPTH)
+        for name, dim in space.items()
+        if name == "freeze_depth"
+    }
+    params |= {name: space[name].ends[0] for name in ("backbone", "weights") if name in space}
+    train = apply_params(config.train, params)
+    if not train.is_solved or len(find_images(config.data).images) <= _MANY:
+        return
+    shown = input_of(train.backbone, train.weights, train.image_size)
+    data = load_data(config.data, stored_side([train]), None, [shown], most=_SAMPLE)
+    checkpoint, found = output / "first-look", list[EpochMetrics]()
+    try:
+        found += fit(train, data, checkpoint_dir=checkpoint, should_stop=should_stop)
+    except Interrupted:
+        return
+    n = len(data.train) + len(data.val)
+    facts: dict[str, Any] = {
+        "study": config.study.name,
+        "trials": [],
+        "score": found[0].score,
+        "val_acc": found[0].val_acc,
+        "n_images": n,
+    }
+    save_model(output / MODEL_FOLDER, [(checkpoint, 1.0, 1.0)], facts)
+    remove_checkpoint(checkpoint)
+    progress.emit(Note(f"A first model, from {n} of the images, is in {output / MODEL_FOLDER}."))
