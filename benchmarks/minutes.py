@@ -347,7 +347,7 @@ def extract(
 ) -> Tensor:
     """Decode images and return features, averaged over the view and its mirror image for two."""
     model = copy.deepcopy(network.model).eval()
-    layers = Layers(folded(model) if kind == "folded bf16" else model)
+    layers = Layers(folded(model))
     found = []
     with strict_and_quiet():
 
@@ -376,7 +376,7 @@ def features(case: Case, lite: str, views: int) -> Features:
         every = np.arange(len(photos.paths))
         sample = np.random.default_rng(SEED).permutation(every)[: 4 * BATCH]
         for _ in range(2):  # the first round warms up
-            for kind in ("fp32", "folded bf16"):
+            for kind in ("folded", "folded bf16"):
                 for is_threaded in (False, True):
                     clock = Clock()
                     extract(photos, sample, network, views, kind, is_threaded)
@@ -532,10 +532,8 @@ def thaw(case: Case) -> list[Entry]:
     start, rest = halves(network.model, _THAW_FROM)
     rest.eval()  # norms keep the source's statistics
     data = Photos(case, network, case.train)
-    is_fast = of.kind != "fp32"
-    frozen: nn.Module = copy.deepcopy(start)
-    if is_fast:
-        folded(frozen)
+    is_fast = of.kind == "folded bf16"
+    frozen: nn.Module = folded(copy.deepcopy(start))
     kept, parts = [], batches(np.arange(len(case.train)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_fast):
         for _ in range(_THAW_VIEWS):

@@ -61,9 +61,10 @@ def _enter(record: Record, config: StudyConfig, **more: object) -> None:
 
 
 def test_a_deadline_ends_the_decoding_of_images_and_nothing_is_recorded(
-    home: Path, record: Record
+    tmp_path: Path, record: Record
 ) -> None:
-    with pytest.raises(StudyHalted, match="of 20 were decoded when it ended"):
+    home = make_home(tmp_path, n=40)
+    with pytest.raises(StudyHalted, match="64 of 80 were decoded when it ended"):
         _enter(record, _config(home), deadline=time.monotonic())
     assert record.find_study("photos") is None
     _enter(record, _config(home), deadline=time.monotonic() + 300)
