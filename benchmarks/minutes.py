@@ -695,6 +695,38 @@ def show(found: dict[str, Any]) -> None:
             print(f"  {pair}: " + "; ".join(each))
 
 
+def draw(rows: dict[tuple[str, int, str], dict[str, Any]], file: Path) -> None:
+    """Draw the accuracy over time, averaged over the cases that every arm has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = {"frostline": "Frostline", "sixty-lines": "three networks, one head (sixty lines)",
+            "last-layer-average": "last layers of three networks, averaged",
+            "last-layer-best": "last layer, best of three networks"}  # fmt: skip
+    cases = [k[:2] for k in rows if k[2] == "frostline" and all((*k[:2], a) in rows for a in arms)]
+    times = np.geomspace(20, MOMENTS[-1], 400)
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for arm, label in arms.items():
+        each = [rows[*case, arm] for case in cases]
+        first = max(min(e[0] for e in row["entries"]) for row in each)  # where every case has one
+        curve = [
+            100 * float(np.mean([value_at(row["entries"], t, row["guess"])[0] for row in each]))
+            for t in times[times >= first]
+        ]
+        is_ours = arm == "frostline"
+        axes.plot(times[times >= first], curve, label=label, linewidth=2.5 if is_ours else 1.5)
+    axes.set_xscale("log")
+    axes.set_xticks([30, *MOMENTS], ["30 s", *(f"{m // 60} min" for m in MOMENTS)])
+    axes.minorticks_off()
+    axes.set_ylabel("test accuracy, %")
+    axes.set_xlabel(f"time, two CPU cores; mean of {len(cases)} cases")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(file, dpi=150)
+
+
 def run_cases(args: argparse.Namespace) -> bool:
     """Run what is missing, all arms of a case in one sitting; return whether all went well."""
     file, is_good = args.work / "results.jsonl", True
@@ -733,6 +765,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", help="names of folders of --data")
     parser.add_argument("--folds", type=int, nargs="+", default=range(N_FOLDS))
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--figure", type=Path, help="draw accuracy over time there")
     parser.add_argument("--json", type=Path, help="write the summary there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -740,6 +773,8 @@ def main() -> None:
     if rows := read_results(args.work / "results.jsonl"):
         found = summary(rows)
         show(found)
+        if args.figure:
+            draw(rows, args.figure)
         if args.json:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(not is_good)
