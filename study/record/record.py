@@ -89,6 +89,11 @@ class Record(AbstractContextManager["Record"]):
         self._folder = database_folder(storage)
         self._studies: dict[int, optuna.Study] = {}  # by our key
 
+    @property
+    def optuna_storage(self) -> optuna.storages.BaseStorage:
+        """Optuna's tables, as Optuna takes them."""
+        return self._optuna
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()

@@ -35,6 +35,7 @@ from study.search.first_look import take_first_look
 from study.search.plan import PLAN_FILE, PlannedTrial, make_planner, read_plan, write_plan
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
+from study.search.within_level import WithinLevel
 
 _DROPPED = "Dropped are the settings of trial"
 _OUTSIDE = "they lie outside the space, which has changed since"
@@ -153,7 +154,8 @@ class _Search:
         self.n_points = n_points(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
         pruner = "none" if self.is_planned else self.config.search.pruner
-        self.study.pruner = make_pruner(pruner, self.config.train.epochs)
+        made = make_pruner(pruner, self.config.train.epochs)
+        self.study.pruner = WithinLevel(made, self.record.optuna_storage)
         self.model = FinalModel(session)
         self.planner: Planner | None = None
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)

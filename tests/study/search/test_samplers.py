@@ -10,6 +10,7 @@ from study.search.samplers import (
     make_sampler,
     quiet_experiments,
 )
+from study.search.within_level import WithinLevel
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 NUMBERS = {"x": FloatDistribution(0.0, 1.0), "k": IntDistribution(0, 5)}
@@ -85,3 +86,32 @@ def test_every_pruner_but_none_stops_hopeless_trials_and_hardly_hopeful_ones(
         assert n_pruned[False] > 0
         # Halving keeps a third, so of twenty equally good ones some must go.
         assert name in ("hyperband", "halving") or n_pruned[True] <= n_pruned[False]
+
+
+@pytest.mark.parametrize("name", ["median", "hyperband", "halving", "wilcoxon"])
+def test_trials_are_compared_with_those_of_their_own_level_alone(name: str) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    n_pruned = {0: 0, 5: 0}
+    with quiet_experiments():
+        pruner = WithinLevel(make_pruner(name, 10), storage)
+        sampler = optuna.samplers.RandomSampler(seed=0)
+        study = optuna.create_study(
+            storage=storage, direction="maximize", sampler=sampler, pruner=pruner
+        )
+        space = {"freeze_depth": optuna.distributions.CategoricalDistribution([0, 5])}
+        for number in range(16):
+            level = (5, 0)[number % 2]  # half of them score far higher than the others
+            study.enqueue_trial({"freeze_depth": level})
+            trial, is_last = study.ask(space), number >= 14
+            for step in range(1, 11):
+                score = (0.9 if level else 0.5) + 0.001 * number - (0.3 if is_last else 0)
+                trial.report(score, step)
+                if trial.should_prune():
+                    n_pruned[level] += is_last
+                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                    break
+            else:
+                study.tell(trial, score)
+    assert n_pruned == {0: 1, 5: 1}  # the last of each level, which fell behind its own
+    pruned = [t.number for t in study.get_trials() if t.state.name == "PRUNED"]
+    assert name in ("hyperband", "halving") or pruned == [14, 15]

@@ -1,0 +1,64 @@
+"""Pruning within one freeze level and schedule: only trials that learn alike are compared."""
+
+from collections.abc import Container
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+# A network that is thawed further learns more slowly and ends higher; four epochs of a cosine are
+# not the beginning of ten; and a larger image's accuracy is another one.
+_KEYS = ("freeze_depth", "epochs", "schedule", "image_size")
+
+
+class WithinLevel(BasePruner):
+    """Lets a pruner see only trials of the same freeze level, schedule and image size.
+
+    Args:
+        pruner: What decides.
+        storage: That of the study.
+    """
+
+    def __init__(self, pruner: BasePruner, storage: BaseStorage) -> None:
+        self._pruner, self._storage = pruner, storage
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return whether a trial is to stop."""
+        alike: Any = _Alike(self._storage, trial)
+        shown = optuna.load_study(
+            study_name=study.study_name, storage=alike, sampler=study.sampler, pruner=self._pruner
+        )
+        return self._pruner.prune(shown, trial)
+
+
+class _Alike:
+    """A study's storage that lists only trials like one of them."""
+
+    def __init__(self, storage: BaseStorage, trial: FrozenTrial) -> None:
+        self._storage, self._own = storage, self._level(trial.params)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """List the trials, as `BaseStorage` does."""
+        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
+        return [trial for trial in trials if self._level(trial.params) == self._own]
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """Return the trial of the highest value, as `BaseStorage` does."""
+        trials = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        if not trials:
+            raise ValueError("No trials are completed yet.")
+        return max(trials, key=lambda trial: trial.value or 0.0)
+
+    @staticmethod
+    def _level(params: dict[str, Any]) -> list[Any]:
+        return [params.get(key) for key in _KEYS]
