@@ -2,10 +2,12 @@
 
 Each set's train and test parts are pooled and dealt into five folds, each the test part once. All
 wall time is charged, that of decoding and features too; the test part is evaluated off the clock.
-Every finished (set, fold, arm) is a line of WORK/results.jsonl and is skipped the next time.
+Every finished (set, fold, arm) is a line of the results and is skipped the next time; those so far
+are in benchmarks/tables/minutes.jsonl.
 
     python benchmarks/minutes.py --data photos/hotdog photos/flowers5 --work /tmp/minutes
-    python benchmarks/minutes.py --work /tmp/minutes --report --json minutes.json
+    python benchmarks/minutes.py --work /tmp/minutes --report \
+        --results benchmarks/tables/minutes.jsonl --figure docs/images/minutes.png
 """
 
 import argparse
@@ -729,7 +731,10 @@ def draw(rows: dict[tuple[str, int, str], dict[str, Any]], file: Path) -> None:
 
 def run_cases(args: argparse.Namespace) -> bool:
     """Run what is missing, all arms of a case in one sitting; return whether all went well."""
-    file, is_good = args.work / "results.jsonl", True
+    file, is_good = args.results, True
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     for photos in [s for s in map(PhotoSet.read, args.data) if s.name in (args.sets or [s.name])]:
         fold_of = outer_folds(photos.labels.tolist(), photos.contents)
         for fold in args.folds:
@@ -747,6 +752,7 @@ def run_cases(args: argparse.Namespace) -> bool:
                     is_good = False
                     continue
                 row = {"set": photos.name, "fold": fold, "arm": arm, "entries": entries}
+                row["commit"] = commit
                 sizes = {"guess": case.guess()[1:], "n_train": len(train), "n_test": len(test)}
                 with open(file, "a", encoding="utf-8") as out:
                     out.write("\n" + json.dumps({**row, **sizes}) + "\n")  # after a cut line
@@ -761,6 +767,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="+", default=[])
     parser.add_argument("--work", type=Path, required=True, help="folder for results and features")
+    parser.add_argument("--results", type=Path, help="file of results (WORK/results.jsonl)")
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--sets", nargs="+", help="names of folders of --data")
     parser.add_argument("--folds", type=int, nargs="+", default=range(N_FOLDS))
@@ -769,8 +776,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the summary there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    args.results = args.results or args.work / "results.jsonl"
     is_good = args.report or run_cases(args)
-    if rows := read_results(args.work / "results.jsonl"):
+    if rows := read_results(args.results):
         found = summary(rows)
         show(found)
         if args.figure:

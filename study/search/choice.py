@@ -17,9 +17,9 @@ from study.record.models import Trial
 # passes as it has members. Assumption.
 _LEAST_GAIN = 0.001
 # A thawed network becomes a member where it lowers the heads' loss by so many standard errors. Of
-# four sets (80 to 380 test images, EfficientNet-Lite0) it did so on flowers5 alone (1.7), where the
-# test loss fell by 0.013; on the others, at -1.5 to 1.2, it rose by 0.00 to 0.03. It is the best of
-# several, too, which flatters it.
+# four sets (80 to 380 test images, EfficientNet-Lite0) it did so on flowers5 alone (1.7), where
+# the test loss fell by 0.013; on the others, at -1.5 to 1.2, it rose by 0.00 to 0.03. Being the
+# best of several thawed trials, it is overrated, too.
 _SURE = 1.5
 
 
