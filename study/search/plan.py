@@ -29,7 +29,7 @@ from study.search.samplers import grid_of
 
 PLAN_FILE = "plan.json"
 """What a study ran, in its folder."""
-_MEASURED_STEPS = 3
+_MEASURED_STEPS = 4
 _MEASURED_IMAGES = 8
 
 
