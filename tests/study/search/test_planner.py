@@ -106,6 +106,12 @@ def test_one_level_that_scores_lower_does_not_end_thawing_but_two_do() -> None:
     assert min(level for _, level in _courses(steps)) == 2
 
 
+def test_thawing_continues_below_the_heads_score_as_long_as_it_rises() -> None:
+    by_level = {5: 0.7, 4: 0.5, 3: 0.6, 2: 0.65, 1: 0.8, 0: 0.9}
+    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
+    assert [level for name, level in _courses(steps)[4:9] if name == LITE0] == [4, 3, 2, 1, 0]
+
+
 def test_a_thawed_trial_that_was_stopped_is_tried_at_a_third_of_its_rate() -> None:
     def score(config: TrainConfig) -> float | None:
         return 0.7 if config.is_solved else None if config.base_lr > 4e-4 else 0.8
