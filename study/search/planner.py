@@ -284,8 +284,8 @@ class Planner:
 
         It continues below that, too, as long as it rises: images unlike those of the source want
         most of the network thawed (digits: levels 4 and 3 score below the head's 94 %, deeper ones
-        reach 99 %). Two levels in a row that score lower than the one before end it, too. One is not enough:
-        on flowers5 level 3 scored below level 4, and level 2 above both.
+        reach 99 %). Two levels in a row that score lower than the one before end it, too. One is
+        not enough: on flowers5 level 3 scored below level 4, and level 2 above both.
 
         Returns:
             The highest score, the network and the level, if that is above its head's score.
