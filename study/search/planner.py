@@ -31,6 +31,8 @@ _LARGEST_SHARE_OF_HEAD = 0.8
 # A trial that takes no more than this share of the whole time may take so much of what is left,
 # for at the end nothing would be short enough.
 _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
+# Where nothing else fits, a trial may take so much: time that is left over is lost. Assumption.
+_LARGEST_SHARE_OF_LAST = 0.6
 # A step costs so many passes of the frozen network, whose norms are folded. On EfficientNet-Lite0
 # and 1, levels 3 and 4, it were 1.7 to 2.9 (254 and 384 images, two cores).
 _PASSES_PER_STEP = 3.0
@@ -122,7 +124,7 @@ class Planner:
         """
         rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
         pace = self._pace(rows)
-        does_not_fit = False
+        unfit: Step | None = None
         for params, reason, is_sampled in self._wanted(rows):
             if not is_sampled and self._find(rows, params):
                 continue
@@ -134,8 +136,10 @@ class Planner:
             share = _LARGEST_SHARE_OF_HEAD if is_head else share
             if left_s is None or not rows or forecast <= share * left_s:
                 return Step(params, forecast, reason, is_sampled)
-            does_not_fit = True
-        return "no time" if does_not_fit else "no gain"
+            unfit = unfit or Step(params, forecast, reason, is_sampled)
+        if unfit and left_s is not None and unfit.forecast_s <= _LARGEST_SHARE_OF_LAST * left_s:
+            return unfit
+        return "no time" if unfit else "no gain"
 
     def preview(self, total_s: float | None) -> list[Step]:
         """Return the trials of a study in which every thawed level gains: the longest course."""
