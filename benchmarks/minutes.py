@@ -51,7 +51,8 @@ LITES = ("lite0", "lite1", "lite2")
 N_FOLDS, SEED = 5, 15
 BATCH = 32
 # A processor without bf16 emulates it, a hundred times slower.
-_HAS_BF16 = "bf16" in Path("/proc/cpuinfo").read_text()
+_CPU = Path("/proc/cpuinfo")
+_HAS_BF16 = _CPU.exists() and "bf16" in _CPU.read_text()
 KINDS = ("folded", "folded bf16") if _HAS_BF16 else ("folded",)
 _REDUCED = 288  # shorter side that crops are cut from, 224 / 0.78; assumption
 _CROP_SCALE = 0.35  # smallest share of the image in a crop, Frostline's own default

@@ -244,7 +244,7 @@ def _split(
 
 def _sampled(found: Found, config: DataConfig, most: int) -> Found:
     """Keep the same share of every class and of both parts, but of the test split nothing."""
-    parts = {name: part for name, part in _split(found.images, config, []).items()}
+    parts = _split(found.images, config, [])
     parts.pop("test", None)
     n = sum(map(len, parts.values()))
     kept = [

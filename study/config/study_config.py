@@ -93,7 +93,7 @@ class StudySection:
     """Stop when this many finished trials in a row were no better; leave out for never."""
     keep_checkpoints: int = Field(default=3, ge=1)
     """Checkpoints that stay on disk: those of the best trials, beside those that a model is made
-    of (of each network the best head and the best thawed trial)."""
+    of (of each backbone the best head and the best thawed trial)."""
     finish: Literal["ensemble", "single"] = "ensemble"
     """What the model is made of: the best trial alone, or the best of several backbones and
     freeze levels, whose probabilities are averaged, where that scores higher."""

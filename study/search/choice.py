@@ -76,12 +76,12 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     are chosen by their predictions for all images but the test split. A thawed trial has some for
     the validation split alone, and joins them where it lowers their loss there beyond doubt.
     """
-    best = min(rows, key=lambda row: row.rank)
-    known = {row.number: _predicted(row) for row in (best, *model_members(rows))}
+    best, members = min(rows, key=lambda row: row.rank), model_members(rows)
+    known = {row.number: _predicted(row) for row in (best, *members)}
     own = known[best.number]
     single = Choice((best,), (1.0,), (own.val.temperature,), best.ranked_by or 0, best.value or 0)
     # Where the study's images were changed, others were evaluated on other ones.
-    members = [row for row in model_members(rows) if known[row.number].paths == own.paths]
+    members = [row for row in members if known[row.number].paths == own.paths]
     if finish == "single" or len(members) < 2:
         return single
     heads = [row for row in members if known[row.number].everything is not None]
@@ -90,9 +90,11 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     for row in thawed:
         found = known[row.number].val
         if mean is None:
-            start = np.ones(1, dtype=np.float32)
-            loss = _loss_of(best.ranked_by or 0.0, monitor)
-            mean = _Mean((row,), start, start * found.temperature, found, loss)
+            one = np.ones(1, dtype=np.float32)
+            own_t = one * found.temperature
+            val = Evaluation(found.labels, tempered(found.log_probs[None], own_t)[0])
+            loss = _loss_of(row.ranked_by or 0.0, monitor)
+            mean = _Mean((row,), one, own_t, val, loss)
         else:
             mean = _joined(mean, row, found, monitor)
     score = 0.0 if mean is None else _score_of(mean.loss, monitor)
@@ -128,6 +130,8 @@ def _mean_of_heads(heads: Sequence[tuple[Trial, _Predicted]], monitor: Monitor) 
     if not found:
         return None
     labels = found[0][1].labels
+    # Training images may have changed where the validation images have not.
+    found = [item for item in found if np.array_equal(item[1].labels, labels)]
     log_probs = np.stack([evaluation.log_probs for _, evaluation in found])
     fitted = fit_mean(labels, log_probs)
     nested = nested_log_probs(labels, log_probs, np.arange(len(labels)) % 2)
@@ -145,6 +149,8 @@ def _mean_of_heads(heads: Sequence[tuple[Trial, _Predicted]], monitor: Monitor) 
 def _joined(mean: _Mean, row: Trial, found: Evaluation, monitor: Monitor) -> _Mean:
     """Return a mean with one more member where that lowers the loss beyond doubt."""
     labels, both = found.labels, np.stack([mean.val.log_probs, found.log_probs])
+    if len(labels) < 2:
+        return mean
     nested = np.empty_like(found.log_probs)
     half = np.arange(len(labels)) % 2
     for part in (half == 0, half == 1):

@@ -34,7 +34,7 @@ _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 # Where nothing else fits, a trial may take so much: time that is left over is lost. Assumption.
 _LARGEST_SHARE_OF_LAST = 0.6
 # A step costs so many passes of the frozen network, whose norms are folded. On EfficientNet-Lite0
-# and 1, levels 3 and 4, it were 1.7 to 2.9 (254 and 384 images, two cores).
+# and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores).
 _PASSES_PER_STEP = 3.0
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
 _SOLVER_S = 1.1e-7

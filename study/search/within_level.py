@@ -18,7 +18,7 @@ class WithinLevel(BasePruner):
 
     Args:
         pruner: What decides.
-        storage: That of the study.
+        storage: That of the study; trials are read through the study, which keeps ended ones.
     """
 
     def __init__(self, pruner: BasePruner, storage: BaseStorage) -> None:
@@ -26,7 +26,7 @@ class WithinLevel(BasePruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return whether a trial is to stop."""
-        alike: Any = _Alike(self._storage, trial)
+        alike: Any = _Alike(self._storage, study, trial)
         shown = optuna.load_study(
             study_name=study.study_name, storage=alike, sampler=study.sampler, pruner=self._pruner
         )
@@ -36,8 +36,8 @@ class WithinLevel(BasePruner):
 class _Alike:
     """A study's storage that lists only trials like one of them."""
 
-    def __init__(self, storage: BaseStorage, trial: FrozenTrial) -> None:
-        self._storage, self._own = storage, self._level(trial.params)
+    def __init__(self, storage: BaseStorage, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._storage, self._study, self._own = storage, study, self._level(trial.params)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -49,7 +49,7 @@ class _Alike:
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         """List the trials, as `BaseStorage` does."""
-        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
+        trials = self._study.get_trials(deepcopy=deepcopy, states=states)
         return [trial for trial in trials if self._level(trial.params) == self._own]
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
