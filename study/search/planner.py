@@ -302,8 +302,9 @@ class Planner:
                 if "features" in self._space:  # what it starts from, to be compared with
                     last = self._params(network, MAX_FREEZE_DEPTH) | {"features": "last"}
                     yield last, "solved head that thawing starts from", False
-                share = self._costs[network].frozen[level]
-                yield params, f"the last {1 - share:.0%} of the network thawed", False
+                share = 1 - self._costs[network].frozen[level]
+                what = f"the last {share:.0%} of the network" if level else "the whole network"
+                yield params, f"{what} thawed", False
                 row = self._find(rows, params)
                 if row is None or row.state == "complete":
                     break
