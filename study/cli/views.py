@@ -299,10 +299,17 @@ def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
     how = {0: "", len(numbers): f", {refitted}"}.get(
         n_refitted, f", {n_refitted} of them {refitted}"
     )
-    return (
+    text = (
         f"Model: {what}{how}; score {model.score:.4f}, accuracy {format_accuracy(model.val_acc)} "
         f"in validation{speed}. In {folder}"
     )
+    best = outcome.best
+    if best is not None and best.number not in numbers and best.rank[0] < -model.score:
+        text += (
+            f"\n(Trial {best.number} scores higher on one fold alone; on the same images it is no "
+            "clear gain over the heads.)"
+        )
+    return text
 
 
 def study_command(command: str, name: str, storage: str, *flags: str) -> str:

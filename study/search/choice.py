@@ -74,16 +74,16 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
 
     Of each backbone the best head and the best thawed trial can be members. The heads' weights
     are chosen by their predictions for all images but the test split. A thawed trial has some for
-    the validation split alone, and joins them where it lowers their loss there beyond doubt.
+    the validation split alone, and joins them, or takes their place, where it lowers their loss
+    there beyond doubt.
     """
     best, members = min(rows, key=lambda row: row.rank), model_members(rows)
     known = {row.number: _predicted(row) for row in (best, *members)}
     own = known[best.number]
-    single = Choice((best,), (1.0,), (own.val.temperature,), best.ranked_by or 0, best.value or 0)
     # Where the study's images were changed, others were evaluated on other ones.
     members = [row for row in members if known[row.number].paths == own.paths]
     if finish == "single" or len(members) < 2:
-        return single
+        return _single(best, own)
     heads = [row for row in members if known[row.number].everything is not None]
     thawed = [row for row in members if row not in heads]
     mean = _mean_of_heads([(row, known[row.number]) for row in heads], monitor)
@@ -97,6 +97,10 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
             mean = _Mean((row,), one, own_t, val, loss)
         else:
             mean = _joined(mean, row, found, monitor)
+    if heads and mean is not None and best in thawed and best not in mean.members:
+        # Its score is that of one fold, and it is the best of several there.
+        best = min(heads, key=lambda row: row.rank)
+    single = _single(best, known[best.number])
     score = 0.0 if mean is None else _score_of(mean.loss, monitor)
     if mean is None or len(mean.members) < 2 or score < single.score * (1 + _LEAST_GAIN):
         return single
@@ -107,6 +111,10 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
         score,
         mean.val.acc,
     )
+
+
+def _single(row: Trial, found: _Predicted) -> Choice:
+    return Choice((row,), (1.0,), (found.val.temperature,), row.ranked_by or 0, row.value or 0)
 
 
 def _predicted(row: Trial) -> _Predicted:

@@ -157,6 +157,20 @@ def test_a_thawed_trial_joins_the_heads_where_it_lowers_their_loss_beyond_doubt(
     assert found.score > heads.score if n_members == 3 else found.score == heads.score
 
 
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_a_thawed_trial_of_a_high_score_alone_does_not_replace_the_heads(
+    tmp_path: Path, n_heads: int
+) -> None:
+    labels = np.arange(60) // 2 % 2
+    first = np.where(labels == np.where(np.arange(60) % 7 == 0, 1, 0), 0.85, 0.15)
+    probabilities = np.stack([first, 1 - first], axis=1)
+    rows = [_trial(tmp_path, n, "ab"[n], probabilities) for n in range(n_heads)]
+    rows.append(_trial(tmp_path, 2, "b", probabilities, freeze_depth=3))
+    rows[-1].score = 0.99  # one fold is more difficult for its own head than for the others
+    assert 2 not in [row.number for row in choose(rows, "ensemble", "val_loss").trials]
+    assert [row.number for row in choose(rows, "single", "val_loss").trials] == [2]
+
+
 def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:
     first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
     probabilities = np.stack([first, 1 - first], axis=1)
