@@ -13,8 +13,8 @@ from reports.across import Across, compare_across
 from reports.factorial import estimate_contrasts
 from reports.figures import drawn, save_figures
 from reports.methods import data_words
+from reports.page import render_template
 from reports.publish import latex_document, to_markdown
-from reports.templating import render_template
 from reports.words import config_words, moment
 from study.config.formatting import hide_password
 from study.record.record import Record

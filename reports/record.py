@@ -1,15 +1,29 @@
 """All that a report says about one study, read from the record once."""
 
+import contextlib
+import functools
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
 
-from reports.frames import Dimension, best_number, dimensions
+from reports.trials import (
+    Importance,
+    as_optuna_study,
+    best_number,
+    dimensions,
+    final_accuracies,
+    importances,
+)
 from study.record.frames import read_confusion, read_epochs, read_misclassified, read_trials
-from study.record.models import Misclassified, Run, Study, Test, Trial
+from study.record.models import MODEL_FOLDER, Misclassified, Run, Study, Test, Trial
 from study.record.record import Record
 
 _AUDIT_SUFFIX = "-audit"
@@ -35,7 +49,7 @@ class Audited:
     full_score: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SearchRecord:
     """One study as the database knows it.
 
@@ -43,25 +57,49 @@ class SearchRecord:
         study: Its configuration, images and versions.
         trials: One row per trial, by number.
         epochs: One row per trial and epoch.
-        dims: The searched settings.
+        frozen: The same trials as Optuna has them.
         runs: The processes that worked on it, oldest first.
         tests: Looks at the test split, oldest first.
         best: The best trial; None where no trial has an accuracy.
         confusion: The best trial's matrix on the validation split, (K, K), rows = truth.
         images: What the best trial got wrong on the validation split, the worst first.
         audited: Pruned trials that an audit trained to the end, by number.
+        model: What `model/` is made of, as its `model.json` says; empty where there is none.
     """
 
     study: Study
     trials: pd.DataFrame
     epochs: pd.DataFrame
-    dims: tuple[Dimension, ...]
+    frozen: list[FrozenTrial]
     runs: list[Run]
     tests: list[Test]
     best: Trial | None
     confusion: np.ndarray[Any, np.dtype[np.int64]] | None
     images: list[Misclassified]
     audited: tuple[Audited, ...]
+    model: Mapping[str, Any]
+
+    @functools.cached_property
+    def dims(self) -> dict[str, BaseDistribution]:
+        """The searched settings."""
+        return dimensions(self.frozen)
+
+    @functools.cached_property
+    def final(self) -> "pd.Series[float]":
+        """Final accuracies by trial number, those of pruned trials estimated."""
+        return final_accuracies(self.trials, self.epochs)
+
+    @functools.cached_property
+    def view(self) -> optuna.study.Study:
+        """The study for Optuna's plots: pruned trials are complete at their final accuracy."""
+        return as_optuna_study(self.frozen, self.final)
+
+    @functools.cached_property
+    def importance(self) -> Importance:
+        """How much each setting mattered."""
+        is_planned = self.trials["origin"].astype(str).str.startswith("plan")
+        planned = set(self.trials.loc[is_planned, "number"])
+        return importances(self.frozen, self.final, planned)
 
     @property
     def classes(self) -> list[str]:
@@ -86,6 +124,9 @@ def read_record(store: Record, name: str) -> SearchRecord:
         RecordError: There is no such study.
     """
     study = store.study(name)
+    model = {}
+    with contextlib.suppress(OSError, ValueError):
+        model = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
     trials = _as_floats(read_trials(store, name), ("value", "duration_s"))
     number = best_number(trials)
     confusion, images = None, []
@@ -97,13 +138,14 @@ def read_record(store: Record, name: str) -> SearchRecord:
         study=study,
         trials=trials,
         epochs=_as_floats(read_epochs(store, name), ("val_acc",)),
-        dims=dimensions(study.config.get("space", {}), trials),
+        frozen=store.optuna_study(study.id).get_trials(deepcopy=False),
         runs=store.runs(study.id),
         tests=store.tests(study.id),
         best=None if number is None else store.trial(study.id, number),
         confusion=confusion,
         images=images,
         audited=_audited(store, study),
+        model=model,
     )
 
 

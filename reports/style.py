@@ -1,20 +1,15 @@
 """How plots look: colours, type, axes, legends; letters that can be drawn, drawn as they are."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
-    FuncFormatter,
-    LogLocator,
     MaxNLocator,
-    NullFormatter,
     PercentFormatter,
 )
 
@@ -26,12 +21,6 @@ SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#858C97"
 INK = "#22262c"
 """Colour of text and axes."""
 
-# Every state has a shape of its own too, so that a print without colours can be read.
-STATE_MARKS: dict[str, dict[str, Any]] = {
-    "complete": {"marker": "o", "color": BLUE, "s": 20, "linewidths": 0},
-    "pruned": {"marker": "x", "color": ORANGE, "s": 20, "linewidths": 1.2},
-}
-STATE_NAMES = {"complete": "finished", "pruned": "pruned"}
 # Of the legend's type, measured.
 _LETTERS_PER_INCH = 15
 # Fonts that may be there for names outside Latin, Greek and Cyrillic scripts.
@@ -99,15 +88,6 @@ def accuracy_axis(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
 
 
-def plain_log_axis(axis: Any) -> None:
-    """Write a logarithmic axis as 0.001, not as a power: there is no mathtext."""
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("e-0", "e-")))
-    axis.set_minor_formatter(NullFormatter())
-    low, high = axis.get_view_interval()
-    if math.log10(high / low) < 1.2:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-
-
 def entry(marker: str, color: str, label: str, **more: Any) -> Line2D:
     """Make a legend entry that is a marker."""
     options: dict[str, Any] = {"linestyle": "", "markersize": 5, "markeredgewidth": 1.2} | more
@@ -130,15 +110,3 @@ def legend_above(ax: Axes, entries: Sequence[Line2D]) -> None:
         handletextpad=0.4,
         columnspacing=1.1,
     )
-
-
-def scatter_states(frame: pd.DataFrame, x: str, ax: Axes) -> list[Line2D]:
-    """Draw scored trials by state; return the legend's entries."""
-    entries = []
-    for state in ("pruned", "complete"):  # finished ones on top
-        part = frame[(frame["state"] == state) & frame["value"].notna()]
-        if len(part):
-            marks = STATE_MARKS[state]
-            ax.scatter(part[x], part["value"], **marks, label=STATE_NAMES[state])
-            entries.append(entry(marks["marker"], marks["color"], STATE_NAMES[state]))
-    return entries[::-1]

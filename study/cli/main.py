@@ -11,6 +11,8 @@ import re
 import shlex
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_STORAGE = "studies.db"
 """The database where no other is named; the configuration's default is the same."""
 _BY_SIGNAL = 128  # a shell reports this plus the signal's number
+_WATCH_S = 5  # between two pages of `report --watch`
 _PACKAGES = ("core", "study", "reports")
 _CONFIG_KEYS = {
     "data": "data.source",
@@ -307,8 +310,6 @@ def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:
 
 def _process_begin() -> float:
     """Return when this process began, as `time.monotonic` counts."""
-    import time
-
     import psutil
 
     began: float = psutil.Process().create_time()
@@ -324,7 +325,7 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
     if not _given("as_json"):
         views.print_view(views.summary_view(outcome, config.study))
     if outcome.stopped_because != "interrupted":  # drawing takes seconds
-        from reports.html import write_report
+        from reports.search_report import write_report
 
         with _open(storage) as store:
             report = write_report(store, name, folder).html
@@ -413,7 +414,7 @@ def ablate(
 @_json
 def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> int:
     """Audit a search's pruner: train a sample of its pruned trials."""
-    from reports.audit import audited_grid, rank_grid, read_audit
+    from reports.pruning import audited_grid, rank_grid, read_audit
     from study.cli.views import grid_table, print_json, print_view
     from study.search.audit import audit_study
 
@@ -478,6 +479,41 @@ def show(study: str, trial: int | None, **_: Any) -> None:
 
 @cli.command()
 @_study
+@_storage
+@_json
+def status(study: str, **_: Any) -> None:
+    """Say whether a study is running, and where it stands."""
+    from study.cli.views import status_text
+
+    with _open() as store:
+        row = store.study(study)
+        trials, run = store.trials(row.id), store.working(row.id)
+    facts = {"study": study, "process": run and run.pid, "host": run and run.host}
+    _print(status_text(study, trials, run), {**facts, "states": Counter(t.state for t in trials)})
+
+
+@cli.command()
+@_study
+@_storage
+def stop(study: str, **_: Any) -> None:
+    """Stop a running study as Ctrl-C does; `resume` continues it."""
+    import socket
+
+    with _open() as store:
+        run = store.working(store.study(study).id)
+    if run is None:
+        print(f"Study {study} is not running.")
+        return
+    if run.host != socket.gethostname():
+        raise click.ClickException(
+            f"study {study} runs on {run.host} (process {run.pid}). Stop it there."
+        )
+    os.kill(run.pid, signal.SIGINT)
+    print(f"Asked process {run.pid} to stop; its trial is kept, and `resume` continues it.")
+
+
+@cli.command()
+@_study
 @_flag("--yes", help="Do not ask.")
 @_storage
 def delete(study: str, yes: bool, **_: Any) -> None:
@@ -534,7 +570,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
             (row,) = test_trials(store, study, [trial], progress=progress, command=line)
         tests = store.tests(found.id)
         if (folder / "report" / "report.html").exists():  # what it says of the test has changed
-            from reports.html import write_report
+            from reports.search_report import write_report
 
             write_report(store, study, folder / "report")
     _print(describe_use(row, tests, is_new=len(tests) > n_before), row)
@@ -543,22 +579,30 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 @cli.command()
 @_study
 @click.option("--out", type=_path, metavar="FOLDER", help="Where to write it.")
-@_many("--beside", metavar="STUDY", help="An ablation of other images to compare with.")
+@_many("--beside", metavar="STUDY", help="Another study to compare with.")
+@_flag("--watch", help="Write it again while the study runs; the page follows.")
 @_storage
-def report(study: str, out: Path | None, beside: Sequence[str], **_: Any) -> None:
+def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_: Any) -> None:
     """Write the report: a page, CSV, plots."""
     with _open() as store:
         folder = store.study(study).output
-        if beside or _is_ablation(store, study):
+        if _is_ablation(store, study):
             from reports.ablation_report import write_ablation
 
             made = write_ablation(store, study, out or folder / "ablation", beside=beside)
             print(made.html, made.markdown, made.latex, *made.csv, sep="\n")
         else:
-            from reports.html import write_report
+            from reports.search_report import write_report
 
-            paths = write_report(store, study, out or folder / "report")
-            print(paths.html, paths.csv, sep="\n")
+            target = out or folder / "report"
+            refresh_s = _WATCH_S if watch else 0
+            paths = write_report(store, study, target, beside=beside, refresh_s=refresh_s)
+            print(paths.html, paths.csv, sep="\n", flush=True)
+            while watch and store.working(store.study(study).id):
+                time.sleep(_WATCH_S)
+                write_report(store, study, target, beside=beside, refresh_s=refresh_s)
+            if watch:  # the last page stands still
+                write_report(store, study, target, beside=beside)
 
 
 # Configuration and backbones.

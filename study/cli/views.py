@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,14 @@ from study.config.formatting import (
     hide_password,
     json_text,
 )
+from study.record.models import Counts
 
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
     from reports.publish import Grid
     from study.config.backbones import ModernBackbone
     from study.config.study_config import StudySection
-    from study.record.models import Study, StudySummary, Test, Trial
+    from study.record.models import Run, Study, StudySummary, Test, Trial
     from study.search.choice import Choice
     from study.search.plan import Estimate
     from study.search.search import SearchOutcome
@@ -152,6 +154,22 @@ def study_view(
         parts += [Text(""), trials_table(trials)]
     parts += [Text(f"\n{describe_test(row)}") for row in tests]
     return Group(*parts)
+
+
+def status_text(name: str, trials: Sequence["Trial"], run: "Run | None") -> str:
+    """Say whether a study is running, and where it stands."""
+    ranked = best_first(trials)
+    is_complete = bool(ranked) and ranked[0].state == "complete"
+    best = format_accuracy(ranked[0].value) if is_complete else "-"
+    counts = Counts.of(trials)
+    text = f"{counts.finished} trials, best {best}"
+    if run is None:
+        return f"Study {name} is not running: {text}."
+    since = (datetime.now(UTC).replace(tzinfo=None) - run.started_at).total_seconds()
+    text = f"Study {name} has been running for {format_duration(since)}: {text}"
+    for row in (trial for trial in trials if trial.state == "running"):
+        text += f"; trial {row.number} is after epoch {row.epochs_done} of {row.config['epochs']}"
+    return f"{text} (process {run.pid} on {run.host})."
 
 
 def best_first(trials: Iterable["Trial"]) -> list["Trial"]:

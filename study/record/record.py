@@ -334,10 +334,14 @@ class Record(AbstractContextManager["Record"]):
                 row.checkpoint = str(study.output / trial_folder(row.number))
             _join(row, optunas.get(row.number))
         running = [row for row in rows if row.state == "running"]
-        if running and not any(map(is_alive, self.runs(study_id))):
+        if running and self.working(study_id) is None:
             for row in running:
                 row.state = "interrupted"
         return rows
+
+    def working(self, study_id: int) -> Run | None:
+        """Return the process that works on a study, if one does."""
+        return next(filter(is_alive, self.runs(study_id)), None)
 
     def epochs(self, trial_id: int) -> list[EpochMetrics]:
         """List a trial's epochs in order."""

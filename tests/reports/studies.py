@@ -109,7 +109,13 @@ def make_study(
 ) -> Record:
     """Enter the planned trials one after the other, as a run would have; `data` as in `DATA`."""
     config = {
-        "study": {"name": name, "trials": len(plans), "seed": 7, "storage": "studies.db"},
+        "study": {
+            "name": name,
+            "trials": len(plans),
+            "seed": 7,
+            "storage": "studies.db",
+            "output": "frostline-runs",
+        },
         "space": SPACE if space is None else space,
     }
     command = f"python -m study run --data pets --name {name}"

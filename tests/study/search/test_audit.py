@@ -7,8 +7,8 @@ from small_study import Listener, config_of, make_home, run
 
 from core.config import TrainConfig
 from core.fit import fit
-from reports.audit import read_audit
-from reports.html import write_report
+from reports.pruning import read_audit
+from reports.search_report import write_report
 from study.cli.main import main
 from study.config.study_config import StudyConfig
 from study.execution.session import load_images

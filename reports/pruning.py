@@ -1,4 +1,4 @@
-"""How early the final order of the trials shows: what a pruner may trust, epoch by epoch."""
+"""What pruning did: how early the final order shows, and whether a pruned trial would have won."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
-from reports.frames import is_copy, rank_of
-from reports.intervals import Interval
-from reports.words import plural
+from reports.intervals import Interval, wilson_interval
+from reports.publish import Grid, number_words, signed
+from reports.record import Audited, SearchRecord, read_record
+from reports.trials import is_copy, rank_of
+from reports.words import percent, plural
+from study.record.record import Record
 
 MIN_TRIALS = 8
 """Fewer trials give an interval that says nothing: assumption (at 8, a correlation of 0.7 cannot
@@ -23,16 +26,13 @@ class EpochRank:
 
     Attributes:
         epoch: From 1.
-        at_epoch: Spearman's correlation of what trials are ranked by after this epoch with what
-            they are in the end, in [-1, 1], and its 95 % interval; None where it has none, all
-            trials being equal.
-        best_so_far: The same for the best up to this epoch.
+        best_so_far: Spearman's correlation of what trials are ranked by up to this epoch with what
+            they are in the end, in [-1, 1], and its 95 % interval; None where all are equal.
         n: Finished trials that reached this epoch.
         n_stopped: Pruned trials that ended with this epoch.
     """
 
     epoch: int
-    at_epoch: Interval | None
     best_so_far: Interval | None
     n: int
     n_stopped: int
@@ -103,10 +103,9 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
         if len(rows) < MIN_TRIALS:
             continue
         known = final.loc[rows["number"]].tolist()
-        at_epoch = spearman_interval(rows["rank"].tolist(), known)
         best = spearman_interval(rows["best"].tolist(), known)
         number = int(str(epoch))
-        ranks.append(EpochRank(number, at_epoch, best, len(rows), int(stops.get(number, 0))))
+        ranks.append(EpochRank(number, best, len(rows), int(stops.get(number, 0))))
     why_empty = None
     if not ranks:
         n = seen["number"].nunique()
@@ -149,3 +148,123 @@ def spearman_interval(
     reach = float(norm.ppf((1 + confidence) / 2)) * math.sqrt((1 + inner**2 / 2) / (n - 3))
     z = math.atanh(inner)
     return Interval(r, min(math.tanh(z - reach), r), max(math.tanh(z + reach), r))
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A search's pruner under audit.
+
+    Attributes:
+        name: The search.
+        early: How early the final order shows, over finished trials.
+        n_complete: Finished trials of the search.
+        n_pruned: Pruned trials of the search.
+        best: Validation accuracy of the search's best trial; None where none finished.
+        best_score: What that trial is ranked by.
+        chosen_by: What that is, in words.
+        trials: Pruned trials that were trained to the end, by number.
+    """
+
+    name: str
+    early: EarlyRank
+    n_complete: int
+    n_pruned: int
+    best: float | None
+    best_score: float | None
+    chosen_by: str
+    trials: tuple[Audited, ...]
+
+    @property
+    def n_won(self) -> int:
+        """Count the audited trials that end above the search's best."""
+        best = self.best_score
+        return sum(best is not None and trial.full_score > best for trial in self.trials)
+
+    @property
+    def share_won(self) -> Interval | None:
+        """Return the share that would have won, with its 95 % Wilson interval."""
+        return wilson_interval(self.n_won, len(self.trials)) if self.trials else None
+
+    @property
+    def findings(self) -> list[str]:
+        """Say it in sentences."""
+        sentences = [
+            f"{plural(self.n_pruned, 'trial')} of {self.n_pruned + self.n_complete} pruned."
+        ]
+        share = self.share_won
+        if share is not None and self.best is not None:
+            ends = f"{100 * share.low:.0f} to {100 * share.high:.0f} %"
+            sentences.append(
+                f"Of {plural(len(self.trials), 'pruned trial')} trained to the end, {self.n_won} "
+                f"would have been ranked above the best one ({percent(self.best)}) by "
+                f"{self.chosen_by}: "
+                f"{100 * share.estimate:.0f} % (95 % interval {ends})."
+            )
+            top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_score) else t.full_score)
+            sentences.append(
+                f"The best of them by that, trial {top.number}, ends at {percent(top.full_value)}"
+                f", {signed(100 * (top.full_value - self.best), 1)} points from the best."
+            )
+        return sentences
+
+
+def read_audit(store: Record, name: str) -> Audit:
+    """Read a search and, where there is one, its audit.
+
+    Raises:
+        RecordError: There is no such study.
+    """
+    return audit_of(read_record(store, name))
+
+
+def audit_of(record: SearchRecord) -> Audit:
+    """Say what a search's pruner did, and what its audit found."""
+    states, best = record.trials["state"], record.best
+    return Audit(
+        record.study.name,
+        early_rank_correlation(record.epochs, record.trials),
+        int((states == "complete").sum()),
+        int((states == "pruned").sum()),
+        best.value if best else None,
+        best.ranked_by if best else None,
+        best.chosen_by if best else "",
+        record.audited,
+    )
+
+
+def rank_grid(audit: Audit) -> Grid:
+    """Show how early the final order shows."""
+    rows = []
+    for found in audit.early.epochs:
+        rho = found.best_so_far
+        ends = f" [{number_words(rho.low)}, {number_words(rho.high)}]" if rho else ""
+        cell = f"{number_words(rho.estimate)}{ends}" if rho else "–"
+        rows.append((str(found.epoch), cell, str(found.n), str(found.n_stopped)))
+    note = (
+        "Spearman’s rank correlation, with its 95 % interval, of what trials are ranked by. "
+        + (audit.early.caveat or "")
+    )
+    header = ("Epoch", "Correlation", "Finished trials", "Pruned here")
+    title = "Rank correlation of early epochs with the last"
+    return Grid("audit-ranks", title, header, tuple(rows), note=note.strip())
+
+
+def audited_grid(audit: Audit) -> Grid:
+    """Show the pruned trials that were trained to the end."""
+    rows = []
+    for trial in audit.trials:
+        gap = "–"
+        if audit.best is not None and math.isfinite(trial.full_value):
+            gap = signed(100 * (trial.full_value - audit.best), 1)
+        rows.append(
+            (
+                str(trial.number),
+                str(trial.epochs),
+                percent(trial.pruned_value),
+                percent(trial.full_value) if math.isfinite(trial.full_value) else "failed",
+                gap,
+            )
+        )
+    header = ("Trial", "Epochs when pruned", "Accuracy then", "At the end", "Points from the best")
+    note = "Validation accuracy, each with the seed of the pruned trial. A random sample."
+    return Grid("audit-trials", "Pruned trials trained to the end", header, tuple(rows), note=note)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from reports.words import percent, percent_range, shorten
 
@@ -26,8 +27,16 @@ def render_template(template: str, contents: dict[str, Any]) -> str:
         interval=lambda found: percent_range(found.low, found.high),
         shorten=shorten,
         data_uri=_data_uri,
+        script=Markup,
     )
     return environment.get_template(template).render(contents)
+
+
+def plotly_js() -> Markup:
+    """Return plotly.js, which the page holds whole, so that it needs no network."""
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
 
 
 def _data_uri(content: bytes, kind: str) -> str:

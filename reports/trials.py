@@ -1,0 +1,274 @@
+"""What a search's trials say together: final accuracies of the pruned ones, and importances."""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.isotonic import IsotonicRegression
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+MIN_TRIALS = 8
+"""Fewer trials with an accuracy say nothing about importance. Assumption."""
+# Optuna's default number of trees, and the size above which trials are drawn for the forest: more
+# change no share by a point (planted searches of 10,000).
+_TREES, _MOST_FITTED = 64, 1_000
+_RESAMPLES = 20
+
+
+def is_copy(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Say which trials were not trained, because one with equal settings and seed had been."""
+    return trials["origin"].astype(str).str.startswith("same as")
+
+
+def is_diverged(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Say which trials failed because their training diverged, by the reason recorded."""
+    reasons = trials["reason"].fillna("").astype(str)
+    return (trials["state"] == "failed") & reasons.str.startswith("diverged")
+
+
+def rank_of(frame: pd.DataFrame, accuracy: str) -> "pd.Series[float]":
+    """Give what trials or epochs are ranked by: the score, or the accuracy where there is none."""
+    known = frame[accuracy].astype(float)
+    return frame["score"].astype(float).fillna(known) if "score" in frame else known
+
+
+def best_number(trials: pd.DataFrame) -> int | None:
+    """Name the best trial: highest score, earliest on a tie; pruned ones only if none finished."""
+    for state in ("complete", "pruned"):
+        scored = trials[(trials["state"] == state) & trials["value"].notna()]
+        if len(scored):
+            ranked = scored.assign(rank=rank_of(scored, "value"))
+            ordered = ranked.sort_values(["rank", "number"], ascending=[False, True])
+            return int(ordered["number"].iloc[0])
+    return None
+
+
+def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[float]":
+    """Give every trial that says something about its settings a final accuracy.
+
+    A completed trial keeps its own. A pruned trial gets the isotonic (monotone) regression of the
+    final accuracy on the accuracy of the best epoch so far, at the epoch after which it stopped,
+    over the trials that went further; those pruned later are estimated first and serve those
+    pruned earlier, so the order at an epoch is kept. A trial worse than all of them stays worse by
+    as much. Diverged trials get the lowest of all. Left out are trials that failed for other
+    reasons, and those not trained because an equal one had been.
+
+    Args:
+        trials: One row per trial.
+        epochs: One row per trial and epoch.
+
+    Returns:
+        Accuracies in [0, 1] by trial number.
+
+    References:
+        Barlow et al. 1972, Statistical Inference under Order Restrictions;
+        Li et al. 2018, https://arxiv.org/abs/1603.06560 (the order at a rung that pruning trusts).
+    """
+    own = trials[~is_copy(trials)].set_index("number")
+    finished = own[own["state"] == "complete"]["value"].dropna().astype(float)
+    found: dict[Any, float] = finished.to_dict()
+    ordered = epochs.sort_values(["number", "epoch"]).dropna(subset=["val_acc"])
+    ordered = ordered.assign(best=_accuracy_of_best(ordered))
+    best = ordered.pivot(index="number", columns="epoch", values="best")
+    pruned = best.loc[best.index.isin(own.index[own["state"] == "pruned"])]
+    last = pruned.apply(lambda row: row.last_valid_index(), axis=1)
+    for epoch in sorted(last.unique(), reverse=True):
+        at_epoch = best[epoch].dropna()
+        known = at_epoch[at_epoch.index.isin(list(found))]
+        stopped = at_epoch.loc[last.index[last == epoch]]
+        estimates = stopped.to_numpy()
+        if len(known):
+            final = np.array([found[number] for number in known.index])
+            fit = IsotonicRegression(out_of_bounds="clip").fit(known.to_numpy(), final)
+            below = np.maximum(known.min() - estimates, 0.0)
+            estimates = np.maximum(fit.predict(estimates) - below, 0.0)
+        found.update(zip(stopped.index, estimates.tolist(), strict=True))
+    diverged = own.index[is_diverged(own)]
+    found.update(dict.fromkeys(diverged, min(found.values(), default=0.0)))
+    return pd.Series(found, dtype=float).sort_index()
+
+
+def _accuracy_of_best(epochs: pd.DataFrame) -> "pd.Series[float]":
+    """Give, at each epoch, the accuracy of its trial's best epoch so far."""
+    numbers, ranks = epochs["number"], rank_of(epochs, "val_acc")
+    before = ranks.groupby(numbers).cummax().groupby(numbers).shift()
+    is_new = ~(ranks <= before)  # the first has none before it
+    return epochs["val_acc"].astype(float).where(is_new).groupby(numbers).ffill()
+
+
+def as_optuna_study(
+    trials: Sequence[FrozenTrial], final: "pd.Series[float]"
+) -> "optuna.study.Study":
+    """Copy a study in memory, with pruned trials complete at their estimated final accuracy.
+
+    Optuna's plots leave pruned trials out, and so the settings that a pruner stopped.
+    """
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(direction="maximize")
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    for trial in trials:
+        if trial.number in final.index:
+            copy = optuna.trial.create_trial(
+                value=float(final[trial.number]),
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={"trial": trial.number, "state": trial.state.name.lower()},
+            )
+            study.add_trial(copy)
+    return study
+
+
+def dimensions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
+    """Return the searched settings with the distributions that they were last drawn from."""
+    return {name: own for trial in trials for name, own in trial.distributions.items()}
+
+
+def varied(trials: Sequence[FrozenTrial]) -> list[str]:
+    """List the settings of which trials had more than one value."""
+    seen: dict[str, set[Any]] = {name: set() for name in dimensions(trials)}
+    for trial in trials:
+        for name, value in trial.params.items():
+            seen[name].add(value)
+    return [name for name, values in seen.items() if len(values) > 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How much each setting mattered, and the trials that this rests on.
+
+    Attributes:
+        shares: Setting, share of the importance (0 to 1), and the ends of its 95 % bootstrap
+            interval, the most important first; empty where `why_empty` says why.
+        counts: Trials used by how they ended: `complete`, `pruned`, `failed` (diverged).
+        why_empty: A sentence, or None.
+    """
+
+    shares: pd.DataFrame
+    counts: Mapping[str, int]
+    why_empty: str | None = None
+
+
+def importances(
+    trials: Sequence[FrozenTrial],
+    final: "pd.Series[float]",
+    planned: Collection[int] = (),
+    seed: int = 0,
+) -> Importance:
+    """Estimate how much each setting mattered for the final accuracy.
+
+    The mean decrease in impurity of a random forest, as in Optuna's evaluator of that name, over
+    trials that include the pruned ones, and only over those whose settings a sampler drew. The
+    interval is a percentile bootstrap over trials (estimated accuracies are kept).
+
+    Args:
+        trials: The study's.
+        final: By trial number.
+        planned: Numbers of trials whose settings a plan chose; they are left out.
+        seed: Of the forest and the bootstrap.
+
+    References:
+        Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html (forests as models of
+        hyperparameters); Louppe et al. 2013 (mean decrease in impurity).
+    """
+    used = [t for t in trials if t.number in final.index and t.number not in planned]
+    counts = Counter(
+        "failed" if t.state is TrialState.FAIL else t.state.name.lower() for t in used
+    )
+    names = [name for name in varied(used) if all(name in trial.params for trial in used)]
+    empty = pd.DataFrame(columns=["setting", "share", "low", "high"])
+    if planned and len(used) < MIN_TRIALS:
+        why = (
+            "The plan chose these settings, so that they do not vary independently: only the best "
+            "backbone was thawed, for example. Their importance cannot be estimated; compare "
+            "single settings with `python -m study ablate`."
+        )
+    elif len(used) < MIN_TRIALS:
+        why = f"This needs at least {MIN_TRIALS} trials with an accuracy; there are {len(used)}."
+    elif not names:
+        why = "No setting had more than one value."
+    elif final[[trial.number for trial in used]].nunique() == 1:
+        why = "All trials reached the same accuracy."
+    else:
+        return Importance(_shares(used, final, names, seed), counts)
+    return Importance(empty, counts, why)
+
+
+def _shares(
+    trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str], seed: int
+) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    if len(trials) > _MOST_FITTED:
+        kept = np.sort(rng.choice(len(trials), _MOST_FITTED, replace=False))
+        trials = [trials[i] for i in kept]
+    columns, owners = _encoded(trials, names)
+    y = np.array([final[trial.number] for trial in trials], dtype=np.float64)
+    share = _mdi(columns, y, owners, len(names), seed)
+    draws = []
+    for k in range(_RESAMPLES):
+        rows = rng.integers(len(y), size=len(y))
+        draws.append(
+            _mdi(np.asarray(columns[rows]), np.asarray(y[rows]), owners, len(names), seed + k + 1)
+        )
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    frame = pd.DataFrame(
+        {
+            "setting": names,
+            "share": share,
+            # A percentile interval need not hold the estimate; a reader expects that it does.
+            "low": np.minimum(low, share),
+            "high": np.maximum(high, share),
+        }
+    )
+    return frame.sort_values("share", ascending=False, ignore_index=True)
+
+
+def _encoded(trials: Sequence[FrozenTrial], names: Sequence[str]) -> tuple[Array, list[int]]:
+    """Return columns for a forest, (trials, C), and the setting that each belongs to."""
+    dims = dimensions(trials)
+    columns: list[list[float]] = []
+    owners: list[int] = []
+    for k, name in enumerate(names):
+        values = [trial.params[name] for trial in trials]
+        dim = dims[name]
+        if isinstance(dim, CategoricalDistribution):
+            for choice in dict.fromkeys(values):
+                columns.append([float(value == choice) for value in values])
+                owners.append(k)
+        else:
+            is_log = getattr(dim, "log", False)
+            columns.append([math.log(v) if is_log else float(v) for v in values])
+            owners.append(k)
+    return np.array(columns).T, owners
+
+
+def _mdi(columns: Array, y: Array, owners: Sequence[int], n: int, seed: int) -> Array:
+    forest = RandomForestRegressor(_TREES, random_state=seed).fit(columns, y)
+    return np.asarray(np.bincount(owners, forest.feature_importances_, n), dtype=np.float64)
+
+
+def is_on_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray[Any, Any]:
+    """Mark the points that no other beats: cheaper and at least as good; of equal ones the first.
+
+    Args:
+        cost: (N,), less is better.
+        value: (N,), more is better.
+    """
+    front = np.zeros(len(cost), dtype=bool)
+    best = -math.inf
+    for i in np.lexsort((-np.asarray(value, dtype=float), np.asarray(cost, dtype=float))):
+        if value[i] > best:
+            front[i] = True
+            best = value[i]
+    return front
