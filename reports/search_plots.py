@@ -279,7 +279,7 @@ def _progress(
     "Importance",
     "What mattered",
     "Share of each setting in the differences of final accuracy, with its 95 % bootstrap "
-    "interval. Settings with many values are slightly favoured.",
+    "interval.",
 )
 def importance(record: SearchRecord) -> go.Figure | str:
     """Draw the importances."""

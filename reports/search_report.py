@@ -508,8 +508,9 @@ def importance_grid(record: SearchRecord) -> Grid:
     parts = ", ".join(f"{found.counts[key]} {text}" for key, text in words.items()
                       if found.counts.get(key))  # fmt: skip
     note = (
-        f"Mean decrease in impurity of a random forest over {sum(found.counts.values())} trials: "
-        f"{parts}. Optuna's dashboard counts complete trials alone, which a pruner has selected."
+        f"Variance of each setting's main effect over the space, by a forest that has seen "
+        f"{sum(found.counts.values())} trials: {parts}. Optuna's dashboard counts "
+        "complete trials alone, which a pruner has selected."
     )
     header = ("Setting", "Importance", "95 % interval")
     return Grid("importance", "Importance", header, tuple(rows), note=note)

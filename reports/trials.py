@@ -11,16 +11,17 @@ import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sklearn.ensemble import RandomForestRegressor
+from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.isotonic import IsotonicRegression
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 MIN_TRIALS = 8
 """Fewer trials with an accuracy say nothing about importance. Assumption."""
-# Optuna's default number of trees, and the size above which trials are drawn for the forest: more
-# change no share by a point (planted searches of 10,000).
-_TREES, _MOST_FITTED = 64, 1_000
+# Trees of the forest; points of the space, and values of each setting, at which it is asked.
+_TREES, _POINTS, _GRID = 64, 128, 10
+# Of more trials so many are drawn for the forest. Assumption.
+_MOST_FITTED = 1_000
 _RESAMPLES = 20
 
 
@@ -168,9 +169,10 @@ def importances(
 ) -> Importance:
     """Estimate how much each setting mattered for the final accuracy.
 
-    The mean decrease in impurity of a random forest, as in Optuna's evaluator of that name, over
-    trials that include the pruned ones, and only over those whose settings a sampler drew. The
-    interval is a percentile bootstrap over trials (estimated accuracies are kept).
+    The variance of each setting's main effect over the whole space (functional analysis of
+    variance), as a forest of extremely randomised trees predicts it from all trials, the pruned
+    ones included, whose settings a sampler drew. The interval is a percentile bootstrap over
+    trials (estimated accuracies are kept).
 
     Args:
         trials: The study's.
@@ -179,8 +181,8 @@ def importances(
         seed: Of the forest and the bootstrap.
 
     References:
-        Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html (forests as models of
-        hyperparameters); Louppe et al. 2013 (mean decrease in impurity).
+        Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html;
+        Geurts et al. 2006, https://doi.org/10.1007/s10994-006-6226-1 (the forest).
     """
     used = [t for t in trials if t.number in final.index and t.number not in planned]
     counts = Counter(
@@ -212,15 +214,17 @@ def _shares(
     if len(trials) > _MOST_FITTED:
         kept = np.sort(rng.choice(len(trials), _MOST_FITTED, replace=False))
         trials = [trials[i] for i in kept]
-    columns, owners = _encoded(trials, names)
+    dims = [dimensions(trials)[name] for name in names]
+    x = np.array(
+        [[_place(trial.params[n], dim) for n, dim in zip(names, dims, strict=True)]
+         for trial in trials]
+    )  # fmt: skip
     y = np.array([final[trial.number] for trial in trials], dtype=np.float64)
-    share = _mdi(columns, y, owners, len(names), seed)
+    share = _main_effects(x, y, dims, seed)
     draws = []
     for k in range(_RESAMPLES):
         rows = rng.integers(len(y), size=len(y))
-        draws.append(
-            _mdi(np.asarray(columns[rows]), np.asarray(y[rows]), owners, len(names), seed + k + 1)
-        )
+        draws.append(_main_effects(x[rows], y[rows], dims, seed + k + 1))
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     frame = pd.DataFrame(
         {
@@ -234,28 +238,46 @@ def _shares(
     return frame.sort_values("share", ascending=False, ignore_index=True)
 
 
-def _encoded(trials: Sequence[FrozenTrial], names: Sequence[str]) -> tuple[Array, list[int]]:
-    """Return columns for a forest, (trials, C), and the setting that each belongs to."""
-    dims = dimensions(trials)
-    columns: list[list[float]] = []
-    owners: list[int] = []
-    for k, name in enumerate(names):
-        values = [trial.params[name] for trial in trials]
-        dim = dims[name]
-        if isinstance(dim, CategoricalDistribution):
-            for choice in dict.fromkeys(values):
-                columns.append([float(value == choice) for value in values])
-                owners.append(k)
-        else:
-            is_log = getattr(dim, "log", False)
-            columns.append([math.log(v) if is_log else float(v) for v in values])
-            owners.append(k)
-    return np.array(columns).T, owners
+def _place(value: Any, dim: BaseDistribution) -> float:
+    """Return where a value lies in its range, 0 to 1; of a choice its number."""
+    if isinstance(dim, CategoricalDistribution):
+        return float(dim.choices.index(value))
+    low, high = vars(dim)["low"], vars(dim)["high"]
+    if vars(dim)["log"]:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return float((value - low) / (high - low or 1.0))
 
 
-def _mdi(columns: Array, y: Array, owners: Sequence[int], n: int, seed: int) -> Array:
-    forest = RandomForestRegressor(_TREES, random_state=seed).fit(columns, y)
-    return np.asarray(np.bincount(owners, forest.feature_importances_, n), dtype=np.float64)
+def _main_effects(x: Array, y: Array, dims: Sequence[BaseDistribution], seed: int) -> Array:
+    """Return each setting's share of the variance that a forest sees over the whole space.
+
+    Args:
+        x: Places of the trials, (N, D).
+        y: Their final accuracies, (N,).
+        dims: D.
+        seed: Of the forest and of the points at which it is asked.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in dims]
+    points = rng.random((_POINTS, len(dims)))
+    points = np.where(np.array(sizes) > 0, np.floor(points * np.maximum(sizes, 1)), points)
+    forest = ExtraTreesRegressor(_TREES, random_state=seed).fit(_columns(x, sizes), y)
+    found = np.zeros(len(dims))
+    for k, size in enumerate(sizes):
+        grid = np.arange(size) if size else (np.arange(_GRID) + 0.5) / _GRID
+        asked = np.repeat(points[None], len(grid), axis=0)
+        asked[:, :, k] = grid[:, None]
+        seen = forest.predict(_columns(asked.reshape(-1, len(dims)), sizes))
+        found[k] = seen.reshape(len(grid), -1).mean(axis=1).var()
+    return np.asarray(found / max(float(found.sum()), 1e-12), dtype=np.float64)
+
+
+def _columns(x: Array, sizes: Sequence[int]) -> Array:
+    """Give each choice a column of its own."""
+    columns = [
+        x[:, [k]] if size == 0 else x[:, [k]] == np.arange(size) for k, size in enumerate(sizes)
+    ]
+    return np.concatenate(columns, axis=1).astype(np.float64)
 
 
 def is_on_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray[Any, Any]:

@@ -92,6 +92,11 @@ class Trainer:
         self._evaluated = trained.to_evaluate(self._kept)
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch."""
+        return self._batches.steps_per_epoch
+
+    @property
     def lr_factor(self) -> float:
         """Share of their peaks that the learning rates had at the last step."""
         last = max(0, self.position.total_steps - 1)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from core.metrics import EpochMetrics
 from study.config.formatting import (
+    describe_trial,
     format_accuracy,
     format_duration,
     format_params,
@@ -195,17 +196,18 @@ def _ranking_words(trials: Sequence["Trial"]) -> str:
 def trials_table(trials: Sequence["Trial"]) -> Table:
     """Show trials in the given order; the score where it is not the accuracy."""
     score = () if _are_ranked_by_accuracy(trials) else ("score",)
-    right = ("trial", "accuracy", *score, "epochs", "time")
+    right = ("trial", "accuracy", *score, "time")
+    state = () if all(row.state == "complete" for row in trials) else ("state",)
     rows = (
         (
             *(row.number, format_accuracy(row.value)),
             *("" if row.ranked_by is None else f"{row.ranked_by:.4f}" for _ in score),
-            *(row.epochs_done, format_duration(row.duration_s), row.state, row.origin),
-            format_params(row.params) or "as configured",
+            *(format_duration(row.duration_s), *(row.state for _ in state)),
+            describe_trial(row.origin, row.effective_params),
         )
         for row in trials
     )
-    return make_table((*right, "state", "from", "settings"), rows, right=right)
+    return make_table((*right, *state, "what"), rows, right=right)
 
 
 def columns(row: "Study | Trial") -> dict[str, Any]:

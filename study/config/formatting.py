@@ -1,5 +1,6 @@
 """How values are written for people, and for programs as JSON."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from core.config import TrainConfig
 from study.config.search_space import ParamValue
 
 
@@ -39,6 +41,29 @@ def format_value(value: ParamValue) -> str:
 def format_params(params: Mapping[str, ParamValue]) -> str:
     """Write a trial's settings in one line."""
     return ", ".join(f"{name}={format_value(value)}" for name, value in params.items())
+
+
+def short_backbone(name: str) -> str:
+    """Write a backbone's name without its library, and the mark of weights from TensorFlow."""
+    return name.removeprefix("timm:").removeprefix("tf_")
+
+
+def describe_trial(origin: str, params: Mapping[str, ParamValue]) -> str:
+    """Say in a line what a trial is: where it comes from, and the settings that differ.
+
+    Left out are those at their default, and the freeze level where a plan has said it.
+    """
+    what = origin.removeprefix("plan: ")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    shown = []
+    for name, value in params.items():
+        if name == "backbone":
+            shown.append(short_backbone(str(value)))
+        elif name == "freeze_depth":
+            shown += [f"level {value}"] if what == origin else []
+        elif value != defaults.get(name):
+            shown.append(f"{name}={format_value(value)}")
+    return f"{what}: {', '.join(shown)}" if shown else what
 
 
 def json_text(value: object) -> str:

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from core.metrics import EpochMetrics
 from study.config.formatting import json_text
@@ -23,6 +23,8 @@ class StudyState:
         counts: Trials that it has.
         best: Validation accuracy of the best complete trial so far, in [0, 1].
         best_score: What it is the best by, as in `EpochMetrics`.
+        spent_s: Seconds of this run so far.
+        time_s: Seconds that it may take as a whole; None for no limit.
     """
 
     study: str
@@ -30,13 +32,17 @@ class StudyState:
     counts: Counts
     best: float | None = None
     best_score: float | None = None
+    spent_s: float = 0.0
+    time_s: float | None = None
 
     @classmethod
-    def of(cls, study: str, target: int | None, trials: Sequence[Trial]) -> "StudyState":
-        """Sum up the trials that a study has."""
+    def of(
+        cls, study: str, target: int | None, trials: Sequence[Trial], **times: Any
+    ) -> "StudyState":
+        """Sum up the trials that a study has; `times` are `spent_s` and `time_s`."""
         best = best_of(trials)
         shown = (best.value, best.ranked_by) if best else (None, None)
-        return cls(study, target, Counts.of(trials), *shown)
+        return cls(study, target, Counts.of(trials), *shown, **times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,14 @@ class EpochEnded:
 
     trial: int
     metrics: EpochMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A trial has done this share of its epoch."""
+
+    trial: int
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +105,7 @@ class DataProgress:
     total: int
 
 
-Event = StudyState | TrialStarted | EpochEnded | TrialEnded | Note | DataProgress
+Event = StudyState | TrialStarted | StepDone | EpochEnded | TrialEnded | Note | DataProgress
 # The command line writes the end of a study: it adds the report.
 _JSON_NAMES: dict[type, str] = {
     StudyState: "study",

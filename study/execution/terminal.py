@@ -1,4 +1,4 @@
-"""What a user sees while a study runs: plain lines, or in a terminal lines that are redrawn."""
+"""What a user sees while a study runs: a line per trial, and in a terminal what runs now."""
 
 import sys
 import time
@@ -8,103 +8,115 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from study.config.formatting import format_accuracy, format_duration, format_params
+from study.config.formatting import describe_trial, format_accuracy, format_duration
 from study.execution.progress import (
     DataProgress,
     EpochEnded,
     Event,
     Note,
     Progress,
+    StepDone,
     StudyState,
     TrialEnded,
     TrialStarted,
 )
+from study.record.models import Counts
 
-# Seconds between two lines about decoding where lines cannot be overwritten.
-_DATA_EVERY_S = 10.0
+# Seconds between two lines about what still lasts, where lines cannot be overwritten.
+_EVERY_S = 30.0
 _REFRESH_PER_S = 2.0
+_BAR = 24
+
+
+def clock(seconds: float) -> str:
+    """Write a time as minutes and seconds, with hours where there are some."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class PlainProgress(Progress):
-    """Lines for a log file or a pipe."""
+    """A line per trial, for a log file or a pipe; one that lasts has more."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         """Write to a stream; None for standard output."""
         self._out = out or sys.stdout
-        self._data_shown_at = 0.0
+        self._shown_at = self._begin = time.monotonic()
+        self._state = StudyState("", None, Counts())
         self._first: StudyState | None = None
-        self._begin = time.monotonic()
         self._trial = TrialStarted(-1, "", {}, 0)
+        self._epoch: EpochEnded | None = None
+        self._share = 0.0
 
     def emit(self, event: Event) -> None:
-        """Show an event; decoding only every ten seconds."""
+        """Show an event."""
         match event:
             case DataProgress(done, total):
-                self._show_decoding(done, total)
+                self._show_running(f"decoding images: {done} of {total}")
             case Note(text):
-                self._keep(text, style="yellow")
+                self._keep(text, "yellow")
             case StudyState():
+                self._state, self._begin = event, time.monotonic() - event.spent_s
                 if self._first is None:
-                    self._first, self._begin = event, time.monotonic()
-                self._show("study", self._summary(event, self._first))
-            case TrialStarted(number, origin, params):
-                self._trial = event
-                settings = format_params(params) or "as configured"
-                self._show("trial", f"trial {number:>3}  {origin}: {settings}")
-                self._show("epoch", "")
-            case EpochEnded(number, metrics):
-                self._show(
-                    "epoch",
-                    f"trial {number:>3}  epoch {metrics.epoch:>2}/{self._trial.epochs}"
-                    f"  accuracy {format_accuracy(metrics.val_acc):>7}"
-                    f"  loss {metrics.val_loss:.3f} (training {metrics.train_loss:.3f})"
-                    f"  {metrics.images_per_s:.0f} images/s",
-                )
+                    self._first = event
+                    self._keep(self._summary())
+            case TrialStarted():
+                self._trial, self._epoch, self._share = event, None, 0.0
+            case StepDone(_, share):
+                self._share = share
+                self._show_running(self._running())
+            case EpochEnded():
+                self._epoch, self._share = event, 0.0
+                self._show_running(self._running())
             case TrialEnded():
                 self._end(event)
 
     def _end(self, event: TrialEnded) -> None:
-        line = f"trial {event.trial:>3}  {event.state:<8}  {format_accuracy(event.value):>7}"
-        line += f"  {format_duration(event.duration_s):>9}"
-        line += f"  {event.reason}" if event.reason else ""
-        self._show("trial", "")
-        self._show("epoch", "")
-        settings = format_params(self._trial.params)
-        self._keep(line, settings, style="red" if event.state == "failed" else "")
+        what = describe_trial(self._trial.origin, self._trial.params)
+        state = "" if event.state == "complete" else f"{event.state}  "
+        reason = f"  ({event.reason})" if event.reason else ""
+        figures = f"{format_accuracy(event.value):>7}  {format_duration(event.duration_s):>9}"
+        style = "red" if event.state == "failed" else ""
+        self._keep(f"trial {event.trial:>3}  {figures}  {state}{what}{reason}", style)
 
-    def _summary(self, now: StudyState, first: StudyState) -> str:
-        """Return the counts, the best accuracy, the pace and the time left, in one line."""
-        counts = now.counts
-        parts = [
-            f"{counts.finished} of {now.target} trials"
-            if now.target
-            else f"{counts.finished} trials",
-            f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed",
-            f"best {'' if now.best_score == now.best else 'by loss '}{format_accuracy(now.best)}",
+    def _running(self) -> str:
+        """Return what the running trial does, in one line."""
+        done = self._epoch.metrics if self._epoch else None
+        text = f"trial {self._trial.trial:>3}  epoch {(done.epoch if done else 0) + 1}"
+        text += f"/{self._trial.epochs}  {self._share:4.0%}"
+        if done is not None:
+            text += f"  accuracy {format_accuracy(done.val_acc)}, loss {done.val_loss:.3f}"
+            text += f", {done.images_per_s:.0f} images/s"
+        return text
+
+    def _summary(self) -> str:
+        """Return time, counts, the best accuracy and what is left, in one line."""
+        now, first = self._state, self._first or self._state
+        counts, spent = now.counts, time.monotonic() - self._begin
+        parts = [f"{clock(spent)} of {clock(now.time_s)}" if now.time_s else clock(spent)]
+        of = f" of {now.target}" if now.target else ""
+        parts.append(f"{counts.finished}{of} trials")
+        parts += [
+            f"{n} {state}" for state in ("pruned", "failed") if (n := getattr(counts, state))
         ]
+        if now.best is not None:
+            parts.append(f"best {format_accuracy(now.best)}")
         here = counts.finished - first.counts.finished
-        if here > 0:
-            each = (time.monotonic() - self._begin) / here
-            parts.append(f"{3600 / max(each, 1e-9):.0f} trials/h")
-            if now.target:
-                left = max(0, now.target - counts.finished) * each
-                parts.append(f"about {format_duration(left)} left")
-        return f"study {now.study}: " + " · ".join(parts)
+        if here > 0 and now.target:
+            each = (spent - first.spent_s) / here
+            left = max(0, now.target - counts.finished) * each
+            parts.append(f"about {clock(left)} left")
+        return f"study {now.study}  " + " · ".join(parts)
 
-    def _show_decoding(self, done: int, total: int) -> None:
+    def _show_running(self, text: str) -> None:
+        """Show what lasts, now and then."""
         now = time.monotonic()
-        self._data_shown_at = self._data_shown_at or now
-        if now - self._data_shown_at >= _DATA_EVERY_S:
-            self._data_shown_at = now
-            self._show("data", f"decoding images: {done} of {total}")
+        if now - self._shown_at >= _EVERY_S:
+            self._keep(f"{clock(now - self._begin)}  {text}")
 
-    def _show(self, name: str, text: str) -> None:
-        """Show what holds now, in place of what was shown by this name, where that can be."""
-        if text:
-            self._keep(text)
-
-    def _keep(self, text: str, settings: str = "", *, style: str = "") -> None:
-        """Show what stays on the screen; `settings` where they would scroll away with a trial."""
+    def _keep(self, text: str, style: str = "") -> None:
+        """Show what stays on the screen."""
+        self._shown_at = time.monotonic()
         print(text, file=self._out, flush=True)
 
 
@@ -115,7 +127,7 @@ class LiveProgress(PlainProgress):
         """Draw on a console; None for standard output."""
         super().__init__()
         self.console = console or Console()
-        self._lines: dict[str, str] = {}
+        self._line = ""
         self._live = Live(
             console=self.console,
             get_renderable=self.render,
@@ -123,21 +135,35 @@ class LiveProgress(PlainProgress):
             transient=True,
         )
 
+    def emit(self, event: Event) -> None:
+        """Show an event."""
+        self._live.start()
+        super().emit(event)
+        match event:
+            case TrialStarted(number, origin, params):
+                self._line = f"trial {number:>3}  {describe_trial(origin, params)}"
+            case TrialEnded():
+                self._line = ""
+            case DataProgress(done, total) if done == total:
+                self._line = ""
+
     def render(self) -> Text:
         """Return what the terminal shows now."""
-        return Text(
-            "\n".join(filter(None, map(self._lines.get, ("data", "trial", "epoch", "study"))))
-        )
+        lines = [self._line]
+        if self._line and self._trial.epochs > 1:
+            done = round(self._share * _BAR)
+            lines.append(f"{'━' * done}{'─' * (_BAR - done)} {self._running()[11:]}")
+        if self._state.study:
+            lines.append(self._summary())
+        width = max(1, self.console.width - 1)
+        return Text("\n".join(line[:width] for line in lines if line))
 
-    def _show_decoding(self, done: int, total: int) -> None:
-        self._show("data", f"decoding images: {done} of {total}" if done < total else "")
+    def _show_running(self, text: str) -> None:
+        if self._trial.trial < 0:  # images are decoded before any trial
+            self._line = text
 
-    def _show(self, name: str, text: str) -> None:
-        self._lines[name] = text
-        self._live.start()
-
-    def _keep(self, text: str, settings: str = "", *, style: str = "") -> None:
-        self.console.print(Text(f"{text}  {settings}".rstrip(), style=style))
+    def _keep(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style=style))
 
     def close(self) -> None:
         """Stop drawing."""

@@ -19,7 +19,7 @@ from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue
 from study.execution.files import TrialFiles
-from study.execution.progress import EpochEnded, Note, TrialEnded, TrialStarted
+from study.execution.progress import EpochEnded, Note, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
 from study.record.models import Trial
 from study.record.record import config_hash
@@ -239,6 +239,7 @@ class TrialEngine:
             checkpoint_dir=self.files.checkpoint(number),
             state_file=self.files.state(number),
             should_stop=lambda: session.halted() is not None,
+            on_step=lambda share: session.progress.emit(StepDone(number, share)),
         )
         with contextlib.closing(run):
             for metrics in run:

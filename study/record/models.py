@@ -189,6 +189,11 @@ class Trial(Base, kw_only=True):
         return int(self.config["freeze_depth"])
 
     @property
+    def effective_params(self) -> Json:
+        """Hyperparameters but for those that did nothing in this trial."""
+        return {key: v for key, v in self.params.items() if key not in self.without_effect}
+
+    @property
     def chosen_by(self) -> str:
         """What chose its best epoch and ranks it, in words."""
         return chosen_by(self.config)

@@ -223,7 +223,7 @@ class Planner:
         large = [network for network in self._costs if network not in small]
         heads = yield from self._heads(rows, small, "solved head")
         for network in large:  # the cheapest network shows whether larger images gain
-            heads |= yield from self._heads(rows, [network], "solved head on larger images")
+            heads |= yield from self._heads(rows, [network], "solved head, larger images")
             if heads.get(network, 0.0) < heads.get(self._first_size(network), 0.0):
                 break
         levels = sorted(self._depths - {MAX_FREEZE_DEPTH}, reverse=True)
@@ -239,8 +239,8 @@ class Planner:
             own = [max(gained, key=_first)[2]]
             gained += yield from self._thaw(rows, network, own, heads.get(network, -math.inf))
         for key, value, reason in (
-            ("mirrored", True, "solved head on images and mirror images"),
-            ("features", "last", "solved head on the last layer"),
+            ("mirrored", True, "solved head, mirrored"),
+            ("features", "last", "solved head, last layer"),
         ):
             if key in self._space and self._space[key].nearest(value) == value:
                 yield from self._heads(rows, [*small, *better], reason, {key: value})
@@ -252,7 +252,7 @@ class Planner:
         free = [name for name, dim in self._space.items() if name in RATES and len(dim.ends) > 1]
         if free and not is_stale:
             for _, network, level in [max(gained, key=_first)] if gained else []:
-                yield self._params(network, level), "rates drawn at the best level", True
+                yield self._params(network, level), "learning rates drawn", True
 
     def _first_size(self, network: _Network) -> _Network:
         """Return a network at the first image size of the space."""
@@ -301,10 +301,9 @@ class Planner:
                 params = self._params(network, level, rate)
                 if "features" in self._space:  # what it starts from, to be compared with
                     last = self._params(network, MAX_FREEZE_DEPTH) | {"features": "last"}
-                    yield last, "solved head that thawing starts from", False
+                    yield last, "solved head to thaw from", False
                 share = 1 - self._costs[network].frozen[level]
-                what = f"the last {share:.0%} of the network" if level else "the whole network"
-                yield params, f"{what} thawed", False
+                yield params, f"last {share:.0%} thawed" if level else "all thawed", False
                 row = self._find(rows, params)
                 if row is None or row.state == "complete":
                     break

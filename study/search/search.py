@@ -128,7 +128,7 @@ def run_search(
                 deadline=deadline,
             )
         )
-        search = _Search(session, replayed)
+        search = _Search(session, replayed, begin)
         session.because = search.run()
         return SearchOutcome(
             session.because,
@@ -144,8 +144,10 @@ def run_search(
 class _Search:
     """One process's part in a study."""
 
-    def __init__(self, session: Session, replayed: list[PlannedTrial] | None) -> None:
-        self.session = session
+    def __init__(
+        self, session: Session, replayed: list[PlannedTrial] | None, begin: float
+    ) -> None:
+        self.session, self.begin = session, begin
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
         self.is_planned = self.config.search.strategy == "plan"
@@ -241,7 +243,8 @@ class _Search:
 
     def _show(self, rows: list[Trial]) -> None:
         settings = self.config.study
-        self.session.progress.emit(StudyState.of(settings.name, settings.trials, rows))
+        times = {"spent_s": time.monotonic() - self.begin, "time_s": settings.seconds}
+        self.session.progress.emit(StudyState.of(settings.name, settings.trials, rows, **times))
 
     def _queue_again(self) -> None:
         """Queue the settings of trials that were killed, unless that was done before."""

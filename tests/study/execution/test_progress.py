@@ -13,6 +13,7 @@ from study.execution.progress import (
     Note,
     Progress,
     QuietProgress,
+    StepDone,
     StudyState,
     TrialEnded,
     TrialStarted,
@@ -32,12 +33,12 @@ EVENTS: list[Event] = [
     DataProgress(5, 10),
     DataProgress(10, 10),
     Note("3 files are no images [ignored]"),
-    StudyState("ants", 6, Counts(complete=2), 0.8, 0.8),
-    TrialStarted(2, "recipe:linear-probe", {"base_lr": 0.00123, "depth": 5}, 2),
+    StudyState("ants", 6, Counts(complete=2), 0.8, 0.8, 0.0, 900.0),
+    TrialStarted(2, "recipe:linear-probe", {"base_lr": 0.00123, "freeze_depth": 5}, 2),
     EpochEnded(2, metrics(1, 0.7)),
     EpochEnded(2, metrics(2, 0.9)),
     TrialEnded(2, "complete", 0.9, None, 4.25),
-    StudyState("ants", 6, Counts(complete=3), 0.9, 0.9),
+    StudyState("ants", 6, Counts(complete=3), 0.9, 0.9, 0.0, 900.0),
     TrialStarted(3, "sampler", {}, 2),
     EpochEnded(3, metrics(1, 0.1)),
     TrialEnded(3, "pruned", 0.1, "hopeless", 61),
@@ -45,7 +46,7 @@ EVENTS: list[Event] = [
     TrialEnded(4, "failed", None, "diverged", 3700),
     TrialStarted(5, "sampler", {}, 2),
     TrialEnded(5, "stopped", None, "interrupted", 1),
-    StudyState("ants", 6, Counts(complete=3, pruned=1, failed=1), 0.9, 0.7),
+    StudyState("ants", 6, Counts(complete=3, pruned=1, failed=1), 0.9, 0.7, 0.0, 900.0),
 ]
 
 
@@ -58,44 +59,43 @@ def play(progress: Progress) -> None:
 def test_plain_lines_show_each_trial_and_where_the_study_stands() -> None:
     out = io.StringIO()
     play(PlainProgress(out))
-    lines = out.getvalue().splitlines()
-    assert lines[:3] == [
+    assert out.getvalue().splitlines() == [
         "3 files are no images [ignored]",
-        "study ants: 2 of 6 trials · 2 complete, 0 pruned, 0 failed · best 80.0 %",
-        "trial   2  recipe:linear-probe: base_lr=0.00123, depth=5",
+        "study ants  0:00 of 15:00 · 2 of 6 trials · best 80.0 %",
+        "trial   2   90.0 %      4.2 s  recipe:linear-probe: base_lr=0.00123, level 5",
+        "trial   3   10.0 %  1 min 01 s  pruned  sampler  (hopeless)",
+        "trial   4        -  1 h 01 min  failed  sampler  (diverged)",
+        "trial   5        -      1.0 s  stopped  sampler  (interrupted)",
     ]
-    figures = "accuracy  90.0 %  loss 0.400 (training 0.500)  123 images/s"
-    assert lines[4] == f"trial   2  epoch  2/2  {figures}"
-    assert lines[5] == "trial   2  complete   90.0 %      4.2 s"
-    then = "study ants: 3 of 6 trials · 3 complete, 0 pruned, 0 failed · best 90.0 % · "
-    assert lines[6].startswith(then)
-    assert "trials/h · about" in lines[6]
-    assert "trial   3  pruned     10.0 %  1 min 01 s  hopeless" in lines
-    assert "trial   4  failed          -  1 h 01 min  diverged" in lines
-    assert "trial   5  stopped         -      1.0 s  interrupted" in lines
-    assert lines[-1].startswith(
-        "study ants: 5 of 6 trials · 3 complete, 1 pruned, 1 failed · best by loss 90.0 %"
-    )
+
+
+def test_a_long_trial_shows_where_it_is_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("study.execution.terminal._EVERY_S", 0.0)
+    out = io.StringIO()
+    progress = PlainProgress(out)
+    for event in (*EVENTS[3:6], StepDone(2, 0.25)):
+        progress.emit(event)
+    line = "0:00  trial   2  epoch 2/2   25%  accuracy 70.0 %, loss 0.400, 123 images/s"
+    assert out.getvalue().splitlines()[-1] == line
 
 
 @pytest.fixture
 def live() -> LiveProgress:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     return LiveProgress(console)
 
 
 def test_a_terminal_shows_images_decoded_then_the_trial_and_the_study(live: LiveProgress) -> None:
     live.emit(EVENTS[0])
-    assert "decoding images: 5 of 10" in live.render().plain
-    for event in (*EVENTS[1:6], EpochEnded(2, metrics(2, 0.6, is_best=False))):
+    assert live.render().plain == "decoding images: 5 of 10"
+    for event in (*EVENTS[1:6], StepDone(2, 0.5)):
         live.emit(event)
     shown = live.render().plain
     live.close()
-    assert "decoding" not in shown
     assert shown.splitlines() == [
-        "trial   2  recipe:linear-probe: base_lr=0.00123, depth=5",
-        "trial   2  epoch  2/2  accuracy  60.0 %  loss 0.400 (training 0.500)  123 images/s",
-        "study ants: 2 of 6 trials · 2 complete, 0 pruned, 0 failed · best 80.0 %",
+        "trial   2  recipe:linear-probe: base_lr=0.00123, level 5",
+        "━━━━━━━━━━━━──────────── epoch 2/2   50%  accuracy 70.0 %, loss 0.400, 123 imag",
+        "study ants  0:00 of 15:00 · 2 of 6 trials · best 80.0 %",
     ]
 
 
@@ -105,9 +105,9 @@ def test_ended_trials_scroll_away_above_the_running_one(live: LiveProgress) -> N
     assert isinstance(live.console.file, io.StringIO)
     text = live.console.file.getvalue()
     assert "3 files are no images [ignored]" in text
-    assert "trial   2  complete   90.0 %      4.2 s  base_lr=0.00123, depth=5" in text
-    assert "trial   4  failed          -  1 h 01 min  diverged" in text
-    assert live.render().plain.splitlines()[-1].startswith("study ants: 5 of 6 trials")
+    assert "trial   2   90.0 %      4.2 s  recipe:linear-probe: base_lr=0.00123" in text
+    assert "trial   4        -  1 h 01 min  failed  sampler  (diverged)" in text
+    assert live.render().plain.splitlines()[-1].startswith("study ants  0:00 of 15:00 · 5 of 6")
 
 
 def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks() -> None:
@@ -125,9 +125,9 @@ def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks(
     counts = {"complete": 2} | dict.fromkeys(others, 0)
     assert events[1] == {
         "event": "study", "study": "ants", "target": 6, "counts": counts, "best": 0.8,
-        "best_score": 0.8,
+        "best_score": 0.8, "spent_s": 0.0, "time_s": 900.0,
     }  # fmt: skip
-    assert events[2]["params"] == {"base_lr": 0.00123, "depth": 5}
+    assert events[2]["params"] == {"base_lr": 0.00123, "freeze_depth": 5}
     assert (events[4]["trial"], events[4]["val_acc"], events[4]["epoch"]) == (2, 0.9, 2)
     assert events[5] == {
         "event": "trial_ended", "trial": 2, "state": "complete", "value": 0.9, "reason": None,
