@@ -605,6 +605,20 @@ def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_
                 write_report(store, study, target, beside=beside)
 
 
+@cli.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, help="8080 by default.")
+@_storage
+def dashboard(port: int, **_: Any) -> int:
+    """Open Optuna's dashboard on the studies of a database."""
+    from study.cli.dashboard import open_dashboard
+    from study.config.study_config import StudySection
+    from study.execution.artifacts import ARTIFACTS_FOLDER
+
+    with _open() as store:
+        output = Path(store.usable_path(StudySection().output))
+        return open_dashboard(store, output / ARTIFACTS_FOLDER, port)
+
+
 # Configuration and backbones.
 
 

@@ -18,6 +18,7 @@ from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue
+from study.execution.artifacts import ARTIFACTS_FOLDER, attach
 from study.execution.files import TrialFiles
 from study.execution.progress import EpochEnded, Note, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
@@ -254,6 +255,7 @@ class TrialEngine:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
             row.weights_hash = self.files.record(row)
+            self._attach(row)
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)
@@ -263,6 +265,12 @@ class TrialEngine:
         ended = _ended(row, state)
         self.session.progress.emit(ended)
         return ended
+
+    def _attach(self, row: Trial) -> None:
+        """Give Optuna's dashboard the card, the learning curve and the confusion matrix."""
+        trial = self._record.take_up_trial(row.study_id, row.number)
+        folder = self.session.output.parent / ARTIFACTS_FOLDER
+        attach(trial, self._record.epochs(row.id), self.files.checkpoint(row.number), folder)
 
     def _halt_on_equal_failures(self, ended: TrialEnded) -> None:
         """Stop a study whose trials keep failing for the same reason.

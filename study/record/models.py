@@ -194,6 +194,18 @@ class Trial(Base, kw_only=True):
         return {key: v for key, v in self.params.items() if key not in self.without_effect}
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """What Optuna's dashboard shows of it beside its hyperparameters."""
+        words = {0: "0, everything trained", 5: "5, head alone"}
+        level = self.freeze_depth if "freeze_depth" in self.config else 0
+        found = {
+            "seconds": None if self.duration_s is None else round(self.duration_s, 1),
+            "freeze level": words.get(level, str(level)),
+            "parameters trained": self.trained_parameters,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
     def chosen_by(self) -> str:
         """What chose its best epoch and ranks it, in words."""
         return chosen_by(self.config)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -159,6 +160,9 @@ class Record(AbstractContextManager["Record"]):
                 study = optuna.load_study(**found)
             except KeyError:
                 study = optuna.create_study(**found, direction="maximize", load_if_exists=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    study.set_metric_names(["validation accuracy"])
             self._studies[study_id] = study
         return self._studies[study_id]
 
@@ -287,6 +291,9 @@ class Record(AbstractContextManager["Record"]):
         """Close a trial with its last figures, and tell Optuna its state and value."""
         trial.ended_at = now()
         self.save(trial)
+        shown = self.take_up_trial(trial.study_id, trial.number)
+        for name, value in trial.shown.items():
+            shown.set_user_attr(name, value)
         self.tell(trial.study_id, trial.number, state, trial.value)
 
     def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:

@@ -1,0 +1,56 @@
+"""Open Optuna's dashboard, with the figures of our report among its own."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import optuna
+import optuna_dashboard
+import plotly.graph_objects as go
+
+from reports.record import read_record
+from reports.search_plots import PLOTS
+from study.record.record import Record
+
+_AGAIN_S = 30  # what a running study adds appears after so many seconds
+# The dashboard draws these itself, of complete trials alone.
+_ITS_OWN = ("parallel", "contour", "timeline", "slices")
+
+
+def open_dashboard(store: Record, artifacts: Path, port: int) -> int:
+    """Serve the dashboard until it is interrupted, and keep it up to date; return its status."""
+    url = store.storage if "://" in store.storage else f"sqlite:///{store.storage}"
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    command = [str(program), url, "--port", str(port), "--quiet"]
+    if artifacts.is_dir():
+        command += ["--artifact-dir", str(artifacts)]
+    publish(store)
+    with subprocess.Popen(command) as server:
+        print(f"Optuna's dashboard: http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)
+        try:
+            while True:
+                try:
+                    return server.wait(_AGAIN_S)
+                except subprocess.TimeoutExpired:
+                    publish(store)
+        except KeyboardInterrupt:
+            server.terminate()
+    return 0
+
+
+def publish(store: Record) -> None:
+    """Add the figures of each search to it, over those of an earlier time."""
+    for summary in store.studies():
+        study = store.study(summary.name)
+        rows = store.trials(study.id)
+        if any(row.factor for row in rows) or not rows:
+            continue
+        record, own = read_record(store, study.name), store.optuna_study(study.id)
+        for plot in (plot for plot in PLOTS if plot.name not in _ITS_OWN):
+            for key, figure in plot.draw(record):
+                if isinstance(figure, go.Figure):
+                    figure.update_layout(title=plot.title, template="plotly_white")
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                        optuna_dashboard.save_plotly_graph_object(own, figure, graph_object_id=key)
