@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from unittest.mock import Mock
 import optuna
 import pytest
 
+from study.cli.dashboard import publish
 from study.cli.main import DEFAULT_STORAGE, cli, main
 from study.config.load import load_config
 from study.record.record import Record
@@ -18,12 +20,12 @@ from support import make_folder
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *("run", "resume", "ablate", "audit", "list", "show", "delete", "test", "report"),
-    *("init", "backbones"),
+    *("run", "resume", "ablate", "audit", "list", "show", "status", "stop", "delete", "test"),
+    *("report", "dashboard", "init", "backbones"),
 )
 HEAVY = (
     *("torch", "torchvision", "timm", "optuna", "sqlalchemy", "pandas", "scipy", "matplotlib"),
-    *("sklearn", "pydantic", "numpy", "rich"),
+    *("sklearn", "pydantic", "numpy", "rich", "plotly"),
 )
 
 
@@ -63,7 +65,7 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         "--data --config --name --trials --timeout --set --cache --dry-run "
         "--allow-changes --take-over --quiet --json --storage --from --design --factor "
         "--replicates --resplit --adaptive --sample --trial --levels --out --beside "
-        "--yes --force"
+        "--yes --force --watch --port"
     )
     assert set(documented.split()) <= set(shown.split())
 
@@ -218,13 +220,39 @@ def test_list_and_show_read_the_record(recorded: Path, answered: Callable[..., s
     assert "digits: 8 train, 4 val, 0 test, 2 classes" in study
     assert "Best trial: 1, 75.0 %." in study
     rows = lines_of("show", "ants")
-    assert ["1", "75.0", "%", "1", "2.0", "s", "complete", "sampler", "base_lr=0.01"] in rows
-    assert ["3", "-", "0", "1.0", "s", "failed", "sampler", "base_lr=0.0001"] in rows
+    assert ["1", "75.0", "%", "2.0", "s", "complete", "sampler:", "base_lr=0.01"] in rows
+    assert ["3", "-", "1.0", "s", "failed", "sampler:", "base_lr=0.0001"] in rows
     pruned = answered("show", "ants", "--trial", "2")
     for part in ("pruned: hopeless", "5,130 of 11,181,642", "25.0 % (validation, epoch 1)"):
         assert part in pruned
     assert ["clip_norm", "none"] in lines_of("show", "ants", "--trial", "2")
     assert "failed: diverged [bad]" in answered("show", "ants", "--trial", "3")
+
+
+def test_a_running_study_is_shown_and_stopped(
+    recorded: Path, answered: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *how: sent.append(how))
+    assert "not running: 4 trials, best 75.0 %" in answered("status", "ants")
+    assert "not running" in answered("stop", "ants") and sent == []
+    with Record(str(recorded / "studies.db")) as store:
+        store.begin_run(store.study("ants").id, command="run", device="cpu", versions={})
+    assert "has been running for" in answered("status", "ants")
+    assert json.loads(answered("status", "ants", "--json"))["process"] == os.getpid()
+    answered("stop", "ants")
+    assert sent == [(os.getpid(), signal.SIGINT)]
+
+
+def test_the_dashboard_gets_the_figures_of_the_report(recorded: Path) -> None:
+    with Record(str(recorded / "studies.db")) as store:
+        for _ in range(2):  # the second time in their places
+            publish(store)
+        key = store.optuna_storage.get_study_id_from_name("ants")
+        attrs = store.optuna_storage.get_study_system_attrs(key)
+        assert store.optuna_study(store.study("ants").id).metric_names == ["validation accuracy"]
+    keys = {key for key in attrs if key.startswith("dashboard:plotly")}
+    assert any("history" in key for key in keys) and not any("parallel" in key for key in keys)
 
 
 def test_json_has_the_documented_fields(recorded: Path, answered: Callable[..., str]) -> None:
@@ -315,7 +343,7 @@ def test_no_command_shows_a_password(
         row.config["study"]["storage"] = url
         store.save(row)
     for command in COMMANDS[:-2]:
-        name = [] if command in ("run", "list") else ["ants"]
+        name = [] if command in ("run", "list", "dashboard") else ["ants"]
         assert main([command, *name, "--storage", url]) == 2
     for line in ("list --json", "show ants", "show ants --json", "report ants", "test ants"):
         main(line.split())

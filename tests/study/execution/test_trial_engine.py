@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.artifacts import get_all_artifact_meta
+from optuna.storages import RDBStorage
 from small_study import Listener, config_of, make_home, optuna_trials, rows_of, run
 
 from core.config import TrainConfig
@@ -16,7 +18,7 @@ from core.metrics import EpochMetrics
 from study.__main__ import main
 from study.execution import session as session_module
 from study.execution import trial_engine
-from study.execution.progress import EpochEnded, Event, TrialEnded, TrialStarted
+from study.execution.progress import EpochEnded, Event, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, open_session, outside_cause
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity
 from study.record.frames import read_misclassified, read_predictions
@@ -65,9 +67,15 @@ def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
     assert row.value == alone[(row.best_epoch or 0) - 1] == np.mean(labels == predicted)
     assert len(images) == np.sum(labels != predicted)
     kinds = [type(event) for event in session.progress.events if not hasattr(event, "text")]
-    assert [k for k in kinds if k.__name__ != "DataProgress"] == [
+    assert [k for k in kinds if k.__name__ not in ("DataProgress", "StepDone")] == [
         TrialStarted, EpochEnded, EpochEnded, TrialEnded,
     ]  # fmt: skip
+    assert [e.share for e in session.progress.events if isinstance(e, StepDone)][-1] == 1
+    optuna_trial = optuna_trials(home)[0]
+    assert {"seconds", "freeze level", "parameters trained"} <= set(optuna_trial.user_attrs)
+    storage = RDBStorage(f"sqlite:///{home / 's.db'}")
+    files = sorted(f.filename for f in get_all_artifact_meta(optuna_trial, storage=storage))
+    assert files == ["card.json", "confusion-matrix.csv", "learning-curve.csv"]
 
 
 def test_the_caller_may_stop_a_trial_but_not_after_its_last_epoch(home: Path) -> None:
