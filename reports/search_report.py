@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,7 +150,7 @@ def _sections(record: SearchRecord) -> Iterator[Section]:
     found: dict[str, Section] = {}
     for plot in PLOTS:
         section = found.setdefault(plot.section, Section(plot.section, [], [], []))
-        for key, figure in plot.draw(record):
+        for k, (key, figure) in enumerate(plot.draw(record)):
             why, text = figure, ""
             if isinstance(figure, go.Figure):  # "</" would end the script that holds it
                 why, text = "", str(figure.to_json()).replace("</", "<\\/")
@@ -158,19 +158,18 @@ def _sections(record: SearchRecord) -> Iterator[Section]:
                 {
                     "key": f"{plot.name}-{len(section.figures)}",
                     "title": plot.title or key,
-                    "caption": plot.caption if plot.title else "",
+                    "caption": plot.caption if k == 0 else "",
                     "size": plot.size,
                     "json": text,
                     "why_empty": why,
                 }
             )
+    for title, make in TABLES:
+        if (grid := make(record)).rows:
+            found[title].grids.append(grid)
     audit = audit_of(record)
-    grids = [grid for grid in (rank_grid(audit), audited_grid(audit)) if grid.rows]
-    found["Learning curves and pruning"].grids.extend(grids)
     if audit.n_pruned:
         found["Learning curves and pruning"].sentences.extend(audit.findings)
-    if record.importance.shares.size:
-        found["Importance"].grids.append(importance_grid(record))
     yield from found.values()
 
 
@@ -514,6 +513,14 @@ def importance_grid(record: SearchRecord) -> Grid:
     )
     header = ("Setting", "Importance", "95 % interval")
     return Grid("importance", "Importance", header, tuple(rows), note=note)
+
+
+TABLES: tuple[tuple[str, Callable[[SearchRecord], Grid]], ...] = (
+    ("Importance", importance_grid),
+    ("Learning curves and pruning", lambda record: rank_grid(audit_of(record))),
+    ("Learning curves and pruning", lambda record: audited_grid(audit_of(record))),
+)
+"""The tables below the figures, each with the heading under which it stands."""
 
 
 def _runs_grid(record: SearchRecord) -> Grid:

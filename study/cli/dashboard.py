@@ -50,7 +50,7 @@ def publish(store: Record) -> None:
         for plot in (plot for plot in PLOTS if plot.name not in _ITS_OWN):
             for key, figure in plot.draw(record):
                 if isinstance(figure, go.Figure):
-                    figure.update_layout(title=plot.title, template="plotly_white")
+                    figure.update_layout(title=plot.title, template="none")
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                         optuna_dashboard.save_plotly_graph_object(own, figure, graph_object_id=key)

@@ -251,7 +251,7 @@ def test_the_dashboard_gets_the_figures_of_the_report(recorded: Path) -> None:
         key = store.optuna_storage.get_study_id_from_name("ants")
         attrs = store.optuna_storage.get_study_system_attrs(key)
         assert store.optuna_study(store.study("ants").id).metric_names == ["validation accuracy"]
-    keys = {key for key in attrs if key.startswith("dashboard:plotly")}
+    keys = {key for key in attrs if key.startswith("dashboard:plot_data:")}
     assert any("history" in key for key in keys) and not any("parallel" in key for key in keys)
 
 
