@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types format gpu gpu-kit clean
+.PHONY: run test lint types format docs gpu gpu-kit clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m study run
@@ -19,6 +19,10 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+# The documentation site, in build/site.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -17,7 +17,7 @@ from optuna.distributions import CategoricalDistribution
 
 from reports.pruning import early_rank_correlation
 from reports.record import SearchRecord
-from reports.trials import MIN_TRIALS, is_copy, is_on_front, rank_of, varied
+from reports.trials import is_copy, is_on_front, rank_of, varied
 from reports.words import duration, percent, plural, setting, shorten
 from study.record.models import UNFINISHED
 
@@ -36,7 +36,6 @@ _MOST_CURVES = 150
 # More classes than these have no names or no counts in the confusion matrix.
 _MOST_NAMED, _MOST_COUNTED = 40, 20
 _PERCENT = ".0%"
-_TARGET: dict[str, Any] = {"target": lambda trial: trial.value, "target_name": "accuracy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +344,9 @@ def parallel(record: SearchRecord) -> go.Figure | str:
     if len(names) < 2 or record.final.nunique() < 2:
         return "This needs two settings that vary, and trials of different accuracy."
     view = _thinned(record)
-    figure = optuna.visualization.plot_parallel_coordinate(view, params=names, **_TARGET)
+    figure = optuna.visualization.plot_parallel_coordinate(
+        view, params=names, target_name="accuracy"
+    )
     return figure.update_layout(template="none", title=None)
 
 
@@ -360,11 +361,13 @@ def contour(record: SearchRecord) -> go.Figure | str:
     pair = ["base_lr", "freeze_depth"]
     names = varied(record.view.get_trials(deepcopy=False))
     missing = [name for name in pair if name not in names]
-    if len(record.view.get_trials(deepcopy=False)) < MIN_TRIALS:
-        return f"This needs at least {MIN_TRIALS} trials with an accuracy."
+    if record.importance.why_empty:
+        return record.importance.why_empty
     if missing:
         return f"This needs trials with several values of {' and '.join(missing)}."
-    figure = optuna.visualization.plot_contour(_thinned(record), params=pair, **_TARGET)
+    figure = optuna.visualization.plot_contour(
+        _thinned(record), params=pair, target_name="accuracy"
+    )
     return figure.update_layout(template="none", title=None)
 
 

@@ -222,10 +222,11 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     assert weights_hash(tmp_path) == hashlib.sha256(bits).hexdigest()
 
 
-def test_the_lines_of_the_readme_give_the_recorded_predictions(
+def test_the_lines_of_the_documentation_give_the_recorded_predictions(
     data: ImageData, tmp_path: Path
 ) -> None:
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    root = Path(__file__).parents[2]
+    readme = "".join((root / name).read_text("utf-8") for name in ("README.md", "docs/usage.md"))
     blocks = re.findall("```python\n(.*?)```", readme, re.DOTALL)
     model, snippet = (block for block in blocks if "import load_" in block or "eval_view" in block)
     list(fit(replace(TINY, epochs=2), data, checkpoint_dir=tmp_path))
