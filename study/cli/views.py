@@ -1,11 +1,9 @@
 """What the commands print: tables and sentences about studies, trials, tests and costs."""
 
 import dataclasses
-import math
 import os
 import shlex
 import shutil
-import statistics
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
@@ -265,16 +263,23 @@ def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
 # The end of a run.
 
 
-def selection_bias(value: float, n_val: int, n_trials: int) -> float:
-    """Return how far the accuracy of the best of many trials is too high at most.
+def selection_bias(value: float, n_val: int, n_tries: int) -> float:
+    """Return how far the accuracy of the best of many may be too high.
 
-    That is where all are equally good and their errors independent: the expected largest of
-    `n_trials` normal draws (Blom 1958) times the standard error of an accuracy on `n_val` images.
+    That is where all are equally good and err independently: the accuracy p at which the best of
+    `n_tries` on `n_val` images is `value` or more in half of all searches is solved for. Epochs
+    of one trial resemble each other, so the true bias is smaller where they are counted.
     """
-    if n_trials < 2 or n_val < 1:
+    if n_tries < 2 or n_val < 1:
         return 0.0
-    largest = statistics.NormalDist().inv_cdf((n_trials - 0.375) / (n_trials + 0.25))
-    return largest * math.sqrt(value * (1 - value) / n_val)
+    from scipy.stats import beta
+
+    n_correct = round(value * n_val)
+    if n_correct == 0:
+        return 0.0
+    # P(Binomial(n, p) >= k) is the distribution function of Beta(k, n - k + 1) at p.
+    p = float(beta.ppf(1 - 0.5 ** (1 / n_tries), n_correct, n_val - n_correct + 1))
+    return max(0.0, value - p)
 
 
 def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableType:
@@ -293,11 +298,11 @@ def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableT
         why = f" The last one failed: {failed.reason}." if failed else ""
         return Group(head, Text(f"No trial is complete.{why}"))
     lines = [_ranking_words(best)]
-    n_seen = counts.complete + counts.pruned
-    bias = selection_bias(best[0].value or 0.0, outcome.n_val, n_seen)
+    n_epochs = sum(row.epochs_done for row in trials)
+    bias = selection_bias(best[0].value or 0.0, outcome.n_val, n_epochs)
     if bias > 0:
         lines.append(
-            f"Selected from {n_seen} trials on {outcome.n_val} validation images, the best "
+            f"Selected from {n_epochs} epochs on {outcome.n_val} validation images, the best "
             f"accuracy may be up to {100 * bias:.1f} points too high. The test split decides."
         )
     if outcome.model is not None:
