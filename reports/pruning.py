@@ -98,6 +98,8 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
     seen = seen.assign(best=seen.groupby("number")["rank"].cummax())
     stops = seen[seen["number"].isin(pruned)].groupby("number")["epoch"].max().value_counts()
     seen = seen[seen["number"].isin(final.index)]
+    lengths = seen.groupby("number")["epoch"].transform("size")
+    seen = seen[lengths > 1]  # of one epoch the first is the last
     ranks = []
     for epoch, rows in seen.groupby("epoch"):
         if len(rows) < MIN_TRIALS:
@@ -110,7 +112,7 @@ def early_rank_correlation(epochs: pd.DataFrame, trials: pd.DataFrame) -> EarlyR
     if not ranks:
         n = seen["number"].nunique()
         why_empty = (
-            f"The correlation needs at least {MIN_TRIALS} finished trials with their epochs; "
+            f"The correlation needs at least {MIN_TRIALS} finished trials of several epochs; "
             f"this study has {n}."
         )
     return EarlyRank(tuple(ranks), len(final), len(pruned), why_empty)

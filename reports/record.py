@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class SearchRecord:
         trials: One row per trial, by number.
         epochs: One row per trial and epoch.
         frozen: The same trials as Optuna has them.
+        idle: By setting, the numbers of trials in which it did nothing.
         runs: The processes that worked on it, oldest first.
         tests: Looks at the test split, oldest first.
         best: The best trial; None where no trial has an accuracy.
@@ -71,6 +73,7 @@ class SearchRecord:
     trials: pd.DataFrame
     epochs: pd.DataFrame
     frozen: list[FrozenTrial]
+    idle: defaultdict[str, set[int]]
     runs: list[Run]
     tests: list[Test]
     best: Trial | None
@@ -124,6 +127,10 @@ def read_record(store: Record, name: str) -> SearchRecord:
         RecordError: There is no such study.
     """
     study = store.study(name)
+    idle: defaultdict[str, set[int]] = defaultdict(set)
+    for row in store.trials(study.id):
+        for key in row.without_effect:
+            idle[key].add(row.number)
     model = {}
     with contextlib.suppress(OSError, ValueError):
         model = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
@@ -144,6 +151,7 @@ def read_record(store: Record, name: str) -> SearchRecord:
         best=None if number is None else store.trial(study.id, number),
         confusion=confusion,
         images=images,
+        idle=idle,
         audited=_audited(store, study),
         model=model,
     )

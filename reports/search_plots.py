@@ -5,7 +5,7 @@ a sentence that says why there is none. Nothing else need be changed for a new o
 """
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from optuna.distributions import CategoricalDistribution
 
 from reports.pruning import early_rank_correlation
 from reports.record import SearchRecord
-from reports.trials import is_copy, is_on_front, rank_of, varied
+from reports.trials import as_optuna_study, is_copy, is_on_front, rank_of, varied
 from reports.words import duration, percent, plural, setting, shorten
 from study.record.models import UNFINISHED
 
@@ -31,11 +31,13 @@ _LOOKS = {
     "failed": (RED, "triangle-up"),
 }
 # What a page of a study with thousands of trials draws; the table has as many rows, the CSV all.
-MOST_DRAWN, _MOST_BEST = 1_000, 250
-_MOST_CURVES = 150
+MOST_DRAWN = 600
+_MOST_CURVES, _MOST_LINES = 150, 200
 # More classes than these have no names or no counts in the confusion matrix.
 _MOST_NAMED, _MOST_COUNTED = 40, 20
 _PERCENT = ".0%"
+HOVERED = "trials"
+"""Mark of traces whose points are trials, by number: the page shows what `hovers` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,15 @@ def plots(section: str, caption: str = "", size: str = "small") -> Callable[[Dra
     return add
 
 
-def drawn(record: SearchRecord) -> pd.DataFrame:
+def drawn(record: SearchRecord, most: int | None = None) -> pd.DataFrame:
     """Return the trials that are drawn: all, or the best and evenly spaced others."""
     trials = record.trials[~record.trials["state"].isin(UNFINISHED)]
-    if len(trials) <= MOST_DRAWN:
+    most = most or MOST_DRAWN
+    if len(trials) <= most:
         return trials
-    best = rank_of(trials, "value").nlargest(_MOST_BEST).index
+    best = rank_of(trials, "value").nlargest(most // 4).index
     others = trials.index.difference(best)
-    step = np.linspace(0, len(others) - 1, MOST_DRAWN - _MOST_BEST).astype(int)
+    step = np.linspace(0, len(others) - 1, most - len(best)).astype(int)
     return trials.loc[best.union(others[step])].sort_values("number")
 
 
@@ -122,18 +125,28 @@ def _short(value: Any) -> str:
     return _text(setting(value).removeprefix("timm:"), 17)
 
 
-def _hover(record: SearchRecord, trials: pd.DataFrame) -> list[str]:
-    """Say of each trial how it ended, what it reached, and all its settings."""
-    found = []
-    for row in trials.to_dict("records"):
+def hovers(record: SearchRecord) -> dict[int, str]:
+    """Say of each trial that is drawn how it ended, what it reached, and all its settings."""
+    found = {}
+    for row in drawn(record).to_dict("records"):
         lines = [f"<b>trial {row['number']}</b> {row['state']}, {percent(row['value'])}"]
         lines += [f"{duration(row['duration_s'])}, {_text(row['origin'], 60)}"]
         if row["reason"] is not None and row["reason"] == row["reason"]:
             lines.append(_text(row["reason"], 60))
-        values = ((name, row.get(f"params_{name}")) for name in record.dims)
-        lines += [f"{_text(name)} = {_text(setting(v))}" for name, v in values if v is not None]
-        found.append("<br>".join(lines))
+        for name in varied(record.frozen):
+            value = row.get(f"params_{name}")
+            if value is not None and value == value and row["number"] not in record.idle[name]:
+                lines.append(f"{_text(name)} = {_text(setting(value))}")
+        found[row["number"]] = "<br>".join(lines)
     return found
+
+
+def with_hovers(figure: go.Figure, texts: Mapping[int, str]) -> go.Figure:
+    """Give a figure the texts that the page holds once for all its figures."""
+    for trace in figure.data:
+        if trace.meta == HOVERED:
+            trace.text = [texts[number] for number in trace.customdata]
+    return figure
 
 
 def _by_state(
@@ -141,7 +154,8 @@ def _by_state(
 ) -> Iterator[go.Scatter]:
     """Draw trials as points whose look says how they ended."""
     points = pd.DataFrame({"x": np.asarray(x), "y": np.asarray(y)}, index=trials.index)
-    points["text"] = _hover(record, trials) if hover is None else hover
+    points["number"] = trials["number"]
+    points["text"] = "" if hover is None else hover
     for state, (colour, symbol) in _LOOKS.items():
         own = points[trials["state"] == state]
         if len(own):
@@ -151,7 +165,9 @@ def _by_state(
             yield go.Scatter(
                 x=own["x"].tolist(),
                 y=own["y"].tolist(),
-                text=own["text"].tolist(),
+                text=own["text"].tolist() if hover else None,
+                customdata=None if hover else own["number"].tolist(),
+                meta=None if hover else HOVERED,
                 mode="markers",
                 name=state,
                 marker=marker,
@@ -229,7 +245,7 @@ def confusion(record: SearchRecord) -> go.Figure | str:
 
 
 @plot(
-    "Accuracy over minutes",
+    "Progress",
     "Accuracy over minutes",
     "Points are trials at the time they ended; the line is the accuracy of the best trial so far. "
     "It may fall where trials are ranked by loss.",
@@ -240,7 +256,7 @@ def accuracy_over_minutes(record: SearchRecord) -> go.Figure | str:
 
 
 @plot(
-    "Accuracy over minutes",
+    "Progress",
     "History",
     "By what trials are ranked: the line is the best so far. Click an entry of the legend to hide "
     "it.",
@@ -298,8 +314,8 @@ def importance(record: SearchRecord) -> go.Figure | str:
 
 @plots(
     "Settings",
-    "Accuracy by the value of each setting. Pruned trials stand at the accuracy that they had "
-    "when they were stopped.",
+    "Accuracy by the value of each setting, of trials on which it had an effect. Pruned trials "
+    "stand at the accuracy of their best epoch.",
 )
 def slices(record: SearchRecord) -> Figures:
     """Draw accuracy against each searched setting."""
@@ -309,7 +325,7 @@ def slices(record: SearchRecord) -> Figures:
     shown = pd.Series(hover, index=trials.index)
     for name in varied(record.frozen):
         dim = record.dims[name]
-        values = trials[f"params_{name}"]
+        values = trials[f"params_{name}"][~trials["number"].isin(record.idle[name])]
         is_choice = isinstance(dim, CategoricalDistribution)
         if not is_choice:
             values = values.dropna().astype(float)
@@ -343,7 +359,7 @@ def parallel(record: SearchRecord) -> go.Figure | str:
     names = varied(record.view.get_trials(deepcopy=False))
     if len(names) < 2 or record.final.nunique() < 2:
         return "This needs two settings that vary, and trials of different accuracy."
-    view = _thinned(record)
+    view = _thinned(record, _MOST_LINES)
     figure = optuna.visualization.plot_parallel_coordinate(
         view, params=names, target_name="accuracy"
     )
@@ -371,13 +387,13 @@ def contour(record: SearchRecord) -> go.Figure | str:
     return figure.update_layout(template="none", title=None)
 
 
-def _thinned(record: SearchRecord) -> optuna.study.Study:
+def _thinned(record: SearchRecord, most: int | None = None) -> optuna.study.Study:
     """Return the view with the trials that are drawn."""
-    numbers = set(drawn(record)["number"])
+    numbers = set(drawn(record, most)["number"])
     trials = record.view.get_trials(deepcopy=False)
     if len(trials) <= len(numbers):
         return record.view
-    study = optuna.create_study(direction="maximize")
+    study = as_optuna_study([], record.final)
     study.add_trials([t for t in trials if t.user_attrs["trial"] in numbers])
     return study
 
@@ -385,7 +401,7 @@ def _thinned(record: SearchRecord) -> optuna.study.Study:
 @plot(
     "Learning curves and pruning",
     "Learning curves",
-    "Validation accuracy after each epoch, coloured by how the trial ended.",
+    "Validation accuracy after each epoch, of trials with more than one.",
 )
 def curves(record: SearchRecord) -> go.Figure | str:
     """Draw accuracy by epoch."""
@@ -487,7 +503,7 @@ def timeline(record: SearchRecord) -> go.Figure | str:
         return _why_empty(record)
     begun = pd.to_datetime(trials["started_at"])
     length = (pd.to_datetime(trials["ended_at"]) - begun).dt.total_seconds() * 1000
-    data, hover = [], pd.Series(_hover(record, trials), index=trials.index)
+    data = []
     for state, (colour, _) in _LOOKS.items():
         own = trials.index[trials["state"] == state]
         if len(own):
@@ -496,7 +512,8 @@ def timeline(record: SearchRecord) -> go.Figure | str:
                     base=begun[own].dt.strftime("%Y-%m-%d %H:%M:%S.%f").tolist(),
                     x=length[own].tolist(),
                     y=trials.loc[own, "number"].tolist(),
-                    text=hover[own].tolist(),
+                    customdata=trials.loc[own, "number"].tolist(),
+                    meta=HOVERED,
                     textposition="none",
                     name=state,
                     orientation="h",

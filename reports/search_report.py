@@ -18,8 +18,8 @@ from reports.page import plotly_js, render_template
 from reports.pruning import audit_of, audited_grid, rank_grid
 from reports.publish import Grid
 from reports.record import SearchRecord, read_record
-from reports.search_plots import MOST_DRAWN, PLOTS, drawn
-from reports.trials import is_copy, rank_of
+from reports.search_plots import MOST_DRAWN, PLOTS, drawn, hovers
+from reports.trials import is_copy, rank_of, varied
 from reports.words import (
     config_words,
     count,
@@ -33,7 +33,7 @@ from reports.words import (
     setting,
 )
 from study.config.formatting import hide_password
-from study.record.models import UNFINISHED, Test
+from study.record.models import MODEL_FOLDER, UNFINISHED, Test
 from study.record.record import Record
 
 _MOST_FINDINGS = 5
@@ -140,6 +140,7 @@ def _contents(record: SearchRecord, others: Sequence[SearchRecord]) -> dict[str,
         "runs": _runs_grid(record),
         "space": [(name, _dimension_words(dim)) for name, dim in record.dims.items()],
         "config": config_words(record.study.config),
+        "hovers": json.dumps(hovers(record)).replace("</", "<\\/"),
         "plotly": plotly_js(),
         "written": moment(datetime.now(UTC)),
     }
@@ -220,6 +221,7 @@ def findings(record: SearchRecord) -> list[str]:
     """Say what a study found, the most important first."""
     found = (
         _best_finding(record),
+        _model_finding(record),
         _rivals_finding(record),
         _test_finding(record),
         _importance_finding(record),
@@ -246,6 +248,13 @@ def _best_finding(record: SearchRecord) -> str:
     else:
         text += f": {percent(best.value)} validation accuracy."
     trials = record.trials
+    top_value = trials.loc[trials["state"] == "complete", "value"].max()
+    if best.value is not None and top_value > best.value:
+        first = trials.loc[trials["value"] == top_value, "number"].iloc[0]
+        text += (
+            f" It has the lowest {best.chosen_by}, by which trials are ranked; the highest "
+            f"accuracy has trial {first}, {percent(top_value)}."
+        )
     is_recipe = trials["origin"].astype(str).str.startswith("recipe:")
     recipes = trials[is_recipe & (trials["state"] == "complete") & trials["value"].notna()]
     if best.state != "complete" or not len(recipes):
@@ -257,6 +266,26 @@ def _best_finding(record: SearchRecord) -> str:
     gain = 100 * ((best.value or 0.0) - float(top["value"]))
     words = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'}"
     return f"{text} That is {words} than the best plain recipe ({name}, trial {top['number']})."
+
+
+def _model_finding(record: SearchRecord) -> str | None:
+    """Say what `model/` is, which is what a user takes away."""
+    numbers = record.model.get("trials")
+    if not numbers:
+        return None
+    what = f"is trial {numbers[0]}"
+    if len(numbers) > 1:
+        what = f"averages the predictions of trials {', '.join(map(str, numbers))}"
+    fitted = (
+        ", fitted again on all images but the test split"
+        if any(record.model.get("refitted", []))
+        else ""
+    )
+    accuracy = percent(record.model.get("val_acc"))
+    return (
+        f"The model to use is in {record.study.output / MODEL_FOLDER}: it {what}{fitted}, and "
+        f"classifies {accuracy} of the validation images correctly."
+    )
 
 
 def _rivals_finding(record: SearchRecord) -> str | None:
@@ -274,11 +303,11 @@ def _rivals_finding(record: SearchRecord) -> str | None:
         f"{'lies' if len(rivals) == 1 else 'lie'} within that interval: {count(record.n_val)} "
         "images cannot separate them from the best."
     )
-    quick = rivals.dropna(subset=["duration_s"]).sort_values("duration_s")
-    if len(quick) and best.duration_s and quick["duration_s"].iloc[0] < _NEAR * best.duration_s:
-        row = quick.iloc[0]
+    quick = rivals[rivals["duration_s"] < _NEAR * (best.duration_s or 0.0)]
+    if len(quick):
+        row = quick.sort_values(["value", "duration_s"], ascending=[False, True]).iloc[0]
         text += (
-            f" The fastest of them, trial {row['number']} ({percent(row['value'])}), took "
+            f" Much faster was trial {row['number']} ({percent(row['value'])}): it took "
             f"{duration(row['duration_s'])} instead of {duration(best.duration_s)}."
         )
     return text
@@ -367,13 +396,12 @@ def _next_commands(record: SearchRecord) -> list[str]:
         name += f" --storage {shlex.quote(hide_password(storage))}"
     commands = []
     if record.best is not None:
-        commands.append(f"python -m study show {name} --trial {record.best.number}")
         if record.best.state == "complete" and record.n_test and not record.tests:
-            commands.append(f"python -m study test {name}")
-        commands.append(f"python -m study ablate {name} --dry-run")
+            commands.append(f"python -m study test {name}  # reads the test split, once")
+        commands.append(f"python -m study ablate {name} --dry-run  # what would settings change")
     done, asked = int(record.trials["ended_at"].notna().sum()), settings.get("trials")
     more = "" if asked is None else f" --trials {asked if done < asked else done + 20}"
-    return [*commands, f"python -m study resume {name}{more}"]
+    return [*commands, f"python -m study resume {name}{more}  # search on"]
 
 
 # Tables.
@@ -389,7 +417,7 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
         kept = set(drawn(record)["number"])
         trials = trials[trials["number"].isin(kept) | trials["state"].isin(UNFINISHED)]
     is_scored = trials["score"].notna() & (trials["score"] != trials["value"])
-    names = list(record.dims)
+    names = varied(record.frozen)  # what is the same in all trials stands under Provenance
     best = -1 if record.best is None else record.best.number
     rows = []
     for row in trials.to_dict("records"):
@@ -402,7 +430,8 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
         cells.append(_number(row["duration_s"], duration(row["duration_s"])))
         for name in names:
             value = row.get(f"params_{name}")
-            text = "–" if is_missing(value) else setting(value)
+            is_idle = is_missing(value) or row["number"] in record.idle[name]
+            value, text = (None, "–") if is_idle else (value, setting(value))
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             cells.append(_number(value, text) if is_number else (text, text))
         reason = "" if is_missing(row["reason"]) else str(row["reason"])
@@ -423,8 +452,8 @@ def _best_facts(record: SearchRecord) -> list[tuple[str, str]]:
     trial = record.best
     if trial is None:
         return []
-    searched = {name: trial.params.get(name) for name in record.dims}
-    settings = {"backbone": trial.backbone, "freeze_depth": trial.freeze_depth} | searched
+    settings = {"backbone": trial.backbone, "freeze_depth": trial.freeze_depth}
+    settings |= trial.effective_params
     trained, total = trial.trained_parameters, trial.total_parameters
     share = count(trained)
     if trained is not None and total:
@@ -474,7 +503,12 @@ def epochs_grid(record: SearchRecord) -> Grid:
         )
         for row in record.epochs[record.epochs["number"] == number].to_dict("records")
     ]
-    return Grid("epochs", "Epochs", header, tuple(rows), n_text=0)
+    note = (
+        "On the validation split. A solved head's score, by which trials are ranked, is of all "
+        "images but the test split, each predicted by folds without it, and of calibrated "
+        "probabilities."
+    )
+    return Grid("epochs", "Epochs", header, tuple(rows), n_text=0, note=note)
 
 
 def tests_grid(record: SearchRecord) -> Grid:
@@ -527,12 +561,22 @@ def _runs_grid(record: SearchRecord) -> Grid:
     header = ("Began", "Ended", "Outcome", "Host", "Device", "Command")
     rows = tuple(
         (
-            *(moment(run.started_at), moment(run.ended_at), run.outcome or "–"),
+            *(moment(run.started_at), moment(run.ended_at), _outcome(run.outcome)),
             *(run.host, run.device, hide_password(run.command)),
         )
         for run in record.runs
     )
     return Grid("runs", "Runs", header, rows, n_text=len(header))
+
+
+def _outcome(because: str | None) -> str:
+    words = {
+        "no gain": "nothing that was not tried promised a gain",
+        "no time": "nothing more fitted into the time",
+        "trials": "all trials done",
+        "timeout": "the time was up",
+    }
+    return words.get(because or "", because or "–")
 
 
 def _others(record: SearchRecord, others: Sequence[SearchRecord]) -> Grid:

@@ -193,8 +193,8 @@ def importances(
     if planned and len(used) < MIN_TRIALS:
         why = (
             "The plan chose these settings, so that they do not vary independently: only the best "
-            "backbone was thawed, for example. Their importance cannot be estimated; compare "
-            "single settings with `python -m study ablate`."
+            "backbone was thawed, for example. Nothing can be concluded here about single "
+            "settings; study ablate compares them."
         )
     elif len(used) < MIN_TRIALS:
         why = f"This needs at least {MIN_TRIALS} trials with an accuracy; there are {len(used)}."

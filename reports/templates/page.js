@@ -11,10 +11,14 @@ const axes = (layout) => Object.fromEntries([...(layout.annotations ?? []).map((
   .flatMap((key) => [[`${key}.gridcolor`, colour("--line")], [`${key}.linecolor`, colour("--soft")],
     [`${key}.zerolinecolor`, colour("--line")]])]);
 
+const hovers = JSON.parse(document.getElementById("hovers").textContent);
+
 function draw(box) {
   if (box.dataset.drawn) return;
   box.dataset.drawn = "yes";
   const { data, layout } = JSON.parse(document.getElementById(box.dataset.figure).textContent);
+  data.filter((trace) => trace.meta === "trials")
+    .forEach((trace) => { trace.text = trace.customdata.map((number) => hovers[number]); });
   const shown = {
     margin: { l: 60, r: 20, t: 12, b: 50 }, height: 340, hovermode: "closest", ...layout,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, ...layout.legend },

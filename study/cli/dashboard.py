@@ -10,7 +10,7 @@ import optuna_dashboard
 import plotly.graph_objects as go
 
 from reports.record import read_record
-from reports.search_plots import PLOTS
+from reports.search_plots import PLOTS, hovers, with_hovers
 from study.record.record import Record
 
 _AGAIN_S = 30  # what a running study adds appears after so many seconds
@@ -47,10 +47,11 @@ def publish(store: Record) -> None:
         if any(row.factor for row in rows) or not rows:
             continue
         record, own = read_record(store, study.name), store.optuna_study(study.id)
+        texts = hovers(record)
         for plot in (plot for plot in PLOTS if plot.name not in _ITS_OWN):
             for key, figure in plot.draw(record):
                 if isinstance(figure, go.Figure):
-                    figure.update_layout(title=plot.title, template="none")
+                    with_hovers(figure, texts).update_layout(title=plot.title, template="none")
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                         optuna_dashboard.save_plotly_graph_object(own, figure, graph_object_id=key)

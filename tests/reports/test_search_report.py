@@ -157,7 +157,6 @@ def test_many_trials_are_thinned_and_the_page_says_so(
 ) -> None:
     for name in ("search_plots", "search_report"):
         monkeypatch.setattr(f"reports.{name}.MOST_DRAWN", 20)
-    monkeypatch.setattr("reports.search_plots._MOST_BEST", 5)
     plans = [Plan(PARAMS | {"base_lr": 1e-4 + i * 1e-6}, [0.5 + i / 100]) for i in range(30)]
     paths, page = report(make_study(tmp_path / "s.db", plans, space=SMALL), tmp_path)
     assert "show 20 of 30 trials" in page.text and len(pd.read_csv(paths.csv)) == 30
