@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from PIL import Image
 
 from core.config import TrainConfig
@@ -121,6 +121,9 @@ def make_study(
     command = f"python -m study run --data pets --name {name}"
     store, study_id, run_id = _begin(path, name, config, data, command)
     dimensions = distributions_of(*(plan.params for plan in plans))
+    for name in set(SPACE) & set(dimensions):
+        if SPACE[name].get("log"):
+            dimensions[name] = FloatDistribution(**SPACE[name])
     for plan in plans:
         enter(store, study_id, run_id, plan, dimensions)
     store.end_run(run_id, "trials")
