@@ -33,6 +33,7 @@ def level_findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Fi
         "helps": "Better than the baseline:",
         "hurts": "Worse than the baseline:",
         "no difference": f"No difference beyond {margin}:",
+        "identical": "Identical to the baseline in all seeds:",
         "fails": "Runs failed:",
         "inconclusive": "Inconclusive:",
     }
@@ -69,6 +70,8 @@ def _words_of(effect: Effect) -> str:
             return f"{label} ({'too few replicates' if effect.n else 'not run yet'})"
         more = "over 1,000" if effect.n_needed is None else f"about {roughly(effect.n_needed)}"
         return f"{label} ({points} points; {more} replicates would settle it)"
+    if effect.verdict == "identical":
+        return f"{label} ({plural(effect.n, 'seed')})"
     if effect.verdict == "no difference":
         return f"{label} ({points} points)"
     return f"{label} ({points} points, {p_equals(effect.p_family)})"

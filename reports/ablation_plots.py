@@ -36,6 +36,7 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
     "helps": ("^", GREEN, "helps"),
     "hurts": ("v", RED, "hurts"),
     "no difference": ("s", BLUE, "no difference beyond the margin"),
+    "identical": ("D", BLUE, "identical in all seeds"),
     "inconclusive": ("o", GREY, "inconclusive"),
     "fails": ("X", PURPLE, "runs failed"),
 }

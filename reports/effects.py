@@ -20,7 +20,7 @@ from reports.paired import (
 )
 from reports.words import plural
 
-Verdict = Literal["helps", "hurts", "no difference", "inconclusive", "fails"]
+Verdict = Literal["helps", "hurts", "no difference", "identical", "inconclusive", "fails"]
 _POWER = 0.8
 # A standardised difference that few settings reach: assumption.
 _LARGE = 4.0
@@ -185,6 +185,8 @@ def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
         return Effect(arm, 0, nothing, nan, nan, nan, nan, nan, "inconclusive", None)
     seen = spread(differences, rules.resolution)
     decisive, equal, confidence = _after_looks(differences, rules)
+    if n > 1 and not differences.any():
+        equal = math.nan  # runs without any scatter do not show how large it is
     return Effect(
         arm=arm,
         n=n,
@@ -233,6 +235,8 @@ def holm(values: Sequence[float]) -> list[float]:
 def _verdict(effect: Effect, rules: Rules) -> Verdict:
     if effect.arm.n_failed:
         return "fails"
+    if effect.n > 1 and math.isnan(effect.p_equivalence) and effect.difference.estimate == 0:
+        return "identical"
     if effect.p_family <= rules.alpha:
         return "helps" if effect.difference.estimate > 0 else "hurts"
     if effect.p_equivalence <= rules.alpha:
@@ -251,6 +255,8 @@ def verdict_words(effect: Effect, rules: Rules) -> str:
         return f"{effect.verdict}, but by less than {margin}" if is_small else effect.verdict
     if effect.verdict == "no difference":
         return f"no difference beyond {margin}"
+    if effect.verdict == "identical":
+        return f"identical in all {effect.n} seeds"
     if effect.n < 2:
         return "inconclusive: one replicate cannot be tested" if effect.n else "not run yet"
     if effect.n_needed is None:

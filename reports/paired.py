@@ -40,15 +40,14 @@ def spread(differences: Array, resolution: float = 0.0) -> Spread:
 
     Args:
         differences: Level minus baseline, shape (n,), n >= 1.
-        resolution: Step in which the metric moves (one image's share). Where all differences are
-            equal, their scatter is taken to be that of rounding, resolution / sqrt(12), rather
-            than none: an accuracy on 80 images cannot show less.
+        resolution: Step in which the metric moves (one image's share). The scatter is at least
+            that of rounding, resolution / sqrt(12): an accuracy on 80 images cannot show less.
     """
     n = len(differences)
     mean = float(np.mean(differences))
     sd = float(np.std(differences, ddof=1)) if n > 1 else math.nan
-    if n > 1 and sd < _SMALL:
-        sd = resolution / math.sqrt(12)
+    if n > 1:
+        sd = max(sd if sd > _SMALL else 0.0, resolution / math.sqrt(12))
     return Spread(n, mean, sd)
 
 

@@ -225,7 +225,8 @@ def test_equal_differences_are_judged_by_the_resolution_of_the_metric() -> None:
     assert careful.verdict == "inconclusive"
     assert careful.p > 0.05 and math.isfinite(careful.standardised)
     (same,) = estimate(baseline, [make_arm("a", baseline.values)], resolution=1e-3)
-    assert (same.p, same.verdict) == (1, "no difference")
+    assert (same.p, same.verdict) == (1, "identical")
+    assert verdict_words(same, Rules()) == "identical in all 2 seeds"
 
 
 # Error rates, coverage, power
