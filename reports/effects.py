@@ -270,7 +270,7 @@ def roughly(n: int) -> int:
 
 
 def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[int]:
-    """Return the inconclusive cells of an adaptive ablation; cell 0 is the baseline.
+    """Return the cells of an adaptive ablation that are open; cell 0 is the baseline.
 
     Args:
         scores: Accuracy by cell and replicate; None where a run failed.
@@ -279,7 +279,8 @@ def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[i
     most = max(len(values) for values in scores)
     arms = [_bare_arm(k, values, most) for k, values in enumerate(scores)]
     effects = estimate_effects(arms[0], arms[1:], rules)
-    return {k for k, effect in enumerate(effects, start=1) if effect.verdict == "inconclusive"}
+    is_open = ("inconclusive", "identical")  # a few equal seeds do not show that all are
+    return {k for k, effect in enumerate(effects, start=1) if effect.verdict in is_open}
 
 
 def _bare_arm(number: int, values: Sequence[float | None], length: int) -> Arm:
