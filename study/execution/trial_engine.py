@@ -268,6 +268,8 @@ class TrialEngine:
 
     def _attach(self, row: Trial) -> None:
         """Give Optuna's dashboard the card, the learning curve and the confusion matrix."""
+        if row.replicate is not None:
+            return  # an ablation's runs are compared in its report
         trial = self._record.take_up_trial(row.study_id, row.number)
         folder = self.session.output.parent / ARTIFACTS_FOLDER
         attach(trial, self._record.epochs(row.id), self.files.checkpoint(row.number), folder)
