@@ -729,7 +729,7 @@ def draw(rows: dict[tuple[str, int, str], dict[str, Any]], file: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_xlabel(f"time, two CPU cores; mean of {len(cases)} cases")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     figure.savefig(file, dpi=150)
 
 
