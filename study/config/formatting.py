@@ -54,7 +54,7 @@ def describe_trial(origin: str, params: Mapping[str, ParamValue]) -> str:
     Left out are those at their default, and the freeze level where a plan has said it.
     """
     what = origin.removeprefix("plan: ")
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    defaults = dataclasses.asdict(TrainConfig())
     shown = []
     for name, value in params.items():
         if name == "backbone":
