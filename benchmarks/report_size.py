@@ -16,6 +16,7 @@ import numpy as np
 import optuna
 from playwright.sync_api import sync_playwright
 
+# The project and its tests are no packages of the environment, so imports follow (E402).
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 

@@ -49,7 +49,7 @@ def fit(
     checkpoint_dir: Path | None = None,
     state_file: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    on_step: Callable[[float], None] = lambda share: None,
+    on_step: Callable[[float], None] = lambda epochs: None,
 ) -> Generator[EpochMetrics, None, None]:
     """Fine-tune a network and yield each epoch's figures.
 
@@ -66,7 +66,7 @@ def fit(
             is the caller's to remove.
         should_stop: Asked after each step and each chunk of images that goes through frozen
             layers; True saves the state and ends the run.
-        on_step: Called after each step with the share of its epoch that is done.
+        on_step: Called after each step with the epochs done, the unfinished one by its share.
 
     Raises:
         Interrupted: `should_stop` said so.
@@ -110,7 +110,7 @@ def fit(
             try:
                 for _ in trainer.train_epoch():
                     pulse()
-                    on_step(trainer.position.step / trainer.steps_per_epoch)
+                    on_step(epoch + trainer.position.step / trainer.steps_per_epoch)
                     state.save_if_due(best, device)
                 begin = time.perf_counter()
                 evaluation = trainer.evaluate()

@@ -185,7 +185,8 @@ def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
         return Effect(arm, 0, nothing, nan, nan, nan, nan, nan, "inconclusive", None)
     seen = spread(differences, rules.resolution)
     decisive, equal, confidence = _after_looks(differences, rules)
-    if n > 1 and not differences.any():
+    is_identical = n > 1 and not differences.any()
+    if is_identical:
         equal = math.nan  # runs without any scatter do not show how large it is
     return Effect(
         arm=arm,
@@ -196,7 +197,7 @@ def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
         p=paired_t(seen),
         p_family=decisive,
         p_equivalence=equal,
-        verdict="inconclusive",
+        verdict="identical" if is_identical else "inconclusive",
         n_needed=None,
     )
 
@@ -235,7 +236,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def _verdict(effect: Effect, rules: Rules) -> Verdict:
     if effect.arm.n_failed:
         return "fails"
-    if effect.n > 1 and math.isnan(effect.p_equivalence) and effect.difference.estimate == 0:
+    if effect.verdict == "identical":
         return "identical"
     if effect.p_family <= rules.alpha:
         return "helps" if effect.difference.estimate > 0 else "hurts"

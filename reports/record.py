@@ -22,6 +22,7 @@ from reports.trials import (
     dimensions,
     final_accuracies,
     importances,
+    varied,
 )
 from study.record.frames import read_confusion, read_epochs, read_misclassified, read_trials
 from study.record.models import MODEL_FOLDER, Misclassified, Run, Study, Test, Trial
@@ -59,7 +60,6 @@ class SearchRecord:
         trials: One row per trial, by number.
         epochs: One row per trial and epoch.
         frozen: The same trials as Optuna has them.
-        idle: By setting, the numbers of trials in which it did nothing.
         runs: The processes that worked on it, oldest first.
         tests: Looks at the test split, oldest first.
         best: The best trial; None where no trial has an accuracy.
@@ -73,7 +73,6 @@ class SearchRecord:
     trials: pd.DataFrame
     epochs: pd.DataFrame
     frozen: list[FrozenTrial]
-    idle: defaultdict[str, set[int]]
     runs: list[Run]
     tests: list[Test]
     best: Trial | None
@@ -81,6 +80,21 @@ class SearchRecord:
     images: list[Misclassified]
     audited: tuple[Audited, ...]
     model: Mapping[str, Any]
+
+    @functools.cached_property
+    def idle(self) -> dict[str, set[int]]:
+        """By setting, the numbers of trials in which it did nothing."""
+        found: defaultdict[str, set[int]] = defaultdict(set)
+        pairs = zip(self.trials["number"], self.trials["without_effect"], strict=True)
+        for number, keys in pairs:
+            for key in keys:
+                found[key].add(number)
+        return found
+
+    @functools.cached_property
+    def varied(self) -> list[str]:
+        """The searched settings of which trials had more than one value."""
+        return varied(self.frozen)
 
     @functools.cached_property
     def dims(self) -> dict[str, BaseDistribution]:
@@ -127,10 +141,6 @@ def read_record(store: Record, name: str) -> SearchRecord:
         RecordError: There is no such study.
     """
     study = store.study(name)
-    idle: defaultdict[str, set[int]] = defaultdict(set)
-    for row in store.trials(study.id):
-        for key in row.without_effect:
-            idle[key].add(row.number)
     model = {}
     with contextlib.suppress(OSError, ValueError):
         model = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
@@ -151,7 +161,6 @@ def read_record(store: Record, name: str) -> SearchRecord:
         best=None if number is None else store.trial(study.id, number),
         confusion=confusion,
         images=images,
-        idle=idle,
         audited=_audited(store, study),
         model=model,
     )

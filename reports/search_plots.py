@@ -19,6 +19,7 @@ from reports.pruning import early_rank_correlation
 from reports.record import SearchRecord
 from reports.trials import as_optuna_study, is_copy, is_on_front, rank_of, varied
 from reports.words import duration, percent, plural, setting, shorten
+from study.config.formatting import short_backbone
 from study.record.models import UNFINISHED
 
 Figures = Iterator[tuple[str, go.Figure | str]]
@@ -122,7 +123,7 @@ def _text(value: Any, most: int = 40) -> str:
 
 def _short(value: Any) -> str:
     """Write a choice where there is little room; the ends of a backbone's name differ."""
-    return _text(setting(value).removeprefix("timm:"), 17)
+    return _text(short_backbone(setting(value)), 17)
 
 
 def hovers(record: SearchRecord) -> dict[int, str]:
@@ -133,7 +134,7 @@ def hovers(record: SearchRecord) -> dict[int, str]:
         lines += [f"{duration(row['duration_s'])}, {_text(row['origin'], 60)}"]
         if row["reason"] is not None and row["reason"] == row["reason"]:
             lines.append(_text(row["reason"], 60))
-        for name in varied(record.frozen):
+        for name in record.varied:
             value = row.get(f"params_{name}")
             if value is not None and value == value and row["number"] not in record.idle[name]:
                 lines.append(f"{_text(name)} = {_text(setting(value))}")
@@ -323,7 +324,7 @@ def slices(record: SearchRecord) -> Figures:
     hover = [f"trial {n}, {percent(v)}" for n, v in zip(trials["number"], trials["value"],
                                                         strict=True)]  # fmt: skip
     shown = pd.Series(hover, index=trials.index)
-    for name in varied(record.frozen):
+    for name in record.varied:
         dim = record.dims[name]
         values = trials[f"params_{name}"][~trials["number"].isin(record.idle[name])]
         is_choice = isinstance(dim, CategoricalDistribution)
@@ -437,7 +438,7 @@ def curves(record: SearchRecord) -> go.Figure | str:
                     line=line,
                     opacity=0.7,
                     hovertemplate="%{text}, epoch %{x}: %{y:.1%}<extra></extra>",
-                )  # fmt: skip
+                )
             )
     axis = {"showlegend": True, "yaxis_tickformat": _PERCENT}
     return _figure(data, "epoch", "validation accuracy", **axis)
@@ -519,7 +520,7 @@ def timeline(record: SearchRecord) -> go.Figure | str:
                     orientation="h",
                     marker_color=colour,
                     hovertemplate="%{text}<extra></extra>",
-                )  # fmt: skip
+                )
             )
     x = {"type": "date", "title": "UTC"}
     return _figure(data, y="trial", xaxis=x, barmode="overlay")

@@ -19,7 +19,7 @@ from reports.pruning import audit_of, audited_grid, rank_grid
 from reports.publish import Grid
 from reports.record import SearchRecord, read_record
 from reports.search_plots import MOST_DRAWN, PLOTS, drawn, hovers
-from reports.trials import is_copy, rank_of, varied
+from reports.trials import is_copy, rank_of
 from reports.words import (
     config_words,
     count,
@@ -37,8 +37,8 @@ from study.record.models import MODEL_FOLDER, UNFINISHED, Test
 from study.record.record import Record
 
 _MOST_FINDINGS = 5
-# Keys of the database, of no meaning outside it.
-_INNER = ("id", "study_id", "run_id")
+# Keys of the database, of no meaning outside it, and lists.
+_INNER = ("id", "study_id", "run_id", "without_effect")
 _STORAGE = "studies.db"  # where the command line looks without --storage
 _NEAR = 0.7  # a trial that took less than this share of the best one's time is worth naming
 
@@ -89,7 +89,7 @@ def write_report(
         store: The record.
         study_name: Which study.
         out_dir: Made where it is missing.
-        beside: Other studies, in a table and a figure of their own.
+        beside: Other studies, in a table of their own.
         refresh_s: The page loads itself again after so many seconds; 0 for never.
 
     Raises:
@@ -262,7 +262,7 @@ def _best_finding(record: SearchRecord) -> str:
     top = recipes.iloc[int(rank_of(recipes, "value").to_numpy().argmax())]
     name = str(top["origin"]).removeprefix("recipe:")
     if int(top["number"]) == best.number:
-        return f"{text} It is a plain recipe ({name}): the search found nothing better."
+        return f"{text} It is a plain recipe ({name}); no trial that was searched is better."
     gain = 100 * ((best.value or 0.0) - float(top["value"]))
     words = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'}"
     return f"{text} That is {words} than the best plain recipe ({name}, trial {top['number']})."
@@ -417,7 +417,7 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
         kept = set(drawn(record)["number"])
         trials = trials[trials["number"].isin(kept) | trials["state"].isin(UNFINISHED)]
     is_scored = trials["score"].notna() & (trials["score"] != trials["value"])
-    names = varied(record.frozen)  # what is the same in all trials stands under Provenance
+    names = record.varied  # what is the same in all trials stands under Provenance
     best = -1 if record.best is None else record.best.number
     rows = []
     for row in trials.to_dict("records"):

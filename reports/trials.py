@@ -214,7 +214,8 @@ def _shares(
     if len(trials) > _MOST_FITTED:
         kept = np.sort(rng.choice(len(trials), _MOST_FITTED, replace=False))
         trials = [trials[i] for i in kept]
-    dims = [dimensions(trials)[name] for name in names]
+    known = dimensions(trials)
+    dims = [known[name] for name in names]
     x = np.array(
         [[_place(trial.params[n], dim) for n, dim in zip(names, dims, strict=True)]
          for trial in trials]

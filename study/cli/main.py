@@ -339,7 +339,7 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
     first = "resume" if outcome.stopped_because in HALTED else "show"
     commands = [first, "test"] if outcome.best else [first]
     lines = [views.study_command(command, name, storage) for command in commands]
-    views.print_next([*lines, views.dashboard_command(storage)])
+    views.print_next([*lines, views.study_command("dashboard", "", storage)])
 
 
 def _estimate(config: "StudyConfig") -> int:
@@ -508,7 +508,11 @@ def stop(study: str, **_: Any) -> None:
         raise click.ClickException(
             f"study {study} runs on {run.host} (process {run.pid}). Stop it there."
         )
-    os.kill(run.pid, signal.SIGINT)
+    try:
+        os.kill(run.pid, signal.SIGINT)
+    except PermissionError as err:
+        text = f"process {run.pid} of study {study} belongs to another user, who can stop it."
+        raise click.ClickException(text) from err
     print(f"Asked process {run.pid} to stop; its trial is kept, and `resume` continues it.")
 
 
@@ -589,20 +593,24 @@ def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_
         if _is_ablation(store, study):
             from reports.ablation_report import write_ablation
 
+            if watch:
+                raise click.ClickException(f"--watch is for searches, but {study} is an ablation.")
             made = write_ablation(store, study, out or folder / "ablation", beside=beside)
             print(made.html, made.markdown, made.latex, *made.csv, sep="\n")
         else:
             from reports.search_report import write_report
 
-            target = out or folder / "report"
-            refresh_s = _WATCH_S if watch else 0
-            paths = write_report(store, study, target, beside=beside, refresh_s=refresh_s)
-            print(paths.html, paths.csv, sep="\n", flush=True)
-            while watch and store.working(store.study(study).id):
+            target, study_id, is_first = out or folder / "report", store.study(study).id, True
+            while True:
+                is_last = not watch or store.working(study_id) is None
+                refresh_s = 0 if is_last else _WATCH_S  # the last page stands still
+                paths = write_report(store, study, target, beside=beside, refresh_s=refresh_s)
+                if is_first:
+                    print(paths.html, paths.csv, sep="\n", flush=True)
+                if is_last:
+                    break
+                is_first = False
                 time.sleep(_WATCH_S)
-                write_report(store, study, target, beside=beside, refresh_s=refresh_s)
-            if watch:  # the last page stands still
-                write_report(store, study, target, beside=beside)
 
 
 @cli.command()
@@ -611,12 +619,9 @@ def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_
 def dashboard(port: int, **_: Any) -> int:
     """Open Optuna's dashboard on the studies of a database."""
     from study.cli.dashboard import open_dashboard
-    from study.config.study_config import StudySection
-    from study.execution.artifacts import ARTIFACTS_FOLDER
 
     with _open() as store:
-        output = Path(store.usable_path(StudySection().output))
-        return open_dashboard(store, output / ARTIFACTS_FOLDER, port)
+        return open_dashboard(store, port)
 
 
 # Configuration and backbones.

@@ -338,23 +338,17 @@ def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
 
 
 def study_command(command: str, name: str, storage: str, *flags: str) -> str:
-    """Return a command about a study, ready to be pasted but for a password."""
-    words = [_program("python"), "-m study", command, shlex.quote(name)]
+    """Return a command, about a study if named, ready to be pasted but for a password."""
+    words = [_python(), "-m study", command, *([shlex.quote(name)] if name else [])]
     if storage != "studies.db":
         words += ["--storage", shlex.quote(hide_password(storage))]
     return " ".join([*words, *flags])
 
 
-def dashboard_command(storage: str) -> str:
-    """Return the command that shows a database in Optuna's dashboard."""
-    url = hide_password(storage) if "://" in storage else f"sqlite:///{storage}"
-    return f"{_program('optuna-dashboard')} {shlex.quote(url)}"
-
-
-def _program(name: str) -> str:
-    """Return how to call a program of this environment: by its path where it is not activated."""
-    path = Path(sys.executable).with_name(name)
-    return name if shutil.which(name) == str(path) else shlex.quote(os.path.relpath(path))
+def _python() -> str:
+    """Return how to call this Python: by its path where its environment is not activated."""
+    path = Path(sys.executable).with_name("python")
+    return "python" if shutil.which("python") == str(path) else shlex.quote(os.path.relpath(path))
 
 
 def print_next(commands: Iterable[str]) -> None:

@@ -14,38 +14,41 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from core.metrics import EpochMetrics
 from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE
 
-ARTIFACTS_FOLDER = "artifacts"
+ARTIFACTS_FOLDER = "optuna-artifacts"
 """Beside the studies' folders: one for all studies, as the dashboard wants it."""
 
 
 def attach(
-    trial: optuna.Trial, epochs: Sequence[EpochMetrics], checkpoint: Path, folder: Path
+    trial: optuna.Trial,
+    epochs: Sequence[EpochMetrics],
+    checkpoint: Path,
+    classes: Sequence[str],
+    folder: Path,
 ) -> None:
     """Attach a running trial's card, learning curve and confusion matrix to it."""
     folder.mkdir(parents=True, exist_ok=True)
     store = FileSystemArtifactStore(str(folder))
     with tempfile.TemporaryDirectory() as made:
-        for path, kind in _files(epochs, checkpoint, Path(made)):
+        for path, kind in _files(epochs, checkpoint, classes, Path(made)):
             upload_artifact(
                 artifact_store=store, file_path=str(path), study_or_trial=trial, mimetype=kind
             )
 
 
 def _files(
-    epochs: Sequence[EpochMetrics], checkpoint: Path, folder: Path
+    epochs: Sequence[EpochMetrics], checkpoint: Path, classes: Sequence[str], folder: Path
 ) -> Iterator[tuple[Path, str]]:
     yield checkpoint / CARD_FILE, "application/json"
     rows = [dataclasses.asdict(metrics) for metrics in epochs]
-    header = [key for key in rows[0] if key not in ("is_best",)]
+    header = list(rows[0])
     lines: list[Sequence[Any]] = [[row[key] for key in header] for row in rows]
     yield _write(folder / "learning-curve.csv", [header, *lines]), "text/csv"
     with np.load(checkpoint / PREDICTIONS_FILE) as saved:
-        labels, predicted = saved["labels"], saved["predicted"]
-        n = saved["probabilities"].shape[1]
-    counts = np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
-    names = [f"class {k}" for k in range(n)]
-    table = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
-    path = _write(folder / "confusion-matrix.csv", [["true / predicted", *names], *table])
+        n = len(classes)
+        pairs = saved["labels"] * n + saved["predicted"]
+    counts = np.bincount(pairs, minlength=n * n).reshape(n, n).tolist()
+    table = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+    path = _write(folder / "confusion-matrix.csv", [["true / predicted", *classes], *table])
     yield path, "text/csv"
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from core.metrics import EpochMetrics
 from study.config.formatting import json_text
@@ -37,12 +37,17 @@ class StudyState:
 
     @classmethod
     def of(
-        cls, study: str, target: int | None, trials: Sequence[Trial], **times: Any
+        cls,
+        study: str,
+        target: int | None,
+        trials: Sequence[Trial],
+        spent_s: float = 0.0,
+        time_s: float | None = None,
     ) -> "StudyState":
-        """Sum up the trials that a study has; `times` are `spent_s` and `time_s`."""
+        """Sum up the trials that a study has."""
         best = best_of(trials)
         shown = (best.value, best.ranked_by) if best else (None, None)
-        return cls(study, target, Counts.of(trials), *shown, **times)
+        return cls(study, target, Counts.of(trials), *shown, spent_s, time_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +70,10 @@ class EpochEnded:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A trial has done this share of its epoch."""
+    """A trial has done a step, and so many epochs, of the unfinished one its share."""
 
     trial: int
-    share: float
+    epochs: float
 
 
 @dataclass(frozen=True, slots=True)

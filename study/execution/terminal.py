@@ -1,5 +1,6 @@
 """What a user sees while a study runs: a line per trial, and in a terminal what runs now."""
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from core.metrics import EpochMetrics
 from study.config.formatting import describe_trial, format_accuracy, format_duration
 from study.execution.progress import (
     DataProgress,
@@ -45,8 +47,8 @@ class PlainProgress(Progress):
         self._state = StudyState("", None, Counts())
         self._first: StudyState | None = None
         self._trial = TrialStarted(-1, "", {}, 0)
-        self._epoch: EpochEnded | None = None
-        self._share = 0.0
+        self._last: EpochMetrics | None = None
+        self._epochs = 0.0
 
     def emit(self, event: Event) -> None:
         """Show an event."""
@@ -61,12 +63,12 @@ class PlainProgress(Progress):
                     self._first = event
                     self._keep(self._summary())
             case TrialStarted():
-                self._trial, self._epoch, self._share = event, None, 0.0
-            case StepDone(_, share):
-                self._share = share
+                self._trial, self._last, self._epochs = event, None, 0.0
+            case StepDone(_, epochs):
+                self._epochs = epochs
                 self._show_running(self._running())
-            case EpochEnded():
-                self._epoch, self._share = event, 0.0
+            case EpochEnded(_, metrics):
+                self._last, self._epochs = metrics, metrics.epoch
                 self._show_running(self._running())
             case TrialEnded():
                 self._end(event)
@@ -81,13 +83,17 @@ class PlainProgress(Progress):
 
     def _running(self) -> str:
         """Return what the running trial does, in one line."""
-        done = self._epoch.metrics if self._epoch else None
-        text = f"trial {self._trial.trial:>3}  epoch {(done.epoch if done else 0) + 1}"
-        text += f"/{self._trial.epochs}  {self._share:4.0%}"
-        if done is not None:
-            text += f"  accuracy {format_accuracy(done.val_acc)}, loss {done.val_loss:.3f}"
-            text += f", {done.images_per_s:.0f} images/s"
+        epoch, share = self._place()
+        text = f"trial {self._trial.trial:>3}  epoch {epoch}/{self._trial.epochs}  {share:4.0%}"
+        if last := self._last:
+            text += f"  accuracy {format_accuracy(last.val_acc)}, loss {last.val_loss:.3f}"
+            text += f", {last.images_per_s:.0f} images/s"
         return text
+
+    def _place(self) -> tuple[int, float]:
+        """Return the running trial's epoch, from 1, and the share of it that is done."""
+        epoch = max(1, math.ceil(self._epochs))
+        return epoch, self._epochs - epoch + 1
 
     def _summary(self) -> str:
         """Return time, counts, the best accuracy and what is left, in one line."""
@@ -151,7 +157,7 @@ class LiveProgress(PlainProgress):
         """Return what the terminal shows now."""
         lines = [self._line]
         if self._line and self._trial.epochs > 1:
-            done = round(self._share * _BAR)
+            done = round(self._place()[1] * _BAR)
             lines.append(f"{'━' * done}{'─' * (_BAR - done)} {self._running()[11:]}")
         if self._state.study:
             lines.append(self._summary())

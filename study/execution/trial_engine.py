@@ -240,7 +240,7 @@ class TrialEngine:
             checkpoint_dir=self.files.checkpoint(number),
             state_file=self.files.state(number),
             should_stop=lambda: session.halted() is not None,
-            on_step=lambda share: session.progress.emit(StepDone(number, share)),
+            on_step=lambda epochs: session.progress.emit(StepDone(number, epochs)),
         )
         with contextlib.closing(run):
             for metrics in run:
@@ -270,9 +270,14 @@ class TrialEngine:
         """Give Optuna's dashboard the card, the learning curve and the confusion matrix."""
         if row.replicate is not None:
             return  # an ablation's runs are compared in its report
-        trial = self._record.take_up_trial(row.study_id, row.number)
-        folder = self.session.output.parent / ARTIFACTS_FOLDER
-        attach(trial, self._record.epochs(row.id), self.files.checkpoint(row.number), folder)
+        session = self.session
+        attach(
+            self._record.take_up_trial(row.study_id, row.number),
+            self._record.epochs(row.id),
+            self.files.checkpoint(row.number),
+            session.data.classes,
+            session.output.parent / ARTIFACTS_FOLDER,
+        )
 
     def _halt_on_equal_failures(self, ended: TrialEnded) -> None:
         """Stop a study whose trials keep failing for the same reason.

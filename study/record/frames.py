@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FROM_CONFIG = ("seed", "backbone", "freeze_depth")
-_DICTS = ("params", "config", "without_effect")
+_DICTS = ("params", "config")
 
 
 def read_trials(store: Record, name: str) -> "pd.DataFrame":

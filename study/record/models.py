@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
+from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 
 SCHEMA = 3
@@ -196,11 +197,10 @@ class Trial(Base, kw_only=True):
     @property
     def shown(self) -> dict[str, Any]:
         """What Optuna's dashboard shows of it beside its hyperparameters."""
-        words = {0: "0, everything trained", 5: "5, head alone"}
-        level = self.freeze_depth if "freeze_depth" in self.config else 0
+        words = {0: "0, everything trained", MAX_FREEZE_DEPTH: f"{MAX_FREEZE_DEPTH}, head alone"}
         found = {
             "seconds": None if self.duration_s is None else round(self.duration_s, 1),
-            "freeze level": words.get(level, str(level)),
+            "freeze level": words.get(self.freeze_depth, str(self.freeze_depth)),
             "parameters trained": self.trained_parameters,
         }
         return {name: value for name, value in found.items() if value is not None}

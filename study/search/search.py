@@ -243,8 +243,8 @@ class _Search:
 
     def _show(self, rows: list[Trial]) -> None:
         settings = self.config.study
-        times = {"spent_s": time.monotonic() - self.begin, "time_s": settings.seconds}
-        self.session.progress.emit(StudyState.of(settings.name, settings.trials, rows, **times))
+        times = time.monotonic() - self.begin, settings.seconds
+        self.session.progress.emit(StudyState.of(settings.name, settings.trials, rows, *times))
 
     def _queue_again(self) -> None:
         """Queue the settings of trials that were killed, unless that was done before."""

@@ -227,6 +227,9 @@ def test_equal_differences_are_judged_by_the_resolution_of_the_metric() -> None:
     (same,) = estimate(baseline, [make_arm("a", baseline.values)], resolution=1e-3)
     assert (same.p, same.verdict) == (1, "identical")
     assert verdict_words(same, Rules()) == "identical in all 2 seeds"
+    # Differences that cancel are not identical, also before an adaptive ablation's first look.
+    (mixed,) = estimate(baseline, [make_arm("a", [0.9, 0.8])], looks=(3, 6))
+    assert mixed.verdict == "inconclusive"
 
 
 # Error rates, coverage, power

@@ -247,7 +247,7 @@ def test_a_running_study_is_shown_and_stopped(
 def test_the_dashboard_gets_the_figures_of_the_report(recorded: Path) -> None:
     with Record(str(recorded / "studies.db")) as store:
         for _ in range(2):  # the second time in their places
-            publish(store)
+            publish(store, ["ants"])
         key = store.optuna_storage.get_study_id_from_name("ants")
         attrs = store.optuna_storage.get_study_system_attrs(key)
         assert store.optuna_study(store.study("ants").id).metric_names == ["validation accuracy"]

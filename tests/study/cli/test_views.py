@@ -86,21 +86,16 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(environment))
     show = ("show", "ants", "studies.db")
     assert views.study_command(*show) == "environment/python -m study show ants"
-    assert views.dashboard_command("studies.db").startswith("environment/optuna-dashboard ")
-    # With all its programs, and activated.
-    for name in ("python", "optuna-dashboard"):
-        (environment / name).touch(mode=0o755)
+    (environment / "python").touch(mode=0o755)  # activated
     assert views.study_command(*show) == "python -m study show ants"
     assert views.study_command("test", "my ants", "sub dir/a.db", "--levels all") == (
         "python -m study test 'my ants' --storage 'sub dir/a.db' --levels all"
     )
     secret = views.study_command("show", "a", "postgresql://me:hunter2@db/x")
     assert "hunter2" not in secret and "me:***@db/x" in secret
-    dashboards = {
-        "sub dir/a.db": "optuna-dashboard 'sqlite:///sub dir/a.db'",
-        "sqlite:////x.db": "optuna-dashboard sqlite:////x.db",
-    }
-    assert {storage: views.dashboard_command(storage) for storage in dashboards} == dashboards
+    assert (
+        views.study_command("dashboard", "", "x.db") == "python -m study dashboard --storage x.db"
+    )
 
 
 def test_an_estimate_shows_time_and_disk() -> None:

@@ -73,10 +73,16 @@ def test_a_long_trial_shows_where_it_is_in_a_log(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("study.execution.terminal._EVERY_S", 0.0)
     out = io.StringIO()
     progress = PlainProgress(out)
-    for event in (*EVENTS[3:6], StepDone(2, 0.25)):
+    for event in (*EVENTS[3:6], StepDone(2, 1.25)):
         progress.emit(event)
     line = "0:00  trial   2  epoch 2/2   25%  accuracy 70.0 %, loss 0.400, 123 images/s"
     assert out.getvalue().splitlines()[-1] == line
+    progress.emit(EpochEnded(2, metrics(2, 0.7)))
+    assert "epoch 2/2  100%" in out.getvalue().splitlines()[-1]
+    # One that is continued begins where it was.
+    progress.emit(TrialStarted(3, "sampler", {}, 8))
+    progress.emit(StepDone(3, 4.5))
+    assert "epoch 5/8   50%" in out.getvalue().splitlines()[-1]
 
 
 @pytest.fixture
@@ -88,7 +94,7 @@ def live() -> LiveProgress:
 def test_a_terminal_shows_images_decoded_then_the_trial_and_the_study(live: LiveProgress) -> None:
     live.emit(EVENTS[0])
     assert live.render().plain == "decoding images: 5 of 10"
-    for event in (*EVENTS[1:6], StepDone(2, 0.5)):
+    for event in (*EVENTS[1:6], StepDone(2, 1.5)):
         live.emit(event)
     shown = live.render().plain
     live.close()
