@@ -34,7 +34,7 @@ def plans(n: int) -> list[Plan]:
         params = {
             "backbone": str(rng.choice(SPACE["backbone"]["choices"])),
             "freeze_depth": int(rng.integers(6)),
-            "base_lr": float(10 ** rng.uniform(-4, -1.5)),
+            "base_lr": float(10 ** rng.uniform(-4, -1.6)),
             "head_lr_mult": float(10 ** rng.uniform(0, 2)),
             "weight_decay": float(10 ** rng.uniform(-6, -2)),
         }

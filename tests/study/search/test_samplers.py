@@ -96,8 +96,9 @@ def test_trials_are_compared_with_those_of_their_own_level_alone(name: str) -> N
         pruner = WithinLevel(make_pruner(name, 10), storage)
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.create_study(
-            storage=storage, direction="maximize", sampler=sampler, pruner=pruner
-        )
+            storage=storage, direction="maximize", sampler=sampler, pruner=pruner,
+            study_name="photos",  # Hyperband deals its brackets by it; by "levels" it would compare none
+        )  # fmt: skip
         space = {"freeze_depth": optuna.distributions.CategoricalDistribution([0, 5])}
         for number in range(16):
             level = (5, 0)[number % 2]  # half of them score far higher than the others
