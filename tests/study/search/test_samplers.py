@@ -97,7 +97,7 @@ def test_trials_are_compared_with_those_of_their_own_level_alone(name: str) -> N
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.create_study(
             storage=storage, direction="maximize", sampler=sampler, pruner=pruner,
-            study_name="photos",  # Hyperband deals its brackets by it; by "levels" it would compare none
+            study_name="photos",  # brackets follow the name; "levels" would compare no two
         )  # fmt: skip
         space = {"freeze_depth": optuna.distributions.CategoricalDistribution([0, 5])}
         for number in range(16):
