@@ -142,6 +142,9 @@ class TrainConfig:
     head_decay: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """Penalty of the logistic regression, 1 / (C n) for n images with the bias not penalised; auto
     chooses it from a path of values by cross-validation."""
+    train_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training images of every class that is used: as a factor of an ablation, it
+    shows what more images would give."""
     epochs: int = Field(default=8, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=32, ge=1)
@@ -268,10 +271,14 @@ class DataConfig:
     images where the folder is not split at all."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share held out for the final test, where the folder is not split at all."""
+    ablation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share kept apart for ablations, of the same images as val_fraction: no search and no refit
+    sees it, so that it judges what a search has found without its bias."""
+    judged_by: Literal["val", "ablation"] = "val"
+    """Images by which runs are judged: the validation split, or those of ablation_fraction (set by
+    an ablation, which then trains on the validation images too)."""
     split_seed: int = Field(default=0, ge=0)
     """Seed of the splits that Frostline makes."""
-    val_seed: OrNone[int] = Field(default=None, ge=0)
-    """Seed of the validation split alone, which keeps the test split. Leave out for split_seed."""
     limit: OrNone[int] = Field(default=None, ge=2)
     """Use at most this many training images, the same share of every class."""
     root: str = "data"

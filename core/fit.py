@@ -82,6 +82,7 @@ def fit(
     device = choose_device(config.device)
     if cache is None or device.type not in _SHARING_DEVICES:
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
+    data = data.with_share(config.train_fraction)
     network = build(config, data.classes)
     check_batches(config, network, len(data.train))
     network.model.to(device)

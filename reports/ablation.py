@@ -2,38 +2,129 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.effects import Arm, Effect, Rules, estimate_effects
+from core.config import MAX_FREEZE_DEPTH
 from study.record.database import RecordError
+from study.record.frames import read_predictions
 from study.record.models import UNFINISHED, Design, Study, Trial, chosen_by
 from study.record.record import Record
 
 BASELINE = "baseline"
 _CUT_SHORT = ("interrupted", "killed")
 
+Split = Literal["val", "test"]
+Correct = NDArray[np.float64]
+"""Whether each image was classified correctly, 0 or 1, shape (N,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How effects are judged.
+
+    Attributes:
+        alpha: Family-wise error that all analyses of an ablation hold together.
+        margin: Difference that does not matter, as a fraction (0.01 is one accuracy point).
+    """
+
+    alpha: float = 0.05
+    margin: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """An analysis of the first n replicates, which may spend this share of alpha."""
+
+    n: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """An analysis that was recorded before its runs, with its planned interim analyses.
+
+    Attributes:
+        split: Whose accuracy it is of.
+        order: Which one of the ablation it is, over all designs and the test split, from 1.
+        replicates: At each interim analysis, the last one's at the end.
+    """
+
+    split: Split
+    order: int
+    replicates: tuple[int, ...]
+
+    @property
+    def looks(self) -> list[Look]:
+        """Divide the error of this analysis, alpha / 2^order, among its interim analyses.
+
+        They spend by (n / last n)^2, less what is spent: later ones see more.
+
+        References:
+            Kim & DeMets 1987, https://doi.org/10.1093/biomet/74.1.149 (power family).
+        """
+        spent = [(n / self.replicates[-1]) ** 2 for n in self.replicates]
+        steps = np.diff([0.0, *spent])
+        pairs = zip(self.replicates, steps, strict=True)
+        return [Look(n, float(step) / 2**self.order) for n, step in pairs]
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What the record has of one cell beside its accuracies.
+    """The runs of one cell.
 
     Attributes:
-        arm: Validation accuracies.
-        test: Test accuracies, (R,), fraction; NaN where a run was not tested.
-        numbers: Trial by replicate, (R,); None where it was not run.
-        seconds: Mean duration of a finished run; NaN without one.
+        label: What tables call it.
+        factor: What is varied; `baseline` for the baseline.
+        level: Its setting.
         levels: Factor -> level, without those at the baseline's.
+        values: Accuracy by replicate, shape (R,), fraction in [0, 1]; NaN where there is none.
+        test: Test accuracies, likewise; NaN where a run was not tested.
+        failures: Why a replicate failed, (R,); None where it did not, or was not run yet.
+        numbers: Trial by replicate, (R,); None where it was not run.
+        val_correct: By replicate, what was classified correctly; None where it is not known.
+        test_correct: The same on the test split.
+        seconds: Mean duration of a finished run; NaN without one.
+        parameters: Parameters that are trained; None where no run says so.
+        is_solved: Whether its replicates cannot differ: a solved head has no seed.
     """
 
-    arm: Arm
-    test: NDArray[np.float64]
-    numbers: tuple[int | None, ...]
-    seconds: float
+    label: str
+    factor: str
+    level: str
     levels: Mapping[str, str]
+    values: NDArray[np.float64]
+    test: NDArray[np.float64]
+    failures: tuple[str | None, ...]
+    numbers: tuple[int | None, ...]
+    val_correct: tuple[Correct | None, ...]
+    test_correct: tuple[Correct | None, ...]
+    seconds: float
+    parameters: int | None
+    is_solved: bool
+
+    @property
+    def n_failed(self) -> int:
+        """Count the replicates that diverged or broke."""
+        return sum(reason is not None for reason in self.failures)
+
+    @property
+    def n_run(self) -> int:
+        """Count the replicates that came to an end."""
+        return self.n_run_on("val")
+
+    def n_run_on(self, split: Split) -> int:
+        """Count the replicates, from the first, of which nothing is missing on a split."""
+        values = self.values if split == "val" else self.test
+        is_done = np.isfinite(values) | np.array([f is not None for f in self.failures], bool)
+        return int(np.argmin([*is_done, False]))
+
+    def correct(self, split: Split) -> tuple[Correct | None, ...]:
+        """Return by replicate what was classified correctly on a split."""
+        return self.val_correct if split == "val" else self.test_correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +136,14 @@ class Ablation:
         design: Its design.
         runs: By cell, in the design's order.
         rules: How effects are judged.
+        n_analyses: Analyses of the whole ablation so far: all designs and the test split.
     """
 
     study: Study
     design: Design
     runs: tuple[Runs, ...]
     rules: Rules
+    n_analyses: int
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -68,14 +161,9 @@ class Ablation:
         return next((runs for runs in self.runs if not runs.levels), None)
 
     @property
-    def others(self) -> tuple[Runs, ...]:
-        """Return the runs of all cells but the baseline's."""
-        return tuple(runs for runs in self.runs if runs.levels)
-
-    @property
     def replicates(self) -> int:
-        """Return how many replicates were planned, or are done at most in an adaptive one."""
-        return max((runs.arm.n_run for runs in self.runs), default=0)
+        """Return how many replicates are done at most."""
+        return max((runs.n_run for runs in self.runs), default=0)
 
     @property
     def n_planned(self) -> int:
@@ -85,12 +173,25 @@ class Ablation:
     @property
     def is_adaptive(self) -> bool:
         """Say whether replicates were added where a question was open."""
-        return self.rules.is_adaptive
+        return len(self.spec["looks"]) > 1
 
     @property
-    def is_resplit(self) -> bool:
-        """Say whether every replicate has a validation split of its own."""
-        return bool(self.spec["settings"]["resplit"])
+    def n_folds(self) -> int:
+        """Return the folds of cross-validation; 1 where all runs share a validation split."""
+        return int(self.spec["n_folds"])
+
+    @property
+    def n_tests(self) -> int:
+        """Return over how many comparisons Holm's correction goes; 1 for a path."""
+        return 1 if self.kind == "path" else int(self.spec["n_tests"])
+
+    @property
+    def n_images(self) -> int:
+        """Count the images that the runs are judged by: of one split, or of all folds."""
+        data = self.study.data
+        if self.n_folds > 1:
+            return int(data.get("n_train") or 0) + int(data.get("n_val") or 0)
+        return int(data.get("n_val") or 0)
 
     @property
     def chosen_by(self) -> str:
@@ -99,37 +200,39 @@ class Ablation:
 
     @property
     def n_missing(self) -> int:
-        """Count the runs that are planned and not done (none of an adaptive one's count)."""
-        if self.is_adaptive:
-            return sum(max(0, self.spec["looks"][0] - runs.arm.n_run) for runs in self.runs)
-        return sum(self.n_planned - runs.arm.n_run for runs in self.runs)
+        """Count the runs that are planned and not done (of an adaptive one, of the first look)."""
+        n = self.spec["looks"][0]
+        return sum(max(0, n - runs.n_run) for runs in self.runs)
 
     @property
     def n_tested(self) -> int:
         """Count the runs of which the test split was read."""
         return sum(int(np.isfinite(runs.test).sum()) for runs in self.runs)
 
-    def effects(self) -> list[Effect]:
-        """Estimate every cell's effect against the baseline on the validation split."""
-        if self.baseline is None:
-            return []
-        arms = [runs.arm for runs in self.others]
-        return estimate_effects(self.baseline.arm, arms, self.rules)
+    def analyses(self, split: Split) -> list[Analysis]:
+        """List the analyses of this design on a split that were recorded, in order."""
+        return [
+            Analysis(split, each["order"], tuple(each["replicates"]))
+            for each in self.spec["analyses"]
+            if each["split"] == split
+        ]
 
-    def test_effects(self) -> list[Effect]:
-        """Estimate the tested cells' effects on the test split; a family of their own."""
-        base = self.baseline
-        if base is None or not np.isfinite(base.test).any():
-            return []
-        n_test = int(self.study.data.get("n_test") or 0)
-        rules = replace(self.rules, resolution=1 / n_test if n_test else 0.0, looks=())
-        arms = [_tested(runs) for runs in self.others if np.isfinite(runs.test).any()]
-        return estimate_effects(_tested(base), arms, rules)
+    def position(self, levels: Mapping[str, str]) -> int:
+        """Find the cell with these levels.
 
+        Raises:
+            StopIteration: There is none.
+        """
+        return next(k for k, runs in enumerate(self.runs) if runs.levels == levels)
 
-def _tested(runs: Runs) -> Arm:
-    arm = runs.arm
-    return Arm(arm.label, arm.factor, arm.level, runs.test, tuple(None for _ in runs.test))
+    def path_cells(self) -> list[int]:
+        """Return the cells that a path went through as far as it was run, the start first."""
+        levels = {f["name"]: str(f["levels"][0]["label"]) for f in self.spec["factors"]}
+        cells = [self.position(levels)]
+        for name in self.spec["steps"]:
+            levels.pop(name)
+            cells.append(self.position(levels))
+        return cells
 
 
 def read_ablations(store: Record, name: str) -> list[Ablation]:
@@ -145,12 +248,29 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
             f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
         )
     trials = _by_identity(store.trials(study.id))
-    tested = {
+    tests = {
         row.trial_number: row.accuracy
         for row in store.tests(study.id)
         if row.trial_number is not None
     }
-    return [_read(study, row, trials, tested) for row in reversed(designs)]
+    correct: dict[Split, dict[int, Correct]] = {
+        split: {
+            number: (labels == predicted).astype(np.float64)
+            for number, (labels, predicted) in read_predictions(store, name, split).items()
+        }
+        for split in ("val", "test")
+    }
+    n_analyses = sum(len(design.spec["analyses"]) for design in designs)
+    found = []
+    for design in reversed(designs):
+        spec = design.spec
+        rules = Rules(spec["settings"]["alpha"], spec["settings"]["margin"] / 100)
+        runs = tuple(
+            _runs_of(cell["levels"], [trials.get(text) for text in hashes], tests, correct)
+            for cell, hashes in zip(spec["cells"], spec["runs"], strict=True)
+        )
+        found.append(Ablation(study, design, runs, rules, n_analyses))
+    return found
 
 
 def _by_identity(rows: Sequence[Trial]) -> dict[str, Trial]:
@@ -163,61 +283,35 @@ def _by_identity(rows: Sequence[Trial]) -> dict[str, Trial]:
     return found
 
 
-def _read(
-    study: Study,
-    design: Design,
-    trials: Mapping[str, Trial],
-    tested: Mapping[int, float],
-) -> Ablation:
-    spec = design.spec
-    settings = spec["settings"]
-    n_val = int(study.data.get("n_val") or 0)
-    looks = tuple(spec["looks"])
-    rules = Rules(
-        alpha=settings["alpha"],
-        margin=settings["margin"] / 100,
-        resolution=1 / n_val if n_val else 0.0,
-        looks=looks if len(looks) > 1 else (),
-    )
-    runs = []
-    for cell, hashes in zip(spec["cells"], spec["runs"], strict=True):
-        rows = [trials.get(text) for text in hashes]
-        runs.append(_runs_of(cell["levels"], rows, tested))
-    return Ablation(study, design, tuple(runs), rules)
-
-
 def _runs_of(
     levels: Mapping[str, str],
     rows: Sequence[Trial | None],
-    test_scores: Mapping[int, float],
+    tests: Mapping[int, float],
+    correct: Mapping[Split, Mapping[int, Correct]],
 ) -> Runs:
     done = [row for row in rows if row is not None and row.state == "complete"]
-    values = [_value(row) for row in rows]
-    tested = [test_scores.get(row.number, math.nan) if row else math.nan for row in rows]
+    complete = [row if row is not None and row.state == "complete" else None for row in rows]
     took = [row.duration_s for row in done if row.duration_s]
-    factor, level = _named(levels)
-    label = " + ".join(f"{name} = {setting}" for name, setting in levels.items()) or BASELINE
-    reasons = tuple(_failure(row) for row in rows)
     return Runs(
-        Arm(label, factor, level, np.array(values, dtype=np.float64), reasons),
-        np.array(tested, dtype=np.float64),
-        tuple(row.number if row else None for row in rows),
-        float(np.mean(took)) if took else math.nan,
-        dict(levels),
+        label=", ".join(f"{name} = {setting}" for name, setting in levels.items()) or BASELINE,
+        factor=" + ".join(levels) or BASELINE,
+        level=" + ".join(levels.values()),
+        levels=dict(levels),
+        values=np.array([row.value if row else math.nan for row in complete], dtype=np.float64),
+        test=np.array([tests.get(row.number, math.nan) if row else math.nan for row in complete]),
+        failures=tuple(map(_failure, rows)),
+        numbers=tuple(row.number if row else None for row in rows),
+        val_correct=tuple(correct["val"].get(row.number) if row else None for row in complete),
+        test_correct=tuple(correct["test"].get(row.number) if row else None for row in complete),
+        seconds=float(np.mean(took)) if took else math.nan,
+        parameters=done[0].trained_parameters if done else None,
+        is_solved=bool(done) and all(is_solved(row.config) for row in done),
     )
 
 
-def _named(levels: Mapping[str, str]) -> tuple[str, str]:
-    if not levels:
-        return BASELINE, ""
-    if len(levels) == 1:
-        return next(iter(levels.items()))
-    return " + ".join(levels), " + ".join(levels.values())
-
-
-def _value(row: Trial | None) -> float:
-    is_done = row is not None and row.state == "complete" and row.value is not None
-    return float(row.value) if is_done and row and row.value is not None else math.nan
+def is_solved(config: Mapping[str, Any]) -> bool:
+    """Say whether a run of this configuration has no seed: its head is solved."""
+    return config.get("head_solver") == "logistic" and config["freeze_depth"] == MAX_FREEZE_DEPTH
 
 
 def _failure(row: Trial | None) -> str | None:

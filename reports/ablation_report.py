@@ -1,23 +1,94 @@
-"""Write an ablation's report: a page, tables, CSV, and figures as PNG, SVG and PDF."""
+"""The report of an ablation: what each design shows, as a page, tables, figures and CSV."""
 
+import functools
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reports import ablation_tables as tables
-from reports.ablation import Ablation, read_ablations
-from reports.ablation_sections import Section, sections_of
+import numpy as np
+import pandas as pd
+
+from reports.ablation import Ablation, Runs, Split, read_ablations
+from reports.ablation_plots import (
+    Plot,
+    plot_forest,
+    plot_interaction,
+    plot_path,
+    plot_replicates,
+    plot_training_size,
+)
 from reports.across import Across, compare_across
-from reports.factorial import estimate_contrasts
-from reports.figures import drawn, save_figures
-from reports.methods import data_words
+from reports.disagreement import Disagreement, class_grid, disagreements
+from reports.effects import Effect, fallen, judge
+from reports.methods import analyses_words, data_words, methods_paragraph, scope_words
 from reports.page import render_template
-from reports.publish import latex_document, to_markdown
-from reports.words import config_words, moment
+from reports.publish import (
+    Grid,
+    difference_words,
+    latex_document,
+    mean_words,
+    p_equals,
+    p_words,
+    seconds_words,
+    signed,
+    to_markdown,
+)
+from reports.words import config_words, count, moment, plural
 from study.config.formatting import hide_password
 from study.record.record import Record
+
+_MOST_INTERACTIONS = 3
+_HEADS = {
+    "improves": "Improves:",
+    "degrades": "Degrades:",
+    "improves on these images": "Improves on these images:",
+    "degrades on these images": "Degrades on these images:",
+    "equivalent": "Equivalent, within ±{margin:g} points:",
+    "identical": "Identical predictions in all replicates:",
+    "fails": "Runs failed:",
+    "inconclusive": "Inconclusive:",
+    "unfinished": "Not finished, so not tested:",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A sentence of the summary: what kind of finding it is, and the rest."""
+
+    head: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What the report says of one design.
+
+    Attributes:
+        name: Of its files, and its place in the page.
+        title: Its heading.
+        cards: Name, figure and explanation of figures at a glance.
+        findings: What improves, what degrades, what is open.
+        grids: Tables.
+        plots: Figures.
+        methods: Paragraph for a paper.
+        effects: What was compared.
+        disagreement: The images on which a level and the baseline differ most; None where their
+            names are not known.
+    """
+
+    name: str
+    title: str
+    cards: tuple[tuple[str, str, str], ...]
+    findings: tuple[Finding, ...]
+    grids: tuple[Grid, ...]
+    plots: tuple[Plot, ...]
+    methods: str
+    effects: tuple[Effect, ...]
+    disagreement: Disagreement | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +100,7 @@ class AblationPaths:
         markdown: Every table.
         latex: Every table, and the methods, in a document that compiles.
         csv: Effects and runs, unrounded.
-        figures: PNG, SVG and PDF of each.
+        figures: PDF, SVG and PNG of each, for one and for two columns.
         sections: What it says of each design, the last one used first.
     """
 
@@ -41,12 +112,398 @@ class AblationPaths:
     sections: tuple[Section, ...]
 
 
+# What is said of a design
+
+
+def describe_ablation(store: Record, name: str) -> list[Section]:
+    """Analyse every design of an ablation, the last one used first.
+
+    Raises:
+        RecordError: There is no such study, or it is no ablation.
+    """
+    return [section for _, section in _sections(store, read_ablations(store, name))]
+
+
+def _sections(store: Record, ablations: Sequence[Ablation]) -> list[tuple[Ablation, Section]]:
+    """Analyse designs; the first one of a kind that was made keeps the plain name for good."""
+    names: dict[int, str] = {}
+    for ablation in sorted(ablations, key=lambda each: each.spec["analyses"][0]["order"]):
+        n = sum(name.split("-")[0] == ablation.kind for name in names.values())
+        names[ablation.design.id] = ablation.kind + (f"-{n + 1}" if n else "")
+    return [(each, _section(store, each, names[each.design.id])) for each in ablations]
+
+
+def _section(store: Record, ablation: Ablation, name: str) -> Section:
+    effects = judge(ablation)
+    on_test = judge(ablation, "test")
+    found = disagreements(store, ablation, effects)
+    grids = [effects_grid(ablation, effects), cells_grid(ablation)]
+    if on_test:
+        grids.append(effects_grid(ablation, on_test, "test"))
+    if found:
+        grids.append(class_grid(ablation, effects, found))
+    if failures := failures_grid(ablation):
+        grids.append(failures)
+    number = name.removeprefix(ablation.kind).strip("-")
+    return Section(
+        name=name,
+        title=str(ablation.spec["title"]) + (f" ({number})" if number else ""),
+        cards=tuple(_cards(ablation)),
+        findings=tuple(_findings(ablation, effects)),
+        grids=tuple(replace(grid, name=f"{name}-{grid.name}") for grid in grids),
+        plots=tuple(replace(p, name=f"{name}-{p.name}") for p in _plots(ablation, effects)),
+        methods=methods_paragraph(ablation),
+        effects=tuple(effects),
+        disagreement=found,
+    )
+
+
+def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
+    if ablation.baseline is not None:
+        spread = "validation accuracy, mean ± SD over replicates"
+        yield "Baseline, %", mean_words(ablation.baseline.values.tolist()), spread
+    first, n = int(ablation.spec["first_seed"]), ablation.replicates
+    seeds = f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
+    folds = f", {ablation.n_folds} folds" if ablation.n_folds > 1 else ""
+    yield "Replicates", str(n), f"{seeds}{folds}, paired over settings"
+    n_failed = sum(runs.n_failed for runs in ablation.runs)
+    missing = f", {ablation.n_missing} missing" if ablation.n_missing else ""
+    yield "Runs", str(sum(runs.n_run for runs in ablation.runs)), f"{n_failed} failed{missing}"
+    yield "Images", count(ablation.n_images), "by which runs are judged"
+    n_test = int(ablation.study.data.get("n_test") or 0)
+    if ablation.n_tested:
+        used = f"{plural(ablation.n_tested, 'run')} on {n_test} images"
+    else:
+        used = f"{n_test} images kept apart" if n_test else "there is none"
+    yield "Test split", "read" if ablation.n_tested else "not read", used
+
+
+def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding]:
+    """Say what improves, what degrades and what is open, and over what that generalises."""
+    for verdict, head in _HEADS.items():
+        found = [effect for effect in effects if effect.verdict == verdict]
+        if found:
+            found.sort(key=lambda effect: -abs(effect.difference.estimate))
+            text = "; ".join(map(_finding_words, found))
+            yield Finding(head.format(margin=100 * ablation.rules.margin), f"{text}.")
+        elif verdict in ("improves", "degrades"):
+            yield Finding(head, "nothing, by the corrected test.")
+    yield from _fallen_findings(ablation)
+    if ablation.kind == "factorial":
+        yield Finding("Design:", f"{ablation.spec['construction']}.")
+    yield Finding("Generalises over:", scope_words(ablation))
+    yield Finding("Analyses:", analyses_words(ablation))
+
+
+def _finding_words(effect: Effect) -> str:
+    label, points = effect.contrast.label, signed(100 * effect.difference.estimate, 1)
+    if effect.verdict == "fails":
+        return f"{label} ({effect.n_failed} of {effect.n_run} runs)"
+    if effect.verdict == "unfinished":
+        return f"{label} ({plural(effect.n, 'replicate')})"
+    if effect.verdict == "identical":
+        return f"{label} ({effect.n})"
+    if effect.verdict == "equivalent":
+        return f"{label} ({difference_words(effect.difference)})"
+    if effect.verdict.endswith("these images"):
+        return (
+            f"{label} ({points} points, {p_equals(effect.p_seeds)} over seeds; "
+            f"{p_equals(effect.p_family)} with other images{_wanted(effect)})"
+        )
+    if effect.verdict == "inconclusive":
+        if not math.isfinite(effect.p):
+            return f"{label} ({points} points; one replicate)"
+        return f"{label} ({points} points{_wanted(effect)})"
+    return f"{label} ({points} points, {p_equals(effect.p_family)})"
+
+
+def _wanted(effect: Effect) -> str:
+    """Say what would settle it, as far as the observed scatter lets one guess."""
+    if effect.n_needed is not None:
+        return f"; about {_roughly(effect.n_needed)} replicates might settle it"
+    if effect.images_needed is not None and effect.images_needed <= 10**6:
+        return f"; that would take some {_roughly(effect.images_needed):,} images"
+    return ""
+
+
+def _roughly(n: int) -> int:
+    """Round to two figures: an estimate from few replicates has no more."""
+    return n if n < 100 else round(n, 2 - len(str(n)))
+
+
+def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
+    """Flag settings of which single runs fell: no comparison of means describes them."""
+    texts = []
+    for runs in ablation.runs:
+        lost = fallen(runs)
+        if lost:
+            done = runs.values[np.isfinite(runs.values)]
+            texts.append(
+                f"{runs.label}: {len(lost)} of {len(done)} replicates fell by more than 5 points "
+                f"(median {100 * np.median(done):.1f} %, lowest {100 * done.min():.1f} %)"
+            )
+    if texts:
+        text = "; ".join(texts)
+        yield Finding(
+            "Single runs fell:",
+            f"{text}. Look at the replicates: a mean and its test do not describe such a setting.",
+        )
+
+
+# Tables
+
+
+def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "val") -> Grid:
+    """Show every comparison of a design in seven columns, the baseline first."""
+    header = (
+        "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, corrected", "n",
+        "Verdict",
+    )  # fmt: skip
+    rows, groups = [], []
+    if ablation.baseline is not None:
+        values = _values(ablation.baseline, split)
+        n = sum(map(math.isfinite, values))
+        failed = _failed(ablation.baseline.n_failed)
+        rows.append(("baseline", "", mean_words(values), "", "", f"{n}{failed}", "baseline"))
+        groups.append("baseline")
+    for effect in effects:
+        contrast = effect.contrast
+        added = [ablation.runs[k] for k, w in contrast.weights.items() if w == 1]
+        rows.append(
+            (
+                contrast.factor if groups[-1:] != [contrast.factor] else "",
+                contrast.level,
+                mean_words(_values(added[0], split)) if added else "",
+                difference_words(effect.difference),
+                p_words(effect.p_family),
+                f"{effect.n}{_failed(effect.n_failed)}",
+                effect.verdict,
+            )
+        )
+        groups.append(contrast.factor)
+    title = f"Ablation of {ablation.spec['origin']}"
+    scope = scope_words(ablation, split)
+    how = "for the candidates of all steps" if ablation.kind == "path" else "by Holm's method"
+    note = (
+        f"Accuracy: mean ± SD over replicates. p: corrected {how} and for the analyses made so "
+        f"far. Intervals, each for itself, generalise over: {scope}"
+    )
+    if split == "test":
+        title = "The same runs on the test split"
+        n_left = len(ablation.runs) - sum(bool(np.isfinite(r.test).any()) for r in ablation.runs)
+        note += f" {plural(n_left, 'setting')} not tested." if n_left else ""
+    name = "effects" if split == "val" else "test"
+    return Grid(
+        name, title, header, tuple(rows), tuple(groups), n_text=2, is_last_text=True, note=note
+    )
+
+
+def _values(runs: Runs, split: Split) -> list[float]:
+    return [float(value) for value in (runs.values if split == "val" else runs.test)]
+
+
+def _failed(n: int) -> str:
+    return f" ({n} failed)" if n else ""
+
+
+def cells_grid(ablation: Ablation) -> Grid:
+    """Show every setting with its accuracy and what it costs."""
+    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
+    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
+    is_alone = ablation.kind in ("ofat", "loco")
+    settings = ["Setting"] if is_alone else names
+    tested = ["Test accuracy, %"] if ablation.n_tested else []
+    rows = []
+    for runs in ablation.runs:
+        rows.append(
+            (
+                *([runs.label] if is_alone else [runs.levels.get(n, own[n]) for n in names]),
+                mean_words(_values(runs, "val")),
+                *([mean_words(_values(runs, "test"))] if tested else []),
+                f"{sum(map(math.isfinite, runs.values))}{_failed(runs.n_failed)}",
+                count(runs.parameters),
+                seconds_words(runs.seconds),
+            )
+        )
+    header = (*settings, "Accuracy, %", *tested, "n", "Parameters trained", "Seconds per run")
+    n_text = len(settings)
+    return Grid("settings", "Every setting and its cost", header, tuple(rows), n_text=n_text)
+
+
+def failures_grid(ablation: Ablation) -> Grid | None:
+    """Show the runs that failed, and why; None where none did."""
+    first = int(ablation.spec["first_seed"])
+    rows = tuple(
+        (runs.label, str(first + replicate), reason)
+        for runs in ablation.runs
+        for replicate, reason in enumerate(runs.failures)
+        if reason
+    )
+    header = ("Setting", "Seed", "Reason")
+    return Grid("failures", "Runs that failed", header, rows, n_text=3) if rows else None
+
+
+# Figures
+
+
+def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
+    margin = ablation.rules.margin
+    yield Plot(
+        "forest", "Differences",
+        "Each difference with its 95 % interval; the shape is the verdict after correction, the "
+        "band the margin of what does not matter.",
+        lambda ax: plot_forest(effects, margin, ax), max(4, len(effects)),
+    )  # fmt: skip
+    runs = sorted(ablation.runs, key=lambda each: bool(each.levels))
+    replicate, first = "seed", int(ablation.spec["first_seed"])
+    if ablation.n_folds > 1:
+        replicate, first = "fold", 1
+    yield Plot(
+        "replicates", "Replicate by replicate",
+        "Every run. A line joins the runs of one replicate: where lines run parallel, the "
+        "replicates agree about the differences.",
+        lambda ax: plot_replicates(runs, replicate, first, ax), max(4, len(runs)),
+    )  # fmt: skip
+    if ablation.kind == "path":
+        cells = [ablation.runs[k] for k in ablation.path_cells()]
+        means = [_mean(each) for each in cells]
+        steps = [effect for effect in effects if effect.contrast.factor != "all steps"]
+        if all(map(math.isfinite, means)):
+            yield Plot(
+                "path", "Path",
+                "Each bar is what a step gained over the one before; whiskers are its interval, "
+                "corrected for all candidates of the path.",
+                lambda ax: plot_path(means, steps, ax), len(steps) + 3,
+            )  # fmt: skip
+    if ablation.kind == "factorial":
+        yield from _interaction_plots(ablation, effects)
+    yield from _size_plot(ablation)
+
+
+def _mean(runs: Runs) -> float:
+    done = runs.values[np.isfinite(runs.values)]
+    return float(done.mean()) if len(done) else math.nan
+
+
+def _interaction_plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
+    """Draw the pairs of factors with the strongest interactions."""
+    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
+    strength: dict[str, float] = {}
+    for effect in effects:
+        size = abs(effect.difference.estimate)
+        strength[effect.contrast.factor] = max(strength.get(effect.contrast.factor, 0.0), size)
+    pairs = sorted(
+        itertools.combinations(names, 2), key=lambda ab: -strength.get(" × ".join(ab), 0.0)
+    )
+    for a, b in pairs[:_MOST_INTERACTIONS]:
+        table = cell_means(ablation, a, b)
+        if not table.isna().to_numpy().any():
+            yield Plot(
+                f"interaction-{a}-{b}", f"{a} × {b}",
+                "Mean accuracy by the levels of two factors, all else averaged; lines that are "
+                "not parallel interact.",
+                functools.partial(plot_interaction, table),
+            )  # fmt: skip
+
+
+def cell_means(ablation: Ablation, a: str, b: str) -> pd.DataFrame:
+    """Return mean accuracy by the levels of two factors: rows a, columns b; all else averaged."""
+    factors = {factor["name"]: factor for factor in ablation.spec["factors"]}
+    labels = {
+        name: [str(factors[name]["baseline"]), *(str(v["label"]) for v in factors[name]["levels"])]
+        for name in (a, b)
+    }
+    frame = pd.DataFrame(
+        {
+            a: [runs.levels.get(a, labels[a][0]) for runs in ablation.runs],
+            b: [runs.levels.get(b, labels[b][0]) for runs in ablation.runs],
+            "accuracy": [_mean(runs) for runs in ablation.runs],
+        }
+    )
+    table = frame.groupby([a, b])["accuracy"].mean().unstack(b)
+    return table.reindex(index=labels[a], columns=labels[b])
+
+
+def _size_plot(ablation: Ablation) -> Iterator[Plot]:
+    """Draw accuracy over training images where their share is a factor of its own."""
+    if ablation.kind != "ofat" or ablation.baseline is None:
+        return
+    data, train = ablation.study.data, ablation.study.config["train"]
+    n_train = int(data.get("n_train") or 0)
+    if ablation.n_folds > 1:
+        n_train = round(ablation.n_images * (1 - 1 / ablation.n_folds))
+    sized = {
+        round(float(runs.level) * n_train): runs
+        for runs in ablation.runs
+        if runs.factor == "train_fraction"
+    }
+    if not sized:
+        return
+    sized[round(float(train.get("train_fraction", 1.0)) * n_train)] = ablation.baseline
+    done = {size: sized[size] for size in sorted(sized) if math.isfinite(_mean(sized[size]))}
+    yield Plot(
+        "training-size", "Training images",
+        "Validation accuracy over the number of training images: every run, and the means.",
+        lambda ax: plot_training_size(list(done), list(done.values()), ax),
+    )  # fmt: skip
+
+
+# Files
+
+
+def effects_csv(ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]) -> str:
+    """Write effects as CSV: unrounded, fractions in [0, 1], a row per comparison and split."""
+    rows = [
+        {
+            "split": split,
+            "factor": effect.contrast.factor,
+            "level": effect.contrast.level,
+            "difference": effect.difference.estimate,
+            "low": effect.difference.low,
+            "high": effect.difference.high,
+            "median": effect.median,
+            "sd": effect.sd,
+            "n": effect.n,
+            "n_failed": effect.n_failed,
+            "p": effect.p,
+            "p_family": effect.p_family,
+            "p_equivalence": effect.p_equivalence,
+            "p_seeds": effect.p_seeds,
+            "verdict": effect.verdict,
+            "n_needed": effect.n_needed,
+            "images_needed": effect.images_needed,
+        }
+        for split, found in (("val", effects), ("test", on_test))
+        for effect in found
+    ]
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+
+
+def runs_csv(ablation: Ablation) -> str:
+    """Write every run as CSV: setting, seed, fold, accuracies, why it failed."""
+    first = int(ablation.spec["first_seed"])
+    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
+    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
+    rows = [
+        {
+            "setting": runs.label,
+            "seed": first + k,
+            "fold": k % ablation.n_folds,
+            "val_acc": runs.values[k],
+            "test_acc": runs.test[k],
+            "failure": runs.failures[k],
+            "trial": number,
+            **{name: runs.levels.get(name, own[name]) for name in names},
+        }
+        for runs in ablation.runs
+        for k, number in enumerate(runs.numbers)
+        if number is not None
+    ]
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+
+
 def write_ablation(
-    store: Record,
-    name: str,
-    out_dir: Path,
-    *,
-    beside: Sequence[str] = (),
+    store: Record, name: str, out_dir: Path, *, beside: Sequence[str] = ()
 ) -> AblationPaths:
     """Write an ablation's report into a folder, over an earlier one.
 
@@ -61,48 +518,36 @@ def write_ablation(
     """
     ablations = read_ablations(store, name)
     others = [read_ablations(store, other)[0] for other in beside]
-    pairs = sections_of(ablations)
+    pairs = _sections(store, ablations)
     across = compare_across([ablations[0], *others]) if others else None
-    out_dir.mkdir(parents=True, exist_ok=True)
-    sections = [
-        replace(section, drawings=tuple(drawn(plan) for plan in section.plans))
-        for _, section in pairs
-    ]
-    drawings = [drawing for section in sections for drawing in section.drawings]
+    sections = [section for _, section in pairs]
     grids = [grid for section in sections for grid in section.grids]
-    if across:
-        grids += across.grids
-    contents = _contents(ablations, sections, across)
+    grids += across.grids if across else ()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    csv = []
+    for ablation, section in pairs:
+        texts = {
+            "effects": effects_csv(ablation, section.effects, judge(ablation, "test")),
+            "runs": runs_csv(ablation),
+        }
+        for kind, text in texts.items():
+            csv.append(out_dir / f"{section.name}-{kind}.csv")
+            csv[-1].write_text(text, encoding="utf-8", newline="")
+    figures = out_dir / "figures"
     paths = AblationPaths(
         html=out_dir / "ablation.html",
         markdown=out_dir / "tables.md",
         latex=out_dir / "tables.tex",
-        csv=tuple(_write_csv(pairs, out_dir)),
-        figures=save_figures(drawings, out_dir / "figures"),
+        csv=tuple(csv),
+        figures=tuple(p for each in sections for plot in each.plots for p in plot.save(figures)),
         sections=tuple(sections),
     )
+    contents = _contents(ablations, sections, across)
     paths.html.write_text(render_template("ablation.html", contents), encoding="utf-8")
     paths.markdown.write_text("\n\n".join(map(to_markdown, grids)) + "\n", encoding="utf-8")
     methods = "\n\n".join(section.methods for section in sections)
     paths.latex.write_text(latex_document(name, grids, methods), encoding="utf-8")
     return paths
-
-
-def _write_csv(pairs: Sequence[tuple[Ablation, Section]], out_dir: Path) -> Iterator[Path]:
-    for ablation, section in pairs:
-        if section.effects:
-            path = out_dir / f"{section.name}-effects.csv"
-            text = tables.effects_csv(ablation, section.effects)
-            path.write_text(text, encoding="utf-8", newline="")
-            yield path
-        if ablation.spec["coded"]:
-            path = out_dir / f"{section.name}-effects.csv"
-            text = tables.contrasts_csv(estimate_contrasts(ablation))
-            path.write_text(text, encoding="utf-8", newline="")
-            yield path
-        path = out_dir / f"{section.name}-runs.csv"
-        path.write_text(tables.runs_csv(ablation), encoding="utf-8", newline="")
-        yield path
 
 
 def _contents(

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import friedmanchisquare
 
 from reports.ablation import Ablation, Runs
-from reports.publish import Grid, number_words, p_words, plus_minus
+from reports.publish import Grid, mean_words, number_words, p_words
 from reports.words import plural
 
 
@@ -33,9 +33,9 @@ def score_frame(ablations: Sequence[Ablation]) -> pd.DataFrame:
     NaN where a run of the level failed.
     """
     shared = [
-        runs.arm.label
+        runs.label
         for runs in ablations[0].runs
-        if all(any(r.arm.label == runs.arm.label for r in a.runs) for a in ablations)
+        if all(any(r.label == runs.label for r in a.runs) for a in ablations)
     ]
     rows = {
         name: {label: _mean(_runs(ablation, label)) for label in shared}
@@ -52,12 +52,12 @@ def dataset_names(ablations: Sequence[Ablation]) -> list[str]:
 
 
 def _runs(ablation: Ablation, label: str) -> Runs:
-    return next(runs for runs in ablation.runs if runs.arm.label == label)
+    return next(runs for runs in ablation.runs if runs.label == label)
 
 
 def _mean(runs: Runs) -> float:
-    done = runs.arm.values[np.isfinite(runs.arm.values)]
-    return math.nan if runs.arm.n_failed or not len(done) else float(done.mean())
+    done = runs.values[np.isfinite(runs.values)]
+    return math.nan if runs.n_failed or not len(done) else float(done.mean())
 
 
 def compare_across(ablations: Sequence[Ablation]) -> Across:
@@ -89,8 +89,8 @@ def _finding(ranks: pd.DataFrame) -> str:
         return f"Every level ranks equal over {over}."
     found = friedmanchisquare(*(ranks[label] for label in ranks))
     return (
-        f"Friedman’s test over {over}: p = {p_words(float(found.pvalue))} (approximate, "
-        "and rough below about ten datasets)."
+        f"Friedman’s test over {over}: p = {p_words(float(found.pvalue))} (approximate, and rough "
+        "below about ten datasets; it compares ranks, so a gain of any size counts alike)."
     )
 
 
@@ -99,15 +99,15 @@ def _table(ablations: Sequence[Ablation], mean_ranks: "pd.Series[float]") -> Gri
     for label, rank in mean_ranks.items():
         cells = []
         for ablation in ablations:
-            arm = _runs(ablation, str(label)).arm
-            failed = f" ({arm.n_failed} failed)" if arm.n_failed else ""
-            cells.append(f"{plus_minus(arm.accuracy)}{failed}")
+            runs = _runs(ablation, str(label))
+            failed = f" ({runs.n_failed} failed)" if runs.n_failed else ""
+            cells.append(f"{mean_words(runs.values.tolist())}{failed}")
         rows.append((str(label), *cells, number_words(rank, 2)))
     replicates = " / ".join(str(ablation.replicates) for ablation in ablations)
     date = max(ablation.design.updated_at for ablation in ablations)
     note = (
-        "Mean validation accuracy in per cent ± half-width of the 95 % t interval over seeds "
-        f"(replicates: {replicates}); rows by mean rank, 1 is best (Demšar 2006). "
+        "Mean validation accuracy in per cent ± SD over replicates "
+        f"({replicates}); rows by mean rank, 1 is best (Demšar 2006). "
         f"Studies: {', '.join(a.study.name for a in ablations)}. {date:%Y-%m-%d}."
     )
     header = ("Level", *dataset_names(ablations), "Mean rank")

@@ -1,332 +1,398 @@
-"""Effects of an ablation's levels: difference to the baseline, interval, tests, verdict."""
+"""What an ablation's runs show: differences of recipes, tested over seeds and images, judged."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from reports.ablation import Ablation, Rules, Runs, Split
 from reports.intervals import Interval
-from reports.paired import (
+from reports.statistics import (
+    ENOUGH_FOLDS,
     Array,
-    Spread,
-    equivalence,
-    paired_t,
-    power,
+    Inference,
+    Part,
+    crossed,
+    detectable,
+    holm,
+    images_needed,
     replicates_needed,
-    spread,
-    t_interval,
+    resampled,
+    seeds_only_p,
 )
 from reports.words import plural
 
-Verdict = Literal["helps", "hurts", "no difference", "identical", "inconclusive", "fails"]
-_POWER = 0.8
-# A standardised difference that few settings reach: assumption.
-_LARGE = 4.0
+Verdict = Literal[
+    "improves",
+    "degrades",
+    "improves on these images",
+    "degrades on these images",
+    "equivalent",
+    "identical",
+    "inconclusive",
+    "fails",
+    "unfinished",
+]
+# Accuracy below the median of its setting at which a run counts as fallen, and by how many times
+# the scatter of the others. Assumptions; in simulations they flag 9 of 10 such settings.
+_FALL = 0.05
+_FALL_SCATTER = 2 * 1.4826  # median absolute deviations, as standard deviations
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """How effects are judged.
+class Contrast:
+    """A weighted sum of cells, whose expectation is 0 where what it stands for does nothing.
 
     Attributes:
-        alpha: Family-wise error that Holm's correction holds, over the levels of one design.
-        margin: Difference that does not matter, as a fraction (0.01 is one accuracy point).
-        confidence: Of intervals, each for itself.
-        resolution: Step in which accuracy moves: one image's share.
-        looks: Replicates at which an adaptive ablation looked; one number for a fixed one.
+        factor: What is varied: a factor, or `a × b` for an interaction.
+        level: What it is set to, in words.
+        weights: Cell's position -> weight.
+        n_tests: By how many its p value is multiplied, beside Holm's correction (a path's steps).
     """
 
-    alpha: float = 0.05
-    margin: float = 0.01
-    confidence: float = 0.95
-    resolution: float = 0.0
-    looks: tuple[int, ...] = ()
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Say whether more than one look was planned."""
-        return len(self.looks) > 1
-
-    def spent(self, look: int) -> float:
-        """Return the share of the error that a look may spend: (n / last n)^2, less what is spent.
-
-        The shares add up to one, so that by Bonferroni the looks together hold the level, however
-        the stopping is done and whatever the number of replicates. Squared, since later looks see
-        more: simulated, a mixed study settles 85 % of its levels so, and 76 % with equal shares a
-        replicate.
-
-        References:
-            Kim & DeMets 1987, https://doi.org/10.1093/biomet/74.1.149 (power family).
-        """
-        before = self.looks[look - 1] if look else 0
-        return (self.looks[look] ** 2 - before**2) / self.looks[-1] ** 2
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """The runs of one cell.
-
-    Attributes:
-        label: What tables call it.
-        factor: What is varied; `baseline` for the baseline.
-        level: Its setting.
-        values: Accuracy by replicate, shape (R,), fraction in [0, 1]; NaN where there is none.
-        failures: Why a replicate failed, (R,); None where it did not, or was not run yet.
-    """
-
-    label: str
     factor: str
     level: str
-    values: Array
-    failures: tuple[str | None, ...]
+    weights: Mapping[int, float]
+    n_tests: int = 1
 
     @property
-    def n_failed(self) -> int:
-        """Count the replicates that diverged or broke."""
-        return sum(reason is not None for reason in self.failures)
-
-    @property
-    def n_run(self) -> int:
-        """Count the replicates that came to an end."""
-        return int(np.isfinite(self.values).sum()) + self.n_failed
-
-    @property
-    def accuracy(self) -> Interval:
-        """Return the mean with Student's 95 % interval over replicates."""
-        done = self.values[np.isfinite(self.values)]
-        if not len(done):
-            return Interval(math.nan, math.nan, math.nan)
-        return t_interval(spread(done))
+    def label(self) -> str:
+        """Name it in figures and sentences."""
+        return f"{self.factor} = {self.level}" if self.level else self.factor
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A level against the baseline; differences are fractions, level minus baseline.
+    """A contrast, estimated and judged; differences are fractions.
 
     Attributes:
-        arm: The level's runs.
-        n: Pairs: replicates complete on both sides.
-        difference: Mean paired difference with Student's interval.
-        sd: Standard deviation of the paired differences.
-        standardised: Difference over `sd` (Cohen's d_z).
-        p: Paired t-test, of the last look; two-sided.
-        p_family: The paired t-test after all corrections: the looks' and Holm's.
+        contrast: What it is of.
+        n: Replicates that are complete in all of its cells.
+        difference: Mean with its 95 % interval, which is not corrected for other contrasts.
+        sd: Standard deviation of the replicates' differences.
+        median: Their median.
+        p: Two-sided, over seeds and images, not corrected.
+        p_family: The same after all corrections: Holm's and that for repeated analyses.
         p_equivalence: Two one-sided tests within the margin, corrected alike.
-        verdict: In words.
+        p_seeds: Over seeds alone, the images taken as they are, corrected alike.
+        verdict: In a word.
         n_needed: About how many replicates would settle it; None unless inconclusive, or where
-            more than 1,000 were needed.
+            none up to 1,000 would.
+        images_needed: About how many images would, where no number of replicates does.
+        n_failed: Runs that failed in the cell that it adds.
+        n_run: Runs of that cell that came to an end.
     """
 
-    arm: Arm
+    contrast: Contrast
     n: int
     difference: Interval
     sd: float
-    standardised: float
+    median: float
     p: float
     p_family: float
     p_equivalence: float
+    p_seeds: float
     verdict: Verdict
-    n_needed: int | None
+    n_needed: int | None = None
+    images_needed: int | None = None
+    n_failed: int = 0
+    n_run: int = 0
 
 
-def estimate_effects(baseline: Arm, arms: Sequence[Arm], rules: Rules) -> list[Effect]:
-    """Estimate each level's effect against the baseline, and judge the family of them.
+# What is compared
 
-    Replicates are paired by seed, so the intervals say what other seeds (and splits, where they
-    were redrawn) would give, not other data sets. Holm's correction is over the levels that can
-    be tested. A level of which a run failed is judged `fails`; its difference, from the pairs that
-    are left, is shown all the same.
+
+def contrasts_of(ablation: Ablation) -> list[Contrast]:
+    """List what a design compares: levels with the baseline, factorial effects, or steps."""
+    if ablation.kind == "factorial":
+        return list(_factorial(ablation))
+    if ablation.kind == "path":
+        return list(_steps(ablation))
+    base = ablation.position({})
+    return [
+        Contrast(runs.factor, runs.level, {k: 1.0, base: -1.0})
+        for k, runs in enumerate(ablation.runs)
+        if runs.levels
+    ]
+
+
+def _factorial(ablation: Ablation) -> Iterator[Contrast]:
+    """Give main effects, all else averaged, and half of each interaction of two levels."""
+    coded = np.array(ablation.spec["coded"])  # (cells, factors), 0 is the baseline's level
+    levels = [
+        (k, number, str(factor["name"]), str(level["label"]))
+        for k, factor in enumerate(ablation.spec["factors"])
+        for number, level in enumerate(factor["levels"], start=1)
+    ]
+    for k, number, name, label in levels:
+        weights = _mean_of(coded[:, k] == number) - _mean_of(coded[:, k] == 0)
+        yield Contrast(name, label, _sparse(weights))
+    for (a, i, name, label), (b, j, other, level) in itertools.combinations(levels, 2):
+        if a == b:
+            continue
+        first = [coded[:, a] == i, coded[:, a] == 0]
+        second = [coded[:, b] == j, coded[:, b] == 0]
+        both = _mean_of(first[0] & second[0]) + _mean_of(first[1] & second[1])
+        one = _mean_of(first[0] & second[1]) + _mean_of(first[1] & second[0])
+        yield Contrast(f"{name} × {other}", f"{label} × {level}", _sparse((both - one) / 2))
+
+
+def _mean_of(is_in: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Array:
+    share: Array = is_in / is_in.sum()
+    return share
+
+
+def _sparse(weights: Array) -> dict[int, float]:
+    return {int(k): float(weights[k]) for k in np.flatnonzero(weights)}
+
+
+def _steps(ablation: Ablation) -> Iterator[Contrast]:
+    """Give each step of a path against the one before it, and the end against the start.
+
+    A step is the best of its candidates, so that each p value is multiplied by the candidates of
+    all steps together.
+    """
+    cells = ablation.path_cells()
+    n_factors = len(ablation.spec["factors"])
+    n_candidates = math.comb(n_factors + 1, 2)
+    factors = {factor["name"]: factor for factor in ablation.spec["factors"]}
+    pairs = itertools.pairwise(cells)
+    for (before, after), name in zip(pairs, ablation.spec["steps"], strict=True):
+        factor = factors[name]
+        change = f"{factor['levels'][0]['label']} → {factor['baseline']}"
+        yield Contrast(str(name), change, {after: 1.0, before: -1.0}, n_candidates)
+    if len(cells) > 2:
+        weights = {cells[-1]: 1.0, cells[0]: -1.0}
+        yield Contrast("all steps", "start → end", weights, n_candidates)
+
+
+# How it is judged
+
+
+def judge(ablation: Ablation, split: Split = "val") -> list[Effect]:
+    """Estimate every contrast of a design on a split, and judge the family of them.
+
+    Analyses share one error: the k-th of an ablation, over all its designs and the test split,
+    tests at alpha / 2^k, and the planned interim analyses of one share that among them, so that by
+    Bonferroni all together hold alpha whenever the replicates are stopped. A difference is shown
+    as soon as there are runs, a verdict only for an analysis that was recorded before its runs.
 
     Args:
-        baseline: What is compared against.
-        arms: The other levels.
-        rules: How they are judged.
+        ablation: The design and its runs.
+        split: `val`, or `test` for those runs that were tested.
 
     Returns:
-        One effect for each of `arms`, in their order.
-
-    References:
-        Holm 1979, https://www.jstor.org/stable/4615733.
+        One effect per contrast, in the order of `contrasts_of`; on the test split without those
+        that were not tested.
     """
-    raw = [_estimate(baseline, arm, rules) for arm in arms]
-    family = holm([effect.p_family for effect in raw])
-    equal = holm([effect.p_equivalence for effect in raw])
-    n_tests = sum(math.isfinite(effect.p_family) for effect in raw)
-    found = []
-    for effect, p_family, p_equal in zip(raw, family, equal, strict=True):
-        judged = replace(effect, p_family=p_family, p_equivalence=p_equal)
-        verdict = _verdict(judged, rules)
-        needed = None
-        if verdict == "inconclusive":
-            level = rules.alpha / n_tests if n_tests else rules.alpha
-            needed = _needed(judged, rules, level)
-        found.append(replace(judged, verdict=verdict, n_needed=needed))
+    contrasts = contrasts_of(ablation)
+    found = [_tested(ablation, contrast, split) for contrast in contrasts]
+    if ablation.kind == "path":  # its p values are multiplied by all candidates instead
+        family, equal, seeds = ([getattr(f, key) for f in found] for key in _P_VALUES)
+    else:
+        family, equal, seeds = (holm([getattr(f, key) for f in found]) for key in _P_VALUES)
+    effects = [
+        _effect(ablation, tested, p, p_equal, p_seeds, split)
+        for tested, p, p_equal, p_seeds in zip(found, family, equal, seeds, strict=True)
+    ]
+    return [effect for effect in effects if split == "val" or effect.n]
+
+
+_P_VALUES = ("p", "p_equivalence", "p_seeds")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tested:
+    """A contrast, and its p values over all analyses so far, not corrected for other contrasts.
+
+    Attributes:
+        contrast: What it is of.
+        rows: Its differences by replicate and image: of the last analysis, or of all runs where
+            there was none.
+        n_looks: Analyses that it was in.
+        share: Of the error, that of the last analysis.
+        p: The smallest of its analyses, each over its share of the error; NaN without any.
+        p_equivalence: Likewise.
+        p_seeds: Likewise.
+    """
+
+    contrast: Contrast
+    rows: tuple[Array, ...]
+    n_looks: int
+    share: float
+    p: float
+    p_equivalence: float
+    p_seeds: float
+
+
+def _tested(ablation: Ablation, contrast: Contrast, split: Split) -> _Tested:
+    part = _differences(ablation, contrast, split)
+    n_run = min(ablation.runs[k].n_run_on(split) for k in contrast.weights)
+    smallest = dict.fromkeys(_P_VALUES, math.nan)
+    looks = [look for each in ablation.analyses(split) for look in each.looks if look.n <= n_run]
+    for look in looks:
+        rows = [row for row in part[: look.n] if row is not None]
+        inference = _infer(ablation, contrast, rows, split)
+        for key, p in (
+            ("p", inference.p),
+            ("p_equivalence", inference.equivalence_p(ablation.rules.margin)),
+            ("p_seeds", _over_seeds(ablation, rows, split)),
+        ):
+            corrected = min(1.0, p * contrast.n_tests / look.share) if p == p else p
+            smallest[key] = float(np.fmin(smallest[key], corrected))
+    n = max((look.n for look in looks), default=len(part))
+    rows = [row for row in part[:n] if row is not None]
+    share = looks[-1].share if looks else math.nan
+    return _Tested(contrast, tuple(rows), len(looks), share, **smallest)
+
+
+def _differences(ablation: Ablation, contrast: Contrast, split: Split) -> list[Array | None]:
+    """Return a contrast of every replicate, image by image; None where a cell has no run."""
+    cells = [(ablation.runs[k].correct(split), w) for k, w in contrast.weights.items()]
+    found: list[Array | None] = []
+    for r in range(max(len(correct) for correct, _ in cells)):
+        rows = [(correct[r] if r < len(correct) else None, weight) for correct, weight in cells]
+        if any(row is None for row, _ in rows):
+            found.append(None)
+        else:
+            found.append(np.sum([weight * row for row, weight in rows if row is not None], axis=0))
     return found
 
 
-def _needed(effect: Effect, rules: Rules, level: float) -> int | None:
-    seen = Spread(effect.n, effect.difference.estimate, effect.sd)
-    needed = replicates_needed(seen, level, rules.margin, _POWER)
-    if needed is None:
-        return None
-    # What was tried and left it open was not enough, whatever the observed scatter promises.
-    return max(needed, effect.n + 1)
+def _infer(
+    ablation: Ablation, contrast: Contrast, rows: Sequence[Array], split: Split
+) -> Inference:
+    if not rows:
+        return Inference(0, 0, math.nan)
+    n_folds = ablation.n_folds
+    if split == "val" and n_folds > 1:
+        return resampled(rows, n_folds)
+    has_seed = not all(ablation.runs[k].is_solved for k in contrast.weights)
+    return crossed(np.stack(rows), has_seed=has_seed)
 
 
-def _estimate(baseline: Arm, arm: Arm, rules: Rules) -> Effect:
-    differences = arm.values - baseline.values
-    differences = differences[np.isfinite(differences)]
-    n = len(differences)
-    nothing = Interval(math.nan, math.nan, math.nan)
-    if n == 0:
-        nan = math.nan
-        return Effect(arm, 0, nothing, nan, nan, nan, nan, nan, "inconclusive", None)
-    seen = spread(differences, rules.resolution)
-    decisive, equal, confidence = _after_looks(differences, rules)
-    is_identical = n > 1 and not differences.any()
-    if is_identical:
-        equal = math.nan  # runs without any scatter do not show how large it is
-    return Effect(
-        arm=arm,
-        n=n,
-        difference=t_interval(seen, confidence),
-        sd=seen.sd,
-        standardised=seen.mean / seen.sd if seen.sd > 0 else math.nan,
-        p=paired_t(seen),
-        p_family=decisive,
-        p_equivalence=equal,
-        verdict="identical" if is_identical else "inconclusive",
-        n_needed=None,
+def _over_seeds(ablation: Ablation, rows: Sequence[Array], split: Split) -> float:
+    if not rows or (split == "val" and ablation.n_folds > 1):
+        return math.nan
+    return seeds_only_p(np.array([row.mean() for row in rows]), 1 / len(rows[0]))
+
+
+def _effect(
+    ablation: Ablation, tested: _Tested, p: float, p_equal: float, p_seeds: float, split: Split
+) -> Effect:
+    contrast, rules = tested.contrast, ablation.rules
+    added = [ablation.runs[k] for k, weight in contrast.weights.items() if weight > 0]
+    inference = _infer(ablation, contrast, tested.rows, split)
+    means = np.array([row.mean() for row in tested.rows])
+    # After several analyses, an interval that holds over all of them.
+    share = tested.share if tested.n_looks > 1 else 1.0
+    effect = Effect(
+        contrast=contrast,
+        n=len(means),
+        difference=inference.interval(1 - 0.05 * share / contrast.n_tests),
+        sd=float(means.std(ddof=1)) if len(means) > 1 else math.nan,
+        median=float(np.median(means)) if len(means) else math.nan,
+        p=inference.p,
+        p_family=p,
+        p_equivalence=p_equal,
+        p_seeds=p_seeds,
+        verdict="inconclusive",
+        n_failed=sum(runs.n_failed for runs in added) if split == "val" else 0,
+        n_run=sum(runs.n_run for runs in added),
     )
+    is_identical = len(means) > 0 and not any(row.any() for row in tested.rows)
+    verdict = _verdict(effect, rules, is_identical=is_identical, is_tested=tested.n_looks > 0)
+    if verdict != "inconclusive" or not inference.parts:
+        return replace(effect, verdict=verdict)
+    level = rules.alpha * tested.share / (contrast.n_tests * ablation.n_tests)
+    images = None
+    needed = replicates_needed(inference, level, rules.margin)
+    if needed is None and inference.estimate:
+        images = images_needed(inference, level)
+    return replace(effect, verdict=verdict, n_needed=needed, images_needed=images)
 
 
-def _after_looks(differences: Array, rules: Rules) -> tuple[float, float, float]:
-    """Return p of the t-test and of equivalence after the looks, and the confidence.
-
-    A look's p over its share of the error is a p value that holds over all looks (by Bonferroni,
-    also when the smallest is taken and the stopping depends on the data).
-    """
-
-    def tested(part: Array) -> tuple[float, float]:
-        seen = spread(part, rules.resolution)
-        return paired_t(seen), equivalence(seen, rules.margin)
-
-    if not rules.is_adaptive:
-        return *tested(differences), rules.confidence
-    done = [k for k, n in enumerate(rules.looks) if n <= len(differences)]
-    if not done:
-        return math.nan, math.nan, rules.confidence
-    each = [(*tested(differences[: rules.looks[k]]), rules.spent(k)) for k in done]
-    decisive = min(min(p / share, 1.0) for p, _, share in each)
-    equal = min(min(p / share, 1.0) for _, p, share in each)
-    return decisive, equal, 1 - (1 - rules.confidence) * rules.spent(done[-1])
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Correct p values by Holm's method; NaN (no test) stays and is not counted."""
-    p = np.array(values, dtype=np.float64)
-    known = np.argsort(p)[: np.isfinite(p).sum()]  # NaN sorts last
-    steps = p[known] * np.arange(len(known), 0, -1)
-    p[known] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return [float(value) for value in p]
-
-
-def _verdict(effect: Effect, rules: Rules) -> Verdict:
-    if effect.arm.n_failed:
+def _verdict(effect: Effect, rules: Rules, *, is_identical: bool, is_tested: bool) -> Verdict:
+    if effect.n_failed and len(effect.contrast.weights) == 2:
         return "fails"
-    if effect.verdict == "identical":
+    if not is_tested:
+        return "unfinished"
+    if is_identical:
         return "identical"
+    is_gain = effect.difference.estimate > 0
     if effect.p_family <= rules.alpha:
-        return "helps" if effect.difference.estimate > 0 else "hurts"
+        return "improves" if is_gain else "degrades"
     if effect.p_equivalence <= rules.alpha:
-        return "no difference"
+        return "equivalent"
+    if effect.p_seeds <= rules.alpha:
+        return "improves on these images" if is_gain else "degrades on these images"
     return "inconclusive"
 
 
-def verdict_words(effect: Effect, rules: Rules) -> str:
-    """Say a verdict in words."""
-    arm, margin = effect.arm, f"±{100 * rules.margin:g}"
-    if effect.verdict == "fails":
-        kinds = {(reason or "").partition(":")[0] for reason in arm.failures if reason}
-        return f"fails in {arm.n_failed} of {arm.n_run} runs ({', '.join(sorted(kinds))})"
-    if effect.verdict in ("helps", "hurts"):
-        is_small = max(abs(effect.difference.low), abs(effect.difference.high)) < rules.margin
-        return f"{effect.verdict}, but by less than {margin}" if is_small else effect.verdict
-    if effect.verdict == "no difference":
-        return f"no difference beyond {margin}"
-    if effect.verdict == "identical":
-        return f"identical in all {effect.n} seeds"
-    if effect.n < 2:
-        return "inconclusive: one replicate cannot be tested" if effect.n else "not run yet"
-    if effect.n_needed is None:
-        return "inconclusive: more than 1,000 replicates needed"
-    return f"inconclusive: about {roughly(effect.n_needed)} replicates would settle it"
+def open_cells(ablation: Ablation) -> set[int]:
+    """Return the cells of an adaptive ablation that more replicates could still decide."""
+    found = set()
+    for effect in judge(ablation):
+        is_open = effect.verdict == "inconclusive" and effect.n_needed is not None
+        if is_open or effect.verdict in ("identical", "unfinished"):
+            found |= {k for k, weight in effect.contrast.weights.items() if weight > 0}
+    return found
 
 
-def roughly(n: int) -> int:
-    """Round a number of replicates to two figures: an estimate from few seeds has no more."""
-    return n if n < 100 else round(n, 1 - len(str(n)) + 1)
+def fallen(runs: Runs) -> list[int]:
+    """Return the replicates whose accuracy fell far below those of the same setting."""
+    done = runs.values[np.isfinite(runs.values)]
+    if len(done) < 3:
+        return []
+    middle = float(np.median(done))
+    scatter = _FALL_SCATTER * float(np.median(np.abs(done - middle)))
+    return [int(r) for r in np.flatnonzero(runs.values < middle - max(_FALL, scatter))]
 
 
-def open_levels(scores: Sequence[Sequence[float | None]], rules: Rules) -> set[int]:
-    """Return the cells of an adaptive ablation that are open; cell 0 is the baseline.
+# Before a run
 
-    Args:
-        scores: Accuracy by cell and replicate; None where a run failed.
-        rules: How they are judged.
-    """
-    most = max(len(values) for values in scores)
-    arms = [_bare_arm(k, values, most) for k, values in enumerate(scores)]
-    effects = estimate_effects(arms[0], arms[1:], rules)
-    is_open = ("inconclusive", "identical")  # a few equal seeds do not show that all are
-    return {k for k, effect in enumerate(effects, start=1) if effect.verdict in is_open}
+# Two settings disagree on this share of images, and their difference scatters by so much from seed
+# to seed. Assumptions: between pretrained networks, 5 to 20 % and 0.5 to 3 points were seen.
+_DISAGREEMENT = 0.10
+_SEED_SCATTER = 0.01
+_LARGE = 0.05
 
 
-def _bare_arm(number: int, values: Sequence[float | None], length: int) -> Arm:
-    padded = np.full(length, math.nan)
-    padded[: len(values)] = [math.nan if value is None else value for value in values]
-    failures = tuple("failed" if value is None else None for value in values)
-    return Arm(str(number), "", "", padded, failures)
-
-
-def foresee(n: int, n_tests: int, rules: Rules) -> list[str]:
-    """Say, before a run, what its replicates could decide.
+def foresee(n: int, n_tests: int, n_images: int, n_folds: int, rules: Rules) -> str:
+    """Say, before a run, what it could decide.
 
     Args:
         n: Replicates (the most of an adaptive ablation).
-        n_tests: Levels that will be compared with the baseline.
+        n_tests: Comparisons that will be corrected for each other.
+        n_images: Images by which runs are judged, of all folds.
+        n_folds: Folds; 1 where all replicates share one split.
         rules: How they will be judged.
 
     Returns:
-        Sentences; those that begin with `warning:` name a run that could decide little or nothing.
+        A sentence; one that begins with `warning:` names a run that could decide little.
     """
-    if n_tests == 0:
-        return []
+    level = rules.alpha / 2 / n_tests  # the first analysis spends half of it
     if n < 2:
-        return [
-            "warning: with one replicate nothing can be tested: a difference is shown without "
-            "interval or p value. Give --replicates 5 or more."
-        ]
-    levels = plural(n_tests, "level")
-    size = detectable(n, rules.alpha / n_tests)
+        return (
+            "warning: one replicate cannot be tested (but for solved heads, which have no seed): "
+            "differences are shown without interval or verdict. Give --replicates 5 or more."
+        )
+    if n_folds > 1:
+        overlap = 1 / (n_folds - 1)
+        images, seeds = _DISAGREEMENT * n_folds / n_images, _SEED_SCATTER**2
+        df = n_images if n >= ENOUGH_FOLDS else None
+        parts = (Part(images, images * overlap, df), Part(seeds, seeds * overlap))
+    else:
+        parts = (Part(0.0, _DISAGREEMENT / n_images, n_images), Part(_SEED_SCATTER**2, 0.0))
+    size = detectable(Inference(n, n_images, 0.0, parts), level)
     text = (
-        f"at {n} replicates the t-test finds a difference with {100 * _POWER:.0f} % power (at "
-        f"Holm's strictest step, {levels}) if it is {size:.1f} times the standard deviation of "
-        f"the paired differences, such as {3 * size:.0f} points where that is 3."
+        f"{n} replicates on {n_images} images in all find differences of about "
+        f"{100 * size:.1f} points or more (80 % power, {plural(n_tests, 'comparison')}, if two "
+        f"settings disagree on {100 * _DISAGREEMENT:.0f} % of images)."
     )
     if size > _LARGE:
-        text = f"warning: {text} More replicates or fewer levels would find smaller ones."
-    return [text]
-
-
-def detectable(n: int, alpha: float, wanted: float = _POWER) -> float:
-    """Return the standardised difference (d_z) that n pairs find with the wanted power."""
-    low, high = 0.0, 1.0
-    while power(high, 1.0, n, alpha) < wanted:
-        high *= 2
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, 1.0, n, alpha) >= wanted else (middle, high)
-    return high
+        return f"warning: {text} More images, more replicates or fewer levels find smaller ones."
+    return text

@@ -1,9 +1,9 @@
-"""Intervals of observed shares: one share, and the difference of two."""
+"""Intervals of observed shares, and how much too high the best of many is."""
 
 import math
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +45,20 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
     below = math.hypot(first.estimate - first.low, second.high - second.estimate)
     above = math.hypot(first.high - first.estimate, second.estimate - second.low)
     return Interval(difference, difference - below, difference + above)
+
+
+def selection_bias(value: float, n_val: int, n_tries: int) -> float:
+    """Return how far the accuracy of the best of many may be too high.
+
+    That is where all are equally good and err independently: the accuracy p at which the best of
+    `n_tries` on `n_val` images is `value` or more in half of all searches is solved for. Epochs
+    of one trial resemble each other, so the true bias is smaller where they are counted.
+    """
+    if n_tries < 2 or n_val < 1:
+        return 0.0
+    n_correct = round(value * n_val)
+    if n_correct == 0:
+        return 0.0
+    # P(Binomial(n, p) >= k) is the distribution function of Beta(k, n - k + 1) at p.
+    p = float(beta.ppf(1 - 0.5 ** (1 / n_tries), n_correct, n_val - n_correct + 1))
+    return max(0.0, value - p)

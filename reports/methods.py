@@ -1,9 +1,7 @@
-"""What was done, in words: the line below every table and the paragraph for a paper."""
+"""What an ablation did, in words: below its tables, and as a paragraph for a paper."""
 
-from collections.abc import Sequence
-
-from reports.ablation import Ablation
-from reports.effects import Effect
+from reports.ablation import Ablation, Split
+from reports.intervals import selection_bias
 from reports.words import plural
 
 
@@ -19,139 +17,113 @@ def data_words(ablation: Ablation) -> str:
     return f"{source}: {', '.join(counts)} images, {classes}, fingerprint {mark}"
 
 
-def seeds_words(ablation: Ablation) -> str:
-    """Tell the replicates' seeds and what they draw."""
-    first, n = int(ablation.spec["first_seed"]), ablation.replicates
-    if not n:
-        return "no replicate yet"
-    seeds = f"seed {first}" if n == 1 else f"seeds {first} to {first + n - 1}"
-    drawn = "head initialisation, order and augmentation"
-    if ablation.is_resplit:
-        return f"{plural(n, 'replicate')} ({seeds}: {drawn}, and a new validation split each)"
-    return f"{plural(n, 'replicate')} ({seeds}: {drawn}; the splits stay)"
-
-
-def test_split_words(ablation: Ablation) -> str:
-    """Tell whether the test split was read."""
-    if not ablation.study.data.get("n_test"):
-        return "There is no test split."
-    if not ablation.n_tested:
-        return "The test split was not used."
-    return f"The test split was read for {plural(ablation.n_tested, 'run')}."
-
-
-def correction_words(ablation: Ablation, n_tests: int) -> str:
-    """Tell the test, the correction and, of an adaptive ablation, how looking was paid for."""
-    rules = ablation.rules
-    text = f"two-sided paired t-test, Holm's correction over {plural(n_tests, 'level')}"
-    if not ablation.is_adaptive:
-        return text
-    looks = ", ".join(str(n) for n in rules.looks)
+def scope_words(ablation: Ablation, split: Split = "val") -> str:
+    """Say over what a design's intervals and verdicts generalise."""
+    n = ablation.replicates
+    if split == "val" and ablation.n_folds > 1:
+        return (
+            f"Other seeds, other training images and other validation images of the same kind: "
+            f"{plural(n, 'replicate')} of a {ablation.n_folds}-fold cross-validation of "
+            f"{ablation.n_images} images, by the corrected resampled t-test.{_selected(ablation)}"
+        )
+    n_images = int(ablation.study.data.get("n_test" if split == "test" else "n_val") or 0)
+    if all(runs.is_solved for runs in ablation.runs):
+        return (
+            f"Other validation images of the same kind ({n_images} were used). Solved heads have "
+            "no seed; other training images may give other differences."
+        )
     return (
-        f"{text}; adaptive, looks at {looks} replicates, the error spent by the power family "
-        "(squared; Kim & DeMets 1987) and Bonferroni over looks"
+        f"Other seeds and other {'test' if split == 'test' else 'validation'} images of the same "
+        f"kind ({plural(n, 'seed')} crossed with {n_images} images), not other training images or "
+        f"datasets.{_selected(ablation) if split == 'val' else ''}"
     )
 
 
-def version_words(ablation: Ablation) -> str:
-    """Tell the date and the versions that decide numbers."""
-    versions = ablation.study.versions
-    known = [f"{name} {versions[name]}" for name in ("frostline", "torch") if name in versions]
-    return f"{ablation.design.updated_at:%Y-%m-%d}, {', '.join(known)}"
-
-
-def footer(ablation: Ablation, what: str, *, split: str = "validation") -> str:
-    """Write the line below a table or figure: enough to be pasted into a paper.
-
-    Args:
-        ablation: The design and its runs.
-        what: How this table's figures are to be read.
-        split: Whose accuracy it shows.
-    """
-    missing = f" {plural(ablation.n_missing, 'run')} still missing." if ablation.n_missing else ""
-    chosen = " (best epoch of each run)" if split == "validation" else ""
+def _selected(ablation: Ablation) -> str:
+    """Say what bias is left where a search chose the baseline."""
+    chosen = ablation.spec["chosen"]
+    if not chosen:
+        return ""
+    if ablation.study.config["data"].get("judged_by") == "ablation":
+        return " The search that found the baseline saw none of these images."
+    bias = selection_bias(chosen["value"], int(chosen["n_val"]), int(chosen["epochs"]))
+    points = 100 * bias * min(1.0, chosen["n_val"] / ablation.n_images)
+    part = "some" if ablation.n_folds > 1 else "all"
     return (
-        f"{what} Accuracy: {split} split{chosen}. Baseline: {ablation.spec['origin']}. "
-        f"{_sentence(seeds_words(ablation))}.{missing} Data: {data_words(ablation)}. "
-        f"{test_split_words(ablation)} {version_words(ablation)}."
+        f" A search chose the baseline by {part} of these images, so that levels may look up to "
+        f"{points:.1f} points worse than they are (the best of {int(chosen['epochs'])} epochs on "
+        f"{int(chosen['n_val'])} images); data.ablation_fraction keeps images apart against that."
     )
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def analyses_words(ablation: Ablation) -> str:
+    """Say how many analyses share the error, and what that leaves for this one."""
+    alpha, n = ablation.rules.alpha, ablation.n_analyses
+    own = ablation.analyses("val")
+    shares = ", ".join(f"{alpha / 2**each.order:.2g}" for each in own)
+    text = (
+        f"{plural(n, 'analysis').replace('analysiss', 'analyses')} of this ablation so far (all "
+        f"designs, the test split and later additions); the k-th tests at {alpha:g} / 2^k, so "
+        f"that together they err with at most {100 * alpha:g} %. Of this design: {shares}"
+    )
+    if ablation.is_adaptive:
+        looks = ", ".join(str(n) for n in ablation.spec["looks"])
+        text += f", shared by interim analyses at {looks} replicates"
+    return f"{text}."
 
 
-def methods_paragraph(ablation: Ablation, effects: Sequence[Effect]) -> str:
+def methods_paragraph(ablation: Ablation) -> str:
     """Write the paragraph that a paper's methods section needs."""
     rules, spec = ablation.rules, ablation.spec
     train = ablation.study.config["train"]
     factors = ", ".join(str(factor["name"]) for factor in spec["factors"])
-    n_tests = len([effect for effect in effects if effect.n >= 2])
+    first, n = int(spec["first_seed"]), ablation.replicates
+    seeds = f"seed {first}" if n == 1 else f"seeds {first} to {first + n - 1}"
     parts = [
         f"We ablated {spec['origin']} ({train['backbone']}, weights {train['weights']}, "
         f"{train['epochs']} epochs, batch size {train['batch_size']}) on {data_words(ablation)}. "
-        f"Design: {spec['construction']}; factors: {factors}. "
-        f"Every setting was trained with {seeds_words(ablation)}, with the same seeds for all "
-        "settings, so that differences are paired."
+        f"Design: {spec['construction']}; factors: {factors}. Every setting was trained with "
+        f"{plural(n, 'replicate')} ({seeds}), the same for all settings, so that differences are "
+        "paired."
     ]
-    if effects:  # of levels against the baseline
+    if ablation.n_folds > 1:
         parts.append(
-            "Effects are mean paired differences in validation accuracy to the baseline with 95 % "
-            f"Student t intervals; p values are of the {correction_words(ablation, n_tests)} "
-            f"(family-wise alpha {rules.alpha:g}). Levels count as equal where two one-sided "
-            f"t-tests, corrected alike, place the difference within ±{100 * rules.margin:g} "
-            "accuracy points."
-        )
-    elif ablation.kind == "path":
-        parts.append(
-            "Each step's gain is the mean paired difference to the step before, with an interval "
-            "and p value corrected (Bonferroni) for the choice among the step's candidates."
+            f"Replicates validate on the folds of a {ablation.n_folds}-fold cross-validation of "
+            f"all images but the test split, {ablation.n_images} in all. Differences are means "
+            "over replicates with intervals and p values of the corrected resampled t-test "
+            "(Nadeau and Bengio 2003)."
         )
     else:
         parts.append(
-            "Effects are estimated within each replicate by least squares on the coded design; "
-            "intervals and t-tests are over replicates, with Holm's correction over the effects."
+            f"All replicates validate on the same {ablation.n_images} images. Differences in "
+            "accuracy are means over seeds and images; intervals and p values take both for "
+            "crossed random samples (analysis of variance with Satterthwaite's degrees of "
+            "freedom); of solved heads, which have no seed, images alone."
         )
-    failed = sum(runs.arm.n_failed for runs in ablation.runs)
+    if ablation.kind == "path":
+        parts.append(
+            "p values and intervals of steps are corrected (Bonferroni) for the candidates of all "
+            "steps."
+        )
+    else:
+        what = "effects and interactions" if ablation.kind == "factorial" else "levels"
+        parts.append(f"p values are corrected by Holm's method over {spec['n_tests']} {what}.")
+    parts.append(
+        f"Settings count as equivalent where two one-sided tests, corrected alike, place the "
+        f"difference within ±{100 * rules.margin:g} accuracy points; as different on these images "
+        f"only, where the t-test over seeds finds a difference and that over seeds and images "
+        f"does not. {analyses_words(ablation)}"
+    )
+    failed = sum(runs.n_failed for runs in ablation.runs)
     if failed:
         parts.append(f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} shown.")
-    variance = (
-        "initialisation, order, augmentation and the choice of the validation split"
-        if ablation.is_resplit
-        else "initialisation, order and augmentation, not the choice of images"
-    )
-    speak = f"Intervals speak of the variance due to {variance}. "
-    if ablation.replicates < 2:
-        speak = "With one replicate nothing is said of other seeds. "
+    tested = f"The test split was read for {plural(ablation.n_tested, 'run')}."
+    versions = ablation.study.versions
+    known = [f"{name} {versions[name]}" for name in ("frostline", "torch") if name in versions]
     parts.append(
-        f"{speak}Each run's accuracy is that of its best epoch on the validation split, by "
+        f"Each run's accuracy is that of its best epoch on its validation images, by "
         f"{ablation.chosen_by}, and therefore optimistic, the more so the more epochs a setting "
-        f"has. {test_split_words(ablation)} Run on {version_words(ablation)}."
+        f"has. {tested if ablation.n_tested else 'The test split was not read.'} Run on "
+        f"{ablation.design.updated_at:%Y-%m-%d}, {', '.join(known)}."
     )
     return " ".join(parts)
-
-
-def effects_note(ablation: Ablation, n_tests: int) -> str:
-    """Say how the columns of the table of effects are to be read."""
-    rules = ablation.rules
-    finer = rules.resolution > rules.margin
-    step = f"; one validation image is {100 * rules.resolution:.2g} points" if finer else ""
-    return footer(
-        ablation,
-        "Accuracy: mean ± half-width of the 95 % t interval over seeds. Difference: level minus "
-        "baseline, paired by seed, with its own 95 % t interval. In brackets: the baseline's own "
-        f"level. p, Holm: {correction_words(ablation, n_tests)}. No difference: two one-sided "
-        f"t-tests place it within ±{100 * rules.margin:g} points, corrected alike{step}. "
-        f"Replicates that would settle it: for 80 % power.{_compounds(ablation)}",
-    )
-
-
-def _compounds(ablation: Ablation) -> str:
-    """Spell out the levels that set several keys."""
-    parts = []
-    for factor in ablation.spec["factors"]:
-        for level in factor["levels"]:
-            if list(level["overrides"]) != [factor["name"]]:
-                keys = ", ".join(f"{key} {value}" for key, value in level["overrides"].items())
-                parts.append(f"{factor['name']} = {level['label']}: {keys}")
-    return f" Levels of several settings: {'; '.join(parts)}." if parts else ""

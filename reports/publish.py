@@ -2,32 +2,23 @@
 
 import math
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from reports.intervals import Interval
 from reports.words import markdown_table, markdown_text
 
 _MOST_DIGITS = 3
-# Of a landscape page, with its note: tried with the longest notes.
-_ROWS_A_PAGE = 30
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "−": r"$-$", "±": r"$\pm$", "×": r"$\times$", "–": "--", "<": r"$<$", ">": r"$>$",
-    "→": r"$\to$", "η": r"$\eta$", "ω": r"$\omega$", "²": r"$^2$", "≤": r"$\le$", "…": r"\dots{}",
-    "ß": r"\ss{}", "ø": r"\o{}", "Ø": r"\O{}", "æ": r"\ae{}", "Æ": r"\AE{}", "å": r"\aa{}",
-    "Å": r"\AA{}", "ł": r"\l{}", "Ł": r"\L{}", "µ": r"$\mu$",
-    "[": "{[}", "]": "{]}", "*": "{*}",
-    "’": "'", "“": "``", "”": "''", "|": r"\textbar{}",
+    "→": r"$\to$", "²": r"$^2$", "≤": r"$\le$", "…": r"\dots{}", "µ": r"$\mu$",
+    "[": "{[}", "]": "{]}", "*": "{*}", "’": "'", "“": "``", "”": "''", "|": r"\textbar{}",
 }  # fmt: skip
-# Combining marks and LaTeX's accents; a name in a European language needs no font of its own.
-_ACCENTS = {
-    "\u0300": r"\`", "\u0301": r"\'", "\u0302": r"\^", "\u0303": r"\~", "\u0308": r'\"',
-    "\u030a": r"\r", "\u030c": r"\v", "\u0327": r"\c", "\u0304": r"\=", "\u0306": r"\u",
-    "\u0307": r"\.", "\u030b": r"\H",
-}  # fmt: skip
+# The last letter that LaTeX's T1 fonts have: those of European languages.
+_LAST_LETTER = "\u017e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +68,14 @@ def signed(points: float, digits: int) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
-def plus_minus(found: Interval) -> str:
-    """Write a mean accuracy in per cent with its interval's half-width."""
-    if not math.isfinite(found.estimate):
+def mean_words(values: Sequence[float]) -> str:
+    """Write the mean of accuracies in per cent with their standard deviation, NaN left out."""
+    done = [100 * value for value in values if math.isfinite(value)]
+    if not done:
         return "–"
-    half = 100 * (found.high - found.low) / 2
-    if not math.isfinite(half):
-        return f"{100 * found.estimate:.1f}"
-    digits = digits_for(half)
-    return f"{100 * found.estimate:.{digits}f} ± {half:.{digits}f}"
+    if len(done) == 1:
+        return f"{done[0]:.1f}"
+    return f"{statistics.fmean(done):.1f} ± {statistics.stdev(done):.1f}"
 
 
 def difference_words(found: Interval) -> str:
@@ -146,26 +136,21 @@ def latex_text(text: str) -> str:
 def _latex_letter(letter: str) -> str:
     if letter in _LATEX:
         return _LATEX[letter]
-    if letter.isascii():
-        return letter
-    base, *marks = list(unicodedata.normalize("NFD", letter))
-    if len(marks) == 1 and marks[0] in _ACCENTS and base.isascii():
-        return rf"{_ACCENTS[marks[0]]}{{{base}}}"
-    return "?"
+    is_known = letter.isascii() or (letter.isalpha() and letter <= _LAST_LETTER)
+    return letter if is_known else "?"
 
 
 def to_latex(grid: Grid) -> str:
-    """Write a grid as a LaTeX table; it needs the packages booktabs and graphicx only."""
+    """Write a grid as a LaTeX table over both columns of a page; it needs booktabs only."""
     n = len(grid.header)
     columns = ["l"] * grid.n_text + ["r"] * (n - grid.n_text)
     if grid.is_last_text:
         columns[-1] = "l"
     lines = [
-        r"\begin{table}[p]",
-        r"\centering",
-        rf"\caption{{{latex_text(grid.title)}}}",
+        r"\begin{table*}[tp]",
+        r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+        rf"\caption{{{latex_text(grid.title)}.}}",
         rf"\label{{tab:{re.sub(r'[^A-Za-z0-9]+', '-', grid.name)}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{''.join(columns)}}}",
         r"\toprule",
         _latex_row(grid.header),
@@ -175,10 +160,10 @@ def to_latex(grid: Grid) -> str:
         if grid.begins_group(number):
             lines.append(r"\addlinespace")
         lines.append(_latex_row(row))
-    lines += [r"\bottomrule", r"\end{tabular}}"]
+    lines += [r"\bottomrule", r"\end{tabular}"]
     if grid.note:
-        lines.append(rf"\par\smallskip{{\footnotesize\raggedright {latex_text(grid.note)}\par}}")
-    return "\n".join([*lines, r"\end{table}", ""])
+        lines.append(rf"\par\smallskip{{\raggedright {latex_text(grid.note)}\par}}")
+    return "\n".join([*lines, r"\end{table*}", ""])
 
 
 def _latex_row(cells: Sequence[str]) -> str:
@@ -186,34 +171,18 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
-    """Write a document that compiles as it stands; each table can be cut out and pasted."""
+    """Write a two-column article that compiles as it stands; each table can be cut out."""
     head = [
-        r"\documentclass[10pt]{article}",
+        r"\documentclass[10pt,twocolumn]{article}",
+        r"\usepackage[T1]{fontenc}",
         r"\usepackage[utf8]{inputenc}",
-        r"\usepackage[a4paper,margin=20mm,landscape]{geometry}",
+        r"\usepackage[a4paper,margin=18mm]{geometry}",
         r"\usepackage{booktabs}",
-        r"\usepackage{graphicx}",
         r"\begin{document}",
         rf"\section*{{{latex_text(title)}}}",
         "",
         latex_text(methods),
         "",
     ]
-    pages = [page for grid in grids for page in _pages(grid)]
-    tables = [f"% Table {grid.name}: cut from here\n{to_latex(grid)}% to here\n" for grid in pages]
-    return "\n".join([*head, *tables, r"\end{document}", ""])
-
-
-def _pages(grid: Grid) -> Iterator[Grid]:
-    """Divide a long table into tables that fit a page each; the note stands below every one."""
-    n_pages = max(1, math.ceil(len(grid.rows) / _ROWS_A_PAGE))
-    for page in range(n_pages):
-        part = slice(page * _ROWS_A_PAGE, (page + 1) * _ROWS_A_PAGE)
-        number = f" ({page + 1} of {n_pages})" if n_pages > 1 else ""
-        yield replace(
-            grid,
-            name=f"{grid.name}-{page + 1}" if n_pages > 1 else grid.name,
-            title=grid.title + number,
-            rows=grid.rows[part],
-            groups=grid.groups[part],
-        )
+    tables = [f"% Table {grid.name}: cut from here\n{to_latex(grid)}% to here\n" for grid in grids]
+    return "\n".join([*head, *tables, r"\clearpage", r"\end{document}", ""])

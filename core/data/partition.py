@@ -14,7 +14,7 @@ def partition(
     labels: Sequence[Hashable],
     contents: Sequence[str],
     parts: Sequence[float] | int,
-    seed: int | Sequence[int],
+    seed: int,
 ) -> IntArray:
     """Assign images to parts, each class in proportion, by contents and seed alone.
 
@@ -27,7 +27,7 @@ def partition(
         parts: Fractions of each class for the first parts, of which the last takes the rest: every
             part gets at least one of each class, and an image that has several classes is in the
             last. Or the number of folds, equal to within one image of each class.
-        seed: The seed; or one per fraction, so that a part can move while those before it stay.
+        seed: Of the order in which images are dealt.
 
     Returns:
         Part of each image, counted from 0, (N,).
@@ -44,15 +44,13 @@ def partition(
         by_class[min(counts, key=lambda label: (-counts[label], str(label)))].append(content)
     copies = {content: counts.total() for content, counts in labels_of.items()}
     if isinstance(parts, int):
-        assert isinstance(seed, int), "folds have one seed"
         part_of = _deal(by_class, copies, parts, seed)
     else:
-        seeds = [seed] * len(parts) if isinstance(seed, int) else seed
         torn = {content for content, counts in labels_of.items() if len(counts) > 1}
         part_of = dict.fromkeys(torn, len(parts))
         for label, members in by_class.items():
             whole = [content for content in members if content not in torn]
-            part_of |= _cut(label, whole, copies, parts, seeds)
+            part_of |= _cut(label, whole, copies, parts, seed)
     return np.array([part_of[content] for content in contents], dtype=np.int64)
 
 
@@ -61,7 +59,7 @@ def _cut(
     contents: list[str],
     copies: dict[str, int],
     fractions: Sequence[float],
-    seeds: Sequence[int],
+    seed: int,
 ) -> dict[str, int]:
     """Cut fractions off one class; the part of each of its contents."""
     n_parts = len(fractions) + 1
@@ -72,9 +70,8 @@ def _cut(
         )
     part_of = dict.fromkeys(contents, len(fractions))
     total = sum(copies[content] for content in contents)
-    rest = contents
-    for k, (fraction, seed) in enumerate(zip(fractions, seeds, strict=True)):
-        rest = _shuffled(rest, seed)
+    rest = _shuffled(contents, seed)
+    for k, fraction in enumerate(fractions):
         ends = np.cumsum([copies[content] for content in rest])
         n = int(np.searchsorted(ends, round(fraction * total))) + 1
         n = min(n, len(rest) - (len(fractions) - k))  # each later part gets one at least

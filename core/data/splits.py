@@ -47,6 +47,11 @@ class Split:
         """Hash of each image's contents, (N,), as `partition` takes them."""
         return [self.store.contents[i] for i in self.indices]
 
+    def take(self, rows: IntArray) -> "Split":
+        """Return some of the images, by their rows in order."""
+        paths = tuple(self.paths[row] for row in rows)
+        return Split(self.store, self.indices[rows], self.labels[rows], paths)
+
 
 @dataclass(frozen=True, slots=True)
 class ImageData:
@@ -83,6 +88,35 @@ class ImageData:
             train.paths + val.paths,
         )
 
+    def folds(self, n_folds: int, seed: int) -> IntArray:
+        """Return the fold of each image of `development`, (N,)."""
+        whole = self.development
+        return partition(whole.labels.tolist(), whole.contents, n_folds, seed)
+
+    def with_fold(self, n_folds: int, seed: int, fold: int) -> "ImageData":
+        """Return the images with one fold of `development` to choose by, and the rest to train."""
+        fold_of, whole = self.folds(n_folds, seed), self.development
+        mark = f"{self.fingerprint} {n_folds} {seed} {fold}"
+        return replace(
+            self,
+            train=whole.take(np.flatnonzero(fold_of != fold)),
+            val=whole.take(np.flatnonzero(fold_of == fold)),
+            fingerprint=hashlib.sha256(mark.encode()).hexdigest(),
+        )
+
+    def with_share(self, fraction: float) -> "ImageData":
+        """Return the images with this share of every class to learn from, two each at least.
+
+        A smaller share is part of a larger one. The images' order is that of their contents, so
+        that the first ones are a random sample.
+        """
+        if fraction == 1:
+            return self
+        labels = self.train.labels
+        rows = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+        kept = [of_class[: max(2, round(fraction * len(of_class)))] for of_class in rows]
+        return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))
+
 
 def cache_folder(config: DataConfig) -> Path:
     """Return the folder of decoded images and of the arrays that runs share."""
@@ -112,7 +146,7 @@ def load_data(
     found = find_images(config)
     if most is not None:
         found = _sampled(found, config, most)
-        config = replace(config, val_seed=None, limit=None, skip_unreadable=True)
+        config = replace(config, limit=None, skip_unreadable=True, ablation_fraction=0.0)
     notes = found.warnings
     kinds: list[Kind] = [config.store_size or store_size, *dict.fromkeys(map(View.of, shown))]
     cache = cache_folder(config)
@@ -209,24 +243,18 @@ def _split(
     for image in images:
         parts[image.split or "all"].append(image)
     _warn_of_copies(parts, notes)
-    if "val" in parts:
-        if config.val_seed is not None:
-            raise DataError(
-                "data.val_seed must be left out where the source has a validation split of its "
-                f"own, but got val_seed={config.val_seed!r}. Remove the key, or merge val/ into "
-                "train/."
-            )
+    fractions = {
+        "test": config.test_fraction if "all" in parts else 0.0,
+        "ablation": config.ablation_fraction,
+        "val": config.val_fraction if "val" not in parts else 0.0,
+    }
+    fractions = {name: fraction for name, fraction in fractions.items() if fraction}
+    if sum(fractions.values()) >= 1:
+        keys = " + ".join(f"data.{name}_fraction" for name in fractions)
+        values = " + ".join(f"{fraction:g}" for fraction in fractions.values())
+        raise DataError(f"{keys} must be < 1, but got {values}. Make one smaller.")
+    if not fractions:
         return dict(parts)
-    fractions = {"test": config.test_fraction, "val": config.val_fraction}
-    val_seed = config.split_seed if config.val_seed is None else config.val_seed
-    seeds = {"test": config.split_seed, "val": val_seed}
-    if "all" not in parts:
-        del fractions["test"], seeds["test"]
-    elif sum(fractions.values()) >= 1:
-        raise DataError(
-            "data.val_fraction + data.test_fraction must be < 1, but got "
-            f"{config.val_fraction:g} + {config.test_fraction:g}."
-        )
     given = parts.pop("all" if "all" in parts else "train")
     different: dict[tuple[str, str], LabelledImage] = {}
     for image in given:
@@ -236,9 +264,14 @@ def _split(
         n = len(given) - len(whole)
         notes.append(f"{n} images are copies of others of their class; one of each is used.")
     labels, contents = [image.label for image in whole], [image.content for image in whole]
-    part_of = partition(labels, contents, list(fractions.values()), list(seeds.values()))
+    part_of = partition(labels, contents, list(fractions.values()), config.split_seed)
     for k, name in enumerate((*fractions, "train")):
         parts[name] = [whole[i] for i in np.flatnonzero(part_of == k)]
+    apart = parts.pop("ablation", [])
+    if config.judged_by == "ablation":
+        merged = parts["train"] + parts["val"]
+        parts["train"] = sorted(merged, key=lambda image: (image.content, image.label, image.path))
+        parts["val"] = apart
     return dict(parts)
 
 

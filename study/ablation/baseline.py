@@ -3,11 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.config import TrainConfig
+from core.config import DataConfig, TrainConfig
 from study.ablation.designs import DESIGNS
 from study.ablation.factors import Factor, Levels, make_factors, parse_factors
 from study.config.errors import ConfigError
@@ -31,12 +31,15 @@ class Baseline:
         origin: Where it comes from, in words.
         space: What was searched where it was found; empty for a file's fixed settings.
         source: The study whose images it must see at the same size; None for a file.
+        chosen: How it was chosen: epochs it is the best of, its accuracy, and on how many images;
+            empty where no search chose it.
     """
 
     config: StudyConfig
     origin: str
     space: Space
     source: StudyConfig | None = None
+    chosen: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def settings(self) -> AblationSection:
@@ -94,7 +97,14 @@ def find_baseline(
             trial = _choose(store, study, which)
             best = ", its best" if which == "best" else ""
             origin = f"trial {trial.number} of study {base}{best}"
-            return _from_trial(study, trial, origin, overrides, flags)
+            n_epochs = sum(row.epochs_done for row in store.trials(study.id))
+            chosen = {
+                "epochs": n_epochs,
+                "value": trial.value or 0.0,
+                "n_val": study.data["n_val"],
+            }
+            found = _from_trial(study, trial, origin, overrides, flags)
+            return dataclasses.replace(found, chosen=chosen)
     if which != "best" or name not in (None, base):
         rule = f"{base} is an ablation, which continues with its own baseline and name."
         raise ConfigError(f"{rule} Leave --from and --name out, or name the search or file.")
@@ -126,6 +136,7 @@ def _from_trial(
     train = dataclasses.replace(TrainConfig(**trial.config), seed=trial.seed + 1)
     record = source.to_record()
     record |= {"train": dataclasses.asdict(train), "space": {}}
+    record["data"] |= _judged(source.data)
     record["study"] |= {"name": study.name + _SUFFIX, "time": None}
     config = parse_config(record, f"study {study.name}", overrides, flags)
     return Baseline(config, origin, source.space, source)
@@ -135,8 +146,13 @@ def _from_file(config: StudyConfig, path: str, is_named: bool) -> Baseline:
     name = config.study.name + ("" if is_named else _SUFFIX)
     study = dataclasses.replace(config.study, name=name)
     space = {key: dim for key, dim in config.space.items() if key != "seed"}
-    made = config.model_copy(update={"study": study, "space": {}})
+    data = dataclasses.replace(config.data, **_judged(config.data))
+    made = config.model_copy(update={"study": study, "data": data, "space": {}})
     return Baseline(made, f"the settings of {Path(path).name}", space)
+
+
+def _judged(data: DataConfig) -> dict[str, Any]:
+    return {"judged_by": "ablation" if data.ablation_fraction else "val"}
 
 
 def _resume(
@@ -154,7 +170,7 @@ def _resume(
             for factor in spec["factors"]
         }
     config = parse_config(record, f"study {study.name}", overrides, flags)
-    return Baseline(config, spec["origin"], {})
+    return Baseline(config, spec["origin"], {}, chosen=spec["chosen"])
 
 
 def factors_of(baseline: Baseline) -> list[Factor]:

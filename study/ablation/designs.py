@@ -15,10 +15,8 @@ from study.config.search_space import ParamValue, Space
 BASELINE = "baseline"
 """Label of the baseline's own cell."""
 
-Scores = list[list[float | None]]
-"""Validation accuracy by cell and replicate, as far as they are done; None = the run failed."""
-Decide = Callable[[Scores, Sequence[int]], set[int]]
-"""Given the scores and the interim analyses so far, the cells whose question is still open."""
+Decide = Callable[[], set[int]]
+"""Judges the runs in the record: returns the cells whose question more replicates may decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,8 @@ def cell_label(levels: Mapping[str, str]) -> str:
 class Design(ABC):
     """What an ablation runs: every cell once per replicate.
 
-    A new design is a subclass here, in `DESIGNS`, and its section of the report.
+    A new design is a subclass here, in `DESIGNS`; what it compares, where that is not levels with
+    the baseline, stands in `reports.effects.contrasts_of`.
 
     Args:
         factors: What is varied, at least one.
@@ -59,6 +58,8 @@ class Design(ABC):
 
     Attributes:
         kind: Its name, which users and the record give it.
+        title: Its heading in the report.
+        summary: What is run, for the configuration's help.
         combines_factors: A cell may have several factors at levels other than the baseline's.
         grows: Which cells follow depends on the results of earlier ones.
         cells: The settings; the baseline, where it is one of them, comes first.
@@ -71,6 +72,7 @@ class Design(ABC):
     """
 
     kind: ClassVar[str]
+    title: ClassVar[str]
     summary: ClassVar[str]
     combines_factors: ClassVar[bool] = True
     grows: ClassVar[bool] = False
@@ -99,8 +101,8 @@ class Design(ABC):
 
     @property
     def n_tests(self) -> int:
-        """Count the effects that are tested: one per factor."""
-        return len(self.factors)
+        """Count the comparisons that are tested: of a path, the candidates of all steps."""
+        return math.comb(len(self.factors) + 1, 2)
 
     def n_runs(self, replicates: int) -> int:
         """Count the runs, all steps of a path included."""
@@ -121,9 +123,7 @@ class Design(ABC):
             yield from _undone([self.cells[i] for i in sorted(active)], n, done)
             if k == len(looks):
                 return
-            known = [done(cell) for cell in self.cells]
-            scores = [[runs[r] for r in range(n) if r in runs] for runs in known]
-            active = decide(scores, looks[:k])
+            active = decide()
             if not active:
                 return
             active |= {0}
@@ -132,10 +132,12 @@ class Design(ABC):
         """Return plain JSON values."""
         return {
             "kind": self.kind,
+            "title": self.title,
             "factors": [asdict(f) | {"levels": list(map(asdict, f.levels))} for f in self.factors],
             "cells": [asdict(cell) for cell in self.cells],
             "coded": [list(row) for row in self.coded],
             "construction": self.construction,
+            "n_tests": self.n_tests,
             "steps": list(self.steps),
         }
 
@@ -172,6 +174,7 @@ class OneFactorAtATime(Design):
     """The baseline, and each level of each factor alone."""
 
     kind = "ofat"
+    title = "One factor at a time"
     summary = "one factor at a time"
     combines_factors = False
     construction = "one factor at a time: the baseline, and each level with all else as in it"
@@ -196,6 +199,7 @@ class LeaveOneComponentOut(OneFactorAtATime):
     """The baseline, and the baseline without each of its components."""
 
     kind = "loco"
+    title = "Leave one component out"
     summary = "each component of the baseline removed"
     construction = "leave one component out: the baseline, and each of its components removed"
 
@@ -209,6 +213,7 @@ class Factorial(Design):
     """All combinations of levels."""
 
     kind = "factorial"
+    title = "Factorial"
     summary = "all combinations"
 
     def _make(self, max_cells: int) -> None:
@@ -229,8 +234,9 @@ class Factorial(Design):
 
     @property
     def n_tests(self) -> int:
-        """Count the main effects and the interactions of two factors."""
-        return math.comb(len(self.factors) + 1, 2)
+        """Count the main effects of all levels and the interactions of two levels."""
+        counts = [len(factor.levels) for factor in self.factors]
+        return sum(counts) + sum(a * b for a, b in itertools.combinations(counts, 2))
 
 
 class Path(Design):
@@ -241,6 +247,7 @@ class Path(Design):
     """
 
     kind = "path"
+    title = "Path"
     summary = "from one setting to another, the best change first"
     grows = True
     construction = (

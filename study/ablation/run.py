@@ -3,10 +3,13 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.config import TrainConfig
+from core.data.splits import ImageData
 from study.ablation.baseline import Baseline, factors_of
 from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
 from study.config.errors import ConfigError
@@ -14,9 +17,15 @@ from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import Progress, StudyState
 from study.execution.recovery import recover
-from study.execution.session import Session, corner_configs, open_session, stored_side
+from study.execution.session import (
+    Session,
+    corner_configs,
+    open_session,
+    stored_side,
+    write_splits,
+)
 from study.execution.trial_engine import (
-    VAL_SEED,
+    FOLD,
     TrialEngine,
     TrialRequest,
     identity,
@@ -25,6 +34,10 @@ from study.execution.trial_engine import (
 from study.record.models import Trial
 from study.record.record import LEVELS, Record, config_hash
 
+# Of a cross-validation, and validation images below which there is one. Assumption: at 400 images,
+# two settings that disagree on a tenth of them leave +-3 points however many seeds there are.
+_FOLDS = 5
+_FEW_IMAGES = 400
 # Each interim analysis comes after half as many replicates again: few, so that little of the
 # allowed error is spent on each.
 _LOOK_GROWTH = 1.5
@@ -95,6 +108,15 @@ def make_plan(baseline: Baseline) -> Plan:
     return Plan(baseline, design, tuple(looks))
 
 
+def choose_folds(baseline: Baseline, n_val: int) -> int:
+    """Return the folds of cross-validation; 1 where all replicates share the validation split."""
+    if baseline.settings.folds is not None:
+        return baseline.settings.folds
+    if baseline.config.data.judged_by == "ablation":
+        return 1
+    return _FOLDS if baseline.source is not None or n_val < _FEW_IMAGES else 1
+
+
 def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
     """Return the ablation's configuration with the size at which images are kept.
 
@@ -161,11 +183,13 @@ def run_ablation(
     progress: Progress,
     command: str,
     decide: Decide,
+    announce: Callable[[ImageData, int], None],
     take_over: bool = False,
 ) -> AblationOutcome:
     """Run or continue an ablation; it raises what `open_session` does, with the same arguments.
 
-    `decide` says which cells are still open; it is asked by adaptive ablations only.
+    `decide` says which cells are still open; it is asked by adaptive ablations only. `announce` is
+    called with the images and the folds before the first run.
 
     Raises:
         ConfigError: The ablation of this name has another baseline.
@@ -184,6 +208,7 @@ def run_ablation(
             take_over=take_over,
         ) as session:
             ablation = _Ablation(plan, session)
+            announce(session.data, ablation.n_folds)
             session.because = ablation.run(command, decide, begin)
             n_done, duration_s = len(ablation.done_rows()), time.monotonic() - begin
             return AblationOutcome(session.because, n_done, plan.n_runs, duration_s)
@@ -198,6 +223,7 @@ class _Ablation:
         self.session = session
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
+        self.n_folds = choose_folds(plan.baseline, len(session.data.val))
         keeps_all = self.config.ablation.keep_checkpoints
         self.engine = TrialEngine(session, keep_best=None if keeps_all else 0)
         self.rows: dict[str, Trial] = {}  # by identity
@@ -206,7 +232,7 @@ class _Ablation:
 
     def run(self, command: str, decide: Decide, begin: float) -> str:
         """Run what is missing; return why it ended."""
-        self.session.images(self._val_seed(0))  # a source that cannot be split again shows here
+        write_splits(self.session.data, self.session.output, map(self._fold, self._replicates))
         continued = recover(self.engine)
         for row in self.record.trials(self.study_id):
             if is_settled(row):
@@ -246,15 +272,15 @@ class _Ablation:
 
     def _request(self, cell: Cell, replicate: int) -> TrialRequest:
         """Begin a trial of Optuna's for a run, and return its request."""
-        val_seed = self._val_seed(replicate)
+        fold = self._fold(replicate)
         levels = {f.name: cell.levels.get(f.name, f.baseline) for f in self.design.factors}
-        attrs = {"cell": cell.label, "replicate": replicate, LEVELS: levels, VAL_SEED: val_seed}
+        attrs = {"cell": cell.label, "replicate": replicate, LEVELS: levels, FOLD: fold}
         return TrialRequest(
             number=self.record.start_trial(self.study_id, {}, {}, attrs).number,
             config=self._train(cell, replicate),
             origin=f"{cell.label}, replicate {replicate + 1}",
             params=levels,
-            val_seed=val_seed,
+            fold=fold,
             factor=", ".join(cell.levels) or BASELINE,
             level=", ".join(cell.levels.values()) or None,
             replicate=replicate,
@@ -265,24 +291,24 @@ class _Ablation:
         train = apply_params(self.config.train, cell.overrides)
         return dataclasses.replace(train, seed=train.seed + replicate)
 
-    def _val_seed(self, replicate: int) -> int | None:
-        """Return the seed of a replicate's own validation split; None for the study's.
+    @property
+    def _replicates(self) -> range:
+        return range(self.plan.looks[-1])
 
-        The study's own split is not among them: a search has chosen the baseline on it.
-        """
-        if not self.config.ablation.resplit:
+    def _fold(self, replicate: int) -> tuple[int, int, int] | None:
+        """Return a replicate's fold; after all folds of one division comes another division."""
+        if self.n_folds == 1:
             return None
-        known = self.config.data.val_seed
-        return (self.config.data.split_seed if known is None else known) + 1 + replicate
+        repetition, fold = divmod(replicate, self.n_folds)
+        return self.n_folds, self.config.data.split_seed + repetition, fold
 
     def _identities(self, cell: Cell) -> list[str]:
         """Return per replicate the hash by which runs are the same: settings, seed and split."""
         key = tuple(cell.levels.items())
         if key not in self._known:
-            replicates = range(self.plan.looks[-1])
-            hashes = [identity(self._train(cell, r)) for r in replicates]
-            if self.config.ablation.resplit:
-                runs = [{"run": hashes[r], "val_seed": self._val_seed(r)} for r in replicates]
+            hashes = [identity(self._train(cell, r)) for r in self._replicates]
+            if self.n_folds > 1:
+                runs = [{"run": hashes[r], "fold": self._fold(r)} for r in self._replicates]
                 hashes = [config_hash(run) for run in runs]
             self._known[key] = hashes
         return self._known[key]
@@ -295,16 +321,54 @@ class _Ablation:
 
     def _record_design(self, command: str) -> None:
         """Bring the design in the record up to date."""
+        settings = dataclasses.asdict(self.config.ablation)
+        settings |= {"factors": None, "folds": self.n_folds}
         spec = self.design.to_record() | {
             "origin": self.plan.baseline.origin,
-            "settings": dataclasses.asdict(self.config.ablation) | {"factors": None},
+            "chosen": dict(self.plan.baseline.chosen),
+            "settings": settings,
             "looks": list(self.plan.looks),
+            "n_folds": self.n_folds,
             "first_seed": self.config.train.seed,
             "runs": [self._identities(cell) for cell in self.design.cells],
         }
         if spec == self._recorded:
             return
-        self._recorded = spec
-        parts = {name: spec[name] for name in ("kind", "factors", "coded")}
-        key = config_hash(parts | {"resplit": self.config.ablation.resplit})
+        self._recorded = dict(spec)
+        parts = {name: spec[name] for name in ("kind", "factors", "coded", "n_folds")}
+        key = config_hash(parts)
+        spec["analyses"] = self._analyses(key)
         self.record.put_design(self.study_id, key, self.design.kind, spec, command)
+
+    def _analyses(self, key: str) -> list[dict[str, Any]]:
+        """Return the analyses of the design of this key, the one that these runs are for last.
+
+        It is recorded before its runs, with its number of replicates, and each further one of the
+        ablation may spend half of the error of the one before: so runs that are added because of
+        what an analysis showed are paid for.
+        """
+        designs = self.record.designs(self.study_id)
+        known: list[dict[str, Any]] = next(
+            (each.spec["analyses"] for each in designs if each.key == key), []
+        )
+        looks = list(self.plan.looks)
+        if not any(a["split"] == "val" and a["replicates"] == looks for a in known):
+            order = 1 + sum(len(each.spec["analyses"]) for each in designs)
+            known = [*known, {"split": "val", "order": order, "replicates": looks}]
+        return known
+
+
+def record_test(record: Record, study_id: int) -> None:
+    """Record an analysis of the test split for every design of which tested runs are new."""
+    tested = {row.trial_number for row in record.tests(study_id)}
+    hashes = {row.config_hash for row in record.trials(study_id) if row.number in tested}
+    for design in record.designs(study_id):
+        spec = dict(design.spec)
+        n = sum(text in hashes for runs in spec["runs"] for text in runs)
+        replicates = max(sum(text in hashes for text in runs) for runs in spec["runs"])
+        if not n or any(a["split"] == "test" and a["n_runs"] == n for a in spec["analyses"]):
+            continue
+        order = 1 + sum(len(each.spec["analyses"]) for each in record.designs(study_id))
+        analysis = {"split": "test", "order": order, "replicates": [replicates], "n_runs": n}
+        spec["analyses"] = [*spec["analyses"], analysis]
+        record.put_design(study_id, design.key, design.kind, spec, design.command)

@@ -6,12 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich import filesize
 
-from reports.ablation_report import write_ablation
-from reports.ablation_sections import describe_ablation
-from reports.effects import Rules, foresee, open_levels
+from core.data.splits import ImageData
+from reports.ablation import Rules, read_ablations
+from reports.ablation_report import describe_ablation, write_ablation
+from reports.effects import foresee, open_cells
 from study.ablation.baseline import find_baseline, read_flags
-from study.ablation.designs import BASELINE, Scores, cell_label
-from study.ablation.run import Plan, check_begun, make_plan, run_ablation
+from study.ablation.designs import BASELINE, cell_label
+from study.ablation.run import (
+    Plan,
+    check_begun,
+    choose_folds,
+    make_plan,
+    record_test,
+    run_ablation,
+)
 from study.cli.views import (
     grid_table,
     make_table,
@@ -23,7 +31,7 @@ from study.cli.views import (
 from study.config.errors import ConfigError
 from study.config.formatting import format_duration
 from study.config.load import check_inputs
-from study.execution.progress import Progress
+from study.execution.progress import Note, Progress
 from study.execution.session import load_images, preflight
 from study.record.record import Record
 from study.search.final_test import test_trials
@@ -67,31 +75,31 @@ def print_plan(plan: Plan) -> None:
     n, first = plan.looks[-1], baseline.config.train.seed
     seeds = f"{n} replicates, seeds {first} to {first + n - 1}"
     seeds = f"1 replicate, seed {first}" if n == 1 else seeds
-    splits = ", each with its own validation split" if settings.resplit else ""
-    print(f"Runs: {most}{plan.n_runs} ({seeds}, the same for every setting{splits})")
+    print(f"Runs: {most}{plan.n_runs} ({seeds}, the same for every setting)")
     if settings.adaptive:
         interim = ", ".join(str(n) for n in plan.looks)
         print(f"Adaptive: analysed after {interim} replicates; decided levels get no more.")
     sys.stdout.flush()
 
 
-def foresee_plan(plan: Plan) -> list[str]:
-    """Say before a run what its replicates can decide."""
-    warnings = foresee(plan.looks[-1], plan.design.n_tests, _rules(plan))
-    baseline, *levels = plan.configs()
-    is_without_seed = baseline.is_solved and any(config.is_solved for config in levels)
-    if is_without_seed and not plan.baseline.settings.resplit:
-        warnings.append(
-            "A solved head has no seed, so its replicates are equal and their spread is 0. With "
-            "--resplit each replicate has its own validation split."
+def foresee_plan(plan: Plan, data: ImageData, n_folds: int) -> list[str]:
+    """Say before a run what its replicates and images can decide."""
+    n = plan.looks[-1]
+    judged = data.val if n_folds == 1 else data.development
+    texts = []
+    if n_folds > 1:
+        texts.append(
+            f"Each replicate validates on one of {n_folds} folds of all {len(judged)} images but "
+            "the test split (ablation.folds = 1: on the validation split)."
         )
-    return warnings
+    if all(config.is_solved for config in plan.configs()):
+        texts.append("Solved heads have no seed: images alone decide about them.")
+    return [*texts, foresee(n, plan.design.n_tests, len(judged), n_folds, _rules(plan))]
 
 
-def _rules(plan: Plan, resolution: float = 0.0) -> Rules:
+def _rules(plan: Plan) -> Rules:
     settings = plan.baseline.settings
-    looks = plan.looks if len(plan.looks) > 1 else ()
-    return Rules(settings.alpha, settings.margin / 100, resolution=resolution, looks=looks)
+    return Rules(settings.alpha, settings.margin / 100)
 
 
 def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
@@ -99,6 +107,8 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
     check_begun(plan)
+    for text in foresee_plan(plan, data, choose_folds(plan.baseline, len(data.val))):
+        progress.emit(Note(text))
     n_kept = plan.n_runs if plan.baseline.settings.keep_checkpoints else 0
     found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
     progress.close()
@@ -118,14 +128,21 @@ def run_plan(
     """Run an ablation, print its results and write its report; return why it stopped."""
     study = plan.baseline.config.study
 
-    def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
-        """Decide as the report will: no difference is finer than one image's share."""
+    def decide() -> set[int]:
         with Record(study.storage) as store:
-            n_val = int(store.study(study.name).data["n_val"])
-        return open_levels(scores, _rules(plan, resolution=1 / n_val))
+            return open_cells(read_ablations(store, study.name)[0])
+
+    def announce(data: ImageData, n_folds: int) -> None:
+        for text in foresee_plan(plan, data, n_folds):
+            progress.emit(Note(text))
 
     outcome = run_ablation(
-        plan, progress=progress, command=command, decide=decide, take_over=take_over
+        plan,
+        progress=progress,
+        command=command,
+        decide=decide,
+        announce=announce,
+        take_over=take_over,
     )
     progress.close()
     with Record(study.storage) as store:
@@ -156,11 +173,11 @@ def run_plan(
 
 
 def _effect_record(effect: "Effect") -> dict[str, Any]:
-    arm, difference = effect.arm, effect.difference
-    record = {key: getattr(arm, key) for key in ("factor", "level", "n_failed")}
-    record |= {key: getattr(effect, key) for key in ("n", "p", "p_family", "verdict", "n_needed")}
-    record |= {"accuracy": arm.accuracy.estimate, "difference": difference.estimate}
-    return record | {"low": difference.low, "high": difference.high}
+    keys = ("n", "n_failed", "p", "p_family", "verdict", "n_needed", "images_needed")
+    record = {"factor": effect.contrast.factor, "level": effect.contrast.level}
+    record |= {key: getattr(effect, key) for key in keys}
+    found = effect.difference
+    return record | {"difference": found.estimate, "low": found.low, "high": found.high}
 
 
 def test_levels(
@@ -175,6 +192,7 @@ def test_levels(
     """Test every replicate of chosen levels, and of the baseline, on the test split."""
     numbers = _numbers_of(store, name, levels)
     rows = test_trials(store, name, numbers, progress=progress, command=command)
+    record_test(store, store.study(name).id)
     progress.close()
     if as_json:
         print_json(rows)

@@ -36,7 +36,7 @@ _CONFIG_KEYS = {
     **{name: f"study.{name}" for name in ("name", "trials", "time", "storage", "cache")},
     **{name: f"study.{name}" for name in ("finish", "refit")},
     "download": "search.download",
-    **{name: f"ablation.{name}" for name in ("design", "replicates", "resplit", "adaptive")},
+    **{name: f"ablation.{name}" for name in ("design", "replicates", "folds", "adaptive")},
 }
 """Options that set a key of the configuration."""
 
@@ -372,7 +372,7 @@ def _estimate(config: "StudyConfig") -> int:
 )
 @_many("--factor", "factors", metavar="KEY=V1,V2", help="A key and its levels; may be repeated.")
 @click.option("--replicates", type=int, metavar="R", help="Runs of every setting (default 5).")
-@_flag("--resplit", default=None, help="Draw a new validation split for each replicate.")
+@click.option("--folds", type=int, metavar="K", help="Folds of a cross-validation; 1 for none.")
 @_flag("--adaptive", default=None, help="Add replicates where a result is inconclusive.")
 @click.option("--name", help="Name of the ablation's study (default: STUDY-ablation).")
 @click.option("--data", metavar="PATH", help="Images, where a file is ablated.")
@@ -384,14 +384,11 @@ def ablate(
 ) -> int:
     """Ablate a study's best trial, or a configuration."""
     from study.cli import ablation
-    from study.execution.progress import Note
 
     plan = ablation.plan_ablation(base, which, factors, overrides, _flags())
     if not given["as_json"]:
         ablation.print_plan(plan)
     with _progress() as progress:
-        for warning in ablation.foresee_plan(plan):
-            progress.emit(Note(warning))
         if given["dry_run"]:
             ablation.estimate_plan(plan, progress, as_json=given["as_json"])
             return 0
@@ -611,6 +608,18 @@ def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_
                     break
                 is_first = False
                 time.sleep(_WATCH_S)
+
+
+@cli.command()
+@_study
+@click.option("--out", type=_path, metavar="FILE", help="By default STUDY.zip.")
+@_storage
+def archive(study: str, out: Path | None, **_: Any) -> None:
+    """Write a study's record, configuration, split file and reports into one ZIP file."""
+    from study.cli.archive import write_archive
+
+    with _open() as store:
+        print(write_archive(store, study, out or Path(f"{study}.zip")))
 
 
 @cli.command()

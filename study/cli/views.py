@@ -263,25 +263,6 @@ def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
 # The end of a run.
 
 
-def selection_bias(value: float, n_val: int, n_tries: int) -> float:
-    """Return how far the accuracy of the best of many may be too high.
-
-    That is where all are equally good and err independently: the accuracy p at which the best of
-    `n_tries` on `n_val` images is `value` or more in half of all searches is solved for. Epochs
-    of one trial resemble each other, so the true bias is smaller where they are counted.
-    """
-    if n_tries < 2 or n_val < 1:
-        return 0.0
-    from scipy.stats import beta
-
-    n_correct = round(value * n_val)
-    if n_correct == 0:
-        return 0.0
-    # P(Binomial(n, p) >= k) is the distribution function of Beta(k, n - k + 1) at p.
-    p = float(beta.ppf(1 - 0.5 ** (1 / n_tries), n_correct, n_val - n_correct + 1))
-    return max(0.0, value - p)
-
-
 def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableType:
     """Show how a run ended: the best trials, and how far to trust the best one."""
     counts = outcome.counts
@@ -298,6 +279,8 @@ def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableT
         why = f" The last one failed: {failed.reason}." if failed else ""
         return Group(head, Text(f"No trial is complete.{why}"))
     lines = [_ranking_words(best)]
+    from reports.intervals import selection_bias
+
     n_epochs = sum(row.epochs_done for row in trials)
     bias = selection_bias(best[0].value or 0.0, outcome.n_val, n_epochs)
     if bias > 0:

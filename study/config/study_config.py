@@ -155,15 +155,17 @@ class AblationSection:
     replicates: int = Field(default=5, ge=1)
     """Runs of every setting, with seeds paired over the settings; with adaptive, those of the
     first analysis."""
-    resplit: bool = False
-    """Draw a new training and validation split for every replicate too."""
+    folds: OrNone[int] = Field(default=None, ge=1, le=20)
+    """Folds of a cross-validation of all images but the test split: replicate r has the r-th of
+    them to validate on. 1: all replicates share the validation split. Leave out for 5; or 1 where
+    that split has 400 images and chose no baseline, or data.ablation_fraction kept some apart."""
     adaptive: bool = False
     """Add replicates where a result is inconclusive, up to max_replicates; the significance level
     is adjusted for the interim analyses."""
     max_replicates: int = Field(default=20, ge=2)
     """With adaptive: most replicates of a setting."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
-    """Family-wise error that Holm's correction holds."""
+    """Family-wise error that all analyses of an ablation hold together."""
     margin: float = Field(default=1.0, gt=0, le=100)
     """Accuracy points below which a difference does not matter: two settings count as equal where
     the difference is shown to be smaller."""

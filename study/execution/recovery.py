@@ -5,7 +5,7 @@ from optuna.trial import FrozenTrial, TrialState
 from core.config import TrainConfig
 from core.training.resume import epochs_in_state
 from study.execution.progress import Note
-from study.execution.trial_engine import VAL_SEED, TrialEngine, TrialRequest, training_s
+from study.execution.trial_engine import FOLD, TrialEngine, TrialRequest, training_s
 from study.record.models import REASON_KILLED, Trial
 from study.record.record import params_of
 
@@ -60,14 +60,14 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
         config=TrainConfig(**row.config),
         origin=row.origin,
         params=params_of(trial),
-        val_seed=trial.user_attrs.get(VAL_SEED),
+        fold=tuple(fold) if (fold := trial.user_attrs.get(FOLD)) else None,
         factor=row.factor,
         level=row.level,
         replicate=row.replicate,
         identity=row.config_hash,
         is_continued=True,
     )
-    data = session.images(request.val_seed)
+    data = session.images(request.fold)
     file = engine.files.state(row.number)
     n_done = epochs_in_state(file, request.config, data.classes, data.fingerprint)
     versions = {run.id: run.versions for run in runs}

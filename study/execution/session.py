@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import optuna
+import pandas as pd
 import psutil
 import torch
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,7 +37,7 @@ from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
 from study.record.damage import failure
-from study.record.models import Study
+from study.record.models import SPLITS_FILE, Study
 from study.record.record import Record
 
 # Images are stored this much larger than a network's input, so that random crops of them still
@@ -88,7 +90,6 @@ class Session:
     same_images: bool
     because: str = "error"
     deadline: float | None = None
-    _resplit: tuple[int, ImageData] | None = field(default=None, repr=False)
 
     def halted(self) -> str | None:
         """Return why the process is to leave after the current step, if it is."""
@@ -97,20 +98,9 @@ class Session:
         is_late = self.deadline is not None and time.monotonic() > self.deadline
         return "timeout" if is_late else None
 
-    def images(self, val_seed: int | None) -> ImageData:
-        """Return the images in a validation split of their own; None for the study's split.
-
-        The last such split is kept. Its warnings are those of the study's, which were shown.
-
-        Raises:
-            DataError: The source's split is given, so none can be drawn.
-        """
-        if val_seed is None:
-            return self.data
-        if self._resplit is None or self._resplit[0] != val_seed:
-            data = dataclasses.replace(self.config.data, val_seed=val_seed)
-            self._resplit = val_seed, _load(self.config, data, self.progress)
-        return self._resplit[1]
+    def images(self, fold: tuple[int, int, int] | None) -> ImageData:
+        """Return the images in the study's split; or with a fold, of how many by which seed."""
+        return self.data if fold is None else self.data.with_fold(*fold)
 
 
 @contextmanager
@@ -187,6 +177,7 @@ def open_session(
             deadline=deadline,
         )
         try:
+            write_splits(data, output)
             yield session
         except Exception as err:
             cause = outside_cause(err)
@@ -270,15 +261,6 @@ def load_images(
     Raises:
         StudyHalted: The deadline has passed.
     """
-    data = _load(config, config.data, progress, deadline)
-    for warning in data.warnings:
-        progress.emit(Note(warning))
-    return data
-
-
-def _load(
-    config: StudyConfig, data: Any, progress: Progress, deadline: float | None = None
-) -> ImageData:
     trains = corner_configs(config)
     shown = [input_of(train.backbone, train.weights, train.image_size) for train in trains]
 
@@ -291,7 +273,38 @@ def _load(
                 f"{total} were decoded when it ended. Give it more (--time)."
             )
 
-    return load_data(data, stored_side(trains), show, shown)
+    data = load_data(config.data, stored_side(trains), show, shown)
+    for warning in data.warnings:
+        progress.emit(Note(warning))
+    return data
+
+
+def write_splits(
+    data: ImageData, folder: Path, folds: Iterable[tuple[int, int, int] | None] = ()
+) -> None:
+    """Write `splits.csv`: of every image its split, path and class, in the order of predictions.
+
+    Args:
+        data: Images, in the study's split.
+        folder: The study's.
+        folds: Of an ablation's replicates: a column `folds-SEED` says which fold each image is in.
+    """
+    splits = {"train": data.train, "val": data.val}
+    if data.test is not None:
+        splits["test"] = data.test
+    frame = pd.concat(
+        pd.DataFrame(
+            {"split": name, "path": split.paths, "class": np.take(data.classes, split.labels)}
+        )
+        for name, split in splits.items()
+    )
+    divisions = dict.fromkeys(fold[:2] for fold in folds if fold is not None)
+    for n_folds, seed in divisions:
+        column = np.full(len(frame), -1)
+        column[: len(data.development)] = data.folds(n_folds, seed)
+        frame[f"folds-{seed}"] = column
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(folder / SPLITS_FILE, index=False, lineterminator="\n")
 
 
 def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:

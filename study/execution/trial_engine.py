@@ -28,8 +28,8 @@ from study.record.record import config_hash
 # So many equal failures in a row have a cause that the next settings will not remove. Assumption.
 _MOST_EQUAL_FAILURES = 3
 
-VAL_SEED = "val_seed"
-"""The user attribute that holds the seed of a trial's own validation split."""
+FOLD = "fold"
+"""The user attribute that holds a trial's fold: folds, seed, and which one."""
 PAUSED = "paused"
 """The user attribute of a stopped trial, which `resume` continues; Optuna, which has no state for
 that, holds it for running."""
@@ -46,7 +46,7 @@ class TrialRequest:
         config: What to train.
         origin: Where its settings came from: a recipe, the sampler, an ablation's cell.
         params: The hyperparameters that were chosen, to be shown.
-        val_seed: Seed of its own validation split; None for the study's split.
+        fold: Folds, their seed, and which one it validates on; None for the study's split.
         factor: What an ablation varies in it; None for a search.
         level: Its setting of the factor.
         replicate: Which of the equal runs.
@@ -58,7 +58,7 @@ class TrialRequest:
     config: TrainConfig
     origin: str
     params: Mapping[str, ParamValue]
-    val_seed: int | None = None
+    fold: tuple[int, int, int] | None = None
     factor: str | None = None
     level: str | None = None
     replicate: int | None = None
@@ -235,7 +235,7 @@ class TrialEngine:
             yield known[-1]
         run = fit(
             request.config,
-            session.images(request.val_seed),
+            session.images(request.fold),
             cache=session.cache,
             checkpoint_dir=self.files.checkpoint(number),
             state_file=self.files.state(number),

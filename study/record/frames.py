@@ -1,6 +1,7 @@
 """The record as data frames and arrays, for reports."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +64,17 @@ def read_misclassified(store: Record, name: str, number: int) -> list[Misclassif
     query = select(Misclassified).where(Misclassified.trial_id == trial.id)
     with Session(store.engine) as session:
         return list(session.scalars(query.order_by(Misclassified.split, Misclassified.rank)))
+
+
+def read_thumbnails(store: Record, study_id: int, paths: Sequence[str]) -> dict[str, bytes]:
+    """Read pictures of images that a trial of a study classified wrongly; path -> JPEG."""
+    query = (
+        select(Misclassified.path, Misclassified.thumbnail)
+        .join(Trial, Trial.id == Misclassified.trial_id)
+        .where(Trial.study_id == study_id, Misclassified.path.in_(paths))
+    )
+    with Session(store.engine) as session:
+        return {path: thumbnail for path, thumbnail in session.execute(query)}
 
 
 def read_predictions(

@@ -39,6 +39,8 @@ COPY = "same as "
 
 MODEL_FOLDER = "model"
 """Name of the model's folder in that of its study."""
+SPLITS_FILE = "splits.csv"
+"""Name of the file that says which image is in which split."""
 
 
 def now() -> datetime:

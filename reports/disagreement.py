@@ -1,0 +1,140 @@
+"""Where a level and the baseline differ: class by class, and on which images most."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from reports.ablation import Ablation, Runs
+from reports.effects import Effect
+from reports.publish import Grid, signed
+from reports.words import plural
+from study.record.frames import read_thumbnails
+from study.record.models import SPLITS_FILE
+from study.record.record import Record
+
+_MOST_IMAGES = 12
+_CANDIDATES = 200
+_MOST_LEVELS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image on which a level and the baseline disagree.
+
+    Attributes:
+        path: What the dataset calls it.
+        label: Its class.
+        right: Runs of the level that classify it correctly, of how many.
+        baseline: The same of the baseline.
+        thumbnail: JPEG; None where no run kept one.
+    """
+
+    path: str
+    label: str
+    right: str
+    baseline: str
+    thumbnail: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """What is known of single images.
+
+    Attributes:
+        level: The level with the largest difference.
+        images: Where it disagrees with the baseline most, the level's failures first.
+        frames: By cell: path, class, and the share of runs that are right, a row per image.
+    """
+
+    level: str
+    images: tuple[Image, ...]
+    frames: tuple[pd.DataFrame, ...]
+
+
+def disagreements(
+    store: Record, ablation: Ablation, effects: Sequence[Effect]
+) -> Disagreement | None:
+    """Compare a design's levels with the baseline image by image; None where it has none."""
+    alone = [effect for effect in effects if len(effect.contrast.weights) == 2 and effect.n]
+    if ablation.kind not in ("ofat", "loco") or not alone:
+        return None
+    try:
+        splits = pd.read_csv(
+            ablation.study.output / SPLITS_FILE, dtype={"path": str, "class": str}
+        )
+    except (OSError, ValueError):
+        return None
+    frames = tuple(_by_image(ablation, runs, splits) for runs in ablation.runs)
+    most = max(alone, key=lambda effect: abs(effect.difference.estimate))
+    level = next(k for k, weight in most.contrast.weights.items() if weight > 0)
+    base = ablation.position({})
+    both = frames[level].join(frames[base], rsuffix="_base", how="inner")
+    both["difference"] = both["right"] - both["right_base"]
+    both["size"] = -both["difference"].abs()
+    both = both[both["size"] < 0].sort_values("size", kind="stable").head(_CANDIDATES)
+    thumbnails = read_thumbnails(store, ablation.study.id, list(both.index))
+    both["unseen"] = [path not in thumbnails for path in both.index]
+    both = both.sort_values(["size", "unseen"], kind="stable").head(_MOST_IMAGES)
+    images = [
+        Image(
+            str(path),
+            str(row["class"]),
+            f"{round(row['right'] * row['n'])} of {plural(int(row['n']), 'run')}",
+            f"{round(row['right_base'] * row['n_base'])} of {int(row['n_base'])}",
+            thumbnails.get(str(path)),
+        )
+        for path, row in both.iterrows()
+    ]
+    return Disagreement(most.contrast.label, tuple(images), frames)
+
+
+def _by_image(ablation: Ablation, runs: Runs, splits: pd.DataFrame) -> pd.DataFrame:
+    """Return by path: its class, the share of runs that are right, and how many there are."""
+    parts = []
+    for replicate, correct in enumerate(runs.val_correct):
+        if correct is None:
+            continue
+        images = splits[splits["split"] == "val"]
+        if ablation.n_folds > 1:
+            repetition, fold = divmod(replicate, ablation.n_folds)
+            seed = int(ablation.study.config["data"]["split_seed"]) + repetition
+            images = splits[splits[f"folds-{seed}"] == fold]
+        if len(images) == len(correct):
+            parts.append(images[["path", "class"]].assign(right=correct))
+    if not parts:
+        return pd.DataFrame({"class": [], "right": [], "n": []})
+    groups = pd.concat(parts).groupby("path")
+    return groups.agg(
+        **{"class": ("class", "first")}, right=("right", "mean"), n=("right", "size")
+    )
+
+
+def class_grid(ablation: Ablation, effects: Sequence[Effect], found: Disagreement) -> Grid:
+    """Show the difference of each level to the baseline by class, in points."""
+    alone = [effect for effect in effects if len(effect.contrast.weights) == 2 and effect.n]
+    alone.sort(key=lambda effect: -abs(effect.difference.estimate))
+    shown = alone[:_MOST_LEVELS]
+    by_class = [
+        frame.groupby("class")["right"].mean() if len(frame) else pd.Series(dtype=float)
+        for frame in found.frames
+    ]
+    base = by_class[ablation.position({})]
+    sizes = found.frames[ablation.position({})].groupby("class").size()
+    rows = []
+    for name in base.index:
+        cells = []
+        for effect in shown:
+            level = next(k for k, weight in effect.contrast.weights.items() if weight > 0)
+            difference = 100 * (by_class[level].get(name, np.nan) - base[name])
+            cells.append("–" if np.isnan(difference) else signed(difference, 1))
+        rows.append((str(name), str(sizes[name]), f"{100 * base[name]:.1f}", *cells))
+    header = ("Class", "Images", "Baseline, %", *(effect.contrast.label for effect in shown))
+    left = (
+        f" The {len(shown)} largest of {len(alone)} differences."
+        if len(alone) > len(shown)
+        else ""
+    )
+    note = f"Difference to the baseline in points, mean over replicates; not tested.{left}"
+    return Grid("classes", "By class", header, tuple(rows), note=note)
