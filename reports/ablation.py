@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import MAX_FREEZE_DEPTH
 from study.record.database import RecordError
 from study.record.frames import read_predictions
 from study.record.models import UNFINISHED, Design, Study, Trial, chosen_by
@@ -266,8 +265,10 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
         spec = design.spec
         rules = Rules(spec["settings"]["alpha"], spec["settings"]["margin"] / 100)
         runs = tuple(
-            _runs_of(cell["levels"], [trials.get(text) for text in hashes], tests, correct)
-            for cell, hashes in zip(spec["cells"], spec["runs"], strict=True)
+            _runs_of(cell["levels"], [trials.get(text) for text in hashes], tests, correct, solved)
+            for cell, hashes, solved in zip(
+                spec["cells"], spec["runs"], spec["solved"], strict=True
+            )
         )
         found.append(Ablation(study, design, runs, rules, n_analyses))
     return found
@@ -288,6 +289,7 @@ def _runs_of(
     rows: Sequence[Trial | None],
     tests: Mapping[int, float],
     correct: Mapping[Split, Mapping[int, Correct]],
+    is_solved: bool,
 ) -> Runs:
     done = [row for row in rows if row is not None and row.state == "complete"]
     complete = [row if row is not None and row.state == "complete" else None for row in rows]
@@ -305,13 +307,8 @@ def _runs_of(
         test_correct=tuple(correct["test"].get(row.number) if row else None for row in complete),
         seconds=float(np.mean(took)) if took else math.nan,
         parameters=done[0].trained_parameters if done else None,
-        is_solved=bool(done) and all(is_solved(row.config) for row in done),
+        is_solved=is_solved,
     )
-
-
-def is_solved(config: Mapping[str, Any]) -> bool:
-    """Say whether a run of this configuration has no seed: its head is solved."""
-    return config.get("head_solver") == "logistic" and config["freeze_depth"] == MAX_FREEZE_DEPTH
 
 
 def _failure(row: Trial | None) -> str | None:

@@ -24,7 +24,13 @@ from reports.ablation_plots import (
 from reports.across import Across, compare_across
 from reports.disagreement import Disagreement, class_grid, disagreements
 from reports.effects import Effect, fallen, judge
-from reports.methods import analyses_words, data_words, methods_paragraph, scope_words
+from reports.methods import (
+    analyses_words,
+    bias_words,
+    data_words,
+    methods_paragraph,
+    scope_words,
+)
 from reports.page import render_template
 from reports.publish import (
     Grid,
@@ -165,7 +171,7 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
     first, n = int(ablation.spec["first_seed"]), ablation.replicates
     seeds = f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
     folds = f", {ablation.n_folds} folds" if ablation.n_folds > 1 else ""
-    yield "Replicates", str(n), f"{seeds}{folds}, paired over settings"
+    yield "Replicates", str(n), f"{seeds}{folds}, paired over settings" if n else "none yet"
     n_failed = sum(runs.n_failed for runs in ablation.runs)
     missing = f", {ablation.n_missing} missing" if ablation.n_missing else ""
     yield "Runs", str(sum(runs.n_run for runs in ablation.runs)), f"{n_failed} failed{missing}"
@@ -180,18 +186,23 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
 
 def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding]:
     """Say what improves, what degrades and what is open, and over what that generalises."""
+    is_tested = any(effect.verdict != "unfinished" for effect in effects)
     for verdict, head in _HEADS.items():
         found = [effect for effect in effects if effect.verdict == verdict]
         if found:
             found.sort(key=lambda effect: -abs(effect.difference.estimate))
             text = "; ".join(map(_finding_words, found))
             yield Finding(head.format(margin=100 * ablation.rules.margin), f"{text}.")
-        elif verdict in ("improves", "degrades"):
+        elif verdict in ("improves", "degrades") and is_tested:
             yield Finding(head, "nothing, by the corrected test.")
+    if not effects:
+        yield Finding("Not finished:", "no comparison has its runs yet.")
     yield from _fallen_findings(ablation)
     if ablation.kind == "factorial":
         yield Finding("Design:", f"{ablation.spec['construction']}.")
     yield Finding("Generalises over:", scope_words(ablation))
+    if bias := bias_words(ablation):
+        yield Finding("The search's choice:", bias)
     yield Finding("Analyses:", analyses_words(ablation))
 
 
@@ -199,6 +210,8 @@ def _finding_words(effect: Effect) -> str:
     label, points = effect.contrast.label, signed(100 * effect.difference.estimate, 1)
     if effect.verdict == "fails":
         return f"{label} ({effect.n_failed} of {effect.n_run} runs)"
+    if not effect.n:
+        return f"{label} (no complete replicate)"
     if effect.verdict == "unfinished":
         return f"{label} ({plural(effect.n, 'replicate')})"
     if effect.verdict == "identical":
@@ -283,10 +296,12 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         groups.append(contrast.factor)
     title = f"Ablation of {ablation.spec['origin']}"
     scope = scope_words(ablation, split)
+    is_wider = ablation.kind == "path" or sum(len(a.looks) for a in ablation.analyses(split)) > 1
+    wider = " (wider than 95 %, for repeated analyses or selected steps)" if is_wider else ""
     how = "for the candidates of all steps" if ablation.kind == "path" else "by Holm's method"
     note = (
         f"Accuracy: mean ± SD over replicates. p: corrected {how} and for the analyses made so "
-        f"far. Intervals, each for itself, generalise over: {scope}"
+        f"far. Intervals, each for itself{wider}, generalise over {scope}"
     )
     if split == "test":
         title = "The same runs on the test split"

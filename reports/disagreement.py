@@ -11,7 +11,7 @@ from reports.effects import Effect
 from reports.publish import Grid, signed
 from reports.words import plural
 from study.record.frames import read_thumbnails
-from study.record.models import SPLITS_FILE
+from study.record.models import SPLITS_FILE, folds_column
 from study.record.record import Record
 
 _MOST_IMAGES = 12
@@ -70,7 +70,9 @@ def disagreements(
     most = max(alone, key=lambda effect: abs(effect.difference.estimate))
     level = next(k for k, weight in most.contrast.weights.items() if weight > 0)
     base = ablation.position({})
-    both = frames[level].join(frames[base], rsuffix="_base", how="inner")
+    both = frames[level].merge(
+        frames[base], left_index=True, right_index=True, suffixes=("", "_base")
+    )
     both["difference"] = both["right"] - both["right_base"]
     both["size"] = -both["difference"].abs()
     both = both[both["size"] < 0].sort_values("size", kind="stable").head(_CANDIDATES)
@@ -100,7 +102,7 @@ def _by_image(ablation: Ablation, runs: Runs, splits: pd.DataFrame) -> pd.DataFr
         if ablation.n_folds > 1:
             repetition, fold = divmod(replicate, ablation.n_folds)
             seed = int(ablation.study.config["data"]["split_seed"]) + repetition
-            images = splits[splits[f"folds-{seed}"] == fold]
+            images = splits[splits[folds_column(ablation.n_folds, seed)] == fold]
         if len(images) == len(correct):
             parts.append(images[["path", "class"]].assign(right=correct))
     if not parts:
@@ -130,11 +132,10 @@ def class_grid(ablation: Ablation, effects: Sequence[Effect], found: Disagreemen
             difference = 100 * (by_class[level].get(name, np.nan) - base[name])
             cells.append("–" if np.isnan(difference) else signed(difference, 1))
         rows.append((str(name), str(sizes[name]), f"{100 * base[name]:.1f}", *cells))
-    header = ("Class", "Images", "Baseline, %", *(effect.contrast.label for effect in shown))
-    left = (
-        f" The {len(shown)} largest of {len(alone)} differences."
-        if len(alone) > len(shown)
-        else ""
-    )
-    note = f"Difference to the baseline in points, mean over replicates; not tested.{left}"
+    marks = [f"({letter})" for letter in "abcdef"][: len(shown)]
+    names = "; ".join(f"{m} {e.contrast.label}" for m, e in zip(marks, shown, strict=True))
+    left = f", the largest of {len(alone)}" if len(alone) > len(shown) else ""
+    what = "Difference to the baseline in points, mean over replicates, not tested"
+    note = f"{what}, of {names}{left}."
+    header = ("Class", "Images", "Baseline, %", *marks)
     return Grid("classes", "By class", header, tuple(rows), note=note)

@@ -236,11 +236,11 @@ def _tested(ablation: Ablation, contrast: Contrast, split: Split) -> _Tested:
     for look in looks:
         rows = [row for row in part[: look.n] if row is not None]
         inference = _infer(ablation, contrast, rows, split)
-        for key, p in (
-            ("p", inference.p),
-            ("p_equivalence", inference.equivalence_p(ablation.rules.margin)),
-            ("p_seeds", _over_seeds(ablation, rows, split)),
-        ):
+        equal = inference.equivalence_p(ablation.rules.margin)
+        if not any(row.any() for row in rows):
+            equal = math.nan  # a few equal runs do not show how much others scatter
+        over_seeds = _over_seeds(ablation, rows, split)
+        for key, p in zip(_P_VALUES, (inference.p, equal, over_seeds), strict=True):
             corrected = min(1.0, p * contrast.n_tests / look.share) if p == p else p
             smallest[key] = float(np.fmin(smallest[key], corrected))
     n = max((look.n for look in looks), default=len(part))
@@ -318,7 +318,7 @@ def _effect(
 def _verdict(effect: Effect, rules: Rules, *, is_identical: bool, is_tested: bool) -> Verdict:
     if effect.n_failed and len(effect.contrast.weights) == 2:
         return "fails"
-    if not is_tested:
+    if not is_tested or not effect.n:
         return "unfinished"
     if is_identical:
         return "identical"
@@ -393,6 +393,10 @@ def foresee(n: int, n_tests: int, n_images: int, n_folds: int, rules: Rules) -> 
         f"{100 * size:.1f} points or more (80 % power, {plural(n_tests, 'comparison')}, if two "
         f"settings disagree on {100 * _DISAGREEMENT:.0f} % of images)."
     )
+    if size > 1:
+        return (
+            f"warning: {n} replicates on {n_images} images cannot show a difference of any size."
+        )
     if size > _LARGE:
         return f"warning: {text} More images, more replicates or fewer levels find smaller ones."
     return text

@@ -4,6 +4,8 @@ from reports.ablation import Ablation, Split
 from reports.intervals import selection_bias
 from reports.words import plural
 
+_SPLITS = {"val": "validation", "test": "test"}
+
 
 def data_words(ablation: Ablation) -> str:
     """Say which images, how many, and how to recognise them."""
@@ -18,39 +20,39 @@ def data_words(ablation: Ablation) -> str:
 
 
 def scope_words(ablation: Ablation, split: Split = "val") -> str:
-    """Say over what a design's intervals and verdicts generalise."""
+    """Say over what a design's intervals and verdicts generalise, as the end of a sentence."""
     n = ablation.replicates
     if split == "val" and ablation.n_folds > 1:
+        n_images = round(ablation.n_images * min(1.0, n / ablation.n_folds))
         return (
-            f"Other seeds, other training images and other validation images of the same kind: "
-            f"{plural(n, 'replicate')} of a {ablation.n_folds}-fold cross-validation of "
-            f"{ablation.n_images} images, by the corrected resampled t-test.{_selected(ablation)}"
+            f"other seeds, other training images and other validation images of the same kind "
+            f"({plural(n, 'replicate')} of a {ablation.n_folds}-fold cross-validation, "
+            f"{n_images} images; corrected resampled t-test)."
         )
     n_images = int(ablation.study.data.get("n_test" if split == "test" else "n_val") or 0)
     if all(runs.is_solved for runs in ablation.runs):
         return (
-            f"Other validation images of the same kind ({n_images} were used). Solved heads have "
-            "no seed; other training images may give other differences."
+            f"other {_SPLITS[split]} images of the same kind ({n_images} were used). Solved heads "
+            "have no seed; other training images may give other differences."
         )
     return (
-        f"Other seeds and other {'test' if split == 'test' else 'validation'} images of the same "
-        f"kind ({plural(n, 'seed')} crossed with {n_images} images), not other training images or "
-        f"datasets.{_selected(ablation) if split == 'val' else ''}"
+        f"other seeds and other {_SPLITS[split]} images of the same kind ({plural(n, 'seed')} "
+        f"crossed with {n_images} images), not other training images or datasets."
     )
 
 
-def _selected(ablation: Ablation) -> str:
+def bias_words(ablation: Ablation) -> str:
     """Say what bias is left where a search chose the baseline."""
     chosen = ablation.spec["chosen"]
     if not chosen:
         return ""
     if ablation.study.config["data"].get("judged_by") == "ablation":
-        return " The search that found the baseline saw none of these images."
+        return "The search that found the baseline saw none of these images."
     bias = selection_bias(chosen["value"], int(chosen["n_val"]), int(chosen["epochs"]))
     points = 100 * bias * min(1.0, chosen["n_val"] / ablation.n_images)
     part = "some" if ablation.n_folds > 1 else "all"
     return (
-        f" A search chose the baseline by {part} of these images, so that levels may look up to "
+        f"A search chose the baseline by {part} of these images, so that levels may look up to "
         f"{points:.1f} points worse than they are (the best of {int(chosen['epochs'])} epochs on "
         f"{int(chosen['n_val'])} images); data.ablation_fraction keeps images apart against that."
     )
@@ -59,8 +61,8 @@ def _selected(ablation: Ablation) -> str:
 def analyses_words(ablation: Ablation) -> str:
     """Say how many analyses share the error, and what that leaves for this one."""
     alpha, n = ablation.rules.alpha, ablation.n_analyses
-    own = ablation.analyses("val")
-    shares = ", ".join(f"{alpha / 2**each.order:.2g}" for each in own)
+    own = [*ablation.analyses("val"), *ablation.analyses("test")]
+    shares = ", ".join(f"{alpha / 2**e.order:.2g} ({_SPLITS[e.split]})" for e in own)
     text = (
         f"{plural(n, 'analysis').replace('analysiss', 'analyses')} of this ablation so far (all "
         f"designs, the test split and later additions); the k-th tests at {alpha:g} / 2^k, so "
@@ -78,13 +80,14 @@ def methods_paragraph(ablation: Ablation) -> str:
     train = ablation.study.config["train"]
     factors = ", ".join(str(factor["name"]) for factor in spec["factors"])
     first, n = int(spec["first_seed"]), ablation.replicates
-    seeds = f"seed {first}" if n == 1 else f"seeds {first} to {first + n - 1}"
+    seeds = f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
+    most = "at most " if ablation.is_adaptive or ablation.n_missing else ""
     parts = [
         f"We ablated {spec['origin']} ({train['backbone']}, weights {train['weights']}, "
         f"{train['epochs']} epochs, batch size {train['batch_size']}) on {data_words(ablation)}. "
         f"Design: {spec['construction']}; factors: {factors}. Every setting was trained with "
-        f"{plural(n, 'replicate')} ({seeds}), the same for all settings, so that differences are "
-        "paired."
+        f"{most}{plural(n, 'replicate')}{f' ({seeds})' if n else ''}, the same for all settings, "
+        "so that differences are paired."
     ]
     if ablation.n_folds > 1:
         parts.append(
@@ -110,10 +113,14 @@ def methods_paragraph(ablation: Ablation) -> str:
         parts.append(f"p values are corrected by Holm's method over {spec['n_tests']} {what}.")
     parts.append(
         f"Settings count as equivalent where two one-sided tests, corrected alike, place the "
-        f"difference within ±{100 * rules.margin:g} accuracy points; as different on these images "
-        f"only, where the t-test over seeds finds a difference and that over seeds and images "
-        f"does not. {analyses_words(ablation)}"
+        f"difference within ±{100 * rules.margin:g} accuracy points."
     )
+    if ablation.n_folds == 1:
+        parts.append(
+            "They count as different on these images only, where the t-test over seeds finds a "
+            "difference and that over seeds and images does not."
+        )
+    parts += [analyses_words(ablation), bias_words(ablation)]
     failed = sum(runs.n_failed for runs in ablation.runs)
     if failed:
         parts.append(f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} shown.")
@@ -126,4 +133,4 @@ def methods_paragraph(ablation: Ablation) -> str:
         f"has. {tested if ablation.n_tested else 'The test split was not read.'} Run on "
         f"{ablation.design.updated_at:%Y-%m-%d}, {', '.join(known)}."
     )
-    return " ".join(parts)
+    return " ".join(part for part in parts if part)

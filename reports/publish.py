@@ -3,13 +3,18 @@
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from reports.intervals import Interval
-from reports.words import markdown_table, markdown_text
+from reports.words import markdown_table, markdown_text, shorten
 
 _MOST_DIGITS = 3
+_NO_WIDTH = 1e-9
+# Of a LaTeX table: rows that fit a page with its note, letters of a cell, columns at full size.
+_ROWS_PER_PAGE = 45
+_LETTERS_PER_CELL = 40
+_MOST_COLUMNS = 7
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -57,7 +62,7 @@ def digits_for(half_width: float) -> int:
     Two significant figures of the half-width, so that no digit is printed that other seeds would
     change at random.
     """
-    if not math.isfinite(half_width) or half_width <= 0:
+    if not math.isfinite(half_width) or half_width < _NO_WIDTH:
         return 1
     return max(0, min(_MOST_DIGITS, 1 - math.floor(math.log10(half_width))))
 
@@ -143,31 +148,34 @@ def _latex_letter(letter: str) -> str:
 def to_latex(grid: Grid) -> str:
     """Write a grid as a LaTeX table over both columns of a page; it needs booktabs only."""
     n = len(grid.header)
+    size = "footnotesize" if n <= _MOST_COLUMNS else "scriptsize"
     columns = ["l"] * grid.n_text + ["r"] * (n - grid.n_text)
     if grid.is_last_text:
         columns[-1] = "l"
     lines = [
         r"\begin{table*}[tp]",
-        r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+        rf"\centering\{size}\setlength{{\tabcolsep}}{{3pt}}",
         rf"\caption{{{latex_text(grid.title)}.}}",
         rf"\label{{tab:{re.sub(r'[^A-Za-z0-9]+', '-', grid.name)}}}",
         rf"\begin{{tabular}}{{{''.join(columns)}}}",
         r"\toprule",
-        _latex_row(grid.header),
+        latex_row(grid.header),
         r"\midrule",
     ]
     for number, row in enumerate(grid.rows):
         if grid.begins_group(number):
             lines.append(r"\addlinespace")
-        lines.append(_latex_row(row))
+        lines.append(latex_row(row))
     lines += [r"\bottomrule", r"\end{tabular}"]
     if grid.note:
         lines.append(rf"\par\smallskip{{\raggedright {latex_text(grid.note)}\par}}")
     return "\n".join([*lines, r"\end{table*}", ""])
 
 
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(latex_text(cell) for cell in cells) + r" \\"
+def latex_row(cells: Sequence[str]) -> str:
+    """Write a row of a LaTeX table; long cells are cut in the middle."""
+    shown = (latex_text(shorten(" ".join(cell.split()), _LETTERS_PER_CELL)) for cell in cells)
+    return " & ".join(shown) + r" \\"
 
 
 def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
@@ -184,5 +192,16 @@ def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
         latex_text(methods),
         "",
     ]
-    tables = [f"% Table {grid.name}: cut from here\n{to_latex(grid)}% to here\n" for grid in grids]
+    pages = [page for grid in grids for page in _pages(grid)]
+    tables = [f"% Table {page.name}: cut from here\n{to_latex(page)}% to here\n" for page in pages]
     return "\n".join([*head, *tables, r"\clearpage", r"\end{document}", ""])
+
+
+def _pages(grid: Grid) -> Iterator[Grid]:
+    """Divide a long table into tables that fit a page each."""
+    for page, first in enumerate(range(0, len(grid.rows), _ROWS_PER_PAGE), start=1):
+        part = slice(first, first + _ROWS_PER_PAGE)
+        name, title = grid.name, grid.title
+        if len(grid.rows) > _ROWS_PER_PAGE:
+            name, title = f"{name}-{page}", f"{title} ({page})"
+        yield replace(grid, name=name, title=title, rows=grid.rows[part], groups=grid.groups[part])

@@ -89,7 +89,7 @@ class Inference:
     @property
     def p(self) -> float:
         """Return the two-sided p value of no difference; NaN where nothing is known."""
-        return min(1.0, 2 * self._tail(abs(self.estimate)))
+        return float(np.minimum(1.0, 2 * self._tail(abs(self.estimate))))
 
     def equivalence_p(self, margin: float) -> float:
         """Return the p value of two one-sided tests that the difference is within +-margin.

@@ -18,7 +18,7 @@ RECORD = (
     "study.record.record",
 )
 # The command line stands above all three packages.
-ABOVE = ("study/cli/main.py", "study/cli/ablation.py", "study/cli/dashboard.py")
+ABOVE = tuple(f"study/cli/{name}.py" for name in ("main", "ablation", "dashboard", "views"))
 HEAVY = ("torch", "torchvision", "timm")
 # These answer before torch is loaded, or run where it is not needed.
 WITHOUT_TORCH = (

@@ -139,6 +139,12 @@ def _from_trial(
     record["data"] |= _judged(source.data)
     record["study"] |= {"name": study.name + _SUFFIX, "time": None}
     config = parse_config(record, f"study {study.name}", overrides, flags)
+    if config.data.ablation_fraction != source.data.ablation_fraction:
+        raise ConfigError(
+            f"data.ablation_fraction must be that of study {study.name}, whose search has seen "
+            f"all others, {source.data.ablation_fraction:g}, but got "
+            f"{config.data.ablation_fraction:g}. Give it to the search."
+        )
     return Baseline(config, origin, source.space, source)
 
 

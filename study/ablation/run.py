@@ -331,6 +331,7 @@ class _Ablation:
             "n_folds": self.n_folds,
             "first_seed": self.config.train.seed,
             "runs": [self._identities(cell) for cell in self.design.cells],
+            "solved": [self._train(cell, 0).is_solved for cell in self.design.cells],
         }
         if spec == self._recorded:
             return

@@ -37,7 +37,7 @@ from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
 from study.record.damage import failure
-from study.record.models import SPLITS_FILE, Study
+from study.record.models import SPLITS_FILE, Study, folds_column
 from study.record.record import Record
 
 # Images are stored this much larger than a network's input, so that random crops of them still
@@ -287,7 +287,8 @@ def write_splits(
     Args:
         data: Images, in the study's split.
         folder: The study's.
-        folds: Of an ablation's replicates: a column `folds-SEED` says which fold each image is in.
+        folds: Of an ablation's replicates: a column per division says which fold an image is in.
+            Those of earlier designs stay.
     """
     splits = {"train": data.train, "val": data.val}
     if data.test is not None:
@@ -302,9 +303,15 @@ def write_splits(
     for n_folds, seed in divisions:
         column = np.full(len(frame), -1)
         column[: len(data.development)] = data.folds(n_folds, seed)
-        frame[f"folds-{seed}"] = column
+        frame[folds_column(n_folds, seed)] = column
     folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / SPLITS_FILE, index=False, lineterminator="\n")
+    path = folder / SPLITS_FILE
+    if path.exists():
+        known = pd.read_csv(path, dtype={"path": str, "class": str})
+        if list(known["path"]) == list(frame["path"]):
+            known[frame.columns] = frame.to_numpy()
+            frame = known
+    frame.to_csv(path, index=False, lineterminator="\n")
 
 
 def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:

@@ -24,7 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 
-SCHEMA = 3
+SCHEMA = 4
 """Number of this layout. Another one is refused; there are no migrations."""
 PREFIX = "frostline_"
 
@@ -41,6 +41,11 @@ MODEL_FOLDER = "model"
 """Name of the model's folder in that of its study."""
 SPLITS_FILE = "splits.csv"
 """Name of the file that says which image is in which split."""
+
+
+def folds_column(n_folds: int, seed: int) -> str:
+    """Name the column of that file that says which fold of a division each image is in."""
+    return f"{n_folds}-folds-{seed}"
 
 
 def now() -> datetime:

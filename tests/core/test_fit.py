@@ -75,6 +75,11 @@ def test_other_runs_in_between_change_nothing(
     assert alone == _numbers(mixed)
 
 
+def test_a_share_of_the_training_images_is_all_that_is_trained_on(data: ImageData) -> None:
+    half = _numbers(list(fit(TINY, data.with_share(0.5))))
+    assert _numbers(list(fit(replace(TINY, train_fraction=0.5), data))) == half
+
+
 def test_a_learnable_task_is_learned(data: ImageData) -> None:
     config = replace(TINY, epochs=12, base_lr=2e-3)
     last = list(fit(config, data))[-1]

@@ -1,32 +1,29 @@
 """Studies for the reports' tests: made with the real store and the real designs, nothing trained.
 
-`make_study` enters a search into a store and `make_ablation` an ablation; `in_memory` makes an
-ablation without a store, thousands of them in seconds.
+`make_study` enters a search into a store and `make_ablation` an ablation.
 """
 
 import dataclasses
 import io
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from optuna.distributions import BaseDistribution, FloatDistribution
 from PIL import Image
 
 from core.config import TrainConfig
 from core.metrics import EpochMetrics
-from reports.ablation import Ablation, Runs
-from reports.effects import Arm, Rules
+from reports.ablation import Correct
 from study.ablation.designs import DESIGNS, Cell, Design
 from study.ablation.factors import Factor, Level
 from study.config.study_config import AblationSection
-from study.record.models import Design as RecordedDesign
-from study.record.models import Misclassified, Study, Test, Trial
+from study.record.models import SPLITS_FILE, Misclassified, Test, Trial
 from study.record.record import Record
 from support import distributions_of
 
@@ -199,8 +196,8 @@ def add_test(store: Record, name: str, number: int, accuracy: float, val_acc: fl
 # Ablations
 
 
-Score = float | str | None
-"""A run's validation accuracy, why it failed, or None where it was not run."""
+Score = Correct | float | str | None
+"""What a run classified correctly, or its accuracy; why it failed; None where it was not run."""
 Simulator = Callable[[Cell, int], Score]
 """Says how a cell's replicate went."""
 
@@ -220,23 +217,42 @@ def follow(design: Design, score: Simulator, n: int) -> Design:
     def done(cell: Cell) -> dict[int, float | None]:
         return {r: v if isinstance(v := score(cell, r), float) else None for r in range(n)}
 
-    assert list(design.missing([n], done, lambda *_: set())) == []
+    assert list(design.missing([n], done, lambda: set())) == []
     return design
 
 
-def _spec_of(
-    design: Design, looks: Sequence[int], margin: float = 1.0, origin: str = "a trial"
+def right(accuracy: float, n: int = 400) -> Correct:
+    """Say which images are classified correctly: the same ones are easy for every run."""
+    easy_first = np.random.default_rng(n).permutation(n)
+    return (easy_first < round(accuracy * n)).astype(np.float64)
+
+
+def analysis(order: int, *replicates: int, split: str = "val") -> dict[str, Any]:
+    """Write an analysis as an ablation records it."""
+    return {"split": split, "order": order, "replicates": list(replicates), "n_runs": order}
+
+
+def spec_of(
+    design: Design,
+    *analyses: dict[str, Any],
+    n_folds: int = 1,
+    margin: float = 1.0,
+    origin: str = "trial 4 of study pets, its best",
+    is_solved: bool = False,
 ) -> dict[str, Any]:
-    """Write a design as an ablation does."""
-    settings = AblationSection(
-        replicates=looks[0], adaptive=len(looks) > 1, margin=margin, design=design.kind
-    )
+    """Write a design as an ablation does; the last analysis of the validation split is planned."""
+    looks = [each["replicates"] for each in analyses if each["split"] == "val"][-1]
+    settings = AblationSection(replicates=looks[0], margin=margin, design=design.kind)
     return design.to_record() | {
         "origin": origin,
+        "chosen": {"epochs": 60, "value": 0.8, "n_val": 400} if origin.startswith("trial") else {},
         "settings": dataclasses.asdict(settings),
-        "looks": list(looks),
+        "looks": looks,
+        "n_folds": n_folds,
         "first_seed": 7,
+        "solved": [is_solved] * len(design.cells),
         "runs": [[f"{cell.label} {r}" for r in range(looks[-1])] for cell in design.cells],
+        "analyses": list(analyses),
     }
 
 
@@ -244,59 +260,67 @@ def make_ablation(
     path: Path,
     design: Design,
     score: Simulator,
-    *,
+    *analyses: dict[str, Any],
     name: str = "pets-ablation",
-    looks: Sequence[int] = (5,),
-    margin: float = 1.0,
     test: Callable[[Cell, int], float | None] = lambda cell, replicate: None,
     command: str = "python -m study ablate pets",
-    origin: str = "trial 4 of study pets, its best",
-    **data: Any,
+    train: Mapping[str, Any] = MappingProxyType({}),
+    data: Mapping[str, Any] = MappingProxyType({}),
+    **spec: Any,
 ) -> Record:
     """Enter a simulated ablation, replicate by replicate, as a run would have; add to a database.
 
-    `looks` are the numbers of replicates at which an adaptive one looks, one for a fixed one;
-    `test` gives the test accuracy of a run, None where it was not tested; `data` as in `DATA`.
+    `analyses` are one of 5 replicates if there is none; `test` gives the test accuracy of a run,
+    None where it was not tested; `data` is as in `DATA`, `spec` as `spec_of` takes it.
     """
-    train = TrainConfig(backbone="resnet18", weights="imagenet:IMAGENET1K_V1", epochs=8)
-    config = {"train": dataclasses.asdict(train)}
+    own = TrainConfig(backbone="resnet18", weights="imagenet:IMAGENET1K_V1", epochs=8)
+    config = {
+        "study": {"output": str(path.parent / "runs")},
+        "train": dataclasses.asdict(own) | dict(train),
+        "data": {"split_seed": 0},
+        "space": {},
+    }
+    data = DATA | dict(data)
     store, study_id, run_id = _begin(path, name, config, data, command)
-    spec = _spec_of(design, looks, margin, origin)
-    for replicate, (k, cell) in itertools.product(range(looks[-1]), enumerate(design.cells)):
-        found = score(cell, replicate)
-        if found is None:
+    made = spec_of(design, *(analyses or [analysis(1, 5)]), **spec)
+    cells, n_folds = list(enumerate(design.cells)), made["n_folds"]
+    n = data["n_val"] if n_folds == 1 else (data["n_train"] + data["n_val"]) // n_folds
+    for replicate, (k, cell) in itertools.product(range(made["looks"][-1]), cells):
+        if (found := score(cell, replicate)) is None:
             continue
-        plan = (
-            Plan({}, [], "failed", found) if isinstance(found, str) else Plan({}, [], score=found)
-        )
-        plan.config_hash = spec["runs"][k][replicate]
+        plan = Plan({}, [], config_hash=made["runs"][k][replicate], config=dict(train))
+        if isinstance(found, str):
+            plan.state, plan.reason = "failed", found
+            enter(store, study_id, run_id, plan, {})
+            continue
+        correct = right(found, n) if isinstance(found, float) else found
+        plan.score = float(correct.mean())
         row = enter(store, study_id, run_id, plan, {})
-        if isinstance(found, float) and (tested := test(cell, replicate)) is not None:
-            add_test(store, name, row.number, tested, found)
+        _predict(store, row, "val", correct)
+        if (tested := test(cell, replicate)) is not None:
+            add_test(store, name, row.number, tested, plan.score)
+            _predict(store, row, "test", right(tested))
     store.end_run(run_id, "complete")
-    store.put_design(study_id, "key", design.kind, spec, command)
+    store.put_design(study_id, f"key of {name}", design.kind, made, command)
+    folder = path.parent / "runs" / name
+    folder.mkdir(parents=True)
+    _splits(data, n_folds, made["looks"][-1]).to_csv(folder / SPLITS_FILE, index=False)
     return store
 
 
-def in_memory(design: Design, scores: Any) -> Ablation:
-    """Make an ablation as it would be read; `scores` (cells, R), NaN for a failed run."""
-    values = np.asarray(scores, dtype=np.float64)
-    n = values.shape[1]
-    study = Study(id=1, name="pets", config={}, data=DATA, versions={})
-    row = RecordedDesign(
-        id=1, study_id=1, key="key", kind=design.kind, spec=_spec_of(design, [n]), command="",
-        updated_at=datetime(2026, 3, 1),
-    )  # fmt: skip
-    untested = np.full(n, math.nan)
-    runs = tuple(
-        Runs(make_arm(cell.label, own), untested, tuple(range(n)), math.nan, cell.levels)
-        for cell, own in zip(design.cells, values, strict=True)
-    )
-    return Ablation(study, row, runs, Rules())
+def _predict(store: Record, row: Trial, split: str, correct: Correct) -> None:
+    labels = np.arange(len(correct)) % 2
+    predicted = np.where(correct, labels, 1 - labels)
+    store.add_predictions(row.id, split, labels.tolist(), predicted.tolist())
 
 
-def make_arm(label: str, values: Any) -> Arm:
-    """Make a cell's runs; NaN is a run that failed."""
-    scores = np.asarray(values, dtype=np.float64)
-    failures = tuple(None if math.isfinite(v) else "diverged: the loss is nan" for v in scores)
-    return Arm(label, "factor", label, scores, failures)
+def _splits(data: Mapping[str, Any], n_folds: int, replicates: int) -> pd.DataFrame:
+    """Name the images, their classes taking turns in every split and fold."""
+    frame = pd.DataFrame({"split": np.repeat(["train", "val"], [data["n_train"], data["n_val"]])})
+    number = np.arange(len(frame))
+    classes = np.take(data["classes"], number % 2)
+    frame["path"] = [f"{name}/{k}.jpg" for name, k in zip(classes, number, strict=True)]
+    frame["class"] = classes
+    for seed in range(replicates // n_folds if n_folds > 1 else 0):
+        frame[f"5-folds-{seed}"] = (number // 2 + seed) % n_folds
+    return frame

@@ -77,10 +77,7 @@ def test_given_splits_are_kept_and_searched_for_copies_and_a_val_is_made(tmp_pat
     root = tmp_path / "photos"
     make_folder(root / "train", {"a": 10, "b": 10})
     make_folder(root / "test", {"a": 4, "b": 4}, seed=1)
-    plain, other = _load(root), _load(root, val_seed=1)
-    assert [len(paths) for paths in _paths(plain)] == [16, 4, 8]
-    assert _paths(plain)[2] == _paths(other)[2]
-    assert _paths(plain)[1] != _paths(other)[1]
+    assert [len(paths) for paths in _paths(_load(root))] == [16, 4, 8]
     make_folder(root / "valid", {"a": 3, "b": 3}, seed=2)
     shutil.copy(root / "train" / "a" / "000.png", root / "test" / "a" / "copy.png")
     data = _load(root)
@@ -89,8 +86,6 @@ def test_given_splits_are_kept_and_searched_for_copies_and_a_val_is_made(tmp_pat
     (warning,) = data.warnings
     assert warning.startswith("1 images lie in more than one split")
     assert "(leakage): train/a/000.png = test/a/copy.png" in warning
-    with pytest.raises(DataError, match=r"data\.val_seed must be left out .* got val_seed=0\. R"):
-        _load(root, val_seed=0)
 
 
 def test_names_order_and_place_of_files_change_nothing(photos: Path, tmp_path: Path) -> None:
@@ -110,17 +105,59 @@ def test_fingerprint_follows_images_and_seed(photos: Path, tmp_path: Path) -> No
     assert len({*prints, _load(root).fingerprint}) == 3
 
 
-def test_val_seed_moves_validation_and_never_the_test_split(photos: Path) -> None:
-    plain = _load(photos)
-    drawn = [_load(photos, val_seed=seed) for seed in range(6)]
-    assert _paths(drawn[0]) == _paths(plain)
-    assert drawn[0].fingerprint == plain.fingerprint
-    for data in drawn:
-        assert _paths(data)[2] == _paths(plain)[2]
-        assert sorted(data.val.labels) == sorted(plain.val.labels)
-        assert sorted(sum(_paths(data), [])) == sorted(sum(_paths(plain), []))
-    assert len({data.val.paths for data in drawn}) == 6
-    assert len({data.fingerprint for data in drawn}) == 6
+@pytest.mark.parametrize("is_given", [False, True])
+def test_each_image_of_development_is_validated_on_once_and_none_of_the_test_split(
+    photos: Path, tmp_path: Path, is_given: bool
+) -> None:
+    if is_given:  # a given val/ is divided anew with train/
+        for k, part in enumerate(("train", "val", "test")):
+            make_folder(tmp_path / "photos" / part, {"a": 10 + k, "b": 6 + k}, seed=k)
+    data = _load(tmp_path / "photos" if is_given else photos)
+    whole = data.development
+    assert whole.paths == data.train.paths + data.val.paths
+    parts = [data.with_fold(5, 3, fold) for fold in range(5)]
+    for part in parts:
+        assert sorted(part.train.paths + part.val.paths) == sorted(whole.paths)
+        assert part.test is data.test
+        counts = np.array([np.bincount(each.val.labels) for each in parts])
+        assert (np.ptp(counts, axis=0) <= 1).all()
+    assert sorted(path for part in parts for path in part.val.paths) == sorted(whole.paths)
+    other = data.with_fold(5, 4, 0)
+    assert other.val.paths != parts[0].val.paths
+    assert len({part.fingerprint for part in (data, *parts, other)}) == 7
+
+
+def test_shares_of_the_training_images_are_nested_and_the_same_of_each_class(
+    photos: Path,
+) -> None:
+    data = _load(photos, test_fraction=0.1, val_fraction=0.1)
+    assert data.with_share(1.0) is data
+    whole, half, tenth = (data.with_share(share) for share in (1.0, 0.5, 0.01))
+    assert set(tenth.train.paths) < set(half.train.paths) < set(whole.train.paths)
+    counts = [np.bincount(part.train.labels).tolist() for part in (whole, half, tenth)]
+    assert counts == [[16, 8], [8, 4], [2, 2]]
+    assert half.val is data.val and half.test is data.test
+    # In the images' order, so that the whole and its shares are read alike.
+    assert [p for p in whole.train.paths if p in half.train.paths] == list(half.train.paths)
+
+
+def test_images_kept_for_ablations_are_in_no_split_of_a_search_and_judge_an_ablation(
+    photos: Path,
+) -> None:
+    plain, search = _load(photos), _load(photos, ablation_fraction=0.2)
+    ablation = _load(photos, ablation_fraction=0.2, judged_by="ablation")
+    apart = set(ablation.val.paths)
+    assert len(apart) == 6 and search.test is not None and ablation.test is not None
+    assert search.test.paths == ablation.test.paths == plain.test.paths
+    assert set(ablation.train.paths) == set(search.development.paths)
+    assert not apart & {*search.development.paths, *search.test.paths}
+    assert apart | set(search.development.paths) == set(plain.development.paths)
+    assert ablation.train.contents == sorted(ablation.train.contents)
+    config = DataConfig(
+        source=f"folder:{photos}", cache_dir=str(photos.parent / "cache"), ablation_fraction=0.2
+    )
+    some = load_data(config, 40, most=12)  # a first look at some images sees none of them either
+    assert not apart & set(some.development.paths)
 
 
 def test_limit_takes_the_same_share_of_every_class(photos: Path) -> None:
@@ -178,8 +215,11 @@ def test_a_class_without_a_readable_training_image_is_refused(tmp_path: Path) ->
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused(photos: Path) -> None:
-    with pytest.raises(DataError, match=r"val_fraction .* must be < 1, but got 0.5 \+ 0.5"):
-        _load(photos, val_fraction=0.5, test_fraction=0.5)
+    rule = (
+        r"data.test_fraction \+ data.ablation_fraction \+ data.val_fraction must be < 1, but got "
+    )
+    with pytest.raises(DataError, match=rf"{rule}0.4 \+ 0.2 \+ 0.4"):
+        _load(photos, val_fraction=0.4, test_fraction=0.4, ablation_fraction=0.2)
 
 
 def _grey(root: Path, values: dict[str, list[int]], kind: str = "I;16") -> Path:

@@ -3,31 +3,31 @@ import dataclasses
 import signal
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from optuna.trial import TrialState
 from small_study import SETTINGS, optuna_trials, rows_of
 
-from core.config import TrainConfig
-from core.data.sources import DataError
 from core.data.splits import ImageData, load_data
-from core.fit import Interrupted
-from core.metrics import EpochMetrics
-from core.training.checkpoint import PREDICTIONS_FILE
 from reports.ablation import Ablation, read_ablations
-from reports.ablation_tables import failures_grid
-from reports.effects import Rules, open_levels
+from reports.ablation_report import describe_ablation
+from reports.effects import judge
 from study.ablation.baseline import find_baseline
-from study.ablation.designs import Scores
-from study.ablation.run import AblationOutcome, Plan, make_plan, run_ablation, settled_config
+from study.ablation.run import (
+    AblationOutcome,
+    Plan,
+    choose_folds,
+    make_plan,
+    run_ablation,
+    settled_config,
+)
 from study.config.errors import ConfigError
 from study.execution.progress import EpochEnded, Event, QuietProgress
-from study.execution.trial_engine import is_settled
-from study.record.models import Design
+from study.record.frames import read_predictions
+from study.record.models import SPLITS_FILE, Design
 from study.record.record import Record
 from support import classic_settings, make_folder
 
@@ -66,12 +66,18 @@ def _plan(
     return make_plan(find_baseline(file, "best", overrides, flags))
 
 
-def _all_open(scores: Scores, looks: Sequence[int]) -> set[int]:
+def _no_looks() -> set[int]:
     raise AssertionError("a fixed ablation takes no look")
 
 
-def _run(plan: Plan, progress: QuietProgress | None = None, decide=_all_open) -> AblationOutcome:
-    return run_ablation(plan, progress=progress or QuietProgress(), command="test", decide=decide)
+def _run(plan: Plan, progress: QuietProgress | None = None) -> AblationOutcome:
+    def announce(data: ImageData, n_folds: int) -> None:
+        assert n_folds == choose_folds(plan.baseline, len(data.val))
+
+    progress = progress or QuietProgress()
+    return run_ablation(
+        plan, progress=progress, command="test", decide=_no_looks, announce=announce
+    )
 
 
 def _ablation(home: Path) -> Ablation:
@@ -85,27 +91,8 @@ def _designs(home: Path) -> list[Design]:
         return store.designs(store.study("tiny").id)
 
 
-def _script(
-    monkeypatch: pytest.MonkeyPatch, accuracy: Callable[[TrainConfig], float]
-) -> list[tuple[TrainConfig, ImageData]]:
-    """Let a script stand in for training; returns what was trained, as it comes."""
-    trained = []
-
-    def scripted(config: TrainConfig, data: ImageData, *, checkpoint_dir: Path, **options: Any):
-        trained.append((config, data))
-        acc = accuracy(config)
-        for epoch in range(1, config.epochs + 1):
-            if options["should_stop"]():
-                raise Interrupted
-            figures = (0.5, 0.5, acc, acc, acc, 0.01, 0.1, 9.0, 0.0, 0.0, 0.0, 1, 8)
-            yield EpochMetrics(epoch, *figures, is_best=epoch == 1)
-        checkpoint_dir.mkdir(parents=True)
-        np.savez(
-            checkpoint_dir / PREDICTIONS_FILE, labels=data.val.labels, predicted=data.val.labels
-        )
-
-    monkeypatch.setattr("study.execution.trial_engine.fit", scripted)
-    return trained
+def _analyses(design: Design) -> list[tuple[int, list[int]]]:
+    return [(each["order"], each["replicates"]) for each in design.spec["analyses"]]
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +126,9 @@ def test_every_cell_and_replicate_is_run_once_with_paired_seeds(finished: Path) 
     # A whole replicate after the other, so that a stop leaves whole pairs.
     assert [row.replicate for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
     for row in rows:
-        config = TrainConfig(**row.config)
-        assert config.seed == row.seed
-        assert config.base_lr == (0.001 if row.factor == "base_lr" else 0.01)
-        assert config.augment == ("none" if row.factor == "augment" else "standard")
+        own = {"base_lr": 0.01, "augment": "standard", "seed": 7 + row.replicate}
+        own |= {"base_lr": {"base_lr": 0.001}, "augment": {"augment": "none"}}.get(row.factor, {})
+        assert row.config | own == row.config
     for trial, row in zip(optuna_trials(finished, "tiny"), rows, strict=True):
         assert (trial.state, trial.number) == (TrialState.COMPLETE, row.number)
         assert trial.intermediate_values == {1: row.value} == {1: trial.value}
@@ -163,6 +149,11 @@ def test_only_what_is_missing_is_run(home: Path, photos: Path) -> None:
     assert [(row.replicate, row.seed) for row in rows[9:]] == [(3, 10)] * 3
     (design,) = _designs(home)
     assert [len(hashes) for hashes in design.spec["runs"]] == [4, 4, 4]
+    # Each number of replicates is an analysis, once, recorded before its runs.
+    assert _analyses(design) == [(1, [3]), (2, [2]), (3, [4])]
+    assert _run(_plan(photos, home, "study.time=1e-3", replicates=5)).stopped_because == "timeout"
+    assert _analyses(_designs(home)[0])[3:] == [(4, [5])]
+    assert len(rows_of(home, "tiny")) == 12
 
 
 def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Path) -> None:
@@ -175,14 +166,15 @@ def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Pa
     designs = _designs(home)
     assert [design.kind for design in designs] == ["ofat", "factorial"]
     assert set(designs[0].spec["runs"][0]) == set(designs[1].spec["runs"][0])
+    assert list(map(_analyses, designs)) == [[(1, [3])], [(2, [3])]]
 
 
 def test_levels_that_train_the_same_share_their_runs(photos: Path, tmp_path: Path) -> None:
     factors = {"augment": ["none"], "view": {"plain": {"augment": "none"}}}
     outcome = _run(_plan(photos, tmp_path, factors=factors))
     assert (outcome.n_done, len(rows_of(tmp_path, "tiny"))) == (6, 4)
-    others = _ablation(tmp_path).others
-    assert [runs.arm.label for runs in others] == ["augment = none", "view = plain"]
+    _, *others = _ablation(tmp_path).runs
+    assert [runs.label for runs in others] == ["augment = none", "view = plain"]
     assert others[0].numbers == others[1].numbers
 
 
@@ -194,15 +186,10 @@ def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
     assert [(row.state, row.level) for row in rows] == [("failed", "1e+30")] * 3
     assert all((row.reason or "").startswith("diverged: the ") for row in rows)
     assert outcome.n_done == 6
-    states = [trial.state for trial in optuna_trials(home, "tiny")[before:]]
-    assert states == [TrialState.FAIL] * 3
     assert _run(plan).n_done == 6
     assert len(rows_of(home, "tiny")) == before + 3  # not run again
-    (diverged,) = _ablation(home).effects()
-    assert (diverged.verdict, diverged.arm.n_failed) == ("fails", 3)
-    grid = failures_grid(_ablation(home))
-    assert grid is not None
-    assert [row[:2] for row in grid.rows] == [("base_lr = 1e+30", str(s)) for s in (7, 8, 9)]
+    (diverged,) = judge(_ablation(home))
+    assert (diverged.verdict, diverged.n_failed) == ("fails", 3)
     assert list((home / "runs").rglob("trial-*")) == []
 
 
@@ -219,92 +206,89 @@ class _Interrupts(QuietProgress):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupted_ablation_continues_its_trial(photos: Path, tmp_path: Path) -> None:
-    plan = _plan(photos, tmp_path, "train.epochs=2")
-    outcome = _run(plan, _Interrupts(4))
-    assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 4)
-    assert rows_of(tmp_path, "tiny")[4].ended_at is None
-    outcome = _run(plan)
-    assert (outcome.stopped_because, outcome.n_done) == ("complete", 6)
-    assert [row.state for row in rows_of(tmp_path, "tiny")] == ["complete"] * 6
-
-
 def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path
 ) -> None:
-    # The second candidate is the better one; its last replicate is cut short.
-    _script(monkeypatch, lambda c: {"none": 0.9}.get(c.augment, 0.5) - c.base_lr * 50)
-    settings, design = ("train.epochs=2",), "path"
-    outcome = _run(_plan(photos, tmp_path, *settings, design=design), _Interrupts(5))
+    plans = []
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        plans.append(_plan(photos, tmp_path / name, "train.epochs=2", design="path"))
+    assert _run(plans[0]).stopped_because == "complete"
+    outcome = _run(plans[1], _Interrupts(5))  # the last replicate of the second candidate
     assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 5)
-    assert [design.spec["steps"] for design in _designs(tmp_path)] == [[]]
-    outcome = _run(_plan(photos, tmp_path, *settings, design=design))
+    assert rows_of(tmp_path / "cut", "tiny")[5].ended_at is None
+    assert [design.spec["steps"] for design in _designs(tmp_path / "cut")] == [[]]
+    outcome = _run(_plan(photos, tmp_path / "cut", "train.epochs=2", design="path"))
     assert (outcome.stopped_because, outcome.n_done, outcome.n_planned) == ("complete", 8, 8)
-    (recorded,) = _designs(tmp_path)
-    assert recorded.spec["steps"] == ["augment", "base_lr"]
-    assert len(recorded.spec["cells"]) == len(recorded.spec["runs"]) == 4
+    ((whole,), (cut,)) = (_designs(tmp_path / name) for name in ("whole", "cut"))
+    assert len(cut.spec["steps"]) == 2 and cut.spec == whole.spec
+    assert len(cut.spec["cells"]) == len(cut.spec["runs"]) == 4
+    assert [row.state for row in rows_of(tmp_path / "cut", "tiny")] == ["complete"] * 8
 
 
-def test_a_timeout_begins_no_further_run(home: Path, photos: Path) -> None:
-    outcome = _run(_plan(photos, home, "study.time=1e-3", replicates=4))
-    assert (outcome.stopped_because, outcome.n_done, outcome.n_planned) == ("timeout", 9, 12)
-    assert len(rows_of(home, "tiny")) == 9
+# Folds and shares
 
 
-def test_resplit_draws_a_validation_split_a_replicate_and_leaves_the_test_split(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = _script(monkeypatch, lambda config: 0.5)
-    plan = _plan(photos, tmp_path, "ablation.resplit=true", replicates=3)
-    assert _run(plan).n_done == 9
-    by_seed: dict[int, set[tuple[str, ...]]] = {}
-    for config, data in trained:
-        by_seed.setdefault(config.seed, set()).add(data.val.paths)
-    assert [len(splits) for splits in by_seed.values()] == [1, 1, 1]  # paired: as the seeds are
-    own = load_data(plan.baseline.config.data, 50)
-    splits = {paths for found in by_seed.values() for paths in found}
-    assert len(splits | {own.val.paths}) == 4
-    assert own.test is not None
-    assert {data.test.paths for _, data in trained if data.test} == {own.test.paths}
+def test_replicates_validate_on_folds_which_splits_csv_names(photos: Path, tmp_path: Path) -> None:
+    plan = _plan(photos, tmp_path, "ablation.folds=2", replicates=5)
+    assert _run(plan).n_done == 15
+    data = load_data(plan.baseline.config.data, 50)
+    splits = pd.read_csv(tmp_path / "runs" / "tiny" / SPLITS_FILE)
+    assert data.test is not None
+    own = [(n, *row) for n in ("train", "val", "test") for row in _images(data, n)]
+    assert list(splits[["split", "path", "class"]].itertuples(index=False, name=None)) == own
+    assert list(splits.columns[3:]) == ["2-folds-0", "2-folds-1", "2-folds-2"]
+    assert (splits.loc[splits["split"] == "test", "2-folds-0":] == -1).all(axis=None)
+    with Record(str(tmp_path / "s.db")) as store:
+        predicted = read_predictions(store, "tiny")
+    for row in rows_of(tmp_path, "tiny"):
+        assert row.seed == 7 + row.replicate
+        division, fold = divmod(row.replicate, 2)  # the same for all levels
+        images = splits[splits[f"2-folds-{division}"] == fold]
+        labels, found = predicted[row.number]
+        assert np.take(data.classes, labels).tolist() == images["class"].tolist()
+        assert (labels == found).mean() == pytest.approx(row.value)
+        assert set(images["path"]) == set(data.with_fold(2, division, fold).val.paths)
+    assert not splits["2-folds-0"].equals(splits["2-folds-1"])
     _run(plan)
-    assert len(trained) == 9
-    assert _run(_plan(photos, tmp_path, replicates=3)).n_done == 9
-    assert len(trained) == 18  # a run on another split is another run
+    assert len(rows_of(tmp_path, "tiny")) == 15
+    # On the validation split it is another design, of other runs; both are still reported.
+    assert _run(_plan(photos, tmp_path, "ablation.folds=1", replicates=1)).n_done == 3
+    assert len(rows_of(tmp_path, "tiny")) == 18
+    assert list(map(_analyses, _designs(tmp_path))) == [[(1, [5])], [(2, [1])]]
+    with Record(str(tmp_path / "s.db")) as store:
+        alone, folded = describe_ablation(store, "tiny")
+    assert (alone.name, folded.name) == ("ofat-2", "ofat")
+    assert alone.disagreement is not None and folded.disagreement is not None
+    seen = [len(part.disagreement.frames[0]) for part in (alone, folded)]
+    assert seen == [len(data.val), len(data.development)]
 
 
-def test_resplit_is_refused_where_validation_is_given(tmp_path: Path) -> None:
-    root = tmp_path / "photos"
-    make_folder(root / "train", {"a": 12, "b": 12})
-    make_folder(root / "val", {"a": 4, "b": 4}, seed=1)
-    with pytest.raises(DataError, match="merge val/ into train/"):
-        _run(_plan(root, tmp_path, "ablation.resplit=true"))
-    assert rows_of(tmp_path, "tiny") == []
+def _images(data: ImageData, split: str) -> list[tuple[str, str]]:
+    part = getattr(data, split)
+    return list(zip(part.paths, np.take(data.classes, part.labels), strict=True))
 
 
-def test_adaptive_stops_where_the_effect_is_huge_and_goes_on_where_it_is_open(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def accuracy(config: TrainConfig) -> float:
-        unclear = 0.95 if config.seed % 2 else 0.85
-        return {1: 0.5, 100: unclear}.get(config.head_lr_mult, 0.9 + 0.001 * config.seed)
+def test_few_images_or_a_search_take_folds(photos: Path, tmp_path: Path) -> None:
+    own = _plan(photos, tmp_path).baseline
+    apart = _plan(photos, tmp_path, "data.ablation_fraction=0.2").baseline
+    searched, seen = (dataclasses.replace(b, source=b.config) for b in (apart, own))
+    assert [choose_folds(own, n) for n in (399, 400)] == [5, 1]
+    assert [choose_folds(b, 400) for b in (seen, searched, apart)] == [5, 1, 1]
+    for n in (1, 3):
+        asked = _plan(photos, tmp_path, f"ablation.folds={n}", "data.ablation_fraction=0.2")
+        assert choose_folds(asked.baseline, 100) == n
 
-    _script(monkeypatch, accuracy)
-    settings = ("ablation.adaptive=true", "ablation.max_replicates=10")
-    plan = _plan(photos, tmp_path, *settings, factors={"head_lr_mult": [1.0, 100.0]}, replicates=4)
-    assert plan.looks == (4, 6, 10)
-    looked = []
 
-    def decide(scores: Scores, looks: Sequence[int]) -> set[int]:
-        looked.append((tuple(looks), [len(values) for values in scores]))
-        return open_levels(scores, Rules(looks=plan.looks))
-
-    assert _run(plan, decide=decide).stopped_because == "complete"
-    assert looked == [((4,), [4, 4, 4]), ((4, 6), [6, 4, 6])]
-    assert Counter(row.level for row in rows_of(tmp_path, "tiny")) == {None: 10, "1": 4, "100": 10}
-    huge, unclear = _ablation(tmp_path).effects()
-    assert (huge.verdict, huge.n) == ("hurts", 4)
-    assert (unclear.verdict, unclear.n) == ("inconclusive", 10)
-    assert huge.p_family <= 0.05 < unclear.p_family
+def test_the_share_of_training_images_is_a_factor(photos: Path, tmp_path: Path) -> None:
+    factors = {"train_fraction": [0.5, 0.1]}
+    settings = "ablation.folds=1", "train.batch_size=2", "train.head_solver=logistic"
+    assert _run(_plan(photos, tmp_path, *settings, factors=factors, replicates=1)).n_done == 3
+    runs = _ablation(tmp_path).runs
+    assert [each.label for each in runs[1:]] == ["train_fraction = 0.5", "train_fraction = 0.1"]
+    with Record(str(tmp_path / "s.db")) as store:
+        (plot,) = (p for p in describe_ablation(store, "tiny")[0].plots if "size" in p.name)
+    assert plot.render("svg").startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(
@@ -357,22 +341,21 @@ def test_the_size_of_images_does_not_depend_on_later_designs(photos: Path, tmp_p
         assert store.study("tiny").config["data"]["store_size"] == size
 
 
-def test_a_combination_that_breaks_a_rule_is_named_before_any_run(
-    photos: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("design", "factors", "rule"),
+    [
+        (
+            "factorial",
+            {"mixup": [0.2], "cutmix": [1.0]},
+            "^mixup = 0.2, cutmix = 1: mixup and",
+        ),
+        ("ofat", {"train_fraction": [0.1]}, "train.batch_size must be <= the number of training"),
+    ],
+)
+def test_a_level_that_cannot_run_is_named_before_any_run(
+    design: str, factors: dict[str, object], rule: str, photos: Path, tmp_path: Path
 ) -> None:
-    plan = _plan(photos, tmp_path, factors={"mixup": [0.2], "cutmix": [1.0]}, design="factorial")
-    with pytest.raises(ConfigError, match=r"^mixup = 0.2, cutmix = 1: mixup and cutmix must not"):
-        _run(plan)
+    with pytest.raises(ConfigError, match=rule):
+        _run(_plan(photos, tmp_path, factors=factors, design=design))
     with Record(str(tmp_path / "s.db")) as store:
         assert store.studies() == []
-
-
-def test_a_run_is_done_when_its_result_is_its_own(finished: Path) -> None:
-    row = rows_of(finished, "tiny")[0]
-
-    def settled(state: str, reason: str | None = None) -> bool:
-        return is_settled(dataclasses.replace(row, state=state, reason=reason))
-
-    assert settled("complete") and settled("failed", "diverged: the loss is not finite")
-    assert settled("failed", "out of memory: one image")
-    assert not settled("failed", "error: [Errno 28] no space") and not settled("running")

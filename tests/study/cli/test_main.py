@@ -21,7 +21,7 @@ from support import make_folder
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     *("run", "resume", "ablate", "audit", "list", "show", "status", "stop", "delete", "test"),
-    *("report", "dashboard", "init", "backbones"),
+    *("report", "archive", "dashboard", "init", "backbones"),
 )
 HEAVY = (
     *("torch", "torchvision", "timm", "optuna", "sqlalchemy", "pandas", "scipy", "matplotlib"),
@@ -64,7 +64,7 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
     documented = (
         "--data --config --name --trials --timeout --set --cache --dry-run "
         "--allow-changes --take-over --quiet --json --storage --from --design --factor "
-        "--replicates --resplit --adaptive --sample --trial --levels --out --beside "
+        "--replicates --folds --adaptive --sample --trial --levels --out --beside "
         "--yes --force --watch --port"
     )
     assert set(documented.split()) <= set(shown.split())
