@@ -152,7 +152,6 @@ class Activations:
                 config.flip,
             ),
             config.rand_magnitude if config.augment == "rand" else None,
-            self._views.is_made_on_device,
             (config.seed, draw),
         )
         images = images_key(split.store, split.indices)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from core.config import Preprocessing, TrainConfig
 from core.data.draws import IntArray, batch_positions, epoch_order
-from core.data.gpu_views import DeviceViews, fits_device
 from core.data.splits import ImageData, Split
 from core.data.views import Loader, eval_views
 from core.device import usable_cores
@@ -31,7 +30,7 @@ class Normalizer:
         self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise views, (N, 3, H, W), uint8 or already float in [0, 255]."""
+        """Normalise uint8 views, (N, 3, H, W)."""
         images = images.to(self.device, non_blocking=True)
         floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         return floats.sub_(self.shift).mul_(self.scale)
@@ -39,9 +38,6 @@ class Normalizer:
 
 class Views:
     """Batches of images through their views, in the order that the seed gives.
-
-    On a GPU the training images lie in its memory and views are made there, where they fit and
-    the augmentation can be done in batches; otherwise views are made on the CPU.
 
     Attributes:
         steps_per_epoch: Batches of an epoch.
@@ -55,11 +51,9 @@ class Views:
         self.normalize = Normalizer(shown, device)
         self.val_labels = data.val.labels
         self.steps_per_epoch = len(batch_positions(np.arange(len(data.train)), config.batch_size))
-        self.is_made_on_device = fits_device(data.train, config.augment, device)
         self._data, self._config = data, config
         self._labels = torch.from_numpy(data.train.labels)
         self._loader: Loader | None = None
-        self._device_views: DeviceViews | None = None
         self._kept_val: list[Tensor] = []
 
     def order(self, epoch: int) -> list[IntArray]:
@@ -81,11 +75,6 @@ class Views:
         split.store.mark_used()
         if config.augment == "none":
             yield from self.eval_inputs(split, batches)
-            return
-        if self.is_made_on_device:
-            if self._device_views is None:
-                self._device_views = DeviceViews(split, self.shown, config, self.device)
-            yield from map(self.normalize, self._device_views.epoch(draw, batches))
             return
         if self._loader is None:
             workers = default_workers(config.workers, self.device)
