@@ -16,12 +16,6 @@ from pydantic_core import PydanticCustomError
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
 
-MAX_ASPECT = 20
-"""An image that is longer than this, relative to its shorter side, loses its ends first."""
-
-GreyRange = tuple[float, float] | None
-"""Values that become black and white in images of more than 8 bits."""
-
 HeadInit = Literal["default", "xavier", "zero", "source-classes", "solved"]
 HeadSolver = Literal["logistic", "sgd"]
 Optimizer = Literal["sgd", "adamw"]
@@ -81,10 +75,6 @@ class Preprocessing:
         std: Per-channel standard deviation, of pixels in [0, 1].
         interpolation: `bilinear` or `bicubic`, always antialiased.
         is_squashed: Whether the resize makes a square of the image.
-        grey_range: Values that become black and white in images of more than 8 bits; None where
-            no training image has more.
-        max_aspect: Longest side, relative to the shorter one, that the centre of an image may
-            have; what lies beyond is cut off before the resize.
     """
 
     image_size: int
@@ -93,8 +83,6 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
     is_squashed: bool = False
-    grey_range: GreyRange = None
-    max_aspect: int = MAX_ASPECT
 
     def __post_init__(self) -> None:
         """Check that the centre crop lies inside the resized image."""

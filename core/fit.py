@@ -215,7 +215,7 @@ def _save(
         card = Card(
             backbone=config.backbone,
             classes=data.classes,
-            preprocessing=replace(network.preprocessing, grey_range=data.views.grey_range),
+            preprocessing=network.preprocessing,
             config=config,
             metrics=best.metrics,
             weights=network.weights,

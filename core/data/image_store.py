@@ -17,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from core.cache import FULL_DISK, prune, size_bytes
-from core.config import GreyRange, Preprocessing
-from core.data.decode import Decoded, Kind, UInt8Array, View, decode, strict_and_quiet
+from core.config import Preprocessing
+from core.data.decode import Kind, UInt8Array, View, decode, strict_and_quiet
 from core.data.draws import IntArray
 from core.data.sources import DataError, LabelledImage
 from core.device import usable_cores
@@ -26,7 +26,7 @@ from core.device import usable_cores
 Progress = Callable[[int, int], None] | None  # takes how many of how many images are decoded
 
 # Stores made by another way of decoding are not used; raise it when `decode` changes its pixels.
-_DECODER = 2
+_DECODER = 3
 _PIXELS, _INDEX = "pixels.bin", "index.json"
 # Checking every image's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
@@ -48,7 +48,6 @@ class ImageStore:
         checksums: CRC-32 of each image's pixels, (N,).
         contents: SHA-256 of each image's undecoded contents, hexadecimal, in their order.
         broken: Why other contents cannot be decoded.
-        grey: By their contents, what `Decoded.grey` says of images of more than 8 bits.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +57,6 @@ class ImageStore:
         self.checksums: IntArray = np.array(index["checksums"], dtype=np.int64)
         self.contents: list[str] = index["contents"]
         self.broken: dict[str, str] = index["broken"]
-        self.grey: dict[str, tuple[float, float, int]] = index["grey"]
         self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
         path = folder / _PIXELS
         if path.stat().st_size != self.size_bytes:
@@ -100,7 +98,6 @@ def build_stores(
     kinds: Sequence[Kind],
     cache: Path,
     progress: Progress = None,
-    grey_range: GreyRange = None,
 ) -> list[ImageStore]:
     """Open the stores of these images, decoding them first where that was not done yet.
 
@@ -113,14 +110,13 @@ def build_stores(
         kinds: What to keep of them, different ones; all stores have the images in one order.
         cache: Folder of stores.
         progress: Called after each image.
-        grey_range: As `decode` takes it.
 
     Raises:
         DataError: The disk is full, the cache folder cannot be written, or an image has changed.
     """
     unique = {image.content: image for image in images}
     ordered = [unique[content] for content in sorted(unique)]
-    folders = {kind: _folder(kind, grey_range, ordered, cache) for kind in kinds}
+    folders = {kind: _folder(kind, ordered, cache) for kind in kinds}
     try:
         with contextlib.ExitStack() as locks:
             # No lock first: the cache may be read-only.
@@ -132,7 +128,7 @@ def build_stores(
             if missing:  # another process may have built one
                 stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
                 lacking = {kind: folders[kind] for kind in kinds if stores[kind] is None}
-                _build(ordered, lacking, grey_range, progress)
+                _build(ordered, lacking, progress)
                 stores |= {kind: ImageStore(folder) for kind, folder in lacking.items()}
     except OSError as err:
         bytes_each = (4 * k * k if isinstance(k, int) else 3 * k.image_size**2 for k in kinds)
@@ -147,16 +143,9 @@ def build_stores(
 
 
 class EvalViews:
-    """The evaluation views of images, a store for each network's preprocessing.
+    """The evaluation views of images, a store for each network's preprocessing."""
 
-    Attributes:
-        grey_range: Of the training images, as `decode` takes it.
-    """
-
-    def __init__(
-        self, images: Sequence[LabelledImage], cache: Path, grey_range: GreyRange
-    ) -> None:
-        self.grey_range = grey_range
+    def __init__(self, images: Sequence[LabelledImage], cache: Path) -> None:
         self._images, self._cache = images, cache
         self._stores: dict[View, ImageStore] = {}
 
@@ -169,14 +158,12 @@ class EvalViews:
 
     def make(self, kinds: Sequence[View], progress: Progress = None) -> None:
         """Make some views at once, which decodes every image once."""
-        made = build_stores(self._images, kinds, self._cache, progress, self.grey_range)
+        made = build_stores(self._images, kinds, self._cache, progress)
         self._stores |= dict(zip(kinds, made, strict=True))
 
 
-def _folder(
-    kind: Kind, grey_range: GreyRange, images: Sequence[LabelledImage], cache: Path
-) -> Path:
-    named = [str(_DECODER), repr(kind), repr(grey_range), *(image.content for image in images)]
+def _folder(kind: Kind, images: Sequence[LabelledImage], cache: Path) -> Path:
+    named = [str(_DECODER), repr(kind), *(image.content for image in images)]
     return cache / "images" / hashlib.sha256(" ".join(named).encode()).hexdigest()[:32]
 
 
@@ -192,23 +179,18 @@ def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
     return store if is_whole and contents == {*store.contents, *store.broken} else None
 
 
-def _build(
-    images: list[LabelledImage],
-    folders: dict[Kind, Path],
-    grey_range: GreyRange,
-    progress: Progress,
-) -> None:
+def _build(images: list[LabelledImage], folders: dict[Kind, Path], progress: Progress) -> None:
     """Decode images into new stores; where the disk is full, after pruning all that may go."""
     if not folders:
         return
     parent = next(iter(folders.values())).parent
     try:
-        _decode_all(images, folders, grey_range, progress)
+        _decode_all(images, folders, progress)
     except OSError as err:
         if err.errno not in FULL_DISK:
             raise
         prune(_stores(parent), 0, unused_s=_IN_USE_S)
-        _decode_all(images, folders, grey_range, progress)
+        _decode_all(images, folders, progress)
     stores = _stores(parent)
     free = shutil.disk_usage(parent).free + sum(map(size_bytes, stores))
     prune(stores, int(_SHARE_OF_DISK * free), unused_s=_IN_USE_S)
@@ -221,30 +203,25 @@ def _stores(folder: Path) -> list[Path]:
 
 
 def _decode_all(
-    images: list[LabelledImage],
-    folders: dict[Kind, Path],
-    grey_range: GreyRange,
-    progress: Progress,
+    images: list[LabelledImage], folders: dict[Kind, Path], progress: Progress
 ) -> None:
     """Write stores; their indexes come last, and without one there is no store."""
     for folder in folders.values():
         # Not written over: other processes may have the damaged pixels mapped.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    common: dict[str, Any] = {"contents": [], "broken": {}, "grey": {}}
+    common: dict[str, Any] = {"contents": [], "broken": {}}
     own: list[dict[str, Any]] = [{"sizes": [], "checksums": []} for _ in folders]
     try:
         with contextlib.ExitStack() as opened:
             files = [opened.enter_context(open(f / _PIXELS, "wb")) for f in folders.values()]
-            results = _decoded(images, list(folders), grey_range)
+            results = _decoded(images, list(folders))
             for done, (image, result) in enumerate(results, start=1):
                 if isinstance(result, str):
                     common["broken"][image.content] = result
                 else:
                     common["contents"].append(image.content)
-                    if result.grey is not None:
-                        common["grey"][image.content] = result.grey
-                    for file, index, pixels in zip(files, own, result.pixels, strict=True):
+                    for file, index, pixels in zip(files, own, result, strict=True):
                         file.write(pixels.data)
                         index["sizes"].append(pixels.shape[:2])
                         index["checksums"].append(zlib.crc32(pixels.data))
@@ -262,11 +239,11 @@ def _decode_all(
 
 
 def _decoded(
-    images: list[LabelledImage], kinds: Sequence[Kind], grey_range: GreyRange
-) -> Iterator[tuple[LabelledImage, Decoded | str]]:
+    images: list[LabelledImage], kinds: Sequence[Kind]
+) -> Iterator[tuple[LabelledImage, list[UInt8Array] | str]]:
     """Decode in parallel (Pillow releases the GIL), in order, a window at a time."""
 
-    def read(image: LabelledImage) -> Decoded | str:
+    def read(image: LabelledImage) -> list[UInt8Array] | str:
         try:
             raw = image.read()
             encoded = raw.read_bytes() if isinstance(raw, Path) else raw
@@ -274,7 +251,7 @@ def _decoded(
                 raise DataError(
                     f"image {image.path} must not change while it is used, but it has."
                 )
-            return decode(encoded, kinds, grey_range)
+            return decode(encoded, kinds)
         except (MemoryError, DataError):
             raise
         except Exception as err:  # a damaged file makes decoders raise nearly anything

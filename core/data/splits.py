@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from core.config import DataConfig, GreyRange, Preprocessing
+from core.config import DataConfig, Preprocessing
 from core.data.decode import Kind, View
 from core.data.draws import IntArray
 from core.data.image_store import EvalViews, ImageStore, Progress, build_stores
@@ -19,8 +19,6 @@ from core.data.sources import DataError, Found, LabelledImage, find_images
 # Below this many training images a class cannot be learned or judged; worth a warning. Assumption.
 _FEW = 10
 _MOST_LISTED = 10
-# Of 256: what is left when a few values of a wide range hold all that is to be seen. Assumption.
-_FEW_LEVELS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +124,6 @@ def load_data(
             f"of {', '.join(absent)}. Add some or remove the class."
         )
     parts["train"] = _limited(parts["train"], config.limit)
-    grey_range = _grey_range(parts["train"], store, notes)
-    if grey_range:
-        store = build_stores(found.images, kinds, cache, progress, grey_range)[0]
-        notes += _few_levels(images, store, grey_range)
     counts = Counter(image.label for image in parts["train"])
     few = [f"{label} ({counts[label]})" for label in found.classes if counts[label] < _FEW]
     if few:
@@ -152,35 +146,10 @@ def load_data(
         splits["train"],
         splits["val"],
         splits.get("test"),
-        EvalViews(found.images, cache, grey_range),
+        EvalViews(found.images, cache),
         hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
         tuple(notes),
     )
-
-
-def _grey_range(images: list[LabelledImage], store: ImageStore, notes: list[str]) -> GreyRange:
-    """Return the lowest and highest value in images of more than 8 bits; None without any.
-
-    Those of the training images, if any of them has more.
-    """
-    found = [store.grey[image.content] for image in images if image.content in store.grey]
-    if store.grey and not found:
-        found = list(store.grey.values())
-        text = "images have more than 8 bits and no training image has: their own values become"
-        notes.append(f"{len(found)} {text} 0 to 255.")
-    return (min(g[0] for g in found), max(g[1] for g in found)) if found else None
-
-
-def _few_levels(
-    images: list[LabelledImage], store: ImageStore, grey_range: tuple[float, float]
-) -> list[str]:
-    few = [i.path for i in images if store.grey.get(i.content, (0, 0, 256))[2] < _FEW_LEVELS]
-    return few and [
-        f"{len(few)} images of more than 8 bits are left with fewer than {_FEW_LEVELS} grey "
-        "levels: the values of the training images, {:g} to {:g}, become 0 to 255 ({}).".format(
-            *grey_range, ", ".join(few[:3])
-        )
-    ]
 
 
 def _readable(

@@ -3,14 +3,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from core.config import DataConfig, Preprocessing
+from core.config import DataConfig
 from core.data.sources import DataError
 from core.data.splits import ImageData, Split, load_data
-from core.data.views import eval_views
 from support import make_folder, shared_data
 
 
@@ -180,56 +178,3 @@ def test_a_class_without_a_readable_training_image_is_refused(tmp_path: Path) ->
 def test_fractions_that_leave_nothing_to_train_on_are_refused(photos: Path) -> None:
     with pytest.raises(DataError, match=r"val_fraction .* must be < 1, but got 0.5 \+ 0.5"):
         _load(photos, val_fraction=0.5, test_fraction=0.5)
-
-
-def _grey(root: Path, values: dict[str, list[int]], kind: str = "I;16") -> Path:
-    """Write flat images of these values, the first of which is 9 in one corner."""
-    for name, found in values.items():
-        (root / name).mkdir(parents=True)
-        for value in found:
-            image = Image.new(kind, (40, 40), value)
-            image.putpixel((0, 0), 9)
-            image.save(root / name / f"{value}.png")
-    return root
-
-
-def test_images_of_more_than_8_bits_share_the_range_of_the_training_images(
-    tmp_path: Path, shown: Preprocessing
-) -> None:
-    dark, bright = (range(low, low + 800, 40) for low in (1000, 3000))
-    data = _load(_grey(tmp_path / "scans", {"dark": list(dark), "bright": list(bright)}))
-    values = [int(Path(path).stem) for path in data.train.paths]
-    low, high = data.views.grey_range or (0, 0)
-    assert (low, high) == (9, max(values))
-    for split in _splits(data):
-        value = np.array([int(Path(path).stem) for path in split.paths])
-        expected = np.clip(np.round((value - low) / (high - low) * 255), 0, 255)
-        views = eval_views(data, split, np.arange(len(split)), shown)
-        assert np.array_equal(views[:, 0, 12, 12], expected)
-        found = [split.store.image(int(i))[20, 20, 0] for i in split.indices]
-        assert np.array_equal(found, expected)
-    assert len(data.warnings) == 1
-    assert data.warnings[0].startswith("40 images of more than 8 bits are left with fewer than 20")
-
-
-def test_images_of_more_than_8_bits_that_are_not_trained_on_are_scaled_and_named(
-    tmp_path: Path, shown: Preprocessing
-) -> None:
-    root = tmp_path / "photos"
-    for k, part in enumerate(("train", "val")):
-        make_folder(root / part, {"a": 10, "b": 10}, seed=k)
-    image = Image.new("I;16", (40, 40), 1000)
-    image.putpixel((0, 0), 9)
-    image.save(root / "val" / "a" / "scan.png")
-    data = _load(root)
-    assert data.views.grey_range == (9, 1000)
-    assert any(
-        "1 images have more than 8 bits and no training image has" in w for w in data.warnings
-    )
-    at = data.val.paths.index("val/a/scan.png")
-    views = eval_views(data, data.val, np.array([at]), shown)
-    assert views[0, :, 12, 12].tolist() == [255, 255, 255]
-
-
-def test_images_of_8_bits_have_no_range(photos: Path) -> None:
-    assert _load(photos).views.grey_range is None
