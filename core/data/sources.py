@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,18 +23,15 @@ from core.data.decode import Raw
 from core.device import usable_cores
 
 _DIGIT_SIDE = 64
-_WORDS = {
-    "train": ("train", "training", "trn"),
-    "val": ("val", "valid", "validation", "validate", "eval", "evaluation", "dev"),
-    "test": ("test", "testing", "tst"),
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
-_SPLITS = {word: split for split, words in _WORDS.items() for word in words}
 # Folders that archivers and file servers add.
 _JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 # Control characters, which terminals obey, those that reorder a line, and bytes that are no UTF-8.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# Real path to where a folder was first met, and in which class.
-_Visited = dict[str, tuple[Path, Path | None]]
 _EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
     + (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
@@ -174,7 +171,7 @@ def _is_flat(folder: Path) -> bool:
 
 
 def _label(folder: Path) -> str:
-    """Name a class alike whichever system wrote its accents; macOS decomposes them."""
+    # macOS decomposes accents.
     return _shown(unicodedata.normalize("NFC", folder.name))
 
 
@@ -182,40 +179,23 @@ def _names(folders: Iterable[Path]) -> str:
     return textwrap.shorten(", ".join(p.name for p in folders), 80, placeholder=" ...")
 
 
-def _split_of(folder: Path) -> tuple[str | None, str | None]:
-    """Find a split's word at either end of a name, and what else the name says."""
-    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", folder.name).lower()
-    words = re.findall(r"[^\W\d_]+|\d+", spaced)
-    for at in (0, -1) if words else ():
-        split = _SPLITS.get(words[at].removesuffix("set"))
-        if split:
-            del words[at]
-            return split, " ".join(words)
-    return None, None
-
-
 def _find_splits(root: Path, notes: list[str]) -> dict[Path, str | None]:
-    """Tell splits from classes: `train` and its like, or names alike but for such a word."""
+    """Tell splits from classes, by the names of the folders and by what is in them."""
     inner = _subfolders(root)
-    groups: defaultdict[str | None, dict[Path, str | None]] = defaultdict(dict)
-    for folder in inner:
-        split, rest = _split_of(folder)
-        groups[rest][folder] = split
-    found = [g for k, g in groups.items() if "train" in g.values() and (k == "" or len(g) > 1)]
-    if len(found) > 1 or not (
-        found or None in groups or "" not in groups and all(map(_is_flat, inner))
-    ):
-        raise DataError(
-            f"data folder {root} must have one train folder and others named alike, but it has "
-            f"{_names(inner)}. Rename them to train, val, test."
-        )
-    splits = found[0] if found else {}
+    splits: dict[Path, str | None] = {
+        folder: _SPLITS[folder.name.lower()] for folder in inner if folder.name.lower() in _SPLITS
+    }
     others = [folder for folder in inner if folder not in splits]
-    if [*map(_subfolders, splits)] == [[]] and others and all(map(_is_flat, others)):
+    if "train" not in splits.values() and others:
+        return {root: None}
+    if len(splits) == 1 and others and all(map(_is_flat, inner)):
         notes.append(f"{root}: {_names(splits)} is taken for a class, as {_names(others)}.")
         return {root: None}
-    if not splits:
-        return {root: None}
+    if "train" not in splits.values() or len(set(splits.values())) < len(splits):
+        raise DataError(
+            f"data folder {root} must have one train folder and one val and test folder at most, "
+            f"but it has {_names(inner)}. Rename them to train, val, test."
+        )
     read = {_unwrapped(folder): split for folder, split in splits.items()}
     for folder in [folder for folder in read if not _subfolders(folder)]:
         if read.pop(folder) == "train":
@@ -226,10 +206,6 @@ def _find_splits(root: Path, notes: list[str]) -> dict[Path, str | None]:
         notes.append(f"{folder}: no class folders (unlabelled or empty), not read.")
     if others:
         notes.append(f"{root}: {_names(others)} lie beside train and are not read.")
-    plain = {split for folder, split in splits.items() if folder.name.lower() in _SPLITS}
-    if len(plain) < len(splits):  # other names, or two folders of one split
-        meant = ", ".join(f"{folder.name} = {split}" for folder, split in splits.items())
-        notes.append(f"{root}: folders are read as splits: {meant}.")
     return read
 
 
@@ -251,7 +227,7 @@ def _check_same_classes(splits: Iterable[Path]) -> None:
         )
 
 
-def _check_class_folders(root: Path, folders: list[Path], notes: list[str]) -> None:
+def _check_class_folders(root: Path, folders: list[Path]) -> None:
     """Refuse classes of one name, and parts of a data set that would be taken for classes."""
     labels = Counter(map(_label, folders))
     if len(labels) < len(folders):
@@ -259,9 +235,6 @@ def _check_class_folders(root: Path, folders: list[Path], notes: list[str]) -> N
             f"class folders in {root} must look different, but {labels.most_common(1)[0][1]} look "
             f"like {labels.most_common(1)[0][0]}. Merge or rename them."
         )
-    alike = Counter(label.casefold() for label in labels).most_common(1)
-    if alike and alike[0][1] > 1:
-        notes.append(f"{root}: classes differ only by case ({alike[0][0]}); merge them if one.")
     counts = Counter(inner.name for folder in folders for inner in _subfolders(folder))
     repeated = [root / name for name, n in counts.items() if n > 1]
     if len(repeated) > 1:
@@ -282,9 +255,11 @@ def _list_files(
     deep = []
     for folder, split in splits.items():
         class_folders = _subfolders(folder)
-        _check_class_folders(folder, class_folders, notes)
-        real = Path(os.path.realpath(folder))
-        visited: _Visited = {str(p): (p, None) for p in (real, *real.parents)}
+        _check_class_folders(folder, class_folders)
+        real = folder.resolve()
+        visited: dict[Path, tuple[Path, Path | None]] = {
+            p: (p, None) for p in (real, *real.parents)
+        }
         for class_folder in class_folders:
             found = list(_images_in(class_folder, visited, ignored))
             if not found:
@@ -303,12 +278,17 @@ def _list_files(
     return files
 
 
-def _images_in(top: Path, visited: _Visited, ignored: Counter[str]) -> Iterator[Path]:
-    """List a class's images, inner and linked folders included, and count its other files."""
+def _images_in(
+    top: Path, visited: dict[Path, tuple[Path, Path | None]], ignored: Counter[str]
+) -> Iterator[Path]:
+    """List a class's images, inner and linked folders included, and count its other files.
+
+    `visited` maps a real folder to where it was first met, and in which class.
+    """
     pending = [top]
     while pending:
         folder = pending.pop()
-        first, owner = visited.setdefault(os.path.realpath(folder), (folder, top))
+        first, owner = visited.setdefault(folder.resolve(), (folder, top))
         if first is not folder and (folder is top or owner not in (None, top)):
             raise DataError(
                 f"{folder} and {first} must be different folders, but are one (linked). An image "

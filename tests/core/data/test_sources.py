@@ -88,7 +88,7 @@ def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
         ({}, "must hold one folder per class"),
         ({"a": 5}, r"must have at least two classes, but .* has one \(a\)"),
         ({"a": 5, "b": 0}, "class folder .*b must hold images, but has none"),
-        ({"val/a": 3, "test/a": 3}, "must have one train folder and others .* it has test, val"),
+        ({"val/a": 3, "test/a": 3}, "must have one train folder .* it has test, val"),
         ({"train/a": 3, "train/b": 3, "test/a": 1, "test/c": 1}, r"test lacks b; .*train lacks c"),
     ],
 )
@@ -101,22 +101,16 @@ def test_bad_folders_are_refused(tmp_path: Path, classes: dict[str, int], messag
     ("train", "val", "test"),
     [
         ("Training", "validation", "TEST"),
-        ("seg_train", "seg_dev", "seg_test"),
-        ("train2017", "val2017", "test2017"),
-        ("TrainImages", "EvalImages", "TestImages"),
-        ("trainset", "valset", "testset"),
         ("train/train", "val", "test/test"),
     ],
 )
-def test_splits_are_known_by_a_word_in_their_names(
-    tmp_path: Path, train: str, val: str, test: str
-) -> None:
+def test_splits_are_known_by_their_names(tmp_path: Path, train: str, val: str, test: str) -> None:
     for k, folder in enumerate((train, val, test)):
         make_folder(tmp_path / folder, {"ants": 3 - k, "bees": 3 - k}, seed=k)
     found = _find(tmp_path)
     assert found.classes == ("ants", "bees")
     assert Counter(image.split for image in found.images) == {"train": 6, "val": 4, "test": 2}
-    assert bool(found.warnings) == (train not in ("Training", "train/train"))
+    assert not found.warnings
 
 
 @pytest.mark.parametrize(
@@ -128,7 +122,6 @@ def test_splits_are_known_by_a_word_in_their_names(
         (("train/a", "train/b", "test"), "a b", "test: no class folders .* not read"),
         (("train/a", "train/b", "unlabeled"), "a b", "unlabeled lie beside train and are not"),
         (("a", "b", "__MACOSX/a", "a/@eaDir", ".ipynb_checkpoints"), "a b", ""),
-        (("Ants", "ants"), "Ants ants", "differ only by case"),
         (("pets/cat", "pets/dog", "car"), "car pets", "pets: images lie in inner folders only"),
     ],
 )
@@ -146,7 +139,8 @@ def test_what_is_read_and_what_is_not_is_said(
     [
         (("fold0/a", "fold0/b", "fold1/a", "fold1/b"), "classes or splits, .*fold0, fold1"),
         (("a/train", "a/test", "b/train", "b/test"), r"hold the same folders \(test, train\)"),
-        (("train/a", "train/b", "toy_train/a", "toy_test/a"), "must have one train folder"),
+        (("train/a", "train/b", "training/a", "training/b"), "must have one train folder"),
+        (("seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b"), "to train, val, test"),
         (("train", "test"), "train must hold one folder per class, but it has no folders"),
         (("photos/a", "photos/b"), "give the folder that holds them"),
         (("caf\u00e9", "cafe\u0301"), "must look different, but 2 look like caf\u00e9"),
