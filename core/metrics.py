@@ -1,6 +1,7 @@
 """The figures of an epoch, and of an evaluation; free of torch."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from core.config import Monitor
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,14 @@ class Evaluation:
         Each half of the images has the temperature of the other half: a trained network is
         often too sure of itself, which says little about the classes that it gives.
         """
+        if len(self.labels) < 2:
+            return self.loss
         halves = [slice(k, None, 2) for k in (0, 1)]
         sums = 0.0
         for fitted, judged in (halves, halves[::-1]):
-            if len(self.labels[fitted]) == 0 or len(self.labels[judged]) == 0:
-                return self.loss
             t = _temperature(self.labels[fitted], self.log_probs[fitted])
-            sums += _loss_at(t, self.labels[judged], self.log_probs[judged])
+            cooled = tempered(self.log_probs[judged].astype(np.float64), t)
+            sums -= float(cooled[np.arange(len(cooled)), self.labels[judged]].sum())
         return sums / len(self.labels)
 
     @property
@@ -182,20 +185,18 @@ def _temperature(labels: IntArray, log_probs: FloatArray) -> float:
     rows = np.arange(len(labels))
     for _ in range(30):
         middle = (low + high) / 2
-        scaled = np.exp(middle) * log_probs.astype(np.float64)
-        probs = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        probs /= probs.sum(axis=1, keepdims=True)
+        probs = np.exp(tempered(log_probs.astype(np.float64), np.exp(-middle)))
         slope = ((probs * log_probs).sum(axis=1) - log_probs[rows, labels]).mean()
         low, high = (middle, high) if slope < 0 else (low, middle)
     return float(np.exp(-(low + high) / 2))
 
 
-def _loss_at(temperature: float, labels: IntArray, log_probs: FloatArray) -> float:
-    """Sum the cross-entropy of predictions at a temperature, nats."""
-    scaled = log_probs.astype(np.float64) / temperature
-    top = scaled.max(axis=1, keepdims=True)
-    total = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
-    return float((total - scaled[np.arange(len(labels)), labels]).sum())
+def tempered(log_probs: NDArray[_Float], temperature: float | FloatArray) -> NDArray[_Float]:
+    """Return log-probabilities, (..., K), for logits that are divided by a temperature."""
+    scaled = log_probs / temperature
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+    return np.asarray(scaled - total, dtype=log_probs.dtype)
 
 
 class TrainingDiverged(RuntimeError):
