@@ -200,8 +200,6 @@ class TrainConfig:
     amp: Amp = "auto"
     """Mixed precision: auto (bf16 on a GPU that has it, else fp16; off on a CPU), bf16, fp16 or
     off."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
     device: str = "auto"
     """auto (cuda, mps, cpu, in this order), or a device's name."""
     workers: OrNone[int] = Field(default=None, ge=0)

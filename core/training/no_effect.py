@@ -5,7 +5,6 @@ from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
 NEVER = {
     "device": "it says where the run is computed",
     "workers": "it says how many processes make views",
-    "compile": "it changes the speed, and figures by rounding at most",
     "monitor": "it chooses among epochs, and changes no step of them",
 }
 """Settings that change no trained weight by themselves, whatever the others are."""

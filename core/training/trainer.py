@@ -74,9 +74,6 @@ class Trainer:
         module = self._module = trained.module
         groups = parameter_groups(module, network, config)
         self._optimizer = make_optimizer(groups, config, device)
-        if config.compile:  # else what earlier runs compiled decides what is compiled for this one
-            torch.compiler.reset()
-        self._forward: Any = torch.compile(module) if config.compile else module
         dtype = amp_dtype(config.amp, device)
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -190,7 +187,7 @@ class Trainer:
         parts = zip(inputs.tensor_split(n_parts), labels.tensor_split(n_parts), strict=True)
         for images, targets in parts:  # their sizes differ by one at most
             with self._autocast:
-                loss = cross_entropy(self._forward(images), targets, **options)
+                loss = cross_entropy(self._module(images), targets, **options)
             torch.autograd.backward(self._scaler.scale(loss * scale))
             total += loss.detach()
         return total

@@ -1,9 +1,7 @@
 import hashlib
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,29 +278,3 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
-
-
-def test_every_trial_is_compiled(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
-        return lambda *inputs: calls.append(1) or graph(*inputs)
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
-    config = replace(TINY, epochs=1, compile=True, mixup=0.1)  # mixup: no kept arrays
-    with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
-        for depth in range(5):
-            next(fit(replace(config, freeze_depth=depth), data))
-    assert len(calls) == 5 * 3  # every step of each
-
-
-def test_compiled_network_trains_alike(
-    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # PyTorch's own tracer without its C++ compiler, which takes a quarter of a minute.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    config = replace(TINY, epochs=1, freeze_depth=5)
-    [compiled] = fit(replace(config, compile=True), data, checkpoint_dir=tmp_path)
-    [plain] = fit(config, data)
-    assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
-    load_checkpoint(tmp_path)
