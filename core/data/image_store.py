@@ -46,8 +46,8 @@ class ImageStore:
         folder: Where `build_stores` put them.
         sizes: Heights and widths, (N, 2).
         checksums: CRC-32 of each image's pixels, (N,).
-        contents: SHA-256 of each image's undecoded contents, hexadecimal, in their order.
-        broken: Why other contents cannot be decoded.
+        contents: SHA-256 of each image's file, hexadecimal.
+        broken: Of other files, why they cannot be decoded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,17 +99,12 @@ def build_stores(
     cache: Path,
     progress: Progress = None,
 ) -> list[ImageStore]:
-    """Open the stores of these images, decoding them first where that was not done yet.
+    """Open the stores of images, one for each kind, decoding them first where that was not done.
 
-    A store is keyed by contents and kind, so folders may move and files be renamed. One process
-    builds it while others wait; a damaged one is built again. Stores that were not used for a day
-    are pruned where all together take more than half of what they take and what is free.
-
-    Args:
-        images: What to decode; equal contents are kept once.
-        kinds: What to keep of them, different ones; all stores have the images in one order.
-        cache: Folder of stores.
-        progress: Called after each image.
+    A store is keyed by contents and kind, so folders may move and files be renamed; equal contents
+    are kept once. One process builds it while others wait; a damaged one is built again. Stores
+    that were not used for a day are pruned where all together take more than half of what they
+    take and what is free.
 
     Raises:
         DataError: The disk is full, the cache folder cannot be written, or an image has changed.
@@ -153,13 +148,8 @@ class EvalViews:
         """Return the store of some views, made at the first call; it raises as `build_stores`."""
         view = View.of(shown)
         if view not in self._stores:
-            self.make([view], progress)
+            [self._stores[view]] = build_stores(self._images, [view], self._cache, progress)
         return self._stores[view]
-
-    def make(self, kinds: Sequence[View], progress: Progress = None) -> None:
-        """Make some views at once, which decodes every image once."""
-        made = build_stores(self._images, kinds, self._cache, progress)
-        self._stores |= dict(zip(kinds, made, strict=True))
 
 
 def _folder(kind: Kind, images: Sequence[LabelledImage], cache: Path) -> Path:

@@ -51,10 +51,7 @@ class ImageData:
     """Labelled images, split.
 
     Attributes:
-        source: What `DataConfig.source` said.
         classes: Class names in the order of class numbers.
-        train: Images to learn from.
-        val: Images to choose by.
         test: Images for the one final test; None where the source has none.
         views: The evaluation views of all images, in the order of the parts' store.
         fingerprint: SHA-256 over contents, labels and parts; it does not depend on file names.
@@ -100,8 +97,7 @@ def load_data(
         config: Source and splits.
         store_size: Shorter side at which images are kept where the configuration has none.
         progress: Called with how many of how many images are decoded.
-        shown: Evaluation views to make at once, for which each image is decoded once; others are
-            made when they are needed.
+        shown: Evaluation views to make at once; others are made when they are needed.
         most: Sample about so many images, no image of the test split among them; None for all.
 
     Raises:

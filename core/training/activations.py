@@ -63,8 +63,7 @@ def evaluation_features(
 ) -> Tensor:
     """Return what a solved head sees of the training and then the validation images, (N, F).
 
-    The pooled outputs of several layers are computed in one pass, in the order of `find_layers`,
-    and kept as one array, so that the last layer's need no other one.
+    The pooled outputs of several layers are kept as one array, the last layer's at its end.
 
     Raises:
         BackboneError: The head is not one linear layer.
@@ -135,7 +134,6 @@ class Activations:
             yield self._ready(self._val[is_mirrored](torch.from_numpy(positions)))
 
     def _ready(self, rows: Tensor) -> Tensor:
-        """Bring rows to the device, channels last where they are images."""
         rows = rows.to(self._views.device, non_blocking=True)
         return rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows
 
@@ -143,21 +141,11 @@ class Activations:
         config, shown, split = self._config, self._views.shown, self._data.train
         if config.augment == "none":  # the evaluation view, the same in every epoch
             return self.evaluation_rows(split)
-        view = (
-            (
-                shown.image_size,
-                shown.interpolation,
-                config.augment,
-                config.crop_scale,
-                config.flip,
-            ),
-            config.rand_magnitude if config.augment == "rand" else None,
-            (config.seed, draw),
-        )
+        crop = (shown.image_size, shown.interpolation, config.crop_scale, config.flip)
+        policy = (config.augment, config.rand_magnitude if config.augment == "rand" else None)
         images = images_key(split.store, split.indices)
-        return self._rows(
-            split, (images, view), lambda chunks: self._views.train_inputs(draw, chunks)
-        )
+        key = (images, crop, policy, config.seed, draw)
+        return self._rows(split, key, lambda chunks: self._views.train_inputs(draw, chunks))
 
     def evaluation_rows(
         self, split: Split, *, is_mirrored: bool = False

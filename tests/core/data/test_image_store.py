@@ -112,12 +112,11 @@ def test_views_are_made_with_the_images_or_when_they_are_needed(
     build_stores(images, [30, View.of(shown)], cache)
     made: list[int] = []
     views = EvalViews(images, cache)
-    views.make([View.of(shown)], lambda done, _: made.append(done))
-    views.make([View.of(shown), View.of(larger)], lambda done, _: made.append(done))
-    assert made == [1, 2, 3, 4, 5]
     for how in (shown, larger):
         expected = np.stack([eval_view(image.read(), how) for image in images])
-        assert np.array_equal(views.store(how).views(np.arange(5)), expected)
+        store = views.store(how, lambda done, _: made.append(done))
+        assert np.array_equal(store.views(np.arange(5)), expected)
+    assert made == [1, 2, 3, 4, 5]
 
 
 def test_an_image_that_changes_while_it_is_used_is_refused(
