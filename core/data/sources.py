@@ -256,12 +256,8 @@ def _list_files(
     for folder, split in splits.items():
         class_folders = _subfolders(folder)
         _check_class_folders(folder, class_folders)
-        real = folder.resolve()
-        visited: dict[Path, tuple[Path, Path | None]] = {
-            p: (p, None) for p in (real, *real.parents)
-        }
         for class_folder in class_folders:
-            found = list(_images_in(class_folder, visited, ignored))
+            found = list(_images_in(class_folder, ignored))
             if not found:
                 raise DataError(
                     f"class folder {class_folder} must hold images, but has none "
@@ -278,31 +274,18 @@ def _list_files(
     return files
 
 
-def _images_in(
-    top: Path, visited: dict[Path, tuple[Path, Path | None]], ignored: Counter[str]
-) -> Iterator[Path]:
-    """List a class's images, inner and linked folders included, and count its other files.
-
-    `visited` maps a real folder to where it was first met, and in which class.
-    """
+def _images_in(top: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """List a class's images, those of inner folders included, and count its other files."""
     pending = [top]
     while pending:
-        folder = pending.pop()
-        first, owner = visited.setdefault(folder.resolve(), (folder, top))
-        if first is not folder and (folder is top or owner not in (None, top)):
-            raise DataError(
-                f"{folder} and {first} must be different folders, but are one (linked). An image "
-                "has one class: remove the link."
-            )
-        if first is not folder:
-            ignored["links to folders already read"] += 1
-            continue
-        for entry in _entries(folder):
+        for entry in _entries(pending.pop()):
             path = Path(entry.path)
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 pending.append(path)
             elif _is_image(entry):
                 yield path
+            elif entry.is_dir():  # it may lead back here, or to another class
+                ignored["links to folders"] += 1
             else:
                 kind = path.suffix.lower() or "without suffix"
                 ignored[kind if entry.is_file() else "pipes, sockets or devices"] += 1

@@ -63,7 +63,6 @@ class Level:
     """One freeze level of a backbone, as `study backbones NAME` shows it.
 
     Attributes:
-        depth: The level.
         newly_frozen: Modules that it freezes and the level below it does not.
         trained_parameters: Number of scalars that are still trained, head included.
         frozen_flops_share: Share of the forward pass that is frozen, in [0, 1].
@@ -76,9 +75,7 @@ class Level:
 
 
 def freeze(model: nn.Module, stages: Stages, depth: int) -> list[str]:
-    """Freeze the stages below `depth`: no gradient, and eval mode by `train_mode`.
-
-    Parameters that the forward pass never uses are frozen at every level.
+    """Take the gradient from the stages below `depth` and from what the network never uses.
 
     Returns:
         Names of the parameters that stay trainable, in the network's order.

@@ -22,8 +22,7 @@ class Trainable:
     Attributes:
         module: The network's own layers, under their own names.
         set_train_mode: Puts the network in training mode, but for what is frozen.
-        to_evaluate: Gives what a copy of the module does in evaluation, where that is traced
-            apart.
+        to_evaluate: Gives what a copy of the module does in evaluation.
     """
 
     module: nn.Module
@@ -108,11 +107,7 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
 
 
 def cut_head(network: Network, config: TrainConfig) -> Partition:
-    """Cut a network before its head, which is to be solved.
-
-    Raises:
-        BackboneError: The head is not one linear layer.
-    """
+    """Cut a network before its head; one that is not a linear layer is a `BackboneError`."""
     part = cut(network, replace(config, freeze_depth=MAX_FREEZE_DEPTH))
     if part is None or not _is_linear(part.suffix, network):
         remedy = "train.head_solver=sgd"

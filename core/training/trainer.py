@@ -100,11 +100,7 @@ class Trainer:
         return lr_factor(self._config, last, self._batches.steps_per_epoch)
 
     def train_epoch(self) -> Iterator[None]:
-        """Train the rest of an epoch; gives control back after each step.
-
-        Raises:
-            TrainingDiverged: The loss is not a finite number any more.
-        """
+        """Train the rest of an epoch; gives control back after each step."""
         at = self.position
         self._trained.set_train_mode()
         batches = self._batches.train(at.epoch, at.step)
@@ -257,7 +253,7 @@ def check_batches(config: TrainConfig, network: Network, n_images: int) -> None:
 
 
 def _is_enough(module: nn.Module, n: int, micro_batch_size: int) -> bool:
-    """Say whether the parts of n images can train the module's batch norms, if any are trained."""
+    """Return whether parts of n images can train the module's batch norms, if any are trained."""
     least = n // -(-n // micro_batch_size)
     norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return least > 1 or not any(norm.training for norm in norms)
