@@ -111,19 +111,17 @@ def build_stores(
     """
     unique = {image.content: image for image in images}
     ordered = [unique[content] for content in sorted(unique)]
-    folders = {kind: _folder(kind, ordered, cache) for kind in kinds}
+    name = _hashed([str(_DECODER), *sorted(unique)])
+    folders = {kind: cache / "images" / _hashed([name, repr(kind)]) for kind in kinds}
     try:
-        with contextlib.ExitStack() as locks:
-            # No lock first: the cache may be read-only.
-            stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
-            missing = sorted(folders[kind] for kind in kinds if stores[kind] is None)
-            for folder in missing:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(folder.with_suffix(".lock")))
-            if missing:  # another process may have built one
+        stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
+        if None in stores.values():  # only then a lock: the cache may be read-only
+            (cache / "images").mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "images" / f"{name}.lock"):
                 stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
                 lacking = {kind: folders[kind] for kind in kinds if stores[kind] is None}
-                _build(ordered, lacking, progress)
+                if lacking:  # no other process has built them meanwhile
+                    _build(ordered, lacking, cache / "images", progress)
                 stores |= {kind: ImageStore(folder) for kind, folder in lacking.items()}
     except OSError as err:
         bytes_each = (4 * k * k if isinstance(k, int) else 3 * k.image_size**2 for k in kinds)
@@ -152,9 +150,8 @@ class EvalViews:
         return self._stores[view]
 
 
-def _folder(kind: Kind, images: Sequence[LabelledImage], cache: Path) -> Path:
-    named = [str(_DECODER), repr(kind), *(image.content for image in images)]
-    return cache / "images" / hashlib.sha256(" ".join(named).encode()).hexdigest()[:32]
+def _hashed(words: list[str]) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:32]
 
 
 def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
@@ -169,11 +166,10 @@ def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
     return store if is_whole and contents == {*store.contents, *store.broken} else None
 
 
-def _build(images: list[LabelledImage], folders: dict[Kind, Path], progress: Progress) -> None:
+def _build(
+    images: list[LabelledImage], folders: dict[Kind, Path], parent: Path, progress: Progress
+) -> None:
     """Decode images into new stores; where the disk is full, after pruning all that may go."""
-    if not folders:
-        return
-    parent = next(iter(folders.values())).parent
     try:
         _decode_all(images, folders, progress)
     except OSError as err:
@@ -238,9 +234,7 @@ def _decoded(
             raw = image.read()
             encoded = raw.read_bytes() if isinstance(raw, Path) else raw
             if isinstance(encoded, bytes) and hashlib.sha256(encoded).hexdigest() != image.content:
-                raise DataError(
-                    f"image {image.path} must not change while it is used, but it has."
-                )
+                raise DataError(f"image {image.path} must not change while it is used, but has.")
             return decode(encoded, kinds)
         except (MemoryError, DataError):
             raise

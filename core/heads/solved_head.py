@@ -62,10 +62,8 @@ def start_from_solved(
 ) -> Reference:
     """Set a network's head to the one that is solved on the training images' last layer.
 
-    With `is_refit` it is the one that is solved on the validation images, too.
-
-    Returns:
-        How much easier or harder the validation split is for that head than all images are.
+    With `is_refit` it is solved on the validation images, too. The return value says how much
+    easier or harder the validation split is for that head than all images are.
     """
     last = replace(config, features="last", mirrored=False)
     solved, _ = solve(network, last, data, cache, pulse)
