@@ -1,8 +1,7 @@
-"""Where images come from: folders, torchvision's datasets, and the embedded digits."""
+"""Where images come from: folders, and the embedded digits."""
 
 import difflib
 import hashlib
-import inspect
 import os
 import re
 import textwrap
@@ -90,12 +89,9 @@ def find_images(config: DataConfig) -> Found:
     Raises:
         DataError: The source is unknown, missing, empty, or its folders do not agree.
     """
-    kind, _, name = config.source.partition(":")
     if config.source == "digits":
         return _find_digits()
-    if kind == "torchvision":
-        return _find_in_torchvision(name, Path(config.root), config.download)
-    return _find_in_folder(Path(name if kind == "folder" else config.source).expanduser())
+    return _find_in_folder(Path(config.source.removeprefix("folder:")).expanduser())
 
 
 def check_folder(root: Path) -> None:
@@ -305,94 +301,6 @@ def _hash_files(paths: Sequence[Path]) -> list[str]:
 
 def _hash_values(values: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-
-
-def _parts(key: str, train: Any = "train", test: Any = "test", **val: Any) -> dict[str, Any]:
-    """Map each part's name to the arguments with which a dataset's constructor gives it."""
-    return {name: {key: value} for name, value in {"train": train, **val, "test": test}.items()}
-
-
-_TORCHVISION: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("SVHN", "STL10", "GTSRB", "Food101", "StanfordCars"), _parts("split")),
-    **dict.fromkeys(
-        ("RenderedSST2", "Flowers102", "FGVCAircraft", "DTD", "PCAM"), _parts("split", val="val")
-    ),
-    "Country211": _parts("split", val="valid"),
-    "OxfordIIITPet": _parts("split", train="trainval"),
-    "Imagenette": {"train": {"split": "train"}, "val": {"split": "val"}},
-    **dict.fromkeys(
-        ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS"),
-        _parts("train", train=True, test=False),
-    ),
-    **dict.fromkeys(("EuroSAT", "Caltech101", "Caltech256", "SEMEION"), {"all": {}}),
-}
-
-
-def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
-    """List the images of a torchvision dataset."""
-    if name not in _TORCHVISION:
-        close = difflib.get_close_matches(name, _TORCHVISION, n=2, cutoff=0.4)
-        near = f" Near: {', '.join(close)}." if close else ""
-        raise DataError(
-            f"data.source must name a torchvision dataset, but got torchvision:{name}.{near} "
-            f"Known: {', '.join(sorted(_TORCHVISION))}."
-        )
-    images: list[LabelledImage] = []
-    classes: tuple[str, ...] = ()
-    for part, options in _TORCHVISION[name].items():
-        dataset = _open_dataset(name, root, download, options)
-        contents, reads, labels = _listed(dataset)
-        named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
-        # Some name none; Imagenette's are tuples of synonyms.
-        found = named or range(max(labels) + 1)
-        names = (" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
-        classes = classes or tuple(map(_shown, names))
-        split = None if part == "all" else part
-        for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True)):
-            images.append(LabelledImage(content, f"{name}/{part}/{i}", read, classes[k], split))
-    return Found(images, classes)
-
-
-def _open_dataset(name: str, root: Path, download: bool, options: dict[str, Any]) -> Any:
-    from torchvision import datasets
-
-    build: Callable[..., Any] = getattr(datasets, name)
-    if "download" in inspect.signature(build).parameters:
-        options = {**options, "download": download}
-    try:
-        return build(root=str(root), **options)
-    except (RuntimeError, OSError, ImportError, ValueError) as err:
-        first = str(err).splitlines()[0]
-        raise DataError(
-            f"torchvision dataset {name} must lie in {root} (data.root), but it cannot be "
-            f"opened: {first} Set data.download = true to let torchvision fetch it."
-        ) from err
-
-
-def _listed(dataset: Any) -> tuple[list[str], list[Callable[[], Any]], list[int]]:
-    """List contents, readers and class numbers of a dataset's images.
-
-    Hashing files is about a hundred times faster than decoding them, and done at every start; a
-    dataset that is held in memory or in one file is decoded.
-    """
-    pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
-    if pairs is None:
-        files = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None)
-        pairs = list(zip(files or (), getattr(dataset, "_labels", None) or (), strict=False))
-    if len(pairs) == len(dataset) and all(Path(path).is_file() for path, _ in pairs):
-        paths = [Path(path) for path, _ in pairs]
-        return _hash_files(paths), [partial(Path, p) for p in paths], [int(k) for _, k in pairs]
-
-    def look(i: int) -> tuple[str, int]:
-        image, label = dataset[i]
-        return _hash_values(image), int(label)
-
-    def read(i: int) -> Any:
-        return dataset[i][0]
-
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        contents, labels = zip(*pool.map(look, range(len(dataset))), strict=True)
-    return list(contents), [partial(read, i) for i in range(len(dataset))], list(labels)
 
 
 def _find_digits() -> Found:
