@@ -31,12 +31,8 @@ class ArrayCache:
     """Arrays by key, one file each; what does not fit the budget is temporary.
 
     Several processes may use one folder. Its files take `budget` bytes together at most; 0 makes
-    every array temporary.
-
-    Attributes:
-        hits: Arrays that were there.
-        misses: Arrays that were made.
-        saved_s: Seconds that making the arrays that were there had taken.
+    every array temporary. `hits` and `misses` count arrays that were there and that were made,
+    `saved_s` the seconds that making the former had taken.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -46,18 +42,10 @@ class ArrayCache:
         prune(folder.glob(f"{PARTIAL}*"), 0, unused_s=_ABANDONED_S)
 
     def get(self, key: str, rows: int, make: Callable[[], Iterator[Tensor]]) -> Tensor | None:
-        """Return the array of a key, (rows, ...); a private map, so that no file is changed.
+        """Return the array of a key, (rows, ...); None where the disk is full.
 
-        Args:
-            key: Names everything that decides the array's bits.
-            rows: Its length.
-            make: Gives its rows in order, in chunks on the CPU, where it is not there.
-
-        Returns:
-            None where the disk is full.
-
-        Raises:
-            OSError: The folder cannot be written, for another reason than a full disk.
+        The key names everything that decides the array's bits. `make` gives its rows in order, in
+        chunks on the CPU, where it is not there. Writing into the array changes no file.
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         for path in sorted(self.folder.glob(f"{name}.*.npy")):
@@ -123,13 +111,8 @@ def _mapped(path: Path, rows: int) -> Tensor:
 def prune(paths: Iterable[Path], budget: int, *, unused_s: float) -> int:
     """Remove files or folders, the least recently used first, until the rest fits the budget.
 
-    Args:
-        paths: What may go; its time of modification says when it was used.
-        budget: Bytes.
-        unused_s: What was used within so many seconds stays, whatever it takes.
-
-    Returns:
-        Bytes of what stays.
+    What was used, by its time of modification, within `unused_s` stays, whatever it takes. Returns
+    the bytes of what stays.
     """
     sizes = {path: size_bytes(path) for path in paths}
     taken = sum(sizes.values())

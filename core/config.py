@@ -44,11 +44,7 @@ def fields_of(section: type) -> dict[str, FieldInfo]:
 
 
 def check_rules(config: Any, rules: Mapping[str, bool]) -> None:
-    """Check the rules between keys of a section.
-
-    Args:
-        config: The section.
-        rules: What a rule says, by the names of its keys -> whether it holds.
+    """Check the rules between keys of a section: what each says, by their names -> if it holds.
 
     Raises:
         PydanticCustomError: Rules are broken; its context has the keys and the text of each.
@@ -73,8 +69,6 @@ class Preprocessing:
             where `is_squashed`.
         mean: Per-channel mean, of pixels in [0, 1].
         std: Per-channel standard deviation, of pixels in [0, 1].
-        interpolation: `bilinear` or `bicubic`, always antialiased.
-        is_squashed: Whether the resize makes a square of the image.
     """
 
     image_size: int
@@ -83,11 +77,6 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
     is_squashed: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that the centre crop lies inside the resized image."""
-        is_inside = self.resize_size >= self.image_size
-        check_rules(self, {"resize_size must be >= image_size": is_inside})
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)

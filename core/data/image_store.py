@@ -43,7 +43,6 @@ class ImageStore:
     """Decoded images of one kind in one flat file, opened as a memory map.
 
     Attributes:
-        folder: Where `build_stores` put them.
         sizes: Heights and widths, (N, 2).
         checksums: CRC-32 of each image's pixels, (N,).
         contents: SHA-256 of each image's file, hexadecimal.
@@ -231,8 +230,7 @@ def _decoded(
 
     def read(image: LabelledImage) -> list[UInt8Array] | str:
         try:
-            raw = image.read()
-            encoded = raw.read_bytes() if isinstance(raw, Path) else raw
+            encoded = image.raw.read_bytes() if isinstance(image.raw, Path) else image.raw
             if isinstance(encoded, bytes) and hashlib.sha256(encoded).hexdigest() != image.content:
                 raise DataError(f"image {image.path} must not change while it is used, but has.")
             return decode(encoded, kinds)

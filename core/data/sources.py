@@ -7,12 +7,10 @@ import re
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,27 +49,21 @@ class LabelledImage:
     Attributes:
         content: SHA-256 of its contents, hexadecimal.
         path: What messages and reports call it.
-        read: Gives the file, the bytes or the image.
+        raw: Its file, or the image itself.
         label: Class name.
         split: `train`, `val`, `test`, or None where the source has no splits.
     """
 
     content: str
     path: str
-    read: Callable[[], Raw]
+    raw: Raw
     label: str
     split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a source holds.
-
-    Attributes:
-        images: All of them.
-        classes: Class names, in the order of the outputs.
-        warnings: What the user should know.
-    """
+    """What a source holds: images, class names in the order of the outputs, and warnings."""
 
     images: list[LabelledImage]
     classes: tuple[str, ...]
@@ -133,7 +125,7 @@ def _find_in_folder(root: Path) -> Found:
     images = []
     for (path, label, split), content in zip(files, hashes, strict=True):
         shown = _shown(path.relative_to(root).as_posix())
-        images.append(LabelledImage(content, shown, partial(Path, path), label, split))
+        images.append(LabelledImage(content, shown, path, label, split))
     return Found(images, classes, [_shown(note) for note in notes])
 
 
@@ -299,10 +291,6 @@ def _hash_files(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(digest, paths))
 
 
-def _hash_values(values: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
-
-
 def _find_digits() -> Found:
     try:
         from sklearn.datasets import load_digits
@@ -313,14 +301,10 @@ def _find_digits() -> Found:
         ) from err
     loaded = load_digits()
     names = tuple(str(k) for k in loaded.target_names)
-    images = [
-        LabelledImage(_hash_values(grey), f"digits/{i}", partial(_enlarge, grey), names[label])
-        for i, (grey, label) in enumerate(zip(loaded.images, loaded.target, strict=True))
-    ]
+    images = []
+    for i, (grey, label) in enumerate(zip(loaded.images, loaded.target, strict=True)):
+        content = hashlib.sha256(np.ascontiguousarray(grey).tobytes()).hexdigest()
+        image = Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8))  # 8 x 8, 0 to 16
+        image = image.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)
+        images.append(LabelledImage(content, f"digits/{i}", image, names[label]))
     return Found(images, names)
-
-
-def _enlarge(grey: Any) -> Image.Image:
-    """Turn a digit of 8 x 8 values from 0 to 16 into an image."""
-    image = Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8))
-    return image.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)

@@ -23,13 +23,9 @@ _MOST_LISTED = 10
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One part of the images.
+    """One part of the images: positions in a store, class numbers, and names, (N,) each.
 
-    Attributes:
-        store: Images to cut training views from, shared by all parts.
-        indices: Positions in the store, (N,).
-        labels: Class numbers, (N,).
-        paths: What reports call the images, (N,).
+    Training views are cut from the images in the store, which all parts share.
     """
 
     store: ImageStore

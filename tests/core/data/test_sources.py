@@ -21,7 +21,7 @@ def test_digits_are_all_there() -> None:
     pytest.importorskip("sklearn", reason="the embedded digits come with scikit-learn")
     found = find_images(DataConfig())
     assert (len(found.images), found.classes) == (1797, tuple("0123456789"))
-    assert decode(found.images[0].read(), [64])[0].shape == (64, 64, 3)
+    assert decode(found.images[0].raw, [64])[0].shape == (64, 64, 3)
 
 
 def test_images_carry_class_split_and_name(tmp_path: Path) -> None:
@@ -209,4 +209,4 @@ def test_names_are_shown_without_control_characters_and_stay_apart(tmp_path: Pat
     found = _find(root)
     assert found.classes == (r"\u202egnp", r"\udcfe", r"\udcff", r"\x1b[31mred", "a")
     assert {image.path for image in found.images} == {f"{c}/000.png" for c in found.classes}
-    assert all(Path(str(image.read())).is_file() for image in found.images)
+    assert all(Path(str(image.raw)).is_file() for image in found.images)
