@@ -92,8 +92,8 @@ def fit(
             found = fit_solved(network, config, data, cache, pulse)
         metrics, (rest, evaluation), network, refitted = found
         yield metrics
-        _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}), rest)
         if checkpoint_dir is not None:
+            _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}), rest)
             save_tensors(checkpoint_dir / REFIT_FILE, refitted)
         return
     reference = Reference()
@@ -132,7 +132,7 @@ def fit(
         yield metrics
         # Only now: the caller has recorded the epoch, which the state then counts as done.
         state.save_if_due(best, device, after_epoch=True)
-    if best is not None:
+    if best is not None and checkpoint_dir is not None:
         _save(checkpoint_dir, config, network, data, best)
 
 
@@ -147,18 +147,8 @@ def refit(
     """Train a complete run again on all images but the test split, and keep that beside it.
 
     It is trained as long as its best epoch says, and evaluated on nothing: no image is left that
-    it has not seen. A solved head needs none of this: `fit` has kept its refit.
-
-    Args:
-        config: The run's configuration.
-        data: Images.
-        checkpoint: Its checkpoint.
-        cache: Where outputs of frozen layers are kept.
-        should_stop: Asked after each step; True ends it, and nothing is kept.
-
-    Raises:
-        Interrupted: `should_stop` said so.
-        OSError: The weights cannot be written.
+    it has not seen. A solved head needs none of this: `fit` has kept its refit. Where `should_stop`
+    says so, `Interrupted` is raised and nothing is kept.
     """
 
     def pulse() -> None:
@@ -203,28 +193,27 @@ def _dropout_seed(config: TrainConfig, epoch: int) -> int:
 
 
 def _save(
-    folder: Path | None,
+    folder: Path,
     config: TrainConfig,
     network: Network,
     data: ImageData,
     best: Best,
     out_of_fold: Evaluation | None = None,
 ) -> None:
-    """Write the best epoch's weights, card and predictions, where they are wanted."""
-    if folder is not None:
-        card = Card(
-            backbone=config.backbone,
-            classes=data.classes,
-            preprocessing=network.preprocessing,
-            config=config,
-            metrics=best.metrics,
-            weights=network.weights,
-            layers=network.layers,
-            data={"source": data.source, "fingerprint": data.fingerprint},
-            versions=library_versions(),
-        )
-        save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
-        write_predictions(folder, best.evaluation, data.val.paths, out_of_fold)
+    """Write the best epoch's weights, card and predictions."""
+    card = Card(
+        backbone=config.backbone,
+        classes=data.classes,
+        preprocessing=network.preprocessing,
+        config=config,
+        metrics=best.metrics,
+        weights=network.weights,
+        layers=network.layers,
+        data={"source": data.source, "fingerprint": data.fingerprint},
+        versions=library_versions(),
+    )
+    save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
+    write_predictions(folder, best.evaluation, data.val.paths, out_of_fold)
 
 
 def _epoch_metrics(

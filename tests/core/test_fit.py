@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
@@ -29,18 +28,7 @@ from core.training.checkpoint import (
     remove_checkpoint,
     weights_hash,
 )
-from support import CLASSIC
-
-TINY = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    epochs=2,
-    batch_size=8,
-    head_solver="sgd",
-    device="cpu",
-    **CLASSIC | {"head_lr_mult": 2},
-)
+from support import TINY
 
 
 def _numbers(epochs: list[EpochMetrics]) -> list[tuple[float, ...]]:
@@ -138,17 +126,6 @@ def _small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 
     monkeypatch.setattr(trainer, "cross_entropy", limited)
     return sizes
-
-
-def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
-    data: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(TINY, epochs=1, freeze_depth=4, batch_norm="frozen")
-    free = list(fit(config, data))[0]
-    _small_memory(monkeypatch, 3)
-    squeezed = list(fit(config, data))[0]
-    assert (squeezed.micro_batch_size, free.micro_batch_size) == (2, 8)
-    assert squeezed.train_loss == pytest.approx(free.train_loss, rel=1e-5)
 
 
 def test_batch_norms_are_never_trained_by_one_image(

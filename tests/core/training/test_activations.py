@@ -24,18 +24,9 @@ from core.models.layers import find_layers, tap
 from core.training import activations
 from core.training.activations import evaluation_features, kept_partition
 from core.training.batches import Normalizer
-from support import CLASSIC, figures, make_folder
+from support import TINY, figures, make_folder
 
-BASE = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    epochs=2,
-    batch_size=16,
-    head_solver="sgd",
-    device="cpu",
-    **CLASSIC,
-)
+BASE = replace(TINY, batch_size=16)
 NETWORKS = [("timm:test_resnet", 2), ("timm:test_efficientnet", 4), ("timm:test_vit", 5)]
 CPU = torch.device("cpu")
 

@@ -18,18 +18,9 @@ from core.fit import fit
 from core.models.sources import create
 from core.training.no_effect import without_effect
 from core.training.trainer import Trainer
-from support import CLASSIC
+from support import TINY
 
-BASE = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    epochs=2,
-    batch_size=8,
-    augment="rand",
-    device="cpu",
-    **CLASSIC,
-)
+BASE = replace(TINY, augment="rand", head_solver="logistic")
 # Another value of each field; one that does something wherever the field can.
 CHANGES: dict[str, Any] = {
     "backbone": "timm:test_efficientnet",
