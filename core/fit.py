@@ -147,8 +147,8 @@ def refit(
     """Train a complete run again on all images but the test split, and keep that beside it.
 
     It is trained as long as its best epoch says, and evaluated on nothing: no image is left that
-    it has not seen. A solved head needs none of this: `fit` has kept its refit. Where `should_stop`
-    says so, `Interrupted` is raised and nothing is kept.
+    it has not seen. A solved head needs none of this: `fit` has kept its refit. Where
+    `should_stop` says so, `Interrupted` is raised and nothing is kept.
     """
 
     def pulse() -> None:

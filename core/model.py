@@ -38,11 +38,9 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One network of a model.
+    """One network of a model, in eval mode.
 
     Attributes:
-        network: In eval mode, images (N, 3, S, S) to logits (N, K).
-        preprocessing: How images become its input.
         weight: Its share of the mean; those of all members add up to 1.
         temperature: What its logits are divided by.
     """
@@ -55,12 +53,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A classifier of images.
-
-    Attributes:
-        classes: Class names in the order of the probabilities.
-        members: Its networks.
-    """
+    """A classifier of images; its classes are in the order of the probabilities."""
 
     classes: tuple[str, ...]
     members: tuple[Member, ...]

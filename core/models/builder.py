@@ -24,8 +24,6 @@ class Network:
     Attributes:
         model: The network, on the CPU, its original parameter names kept.
         head: Names of the head's layers.
-        preprocessing: How images become its input.
-        stages: Its freeze levels.
         weights: Where its weights came from, resolved (`packaged`, `imagenet`, a path, `none`).
         layers: Nodes of its graph whose pooled outputs a solved head sees; none where its own
             head is used.

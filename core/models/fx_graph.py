@@ -57,7 +57,6 @@ class TracedGraph:
     """A network's graph with what each node is called, uses, and costs.
 
     Attributes:
-        nodes: Of the graph, in its order.
         paths: For each node the modules that it lies in, from the outermost.
         flops: Forward FLOPs per image, by node.
     """

@@ -37,12 +37,10 @@ class Partition:
     Attributes:
         make_prefix: Gives the frozen part, in eval mode: images (N, 3, S, S) to rows (N, ...).
         suffix: What is trained: rows to logits, (N, K).
-        row_shape: Shape of one row.
     """
 
     make_prefix: Callable[[], fx.GraphModule]
     suffix: Trainable
-    row_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,6 @@ class _Plan:
     prefix: fx.Graph
     train_suffix: fx.Graph
     eval_suffix: fx.Graph
-    row_shape: tuple[int, ...]
 
 
 _PLANS: dict[Hashable, _Plan | None] = {}
@@ -103,7 +100,7 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
         set_train_mode,
         lambda kept: fx.GraphModule(kept, plan.eval_suffix),
     )
-    return Partition(lambda: fx.GraphModule(model, plan.prefix).eval(), suffix, plan.row_shape)
+    return Partition(lambda: fx.GraphModule(model, plan.prefix).eval(), suffix)
 
 
 def cut_head(network: Network, config: TrainConfig) -> Partition:
@@ -155,7 +152,7 @@ def _plan(
         _behind(nodes, limit, dict(zip(sources, two, strict=True)), sources[at])
         for nodes, sources in ((trained, train_outputs), (evaluated, outputs))
     )
-    return _Plan(prefix, train_suffix, eval_suffix, tuple(two[at].shape[1:]))
+    return _Plan(prefix, train_suffix, eval_suffix)
 
 
 def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:

@@ -75,7 +75,7 @@ def evaluation_features(
     device = next(network.model.parameters()).device
     views = Views(config, network.preprocessing, data, device)
     rows = Activations(config, network, part, views, data, cache, pulse, layers)
-    n_last = part.row_shape[-1]
+    n_last = network.model.get_parameter(f"{network.head[0]}.weight").shape[1]
 
     def read(split: Split) -> Tensor:
         everything = torch.arange(len(split))

@@ -30,30 +30,20 @@ _FINITE_CHECK_EVERY = 16
 
 @dataclass(slots=True)
 class Position:
-    """How far a run has come, with the sums of its unfinished epoch.
-
-    Attributes:
-        total_steps: Optimizer steps of the run.
-        epoch: Epochs done.
-        step: Batches done of the next one.
-        n_images: Images of these batches.
-        data_s: Seconds spent waiting for them.
-        train_s: Seconds spent on their steps.
-    """
+    """How far a run has come, with the sums of its unfinished epoch."""
 
     total_steps: int = 0
-    epoch: int = 0
-    step: int = 0
+    epoch: int = 0  # epochs done
+    step: int = 0  # batches done of the next one, and their images
     n_images: int = 0
-    data_s: float = 0.0
-    train_s: float = 0.0
+    data_s: float = 0.0  # waiting for them
+    train_s: float = 0.0  # their steps
 
 
 class Trainer:
     """Trains a module, on its device, on batches, step by step.
 
     Attributes:
-        position: How far the run has come.
         loss_sum: Sum of the losses of the epoch's images so far, ().
         micro_batch_size: Images per pass; less than asked for once memory ran out.
     """
@@ -71,6 +61,7 @@ class Trainer:
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self._config, self._trained, self._device = config, trained, device
         self._batches = batches
+        self.steps_per_epoch = batches.steps_per_epoch
         module = self._module = trained.module
         groups = parameter_groups(module, network, config)
         self._optimizer = make_optimizer(groups, config, device)
@@ -89,15 +80,10 @@ class Trainer:
         self._evaluated = trained.to_evaluate(self._kept)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps of a whole epoch."""
-        return self._batches.steps_per_epoch
-
-    @property
     def lr_factor(self) -> float:
         """Share of their peaks that the learning rates had at the last step."""
         last = max(0, self.position.total_steps - 1)
-        return lr_factor(self._config, last, self._batches.steps_per_epoch)
+        return lr_factor(self._config, last, self.steps_per_epoch)
 
     def train_epoch(self) -> Iterator[None]:
         """Train the rest of an epoch; gives control back after each step."""
@@ -110,8 +96,7 @@ class Trainer:
             waited = time.perf_counter()
             if batch is None:
                 break
-            factor = lr_factor(self._config, at.total_steps, self._batches.steps_per_epoch)
-            set_lr(self._optimizer, factor)
+            set_lr(self._optimizer, lr_factor(self._config, at.total_steps, self.steps_per_epoch))
             self.loss_sum += self._train_batch(*batch)
             at.n_images += len(batch[1])
             at.step += 1
