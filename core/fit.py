@@ -19,7 +19,7 @@ from core.models.builder import Network, build
 from core.models.freeze_stages import freeze
 from core.models.partition import whole
 from core.models.sources import library_versions
-from core.training.activations import Activations, kept_partition
+from core.training.activations import Activations, Run, kept_partition
 from core.training.batches import Views
 from core.training.checkpoint import (
     REFIT_FILE,
@@ -87,9 +87,10 @@ def fit(
     network.model.to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    run = Run(config, network, data, cache, pulse)
     if config.is_solved:
         with deterministic(device):
-            found = fit_solved(network, config, data, cache, pulse)
+            found = fit_solved(run)
         metrics, (rest, evaluation), network, refitted = found
         yield metrics
         if checkpoint_dir is not None:
@@ -99,8 +100,8 @@ def fit(
     reference = Reference()
     if config.head_init == "solved":
         with deterministic(device):
-            reference = start_from_solved(network, config, data, cache, pulse)
-    trainer = _trainer(config, network, data, cache, pulse)
+            reference = start_from_solved(run)
+    trainer = _trainer(run)
     state = TrainingState(state_file, config, data, trainer)
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:
@@ -159,10 +160,11 @@ def refit(
     device = choose_device(config.device)
     network = build(config, data.classes)
     network.model.to(device)
+    run = Run(config, network, data, cache, pulse)
     if config.head_init == "solved":
         with deterministic(device):
-            start_from_solved(network, config, data, cache, pulse, is_refit=True)
-    trainer = _trainer(config, network, replace(data, train=data.development), cache, pulse)
+            start_from_solved(run, is_refit=True)
+    trainer = _trainer(replace(run, data=replace(data, train=data.development)))
     for epoch in range(n_epochs):
         with deterministic(device), seeded(_dropout_seed(config, epoch), device):
             for _ in trainer.train_epoch():
@@ -171,20 +173,13 @@ def refit(
     save_tensors(checkpoint / REFIT_FILE, {**network.model.state_dict(), **trainer.snapshot()})
 
 
-def _trainer(
-    config: TrainConfig,
-    network: Network,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None],
-) -> Trainer:
-    device = next(network.model.parameters()).device
+def _trainer(run: Run) -> Trainer:
+    config, network, device = run.config, run.network, run.device
     freeze(network.model, network.stages, config.freeze_depth)
-    views = Views(config, network.preprocessing, data, device)
-    part = kept_partition(network, config, device)
-    batches = Activations(config, network, part, views, data, cache, pulse) if part else views
-    trained = part.suffix if part else whole(network, config)
-    return Trainer(config, trained, network, batches, device)
+    if part := kept_partition(network, config, device):
+        return Trainer(config, part.suffix, network, Activations(run, part), device)
+    views = Views(config, network.preprocessing, run.data, device)
+    return Trainer(config, whole(network, config), network, views, device)
 
 
 def _dropout_seed(config: TrainConfig, epoch: int) -> int:
