@@ -103,8 +103,20 @@ class Evaluation:
 
     @property
     def temperature(self) -> float:
-        """What the logits have to be divided by for the least cross-entropy."""
-        return _temperature(self.labels, self.log_probs)
+        """What the logits have to be divided by for the least cross-entropy.
+
+        Found by bisection of the slope in log(1 / T).
+        """
+        # Few images may ask for more, by chance, and other images pay for it. Assumption.
+        low, high = np.log(0.1), np.log(3.0)
+        rows = np.arange(len(self.labels))
+        for _ in range(30):
+            middle = (low + high) / 2
+            probs = np.exp(tempered(self.log_probs.astype(np.float64), np.exp(-middle)))
+            given = self.log_probs[rows, self.labels]
+            slope = ((probs * self.log_probs).sum(axis=1) - given).mean()
+            low, high = (middle, high) if slope < 0 else (low, middle)
+        return float(np.exp(-(low + high) / 2))
 
     @property
     def calibrated_loss(self) -> float:
@@ -115,12 +127,11 @@ class Evaluation:
         """
         if len(self.labels) < 2:
             return self.loss
-        halves = [slice(k, None, 2) for k in (0, 1)]
+        halves = [Evaluation(self.labels[k::2], self.log_probs[k::2]) for k in (0, 1)]
         sums = 0.0
         for fitted, judged in (halves, halves[::-1]):
-            t = _temperature(self.labels[fitted], self.log_probs[fitted])
-            cooled = tempered(self.log_probs[judged].astype(np.float64), t)
-            sums -= float(cooled[np.arange(len(cooled)), self.labels[judged]].sum())
+            cooled = tempered(judged.log_probs.astype(np.float64), fitted.temperature)
+            sums -= float(cooled[np.arange(len(cooled)), judged.labels].sum())
         return sums / len(self.labels)
 
     @property
@@ -176,19 +187,6 @@ class Reference:
         if monitor == "val_acc":
             return 1 - (1 - evaluation.acc) * self.error
         return float(np.exp(-evaluation.calibrated_loss * self.loss))
-
-
-def _temperature(labels: IntArray, log_probs: FloatArray) -> float:
-    """Find the temperature of least cross-entropy, by bisection of its slope in 1 / T."""
-    # Of 1 / T. Few images may ask for more, by chance, and other images pay for it. Assumption.
-    low, high = np.log(0.1), np.log(3.0)
-    rows = np.arange(len(labels))
-    for _ in range(30):
-        middle = (low + high) / 2
-        probs = np.exp(tempered(log_probs.astype(np.float64), np.exp(-middle)))
-        slope = ((probs * log_probs).sum(axis=1) - log_probs[rows, labels]).mean()
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return float(np.exp(-(low + high) / 2))
 
 
 def tempered(log_probs: NDArray[_Float], temperature: float | FloatArray) -> NDArray[_Float]:

@@ -162,13 +162,9 @@ def match_names(network: Classifier, state: State, what: str) -> State:
     trunk = {k: v for k, v in own.items() if not k.startswith(heads)}
     same_order = [names for names in (own, trunk) if len(names) == len(given)]
     for named in (given, *(dict(zip(n, given.values(), strict=True)) for n in same_order)):
-        if _fits(trunk, named):
+        if all(k in named and named[k].shape == v.shape for k, v in trunk.items()):
             return {k: v for k, v in named.items() if k in trunk or k.startswith(heads)}
     raise WeightsError(_misfit(what, trunk, given))
-
-
-def _fits(own: State, given: State) -> bool:
-    return all(k in given and given[k].shape == v.shape for k, v in own.items())
 
 
 def load(model: nn.Module, state: State) -> None:

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from core.config import TrainConfig
 from core.data.draws import batch_positions
 from core.device import amp_dtype, in_parts, synchronize
-from core.metrics import Evaluation, FloatArray, IntArray, TrainingDiverged
+from core.metrics import Evaluation, IntArray, TrainingDiverged
 from core.models.builder import Network
 from core.models.partition import Trainable, whole
 from core.training.activations import Activations
@@ -177,11 +177,11 @@ class Trainer:
         """Evaluate the weights that would be kept on the validation split."""
         self._kept.eval()
         with self._autocast:
-            logits = logits_of(self._evaluated, self._batches.val())
+            logits = _logits_of(self._evaluated, self._batches.val())
             if self._config.mirrored:
-                other = logits_of(self._evaluated, self._batches.val(is_mirrored=True))
+                other = _logits_of(self._evaluated, self._batches.val(is_mirrored=True))
                 logits = (logits + other) / 2
-        return Evaluation(self._batches.val_labels, log_probs_of(logits))
+        return _judged(logits, self._batches.val_labels)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copy the weights that were evaluated to the CPU, by their names in the network."""
@@ -246,17 +246,14 @@ def _is_enough(module: nn.Module, n: int, micro_batch_size: int) -> bool:
 
 def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> Evaluation:
     """Evaluate a network in eval mode on ready inputs, in the order of `labels`, (N,)."""
-    return Evaluation(labels, log_probs_of(logits_of(model, batches)))
+    return _judged(_logits_of(model, batches), labels)
 
 
-def logits_of(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Return what a network, put in eval mode, says of ready inputs, (N, K), on its device."""
+def _logits_of(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     model.eval()
     with torch.inference_mode():
         return torch.cat([in_parts(model, inputs).float() for inputs in batches])
 
 
-def log_probs_of(logits: Tensor) -> FloatArray:
-    """Return log-probabilities, (N, K), on the CPU."""
-    found: FloatArray = logits.log_softmax(dim=1).cpu().numpy()  # the one transfer
-    return found
+def _judged(logits: Tensor, labels: IntArray) -> Evaluation:
+    return Evaluation(labels, logits.log_softmax(dim=1).cpu().numpy())  # the one transfer
