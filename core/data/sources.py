@@ -168,7 +168,7 @@ def _names(folders: Iterable[Path]) -> str:
 
 
 def _find_splits(root: Path, notes: list[str]) -> dict[Path, str | None]:
-    """Tell splits from classes, by the names of the folders and by what is in them."""
+    """Return the split of each folder of classes: by its name, and by what the folder holds."""
     inner = _subfolders(root)
     splits: dict[Path, str | None] = {
         folder: _SPLITS[folder.name.lower()] for folder in inner if folder.name.lower() in _SPLITS

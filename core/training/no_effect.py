@@ -1,4 +1,4 @@
-"""Settings that change nothing beside the others of a configuration."""
+"""Settings that change nothing, given the others of a configuration."""
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
 
