@@ -38,7 +38,7 @@ LAST = {"run": ["--dry-run"], "ablate": ["--dry-run"], "resume": ["--timeout", "
 WORDS = """0 -1 1 2 3.5 1e400 -1e400 nan inf 1e-400 true none '' x [] {} [[[ ]]] { = , . - -- best
 9223372036854775807 9223372036854775808 -9223372036854775809 99999999 0x7fffffffffffffffff ä/b
 2000-01-01 07:32:00 1e5h 2h 8GB 9YB sqlite:// sqlite:///s.db postgresql://a:b@localhost:1/c x://
-folder: digits timm: timm:test_vit resnet18 study.toml {low={}}
+folder: digits torchvision: torchvision:CIFAR10 timm: timm:test_vit resnet18 study.toml {low={}}
 {low=0,high=1} {low=1e-4,high=1e400} {choices=[]} [1,'a',true] {low=1,high=2,step=1e-320} "\\u0000"
 [9223372036854775808] {low=0,high=9223372036854775807} "\\ud800" \ud800 \0 \u202e \x1b[31m all"""
 VALUES = [*WORDS.split(), "9" * 5000, "[" * 3000, "{a=" * 500, f"0x{'f' * 5000}", "x" * 256, "\n"]

@@ -224,7 +224,7 @@ class TrainConfig:
 
 
 def _canonical_source(source: str) -> str:
-    if source == "digits":
+    if source == "digits" or source.startswith("torchvision:"):
         return source
     if not source.removeprefix("folder:").strip():
         raise ValueError("must name a folder of images")
@@ -236,8 +236,8 @@ class DataConfig:
     """Which images, and how they are split; the splits depend on content and seed only."""
 
     source: Annotated[str, AfterValidator(_canonical_source)] = "digits"
-    """Images: folder:PATH (or just the path), or digits, the embedded default (scikit-learn's
-    handwritten digits)."""
+    """Images: folder:PATH (or just the path), torchvision:NAME (say torchvision:CIFAR10), or
+    digits, the embedded default (scikit-learn's handwritten digits)."""
     val_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share held out to choose by: of the training images where a test split is given, of all
     images where the folder is not split at all."""
@@ -249,6 +249,10 @@ class DataConfig:
     """Seed of the validation split alone, which keeps the test split. Leave out for split_seed."""
     limit: OrNone[int] = Field(default=None, ge=2)
     """Use at most this many training images, the same share of every class."""
+    root: str = "data"
+    """Folder in which torchvision datasets lie."""
+    download: bool = False
+    """Let torchvision download a dataset that is not there."""
     skip_unreadable: bool = False
     """Leave out images that cannot be decoded, instead of stopping."""
     store_size: OrNone[int] = Field(default=None, ge=16, le=8192)

@@ -230,7 +230,8 @@ def _decoded(
 
     def read(image: LabelledImage) -> list[UInt8Array] | str:
         try:
-            encoded = image.raw.read_bytes() if isinstance(image.raw, Path) else image.raw
+            raw = image.raw() if callable(image.raw) else image.raw
+            encoded = raw.read_bytes() if isinstance(raw, Path) else raw
             if isinstance(encoded, bytes) and hashlib.sha256(encoded).hexdigest() != image.content:
                 raise DataError(f"image {image.path} must not change while it is used, but has.")
             return decode(encoded, kinds)

@@ -1,16 +1,19 @@
-"""Where images come from: folders, and the embedded digits."""
+"""Where images come from: folders, torchvision's datasets, and the embedded digits."""
 
 import difflib
 import hashlib
+import inspect
 import os
 import re
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,14 +52,14 @@ class LabelledImage:
     Attributes:
         content: SHA-256 of its contents, hexadecimal.
         path: What messages and reports call it.
-        raw: Its file, or the image itself.
+        raw: Its file, the image itself, or what reads it out of a larger file.
         label: Class name.
         split: `train`, `val`, `test`, or None where the source has no splits.
     """
 
     content: str
     path: str
-    raw: Raw
+    raw: Raw | Callable[[], Raw]
     label: str
     split: str | None = None
 
@@ -81,9 +84,12 @@ def find_images(config: DataConfig) -> Found:
     Raises:
         DataError: The source is unknown, missing, empty, or its folders do not agree.
     """
+    kind, _, name = config.source.partition(":")
     if config.source == "digits":
         return _find_digits()
-    return _find_in_folder(Path(config.source.removeprefix("folder:")).expanduser())
+    if kind == "torchvision":
+        return _find_in_torchvision(name, Path(config.root), config.download)
+    return _find_in_folder(Path(name if kind == "folder" else config.source).expanduser())
 
 
 def check_folder(root: Path) -> None:
@@ -291,6 +297,99 @@ def _hash_files(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(digest, paths))
 
 
+def _hash_values(values: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _parts(key: str, train: Any = "train", test: Any = "test", **val: Any) -> dict[str, Any]:
+    """Map each part's name to the arguments with which a dataset's constructor gives it."""
+    return {name: {key: value} for name, value in {"train": train, **val, "test": test}.items()}
+
+
+_TORCHVISION: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("SVHN", "STL10", "GTSRB", "Food101", "StanfordCars"), _parts("split")),
+    **dict.fromkeys(
+        ("RenderedSST2", "Flowers102", "FGVCAircraft", "DTD", "PCAM"), _parts("split", val="val")
+    ),
+    "Country211": _parts("split", val="valid"),
+    "OxfordIIITPet": _parts("split", train="trainval"),
+    "Imagenette": {"train": {"split": "train"}, "val": {"split": "val"}},
+    **dict.fromkeys(
+        ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS"),
+        _parts("train", train=True, test=False),
+    ),
+    **dict.fromkeys(("EuroSAT", "Caltech101", "Caltech256", "SEMEION"), {"all": {}}),
+}
+
+
+def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
+    """List the images of a torchvision dataset."""
+    if name not in _TORCHVISION:
+        close = difflib.get_close_matches(name, _TORCHVISION, n=2, cutoff=0.4)
+        near = f" Near: {', '.join(close)}." if close else ""
+        raise DataError(
+            f"data.source must name a torchvision dataset, but got torchvision:{name}.{near} "
+            f"Known: {', '.join(sorted(_TORCHVISION))}."
+        )
+    images: list[LabelledImage] = []
+    classes: tuple[str, ...] = ()
+    for part, options in _TORCHVISION[name].items():
+        dataset = _open_dataset(name, root, download, options)
+        contents, raws, labels = _listed(dataset)
+        named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+        # Some name none; Imagenette's are tuples of synonyms.
+        found = named or range(max(labels) + 1)
+        names = (" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
+        classes = classes or tuple(map(_shown, names))
+        split = None if part == "all" else part
+        for i, (content, raw, k) in enumerate(zip(contents, raws, labels, strict=True)):
+            images.append(LabelledImage(content, f"{name}/{part}/{i}", raw, classes[k], split))
+    return Found(images, classes)
+
+
+def _open_dataset(name: str, root: Path, download: bool, options: dict[str, Any]) -> Any:
+    from torchvision import datasets
+
+    build: Callable[..., Any] = getattr(datasets, name)
+    if "download" in inspect.signature(build).parameters:
+        options = {**options, "download": download}
+    try:
+        return build(root=str(root), **options)
+    except (RuntimeError, OSError, ImportError, ValueError) as err:
+        first = str(err).splitlines()[0]
+        raise DataError(
+            f"torchvision dataset {name} must lie in {root} (data.root), but it cannot be "
+            f"opened: {first} Set data.download = true to let torchvision fetch it."
+        ) from err
+
+
+def _listed(dataset: Any) -> tuple[list[str], Sequence[Raw | Callable[[], Raw]], list[int]]:
+    """List contents, images as `LabelledImage.raw`, and class numbers of a dataset.
+
+    Hashing files is about a hundred times faster than decoding them, and done at every start; a
+    dataset that is held in memory or in one file is decoded.
+    """
+    pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
+    if pairs is None:
+        files = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None)
+        pairs = list(zip(files or (), getattr(dataset, "_labels", None) or (), strict=False))
+    if len(pairs) == len(dataset) and all(Path(path).is_file() for path, _ in pairs):
+        paths = [Path(path) for path, _ in pairs]
+        return _hash_files(paths), paths, [int(k) for _, k in pairs]
+
+    def look(i: int) -> tuple[str, int]:
+        image, label = dataset[i]
+        return _hash_values(image), int(label)
+
+    def read(i: int) -> Image.Image:
+        image: Image.Image = dataset[i][0]
+        return image
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        contents, labels = zip(*pool.map(look, range(len(dataset))), strict=True)
+    return list(contents), [partial(read, i) for i in range(len(dataset))], list(labels)
+
+
 def _find_digits() -> Found:
     try:
         from sklearn.datasets import load_digits
@@ -303,8 +402,7 @@ def _find_digits() -> Found:
     names = tuple(str(k) for k in loaded.target_names)
     images = []
     for i, (grey, label) in enumerate(zip(loaded.images, loaded.target, strict=True)):
-        content = hashlib.sha256(np.ascontiguousarray(grey).tobytes()).hexdigest()
         image = Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8))  # 8 x 8, 0 to 16
         image = image.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)
-        images.append(LabelledImage(content, f"digits/{i}", image, names[label]))
+        images.append(LabelledImage(_hash_values(grey), f"digits/{i}", image, names[label]))
     return Found(images, names)

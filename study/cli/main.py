@@ -212,7 +212,7 @@ _search_settings = _options(
 
 
 @cli.command()
-@click.option("--data", metavar="PATH", help="Folder of images, or digits.")
+@click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
 @_flag("--download", default=None, help="Search modern backbones, too; download their weights.")

@@ -229,7 +229,7 @@ SECTIONS: dict[str, type] = {
 FREE_KEYS = frozenset(
     {
         *(f"study.{key}" for key in fields_of(StudySection) if key != "seed"),
-        *(f"data.{key}" for key in ("source", "cache_dir")),
+        *(f"data.{key}" for key in ("source", "root", "download", "cache_dir")),
         *("train.device", "train.workers"),
         *(f"ablation.{key}" for key in fields_of(AblationSection)),
     }
@@ -238,8 +238,9 @@ FREE_KEYS = frozenset(
 
 
 def default_name(source: str) -> str:
-    """Name a study after its data: the folder's name."""
-    name = Path(source.removeprefix("folder:")).resolve().name
+    """Name a study after its data: the folder's or the dataset's name."""
+    path = source.removeprefix("torchvision:").removeprefix("folder:")
+    name = path if source.startswith("torchvision:") else Path(path).resolve().name
     name = re.sub(r"[^\w.-]+", "-", name).encode()[:LONGEST_NAME].decode(errors="ignore")
     return name.strip(".-_") or "study"
 

@@ -54,7 +54,7 @@ LEVELS = "levels"
 """The user attribute that holds an ablation run's levels: they may change from one design to the
 next, which Optuna allows no categorical parameter."""
 EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics))
-_PATHS = ("study", "output"), ("data", "source"), ("data", "cache_dir")
+_PATHS = ("study", "output"), ("data", "source"), ("data", "root"), ("data", "cache_dir")
 _STATES = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,

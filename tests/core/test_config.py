@@ -55,6 +55,7 @@ def test_neutral_settings_are_settings() -> None:
         ("photos/ants/", "folder:photos/ants"),
         ("folder:photos", "folder:photos"),
         ("digits", "digits"),
+        ("torchvision:CIFAR10", "torchvision:CIFAR10"),
     ],
 )
 def test_a_path_is_a_folder_of_images(source: str, found: str) -> None:

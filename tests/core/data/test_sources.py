@@ -2,9 +2,11 @@ import errno
 import os
 import re
 import shutil
+import struct
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.config import DataConfig
@@ -204,3 +206,54 @@ def test_names_are_shown_without_control_characters_and_stay_apart(tmp_path: Pat
     assert found.classes == (r"\u202egnp", r"\udcfe", r"\udcff", r"\x1b[31mred", "a")
     assert {image.path for image in found.images} == {f"{c}/000.png" for c in found.classes}
     assert all(Path(str(image.raw)).is_file() for image in found.images)
+
+
+def test_an_unknown_dataset_names_the_nearest_and_an_absent_one_is_not_downloaded(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError, match="torchvision:CIFAR1.*Near: CIFAR1"):
+        find_images(DataConfig(source="torchvision:CIFAR1"))
+    with pytest.raises(DataError, match=r"CIFAR10 must lie in .*data.download = true"):
+        find_images(DataConfig(source="torchvision:CIFAR10", root=str(tmp_path)))
+
+
+def test_a_torchvision_dataset_without_splits_is_read(tmp_path: Path) -> None:
+    make_folder(tmp_path / "eurosat" / "2750", {"Forest": 6, "River": 6, "Highway": 6})
+    found = find_images(DataConfig(source="torchvision:EuroSAT", root=str(tmp_path)))
+    assert found.classes == ("Forest", "Highway", "River")
+    counts = Counter((image.label, image.split) for image in found.images)
+    assert counts == {(label, None): 6 for label in found.classes}
+
+
+def test_a_torchvision_dataset_with_splits_is_read(tmp_path: Path) -> None:
+    base = tmp_path / "dtd" / "dtd"
+    make_folder(base / "images", {"dotted": 9, "banded": 9}, suffix="jpg")
+    (base / "labels").mkdir()
+    for k, part in enumerate(("train", "val", "test")):
+        names = [f"{c}/{i:03d}.jpg" for c in ("dotted", "banded") for i in range(3 * k, 3 * k + 3)]
+        (base / "labels" / f"{part}1.txt").write_text("\n".join(names))
+    found = find_images(DataConfig(source="torchvision:DTD", root=str(tmp_path)))
+    assert found.classes == ("banded", "dotted")
+    assert Counter(i.split for i in found.images) == {"train": 6, "val": 6, "test": 6}
+    for image in found.images:
+        # make_folder brightens channel 0 of its first class (dotted), 1 of its second (banded).
+        assert isinstance(image.raw, Path)
+        brightest = decode(image.raw, [40])[0].mean((0, 1))[:2].argmax()
+        assert ("dotted", "banded")[brightest] == image.label
+
+
+def test_a_torchvision_dataset_in_one_file_is_decoded(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 28, 28), dtype=np.uint8)
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for part in ("train", "t10k"):
+        stem = tmp_path / "MNIST" / "raw" / part
+        images = struct.pack(">4I", 2051, 4, 28, 28) + pixels.tobytes()
+        Path(f"{stem}-images-idx3-ubyte").write_bytes(images)
+        Path(f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">2I4B", 2049, 4, 1, 2, 0, 1))
+    found = find_images(DataConfig(source="torchvision:MNIST", root=str(tmp_path)))
+    assert [image.path for image in found.images][3:5] == ["MNIST/train/3", "MNIST/test/0"]
+    assert [image.label[0] for image in found.images[:4]] == ["1", "2", "0", "1"]
+    read = found.images[1].raw
+    assert callable(read)
+    assert np.array_equal(decode(read(), [28])[0][..., 0], pixels[1])
+    assert found.images[1].content == found.images[5].content != found.images[0].content

@@ -109,10 +109,7 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         (f"run --set epochs={'9' * 5000}", ["--set: train.epochs: must be at most 4096 char"]),
         (f"run --set space.base_lr={'[' * 3000}", ["--set: space.base_lr"]),
         (f"run --set epochs={'[' * 9}{']' * 9}", ["--set: train.epochs", "at most 8 deep"]),
-        (
-            'run --set data.cache_dir="a\\u001bb"',
-            ["data.cache_dir", "a control char", "a\\x1bb"],
-        ),
+        ('run --set data.root="a\\u001bb"', ["--set: data.root", "a control char", "a\\x1bb"]),
         ("run --set base_lr=1e400", ["--set: train.base_lr", "finite"]),
         ("run --set train.base_lr=nan", ["--set: train.base_lr", "finite"]),
     ],

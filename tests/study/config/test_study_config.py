@@ -36,6 +36,7 @@ def test_every_free_key_is_a_key() -> None:
     [
         ("digits", "digits"),
         ("folder:/data/Hot Dogs/", "Hot-Dogs"),
+        ("torchvision:CIFAR10", "CIFAR10"),
         ("folder:/", "study"),
     ],
 )

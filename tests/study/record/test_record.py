@@ -450,14 +450,14 @@ def test_paths_begin_in_the_databases_folder_wherever_one_stands_or_it_is_moved(
         with Record(storage if kind == "path" else f"sqlite:///{storage}") as store:
             row = store.study("photos")
             data = row.config["data"]
-            places = [str(row.output), data["source"].removeprefix("folder:"), data["cache_dir"]]
+            places = [str(row.output), data["source"].removeprefix("folder:"), data["root"]]
             places.append(str(store.trial(row.id, 0).checkpoint))
             return [os.path.relpath(place, tmp_path) for place in places]
 
     project, outside = tmp_path / "proj", str(tmp_path.parent / "sets")
     (project / "sub").mkdir(parents=True)
     monkeypatch.chdir(project)
-    data = {"source": "folder:images", "cache_dir": outside}
+    data = {"source": "folder:images", "root": outside}
     config = {"study": {"output": "runs", "storage": "pg://a:b@c"}, "data": data}
     with Record("s.db", create=True) as store:
         study = store.create_study("photos", config, DATA, {})
