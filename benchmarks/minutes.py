@@ -359,7 +359,7 @@ def extract(
 
         def read(part: Array) -> Tensor:
             view = View.of(network.preprocessing)
-            return scaled(network, [decode(photos.paths[i], [view])[0] for i in part])
+            return scaled(network, [decode(photos.paths[i], [view]).pixels[0] for i in part])
 
         for images in ahead(read, batches(rows), is_threaded):
             with torch.autocast("cpu", torch.bfloat16, enabled=kind == "folded bf16"):
@@ -488,7 +488,7 @@ class Photos:
     def __init__(self, case: Case, network: Network, rows: Array) -> None:
         paths = case.photos.paths
         with strict_and_quiet(), ThreadPoolExecutor(2) as pool:
-            self.images = list(pool.map(lambda i: decode(paths[i], [_REDUCED])[0], rows))
+            self.images = list(pool.map(lambda i: decode(paths[i], [_REDUCED]).pixels[0], rows))
         self.network, self.case, self.rng = network, case, np.random.default_rng(SEED)
         self.labels = torch.from_numpy(case.photos.labels[rows])
 
@@ -518,7 +518,7 @@ class Photos:
         with strict_and_quiet():
             for part in batches(rows):
                 paths = [self.case.photos.paths[i] for i in part]
-                images = scaled(self.network, [decode(p, [view])[0] for p in paths])
+                images = scaled(self.network, [decode(p, [view]).pixels[0] for p in paths])
                 both = [images, images.flip(-1)][:views]
                 found.append(torch.stack([model(x).softmax(1) for x in both]).mean(0))
         model.train(was)

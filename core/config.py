@@ -16,6 +16,9 @@ from pydantic_core import PydanticCustomError
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
 
+GreyRange = tuple[float, float] | None
+"""Values that become black and white in images of more than 8 bits."""
+
 HeadInit = Literal["default", "xavier", "zero", "source-classes", "solved"]
 HeadSolver = Literal["logistic", "sgd"]
 Optimizer = Literal["sgd", "adamw"]
@@ -69,6 +72,8 @@ class Preprocessing:
             where `is_squashed`.
         mean: Per-channel mean, of pixels in [0, 1].
         std: Per-channel standard deviation, of pixels in [0, 1].
+        grey_range: Values that become black and white in images of more than 8 bits; None where
+            no image has more.
     """
 
     image_size: int
@@ -77,6 +82,7 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
     is_squashed: bool = False
+    grey_range: GreyRange = None
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)

@@ -199,7 +199,7 @@ def _save(
     card = Card(
         backbone=config.backbone,
         classes=data.classes,
-        preprocessing=network.preprocessing,
+        preprocessing=replace(network.preprocessing, grey_range=data.views.grey_range),
         config=config,
         metrics=best.metrics,
         weights=network.weights,

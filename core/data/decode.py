@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from core.config import Preprocessing
+from core.config import GreyRange, Preprocessing
 
 UInt8Array = NDArray[np.uint8]
 Raw = Path | bytes | Image.Image
@@ -53,6 +53,20 @@ Kind = int | View
 """What is kept of an image: a view, or the image with its shorter side reduced to at most this."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image.
+
+    Attributes:
+        pixels: (H, W, 3), one array per kind; one black pixel each where the grey values have yet
+            to be scaled.
+        grey: The lowest and highest value of an image of more than 8 bits; else None.
+    """
+
+    pixels: list[UInt8Array]
+    grey: GreyRange
+
+
 @contextlib.contextmanager
 def strict_and_quiet() -> Iterator[None]:
     """Let Pillow refuse files that are cut short, read large ones, and keep warnings to itself.
@@ -70,15 +84,12 @@ def strict_and_quiet() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
 
-def decode(source: Raw, kinds: Sequence[Kind]) -> list[UInt8Array]:
+def decode(source: Raw, kinds: Sequence[Kind], grey_range: GreyRange = None) -> Decoded:
     """Decode an image of any mode into upright RGB, in any thread inside `strict_and_quiet`.
 
-    Palettes are looked up, transparency is laid over white, CMYK is converted, the values of an
-    image of more than 8 bits are stretched from 0 to 255, the EXIF orientation is applied, and an
-    image that is very long loses its ends.
-
-    Returns:
-        What each kind wants of it, (H, W, 3).
+    Palettes are looked up, transparency is laid over white, CMYK is converted, the values in
+    `grey_range` of an image of more than 8 bits become 0 to 255, the EXIF orientation is applied,
+    and an image that is very long loses its ends.
 
     Raises:
         OSError: Not an image, or a damaged one.
@@ -87,8 +98,10 @@ def decode(source: Raw, kinds: Sequence[Kind]) -> list[UInt8Array]:
     is_large = image.width * image.height > _LARGE_PIXELS
     with image, _ONE_LARGE_IMAGE if is_large else contextlib.nullcontext():
         image.load()
-        upright = _to_8_bits(_within_aspect(_upright(image)))
-        return [_kept(upright, kind) for kind in kinds]
+        upright, grey = _to_8_bits(_within_aspect(_upright(image)), grey_range)
+        if grey is not None and grey_range is None:
+            return Decoded([np.zeros((1, 1, 3), np.uint8)] * len(kinds), grey)
+        return Decoded([_kept(upright, kind) for kind in kinds], grey)
 
 
 def eval_view(source: Raw, shown: Preprocessing) -> UInt8Array:
@@ -96,9 +109,13 @@ def eval_view(source: Raw, shown: Preprocessing) -> UInt8Array:
 
     Raises:
         OSError: Not an image, or a damaged one.
+        ValueError: It has more than 8 bits, and no image of the network's data had.
     """
     with strict_and_quiet():
-        return decode(source, [View.of(shown)])[0]
+        decoded = decode(source, [View.of(shown)], shown.grey_range)
+    if decoded.grey is not None and shown.grey_range is None:
+        raise ValueError("the image must have 8 bits, as those that the network was trained on.")
+    return decoded.pixels[0]
 
 
 def _opened(source: Path | bytes) -> Image.Image:
@@ -128,20 +145,26 @@ def _within_aspect(image: Image.Image) -> Image.Image:
     return cropped
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert to RGB, or to 8-bit grey where that is all there is, for a third of the memory."""
+def _to_8_bits(image: Image.Image, grey_range: GreyRange) -> tuple[Image.Image, GreyRange]:
+    """Convert to RGB, or to 8-bit grey where that is all there is, for a third of the memory.
+
+    Also return the lowest and highest value of an image of more than 8 bits.
+    """
     if image.mode.startswith(("I", "F")):
         values = np.array(image, dtype=np.float32)
         np.nan_to_num(values, copy=False, posinf=0, neginf=0)
-        values -= values.min()
-        values *= 255 / (values.max() or 1.0)
-        return Image.fromarray(values.round(out=values).astype(np.uint8))
+        own = float(values.min()), float(values.max())
+        low, high = grey_range or own
+        values -= low
+        values *= 255 / ((high - low) or 1.0)
+        levels = np.clip(values.round(out=values), 0, 255).astype(np.uint8)
+        return Image.fromarray(levels), own
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         over_white = Image.new("RGB", layer.size, "white")
         over_white.paste(layer, mask=layer)
-        return over_white
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        return over_white, None
+    return image.convert("L" if image.mode in ("1", "L") else "RGB"), None
 
 
 def _kept(image: Image.Image, kind: Kind) -> UInt8Array:

@@ -17,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from core.cache import FULL_DISK, prune, size_bytes
-from core.config import Preprocessing
-from core.data.decode import Kind, UInt8Array, View, decode, strict_and_quiet
+from core.config import GreyRange, Preprocessing
+from core.data.decode import Decoded, Kind, UInt8Array, View, decode, strict_and_quiet
 from core.data.draws import IntArray
 from core.data.sources import DataError, LabelledImage
 from core.device import usable_cores
@@ -26,7 +26,7 @@ from core.device import usable_cores
 Progress = Callable[[int, int], None] | None  # takes how many of how many images are decoded
 
 # Stores made by another way of decoding are not used; raise it when `decode` changes its pixels.
-_DECODER = 3
+_DECODER = 4
 _PIXELS, _INDEX = "pixels.bin", "index.json"
 # Checking every image's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
@@ -47,6 +47,7 @@ class ImageStore:
         checksums: CRC-32 of each image's pixels, (N,).
         contents: SHA-256 of each image's file, hexadecimal.
         broken: Of other files, why they cannot be decoded.
+        grey: Lowest and highest value of images of more than 8 bits, by their contents.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,6 +57,7 @@ class ImageStore:
         self.checksums: IntArray = np.array(index["checksums"], dtype=np.int64)
         self.contents: list[str] = index["contents"]
         self.broken: dict[str, str] = index["broken"]
+        self.grey: dict[str, tuple[float, float]] = index["grey"]
         self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
         path = folder / _PIXELS
         if path.stat().st_size != self.size_bytes:
@@ -97,20 +99,21 @@ def build_stores(
     kinds: Sequence[Kind],
     cache: Path,
     progress: Progress = None,
+    grey_range: GreyRange = None,
 ) -> list[ImageStore]:
     """Open the stores of images, one for each kind, decoding them first where that was not done.
 
-    A store is keyed by contents and kind, so folders may move and files be renamed; equal contents
-    are kept once. One process builds it while others wait; a damaged one is built again. Stores
-    that were not used for a day are pruned where all together take more than half of what they
-    take and what is free.
+    A store is keyed by contents, kind and grey range, so folders may move and files be renamed;
+    equal contents are kept once. One process builds it while others wait; a damaged one is built
+    again. Stores that were not used for a day are pruned where all together take more than half of
+    what they take and what is free.
 
     Raises:
         DataError: The disk is full, the cache folder cannot be written, or an image has changed.
     """
     unique = {image.content: image for image in images}
     ordered = [unique[content] for content in sorted(unique)]
-    name = _hashed([str(_DECODER), *sorted(unique)])
+    name = _hashed([str(_DECODER), repr(grey_range), *sorted(unique)])
     folders = {kind: cache / "images" / _hashed([name, repr(kind)]) for kind in kinds}
     try:
         stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
@@ -120,7 +123,7 @@ def build_stores(
                 stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
                 lacking = {kind: folders[kind] for kind in kinds if stores[kind] is None}
                 if lacking:  # no other process has built them meanwhile
-                    _build(ordered, lacking, cache / "images", progress)
+                    _build(ordered, lacking, grey_range, cache / "images", progress)
                 stores |= {kind: ImageStore(folder) for kind, folder in lacking.items()}
     except OSError as err:
         bytes_each = (4 * k * k if isinstance(k, int) else 3 * k.image_size**2 for k in kinds)
@@ -135,9 +138,16 @@ def build_stores(
 
 
 class EvalViews:
-    """The evaluation views of images, a store for each network's preprocessing."""
+    """The evaluation views of images, a store for each network's preprocessing.
 
-    def __init__(self, images: Sequence[LabelledImage], cache: Path) -> None:
+    Attributes:
+        grey_range: Of the training images, as `decode` takes it.
+    """
+
+    def __init__(
+        self, images: Sequence[LabelledImage], cache: Path, grey_range: GreyRange
+    ) -> None:
+        self.grey_range = grey_range
         self._images, self._cache = images, cache
         self._stores: dict[View, ImageStore] = {}
 
@@ -145,7 +155,9 @@ class EvalViews:
         """Return the store of some views, made at the first call; it raises as `build_stores`."""
         view = View.of(shown)
         if view not in self._stores:
-            [self._stores[view]] = build_stores(self._images, [view], self._cache, progress)
+            [self._stores[view]] = build_stores(
+                self._images, [view], self._cache, progress, self.grey_range
+            )
         return self._stores[view]
 
 
@@ -166,16 +178,20 @@ def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
 
 
 def _build(
-    images: list[LabelledImage], folders: dict[Kind, Path], parent: Path, progress: Progress
+    images: list[LabelledImage],
+    folders: dict[Kind, Path],
+    grey_range: GreyRange,
+    parent: Path,
+    progress: Progress,
 ) -> None:
     """Decode images into new stores; where the disk is full, after pruning all that may go."""
     try:
-        _decode_all(images, folders, progress)
+        _decode_all(images, folders, grey_range, progress)
     except OSError as err:
         if err.errno not in FULL_DISK:
             raise
         prune(_stores(parent), 0, unused_s=_IN_USE_S)
-        _decode_all(images, folders, progress)
+        _decode_all(images, folders, grey_range, progress)
     stores = _stores(parent)
     free = shutil.disk_usage(parent).free + sum(map(size_bytes, stores))
     prune(stores, int(_SHARE_OF_DISK * free), unused_s=_IN_USE_S)
@@ -188,25 +204,30 @@ def _stores(folder: Path) -> list[Path]:
 
 
 def _decode_all(
-    images: list[LabelledImage], folders: dict[Kind, Path], progress: Progress
+    images: list[LabelledImage],
+    folders: dict[Kind, Path],
+    grey_range: GreyRange,
+    progress: Progress,
 ) -> None:
     """Write stores; their indexes come last, and without one there is no store."""
     for folder in folders.values():
         # Not written over: other processes may have the damaged pixels mapped.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    common: dict[str, Any] = {"contents": [], "broken": {}}
+    common: dict[str, Any] = {"contents": [], "broken": {}, "grey": {}}
     own: list[dict[str, Any]] = [{"sizes": [], "checksums": []} for _ in folders]
     try:
         with contextlib.ExitStack() as opened:
             files = [opened.enter_context(open(f / _PIXELS, "wb")) for f in folders.values()]
-            results = _decoded(images, list(folders))
+            results = _decoded(images, list(folders), grey_range)
             for done, (image, result) in enumerate(results, start=1):
                 if isinstance(result, str):
                     common["broken"][image.content] = result
                 else:
                     common["contents"].append(image.content)
-                    for file, index, pixels in zip(files, own, result, strict=True):
+                    if result.grey is not None:
+                        common["grey"][image.content] = result.grey
+                    for file, index, pixels in zip(files, own, result.pixels, strict=True):
                         file.write(pixels.data)
                         index["sizes"].append(pixels.shape[:2])
                         index["checksums"].append(zlib.crc32(pixels.data))
@@ -224,17 +245,17 @@ def _decode_all(
 
 
 def _decoded(
-    images: list[LabelledImage], kinds: Sequence[Kind]
-) -> Iterator[tuple[LabelledImage, list[UInt8Array] | str]]:
+    images: list[LabelledImage], kinds: Sequence[Kind], grey_range: GreyRange
+) -> Iterator[tuple[LabelledImage, Decoded | str]]:
     """Decode in parallel (Pillow releases the GIL), in order, a window at a time."""
 
-    def read(image: LabelledImage) -> list[UInt8Array] | str:
+    def read(image: LabelledImage) -> Decoded | str:
         try:
             raw = image.raw() if callable(image.raw) else image.raw
             encoded = raw.read_bytes() if isinstance(raw, Path) else raw
             if isinstance(encoded, bytes) and hashlib.sha256(encoded).hexdigest() != image.content:
                 raise DataError(f"image {image.path} must not change while it is used, but has.")
-            return decode(encoded, kinds)
+            return decode(encoded, kinds, grey_range)
         except (MemoryError, DataError):
             raise
         except Exception as err:  # a damaged file makes decoders raise nearly anything

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from core.config import DataConfig, Preprocessing
+from core.config import DataConfig, GreyRange, Preprocessing
 from core.data.decode import Kind, View
 from core.data.draws import IntArray
 from core.data.image_store import EvalViews, ImageStore, Progress, build_stores
@@ -19,6 +19,8 @@ from core.data.sources import DataError, Found, LabelledImage, find_images
 # Below this many training images a class cannot be learned or judged; worth a warning. Assumption.
 _FEW = 10
 _MOST_LISTED = 10
+# Of all levels: what is left of an image where others' values are far higher. Assumption.
+_FEW_LEVELS = 20 / 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,9 @@ def load_data(
             f"of {', '.join(absent)}. Add some or remove the class."
         )
     parts["train"] = _limited(parts["train"], config.limit)
+    grey_range = _grey_range(parts["train"], store, notes)
+    if grey_range:
+        store = build_stores(found.images, kinds, cache, progress, grey_range)[0]
     counts = Counter(image.label for image in parts["train"])
     few = [f"{label} ({counts[label]})" for label in found.classes if counts[label] < _FEW]
     if few:
@@ -138,10 +143,33 @@ def load_data(
         splits["train"],
         splits["val"],
         splits.get("test"),
-        EvalViews(found.images, cache),
+        EvalViews(found.images, cache, grey_range),
         hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
         tuple(notes),
     )
+
+
+def _grey_range(images: list[LabelledImage], store: ImageStore, notes: list[str]) -> GreyRange:
+    """Return the lowest and highest value of images of more than 8 bits; None where none has.
+
+    These are the training images, or all others where no training image has more.
+    """
+    ranges = {i.path: store.grey[i.content] for i in images if i.content in store.grey}
+    if store.grey and not ranges:
+        text = "images have more than 8 bits and no training image has: their own values become"
+        notes.append(f"{len(store.grey)} {text} 0 to 255.")
+    found = list((ranges or store.grey).values())
+    if not found:
+        return None
+    low, high = min(lowest for lowest, _ in found), max(highest for _, highest in found)
+    few = [path for path, own in ranges.items() if own[1] - own[0] < _FEW_LEVELS * (high - low)]
+    if few:
+        notes.append(
+            f"{len(few)} images of more than 8 bits keep fewer than {_FEW_LEVELS * 256:.0f} grey "
+            f"levels: the values of the training images, {low:g} to {high:g}, become 0 to 255 "
+            f"({', '.join(few[:3])})."
+        )
+    return low, high
 
 
 def _readable(

@@ -175,8 +175,9 @@ def test_batches_that_cannot_be_trained_on_are_refused(
 
 
 def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
-    data: ImageData, tmp_path: Path
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data.views, "grey_range", (0.0, 4095.0))
     config = replace(TINY, epochs=3)
     epochs = list(fit(config, data, checkpoint_dir=tmp_path))
     best = max(epochs, key=lambda m: (m.score or 0.0, -m.epoch))
@@ -185,6 +186,7 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
     assert card.classes == data.classes
     assert card.data["fingerprint"] == data.fingerprint
+    assert card.preprocessing.grey_range == (0, 4095)
     plain = timm.create_model("test_resnet", num_classes=2)
     plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     model, card = load_checkpoint(tmp_path)

@@ -7,15 +7,19 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.transforms import v2
 
-from core.config import Preprocessing
-from core.data.decode import FORMATS, Raw, UInt8Array, decode, eval_view, strict_and_quiet
+from core.config import GreyRange, Preprocessing
+from core.data.decode import FORMATS, Decoded, Raw, UInt8Array, decode, eval_view, strict_and_quiet
 
 RED = (200, 30, 40)
 
 
-def _decode(source: Raw, bound: int = 100) -> UInt8Array:
+def _decoded(source: Raw, bound: int = 100, grey_range: GreyRange = None) -> Decoded:
     with strict_and_quiet():
-        return decode(source, [bound])[0]
+        return decode(source, [bound], grey_range)
+
+
+def _decode(source: Raw, bound: int = 100, grey_range: GreyRange = None) -> UInt8Array:
+    return _decoded(source, bound, grey_range).pixels[0]
 
 
 def _bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -95,21 +99,33 @@ def test_a_cut_file_is_refused_whatever_pillow_was_told(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("mode", "values", "expected"),
+    ("mode", "value", "grey_range", "expected"),
     [
-        ("I;16", [0, 2048, 4095], [0, 128, 255]),
-        ("I", [9, 9 + 77 * 257, 9 + 65535], [0, 77, 255]),
-        ("F", [-0.5, 2.0, 0.75], [0, 255, 128]),
-        ("F", [3.0, 3.0, 3.0], [0, 0, 0]),
-        ("F", [0.0, np.nan, -np.inf], [0, 0, 0]),
+        ("I;16", 4095, (0, 4095), 255),
+        ("I;16", 2048, (0, 4095), 128),
+        ("I;16", 9999, (0, 4095), 255),  # brighter than any training image
+        ("I", 77 * 257, (0, 65535), 77),
+        ("F", -0.5, (-0.5, 2.0), 0),
+        ("F", 2.0, (-0.5, 2.0), 255),
+        ("F", 3.0, (3.0, 3.0), 0),
     ],
 )
-def test_grey_values_of_more_than_8_bits_are_stretched(
-    mode: str, values: list[float], expected: list[int]
+def test_grey_values_of_more_than_8_bits_are_scaled_by_one_range(
+    mode: str, value: float, grey_range: GreyRange, expected: int
 ) -> None:
-    image = Image.new(mode, (3, 1))
-    image.putdata(values)
-    assert _decode(_bytes(image, "TIFF"))[0, :, 1].tolist() == expected
+    source = _bytes(_solid(mode, value), "TIFF")
+    decoded = _decoded(source, grey_range=grey_range)
+    assert decoded.grey == (value, value)
+    assert decoded.pixels[0][3, 4].tolist() == [expected] * 3
+    assert _decode(source).shape == (1, 1, 3)  # not to be used before the range is known
+
+
+def test_infinite_and_undefined_values_decode() -> None:
+    values = np.full((6, 8), 0.5, dtype=np.float32)
+    values[0, 0], values[0, 1] = np.nan, -np.inf
+    decoded = _decode(_bytes(Image.fromarray(values), "TIFF"), grey_range=(0, 1))
+    assert decoded[0, 0].tolist() == decoded[0, 1].tolist() == [0, 0, 0]
+    assert decoded[3, 3].tolist() == [128, 128, 128]
 
 
 @pytest.mark.parametrize(
@@ -158,3 +174,8 @@ def test_evaluation_view_is_torchvisions_transform_of_the_whole_image(
         assert np.array_equal(view, np.asarray(transform(image)))
     squashed = v2.Compose([v2.Resize((28, 28)), v2.CenterCrop(24)])(image)
     assert np.array_equal(eval_view(source, replace(shown, is_squashed=True)), squashed)
+
+
+def test_more_bits_than_the_training_images_had_are_refused(shown: Preprocessing) -> None:
+    with pytest.raises(ValueError, match="must have 8 bits"):
+        eval_view(_bytes(_solid("I;16", 9)), shown)

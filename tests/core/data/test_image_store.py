@@ -49,7 +49,7 @@ def test_store_holds_what_decoding_gives(tmp_path: Path) -> None:
     again = _store(images, 30, tmp_path / "cache", lambda *_: pytest.fail("decoded"))
     copy: ImageStore = pickle.loads(pickle.dumps(store))
     for i, image in enumerate(images):
-        expected = decode(image.raw, [30])[0]
+        expected = decode(image.raw, [30]).pixels[0]
         assert all(np.array_equal(s.image(i), expected) for s in (store, again, copy))
 
 
@@ -111,7 +111,7 @@ def test_views_are_made_with_the_images_or_when_they_are_needed(
     larger = replace(shown, image_size=26)
     build_stores(images, [30, View.of(shown)], cache)
     made: list[int] = []
-    views = EvalViews(images, cache)
+    views = EvalViews(images, cache, None)
     for how in (shown, larger):
         expected = np.stack([eval_view(image.raw, how) for image in images])
         store = views.store(how, lambda done, _: made.append(done))
@@ -125,7 +125,7 @@ def test_an_image_that_changes_while_it_is_used_is_refused(
     images = _images(make_folder(tmp_path / "photos", {"a": 3}))
     Path(str(images[1].raw)).write_bytes(b"another")
     with pytest.raises(DataError, match="must not change while it is used"):
-        EvalViews(images, tmp_path / "cache").store(shown)
+        EvalViews(images, tmp_path / "cache", None).store(shown)
     assert _stores(tmp_path) == []
 
 

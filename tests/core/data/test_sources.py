@@ -23,7 +23,7 @@ def test_digits_are_all_there() -> None:
     pytest.importorskip("sklearn", reason="the embedded digits come with scikit-learn")
     found = find_images(DataConfig())
     assert (len(found.images), found.classes) == (1797, tuple("0123456789"))
-    assert decode(found.images[0].raw, [64])[0].shape == (64, 64, 3)
+    assert decode(found.images[0].raw, [64]).pixels[0].shape == (64, 64, 3)
 
 
 def test_images_carry_class_split_and_name(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_torchvision_dataset_with_splits_is_read(tmp_path: Path) -> None:
     for image in found.images:
         # make_folder brightens channel 0 of its first class (dotted), 1 of its second (banded).
         assert isinstance(image.raw, Path)
-        brightest = decode(image.raw, [40])[0].mean((0, 1))[:2].argmax()
+        brightest = decode(image.raw, [40]).pixels[0].mean((0, 1))[:2].argmax()
         assert ("dotted", "banded")[brightest] == image.label
 
 
@@ -255,5 +255,5 @@ def test_a_torchvision_dataset_in_one_file_is_decoded(tmp_path: Path) -> None:
     assert [image.label[0] for image in found.images[:4]] == ["1", "2", "0", "1"]
     read = found.images[1].raw
     assert callable(read)
-    assert np.array_equal(decode(read(), [28])[0][..., 0], pixels[1])
+    assert np.array_equal(decode(read(), [28]).pixels[0][..., 0], pixels[1])
     assert found.images[1].content == found.images[5].content != found.images[0].content

@@ -3,12 +3,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from core.config import DataConfig
+from core.config import DataConfig, Preprocessing
 from core.data.sources import DataError
 from core.data.splits import ImageData, Split, load_data
+from core.data.views import eval_views
 from support import make_folder, shared_data
 
 
@@ -178,3 +180,48 @@ def test_a_class_without_a_readable_training_image_is_refused(tmp_path: Path) ->
 def test_fractions_that_leave_nothing_to_train_on_are_refused(photos: Path) -> None:
     with pytest.raises(DataError, match=r"val_fraction .* must be < 1, but got 0.5 \+ 0.5"):
         _load(photos, val_fraction=0.5, test_fraction=0.5)
+
+
+def _save_grey(path: Path, value: int) -> None:
+    """Write a flat image of 16 bits, with another value in one corner."""
+    image = Image.new("I;16", (40, 40), value)
+    image.putpixel((0, 0), 9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def test_images_of_more_than_8_bits_share_the_range_of_the_training_images(
+    tmp_path: Path, shown: Preprocessing
+) -> None:
+    for name, low in (("dark", 100), ("bright", 3000)):
+        for value in range(low, low + 800, 40):
+            _save_grey(tmp_path / "scans" / name / f"{value}.png", value)
+    data = _load(tmp_path / "scans")
+    values = [int(Path(path).stem) for path in data.train.paths]
+    low, high = data.views.grey_range or (0, 0)
+    assert (low, high) == (9, max(values))
+    for split in _splits(data):
+        value = np.array([int(Path(path).stem) for path in split.paths])
+        expected = np.clip(np.round((value - low) / (high - low) * 255), 0, 255)
+        views = eval_views(data, split, np.arange(len(split)), shown)
+        assert np.array_equal(views[:, 0, 12, 12], expected)
+        found = [split.store.image(int(i))[20, 20, 0] for i in split.indices]
+        assert np.array_equal(found, expected)
+    few = sum(value - low < 20 / 256 * (high - low) for value in values)
+    assert few > 0
+    assert data.warnings[0].startswith(f"{few} images of more than 8 bits keep fewer than 20 grey")
+
+
+def test_images_of_more_than_8_bits_that_are_not_trained_on_are_scaled_and_named(
+    tmp_path: Path, shown: Preprocessing
+) -> None:
+    for k, part in enumerate(("train", "val")):
+        make_folder(tmp_path / "photos" / part, {"a": 10, "b": 10}, seed=k)
+    assert _load(tmp_path / "photos").views.grey_range is None
+    _save_grey(tmp_path / "photos" / "val" / "a" / "scan.png", 1000)
+    data = _load(tmp_path / "photos")
+    assert data.views.grey_range == (9, 1000)
+    assert data.warnings[0].startswith("1 images have more than 8 bits and no training image has")
+    at = data.val.paths.index("val/a/scan.png")
+    views = eval_views(data, data.val, np.array([at]), shown)
+    assert views[0, :, 12, 12].tolist() == [255, 255, 255]
