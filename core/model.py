@@ -64,6 +64,7 @@ class Model:
 
         Raises:
             OSError: One is no image, or a damaged one.
+            ValueError: One has more than 8 bits, and no image of the training data had.
         """
         found = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         for member in self.members:

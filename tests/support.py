@@ -58,6 +58,12 @@ def shared_data(name: str) -> Path:
     return folder
 
 
+def some_photos() -> Path:
+    """Return a few photos: those that benchmarks/gpu_kit.py took along, else a shared set."""
+    taken = ROOT / "gpu-kit" / "data" / "hotdog"
+    return taken if taken.is_dir() else shared_data("hotdog")
+
+
 def make_folder(
     root: Path, classes: Mapping[str, int], side: int = 40, seed: int = 0, suffix: str = "png"
 ) -> Path:

@@ -144,7 +144,7 @@ class Activations:
         crop = (shown.image_size, shown.interpolation, config.crop_scale, config.flip)
         policy = (config.augment, config.rand_magnitude if config.augment == "rand" else None)
         images = images_key(split.store, split.indices)
-        key = (images, crop, policy, config.seed, draw)
+        key = (images, crop, policy, self._views.is_made_on_device, config.seed, draw)
         return self._rows(split, key, lambda chunks: self._views.train_inputs(draw, chunks))
 
     def evaluation_rows(

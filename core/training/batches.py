@@ -8,6 +8,7 @@ from torch import Tensor
 
 from core.config import Preprocessing, TrainConfig
 from core.data.draws import IntArray, batch_positions, epoch_order
+from core.data.gpu_views import DeviceViews, fits_device
 from core.data.splits import ImageData, Split
 from core.data.views import Loader, eval_views
 from core.device import usable_cores
@@ -28,14 +29,18 @@ class Normalizer:
         self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise uint8 views, (N, 3, H, W)."""
+        """Normalise views, (N, 3, H, W), uint8 or already float in [0, 255]."""
         images = images.to(self.device, non_blocking=True)
         floats = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         return floats.sub_(self.shift).mul_(self.scale)
 
 
 class Views:
-    """Batches of images through their views, in the order that the seed gives."""
+    """Batches of images through their views, in the order that the seed gives.
+
+    On a GPU the training images lie in its memory and views are made there, where they fit and
+    the augmentation can be done in batches; otherwise views are made on the CPU.
+    """
 
     def __init__(
         self, config: TrainConfig, shown: Preprocessing, data: ImageData, device: torch.device
@@ -44,9 +49,11 @@ class Views:
         self.normalize = Normalizer(shown, device)
         self.val_labels = data.val.labels
         self.steps_per_epoch = len(batch_positions(np.arange(len(data.train)), config.batch_size))
+        self.is_made_on_device = fits_device(data.train, config.augment, device)
         self._data, self._config = data, config
         self._labels = torch.from_numpy(data.train.labels)
         self._loader: Loader | None = None
+        self._device_views: DeviceViews | None = None
 
     def order(self, epoch: int) -> list[IntArray]:
         """Return the positions of each of an epoch's batches."""
@@ -67,6 +74,11 @@ class Views:
         split.store.mark_used()
         if config.augment == "none":
             yield from self.eval_inputs(split, batches)
+            return
+        if self.is_made_on_device:
+            if self._device_views is None:
+                self._device_views = DeviceViews(split, self.shown, config, self.device)
+            yield from map(self.normalize, self._device_views.epoch(draw, batches))
             return
         if self._loader is None:
             workers = default_workers(config.workers, self.device)

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from core.cache import ArrayCache
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.fit import Interrupted, fit
+from core.models.builder import build
 from core.models.weights import packaged_file
 from core.training import resume
+from core.training.batches import Views
 from support import CLASSIC, figures, make_folder
 
 FAMILIES = {
@@ -81,6 +83,19 @@ def test_a_run_gives_the_same_bits(
     assert second[0] == first[0]
     assert second[1].keys() == first[1].keys()
     assert all(torch.equal(second[1][name], first[1][name]) for name in first[1])
+
+
+@pytest.mark.parametrize("augment", ["none", "standard", "trivial"])
+def test_views_are_made_on_the_gpu_where_they_can_be(
+    data: ImageData, device: torch.device, augment: str
+) -> None:
+    config = _config(device, augment=augment)
+    views = Views(config, build(config, data.classes).preprocessing, data, device)
+    is_gpus = device.type == "cuda" and augment == "standard"
+    assert views.is_made_on_device is is_gpus
+    with closing(views.train(0, 0)) as batches:
+        inputs, labels = next(batches)
+    assert (inputs.device.type, labels.device.type) == (device.type, device.type)
 
 
 PHASES: dict[str, tuple[dict[str, Any], Callable[[], bool]]] = {
