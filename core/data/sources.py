@@ -37,6 +37,11 @@ _EXTENSIONS = frozenset(
     + (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
 )
 
+# Folders of these names hold images of all classes; train2017 and train_images count, too.
+_PARTS = frozenset((*_SPLITS, "images", "image", "imgs", "img", "jpegimages"))
+_TABLES = (".csv", ".tsv", ".json", ".jsonl")
+_ANNOTATIONS = {"annotations": (".xml", ".json"), "labels": (".txt",), "masks": _EXTENSIONS}
+
 
 class DataError(ValueError):
     """The images cannot be used as they are; the message says which and what to do."""
@@ -93,7 +98,7 @@ def find_images(config: DataConfig) -> Found:
 
 
 def check_folder(root: Path) -> None:
-    """Raise `DataError` where a data folder is missing, a file, or has no folders."""
+    """Raise `DataError` where a data folder is missing, for another task, or has no folders."""
     if any("\ud800" <= c <= "\udfff" for c in str(root)):  # databases take UTF-8 only
         raise DataError(f"data folder {root} must have a path in UTF-8, but has not. Rename it.")
     if not root.exists():
@@ -103,11 +108,49 @@ def check_folder(root: Path) -> None:
         raise DataError(f"data folder {root} must exist, but it does not.{near}")
     if not root.is_dir():
         raise DataError(f"data must be a folder of class folders, but {root} is a file.")
+    _check_task(root)
     if not _subfolders(root):
         raise DataError(
             f"data folder {root} must hold one folder per class (or train, val, test with them "
             "inside), but it has no folders."
         )
+
+
+def _check_task(root: Path) -> None:
+    """Refuse data sets of other tasks, some of whose folders could be taken for classes."""
+    rule = "data must be images sorted into one folder per class, but"
+    parts = _parts_of(root)
+    inner = [path for part in parts for path in _subfolders(part)]
+    for path in inner:
+        name, images = path.name.lower(), path.with_name("images")
+        is_sorted = images not in inner or not set(_subfolders(images)) <= set(parts)
+        if name not in _ANNOTATIONS or (name != "annotations" and is_sorted):
+            continue
+        files = (p for p in path.rglob("*") if p.suffix.lower() in _ANNOTATIONS[name])
+        if found := next(files, None):
+            raise DataError(
+                f"{rule} {root} is for detection or segmentation ({found.relative_to(root)}), "
+                "which are not supported. Sort the images, or what is cut out of them, into one "
+                "folder per class and give the folder that holds these."
+            )
+    entries = [entry for part in parts for entry in _entries(part)]
+    tables = [entry.name for entry in entries if Path(entry.name).suffix.lower() in _TABLES]
+    if tables and set(inner) <= set(parts) and any(map(_is_image, entries)):
+        raise DataError(
+            f"{rule} {root} has its labels in a table ({tables[0]}); multi-label, regression and "
+            "classification by table are not supported. Sort the images into one folder per class."
+        )
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """Return a folder and, of those inside, such as train/images hold images of all classes."""
+    inner = _subfolders(folder)
+    parts = [folder]
+    for path in inner:
+        words = re.findall("[a-z]+", path.name.lower())
+        if len(inner) == 1 or (words and _PARTS.issuperset(words)):
+            parts += _parts_of(path)
+    return parts
 
 
 def _find_in_folder(root: Path) -> Found:

@@ -4,6 +4,7 @@ import re
 import shutil
 import struct
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from core.config import DataConfig
 from core.data.decode import decode
-from core.data.sources import DataError, Found, find_images
+from core.data.sources import DataError, Found, check_folder, find_images
 from support import make_folder
 
 
@@ -103,6 +104,39 @@ def test_folders_that_cannot_be_read_in_one_way_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         _find(make_folder(tmp_path, dict.fromkeys(folders, 1)))
+
+
+@pytest.mark.parametrize(
+    ("folders", "file", "message"),
+    [
+        (("JPEGImages",), "Annotations/1.xml", r"segmentation \(Annotations/1.xml\)"),
+        (("VOC2012/JPEGImages",), "VOC2012/Annotations/1.xml", "is for detection or segmentation"),
+        (("train2017", "val2017"), "annotations/val.json", "is for detection or segmentation"),
+        (("images",), "labels/1.txt", "is for detection or segmentation"),
+        (("images/train", "images/val"), "labels/train/1.txt", "is for detection or segmentation"),
+        (
+            ("train/images", "valid/images"),
+            "train/labels/1.txt",
+            r"\(train/labels/1.txt\)",
+        ),
+        (("images", "masks"), "README", r"segmentation \(masks/000.png\)"),
+        ((".",), "labels.csv", r"labels in a table \(labels.csv\); multi-label, regression"),
+        (("photos",), "labels.tsv", r"labels in a table \(labels.tsv\)"),
+        (("train_images", "test_images"), "train.csv", r"labels in a table \(train.csv\)"),
+        (("train", "valid"), "train/_annotations.json", r"labels in a table"),
+        (("images/a", "images/b", "labels"), "labels/1.txt", None),
+        (("cat", "dog"), "labels.csv", None),
+        (("train/cat", "train/dog"), "train/labels.csv", None),
+    ],
+)
+def test_data_of_other_tasks_are_refused_by_name(
+    tmp_path: Path, folders: tuple[str, ...], file: str, message: str | None
+) -> None:
+    make_folder(tmp_path, dict.fromkeys(folders, 1))
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("")
+    with pytest.raises(DataError, match=message) if message else nullcontext():
+        check_folder(tmp_path)
 
 
 def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
