@@ -25,47 +25,27 @@ _log = logging.getLogger(__name__)
 _IN_USE_S = 3600.0
 # A partial array this old was left by a killed process: writing one takes minutes. Assumption.
 _ABANDONED_S = 24 * 3600.0
-# Rows of images leave this share of the budget to features, which save the whole network for a
-# few bytes. Assumption.
-_SHARE_OF_FEATURES = 1 / 4
 
 
 class ArrayCache:
     """Arrays by key, one file each; what does not fit the budget is temporary.
 
-    Several processes may use one folder. The system's page cache keeps in memory what is read
-    often, and takes that memory back when it is needed.
-
-    Args:
-        folder: Where the files lie.
-        budget: Most bytes that they take together; 0 makes every array temporary.
-
-    Attributes:
-        hits: Arrays that were there.
-        misses: Arrays that were made.
-        saved_s: Seconds that making the arrays that were there had taken.
+    Several processes may use one folder. Its files take `budget` bytes together at most; 0 makes
+    every array temporary. `hits` and `misses` count arrays that were there and that were made,
+    `saved_s` the seconds that making the former had taken.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder = folder
         self.budget = budget
         self.hits, self.misses, self.saved_s = 0, 0, 0.0
-        remove_abandoned(folder, _ABANDONED_S)
+        prune(folder.glob(f"{PARTIAL}*"), 0, unused_s=_ABANDONED_S)
 
     def get(self, key: str, rows: int, make: Callable[[], Iterator[Tensor]]) -> Tensor | None:
-        """Return the array of a key, made where it is not there.
+        """Return the array of a key, (rows, ...); None where the disk is full.
 
-        Args:
-            key: Names everything that decides the array's bits.
-            rows: Its length.
-            make: Gives its rows in order, in chunks on the CPU, bf16, float or integer.
-
-        Returns:
-            The array, (rows, ...), as a private map: writing into it changes no file. None where
-            the disk is full.
-
-        Raises:
-            OSError: The folder cannot be written, for another reason than a full disk.
+        The key names everything that decides the array's bits. `make` gives its rows in order, in
+        chunks on the CPU, where it is not there. Writing into the array changes no file.
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         for path in sorted(self.folder.glob(f"{name}.*.npy")):
@@ -104,7 +84,9 @@ class ArrayCache:
                         header = {"descr": descr, "fortran_order": False, "shape": shape}
                         np.lib.format.write_array_header_1_0(file, header)
                         size = int(np.prod(shape)) * values.itemsize
-                        is_kept = self._make_room(size, is_features=values.ndim == 2)
+                        left = self.budget - size
+                        arrays = self.folder.glob("*.npy")
+                        is_kept = left >= 0 and prune(arrays, left, unused_s=_IN_USE_S) <= left
                     file.write(np.ascontiguousarray(values).data)
                 file.flush()
                 if is_kept:
@@ -116,12 +98,6 @@ class ArrayCache:
             return array
         finally:  # a temporary array lives on in its map
             Path(partial).unlink(missing_ok=True)
-
-    def _make_room(self, size: int, *, is_features: bool) -> bool:
-        """Say whether a new array may stay, once others made room for it."""
-        budget = self.budget * (1 if is_features else 1 - _SHARE_OF_FEATURES)
-        left = int(budget) - size
-        return left >= 0 and prune(self.folder.glob("*.npy"), left, unused_s=_IN_USE_S) <= left
 
 
 def _mapped(path: Path, rows: int) -> Tensor:
@@ -135,13 +111,8 @@ def _mapped(path: Path, rows: int) -> Tensor:
 def prune(paths: Iterable[Path], budget: int, *, unused_s: float) -> int:
     """Remove files or folders, the least recently used first, until the rest fits the budget.
 
-    Args:
-        paths: What may go; its time of modification says when it was used.
-        budget: Most bytes that may stay.
-        unused_s: What was used within so many seconds stays, whatever it takes.
-
-    Returns:
-        Bytes of what stays.
+    What was used, by its time of modification, within `unused_s` stays, whatever it takes. Returns
+    the bytes of what stays.
     """
     sizes = {path: size_bytes(path) for path in paths}
     taken = sum(sizes.values())
@@ -152,11 +123,6 @@ def prune(paths: Iterable[Path], budget: int, *, unused_s: float) -> int:
         if time.time() - _used_at(path) >= unused_s and _remove(path):
             taken -= sizes[path]
     return taken
-
-
-def remove_abandoned(folder: Path, unused_s: float = _ABANDONED_S) -> None:
-    """Remove what killed processes left half written."""
-    prune(folder.glob(f"{PARTIAL}*"), 0, unused_s=unused_s)
 
 
 def size_bytes(path: Path) -> int:

@@ -16,9 +16,6 @@ from pydantic_core import PydanticCustomError
 MAX_FREEZE_DEPTH = 5
 """The highest freeze level, at which the head alone is trained; the same for every backbone."""
 
-MAX_ASPECT = 20
-"""An image that is longer than this, relative to its shorter side, loses its ends first."""
-
 GreyRange = tuple[float, float] | None
 """Values that become black and white in images of more than 8 bits."""
 
@@ -50,11 +47,7 @@ def fields_of(section: type) -> dict[str, FieldInfo]:
 
 
 def check_rules(config: Any, rules: Mapping[str, bool]) -> None:
-    """Check the rules between keys of a section.
-
-    Args:
-        config: The section.
-        rules: What a rule says, by the names of its keys -> whether it holds.
+    """Check the rules between keys of a section: what each says, by their names -> if it holds.
 
     Raises:
         PydanticCustomError: Rules are broken; its context has the keys and the text of each.
@@ -79,12 +72,8 @@ class Preprocessing:
             where `is_squashed`.
         mean: Per-channel mean, of pixels in [0, 1].
         std: Per-channel standard deviation, of pixels in [0, 1].
-        interpolation: `bilinear` or `bicubic`, always antialiased.
-        is_squashed: Whether the resize makes a square of the image.
         grey_range: Values that become black and white in images of more than 8 bits; None where
-            no training image has more.
-        max_aspect: Longest side, relative to the shorter one, that the centre of an image may
-            have; what lies beyond is cut off before the resize.
+            no image has more.
     """
 
     image_size: int
@@ -94,12 +83,6 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"]
     is_squashed: bool = False
     grey_range: GreyRange = None
-    max_aspect: int = MAX_ASPECT
-
-    def __post_init__(self) -> None:
-        """Check that the centre crop lies inside the resized image."""
-        is_inside = self.resize_size >= self.image_size
-        check_rules(self, {"resize_size must be >= image_size": is_inside})
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)
@@ -215,8 +198,6 @@ class TrainConfig:
     amp: Amp = "auto"
     """Mixed precision: auto (bf16 on a GPU that has it, else fp16; off on a CPU), bf16, fp16 or
     off."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
     device: str = "auto"
     """auto (cuda, mps, cpu, in this order), or a device's name."""
     workers: OrNone[int] = Field(default=None, ge=0)

@@ -19,7 +19,7 @@ from core.models.builder import Network, build
 from core.models.freeze_stages import freeze
 from core.models.partition import whole
 from core.models.sources import library_versions
-from core.training.activations import Activations, kept_partition
+from core.training.activations import Activations, Run, kept_partition
 from core.training.batches import Views
 from core.training.checkpoint import (
     REFIT_FILE,
@@ -88,20 +88,21 @@ def fit(
     network.model.to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    run = Run(config, network, data, cache, pulse)
     if config.is_solved:
         with deterministic(device):
-            found = fit_solved(network, config, data, cache, pulse)
+            found = fit_solved(run)
         metrics, (rest, evaluation), network, refitted = found
         yield metrics
-        _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}), rest)
         if checkpoint_dir is not None:
+            _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}), rest)
             save_tensors(checkpoint_dir / REFIT_FILE, refitted)
         return
     reference = Reference()
     if config.head_init == "solved":
         with deterministic(device):
-            reference = start_from_solved(network, config, data, cache, pulse)
-    trainer = _trainer(config, network, data, cache, pulse)
+            reference = start_from_solved(run)
+    trainer = _trainer(run)
     state = TrainingState(state_file, config, data, trainer)
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:
@@ -133,7 +134,7 @@ def fit(
         yield metrics
         # Only now: the caller has recorded the epoch, which the state then counts as done.
         state.save_if_due(best, device, after_epoch=True)
-    if best is not None:
+    if best is not None and checkpoint_dir is not None:
         _save(checkpoint_dir, config, network, data, best)
 
 
@@ -148,18 +149,8 @@ def refit(
     """Train a complete run again on all images but the test split, and keep that beside it.
 
     It is trained as long as its best epoch says, and evaluated on nothing: no image is left that
-    it has not seen. A solved head needs none of this: `fit` has kept its refit.
-
-    Args:
-        config: The run's configuration.
-        data: Images.
-        checkpoint: Its checkpoint.
-        cache: Where outputs of frozen layers are kept.
-        should_stop: Asked after each step; True ends it, and nothing is kept.
-
-    Raises:
-        Interrupted: `should_stop` said so.
-        OSError: The weights cannot be written.
+    it has not seen. A solved head needs none of this: `fit` has kept its refit. Where
+    `should_stop` says so, `Interrupted` is raised and nothing is kept.
     """
 
     def pulse() -> None:
@@ -170,10 +161,11 @@ def refit(
     device = choose_device(config.device)
     network = build(config, data.classes)
     network.model.to(device)
+    run = Run(config, network, data, cache, pulse)
     if config.head_init == "solved":
         with deterministic(device):
-            start_from_solved(network, config, data, cache, pulse, is_refit=True)
-    trainer = _trainer(config, network, replace(data, train=data.development), cache, pulse)
+            start_from_solved(run, is_refit=True)
+    trainer = _trainer(replace(run, data=replace(data, train=data.development)))
     for epoch in range(n_epochs):
         with deterministic(device), seeded(_dropout_seed(config, epoch), device):
             for _ in trainer.train_epoch():
@@ -182,20 +174,13 @@ def refit(
     save_tensors(checkpoint / REFIT_FILE, {**network.model.state_dict(), **trainer.snapshot()})
 
 
-def _trainer(
-    config: TrainConfig,
-    network: Network,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None],
-) -> Trainer:
-    device = next(network.model.parameters()).device
+def _trainer(run: Run) -> Trainer:
+    config, network, device = run.config, run.network, run.device
     freeze(network.model, network.stages, config.freeze_depth)
-    views = Views(config, network.preprocessing, data, device)
-    part = kept_partition(network, config, device)
-    batches = Activations(config, network, part, views, data, cache, pulse) if part else views
-    trained = part.suffix if part else whole(network, config)
-    return Trainer(config, trained, network, batches, device)
+    if part := kept_partition(network, config, device):
+        return Trainer(config, part.suffix, network, Activations(run, part), device)
+    views = Views(config, network.preprocessing, run.data, device)
+    return Trainer(config, whole(network, config), network, views, device)
 
 
 def _dropout_seed(config: TrainConfig, epoch: int) -> int:
@@ -204,28 +189,27 @@ def _dropout_seed(config: TrainConfig, epoch: int) -> int:
 
 
 def _save(
-    folder: Path | None,
+    folder: Path,
     config: TrainConfig,
     network: Network,
     data: ImageData,
     best: Best,
     out_of_fold: Evaluation | None = None,
 ) -> None:
-    """Write the best epoch's weights, card and predictions, where they are wanted."""
-    if folder is not None:
-        card = Card(
-            backbone=config.backbone,
-            classes=data.classes,
-            preprocessing=replace(network.preprocessing, grey_range=data.views.grey_range),
-            config=config,
-            metrics=best.metrics,
-            weights=network.weights,
-            layers=network.layers,
-            data={"source": data.source, "fingerprint": data.fingerprint},
-            versions=library_versions(),
-        )
-        save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
-        write_predictions(folder, best.evaluation, data.val.paths, out_of_fold)
+    """Write the best epoch's weights, card and predictions."""
+    card = Card(
+        backbone=config.backbone,
+        classes=data.classes,
+        preprocessing=replace(network.preprocessing, grey_range=data.views.grey_range),
+        config=config,
+        metrics=best.metrics,
+        weights=network.weights,
+        layers=network.layers,
+        data={"source": data.source, "fingerprint": data.fingerprint},
+        versions=library_versions(),
+    )
+    save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
+    write_predictions(folder, best.evaluation, data.val.paths, out_of_fold)
 
 
 def _epoch_metrics(

@@ -1,6 +1,7 @@
 """The figures of an epoch, and of an evaluation; free of torch."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from core.config import Monitor
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,20 @@ class Evaluation:
 
     @property
     def temperature(self) -> float:
-        """What the logits have to be divided by for the least cross-entropy."""
-        return _temperature(self.labels, self.log_probs)
+        """What the logits have to be divided by for the least cross-entropy.
+
+        Found by bisection of the slope in log(1 / T).
+        """
+        # Few images may ask for more, by chance, and other images pay for it. Assumption.
+        low, high = np.log(0.1), np.log(3.0)
+        rows = np.arange(len(self.labels))
+        for _ in range(30):
+            middle = (low + high) / 2
+            probs = np.exp(tempered(self.log_probs.astype(np.float64), np.exp(-middle)))
+            given = self.log_probs[rows, self.labels]
+            slope = ((probs * self.log_probs).sum(axis=1) - given).mean()
+            low, high = (middle, high) if slope < 0 else (low, middle)
+        return float(np.exp(-(low + high) / 2))
 
     @property
     def calibrated_loss(self) -> float:
@@ -111,13 +125,13 @@ class Evaluation:
         Each half of the images has the temperature of the other half: a trained network is
         often too sure of itself, which says little about the classes that it gives.
         """
-        halves = [slice(k, None, 2) for k in (0, 1)]
+        if len(self.labels) < 2:
+            return self.loss
+        halves = [Evaluation(self.labels[k::2], self.log_probs[k::2]) for k in (0, 1)]
         sums = 0.0
         for fitted, judged in (halves, halves[::-1]):
-            if len(self.labels[fitted]) == 0 or len(self.labels[judged]) == 0:
-                return self.loss
-            t = _temperature(self.labels[fitted], self.log_probs[fitted])
-            sums += _loss_at(t, self.labels[judged], self.log_probs[judged])
+            cooled = tempered(judged.log_probs.astype(np.float64), fitted.temperature)
+            sums -= float(cooled[np.arange(len(cooled)), judged.labels].sum())
         return sums / len(self.labels)
 
     @property
@@ -175,27 +189,12 @@ class Reference:
         return float(np.exp(-evaluation.calibrated_loss * self.loss))
 
 
-def _temperature(labels: IntArray, log_probs: FloatArray) -> float:
-    """Find the temperature of least cross-entropy, by bisection of its slope in 1 / T."""
-    # Of 1 / T. Few images may ask for more, by chance, and other images pay for it. Assumption.
-    low, high = np.log(0.1), np.log(3.0)
-    rows = np.arange(len(labels))
-    for _ in range(30):
-        middle = (low + high) / 2
-        scaled = np.exp(middle) * log_probs.astype(np.float64)
-        probs = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        probs /= probs.sum(axis=1, keepdims=True)
-        slope = ((probs * log_probs).sum(axis=1) - log_probs[rows, labels]).mean()
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return float(np.exp(-(low + high) / 2))
-
-
-def _loss_at(temperature: float, labels: IntArray, log_probs: FloatArray) -> float:
-    """Sum the cross-entropy of predictions at a temperature, nats."""
-    scaled = log_probs.astype(np.float64) / temperature
-    top = scaled.max(axis=1, keepdims=True)
-    total = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
-    return float((total - scaled[np.arange(len(labels)), labels]).sum())
+def tempered(log_probs: NDArray[_Float], temperature: float | FloatArray) -> NDArray[_Float]:
+    """Return log-probabilities, (..., K), for logits that are divided by a temperature."""
+    scaled = log_probs / temperature
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+    return np.asarray(scaled - total, dtype=log_probs.dtype)
 
 
 class TrainingDiverged(RuntimeError):

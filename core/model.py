@@ -7,7 +7,6 @@ of one member.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from core.training.checkpoint import (
     read_card,
     remove_checkpoint,
     weights_hash,
+    write_json,
 )
 
 MODEL_FILE = "model.json"
@@ -38,11 +38,9 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One network of a model.
+    """One network of a model, in eval mode.
 
     Attributes:
-        network: In eval mode, images (N, 3, S, S) to logits (N, K).
-        preprocessing: How images become its input.
         weight: Its share of the mean; those of all members add up to 1.
         temperature: What its logits are divided by.
     """
@@ -55,25 +53,18 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A classifier of images.
-
-    Attributes:
-        classes: Class names in the order of the probabilities.
-        members: Its networks.
-    """
+    """A classifier of images; its classes are in the order of the probabilities."""
 
     classes: tuple[str, ...]
     members: tuple[Member, ...]
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Raw]) -> FloatArray:
-        """Return the probabilities of each class, (N, K).
-
-        Args:
-            images: Files, their contents, or opened images.
+        """Return the probabilities of each class, (N, K), for files, their contents or images.
 
         Raises:
             OSError: One is no image, or a damaged one.
+            ValueError: One has more than 8 bits, and no image of the training data had.
         """
         found = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         for member in self.members:
@@ -157,10 +148,6 @@ def save_model(
         members: Checkpoint folder, weight and temperature of each.
         facts: What else `model.json` says.
         use_refits: Whether members have the tensors of their refit where there is one.
-
-    Raises:
-        OSError: It cannot be written.
-        WeightsError: A checkpoint is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = {int(path.name[7:]): path for path in _member_folders(folder)}
@@ -173,11 +160,8 @@ def save_model(
         row = {"folder": target.name, "weight": weight, "temperature": temperature}
         rows.append({**row, "is_refitted": is_refitted, "weights_hash": weights_hash(target)})
     classes = read_card(members[0][0]).classes
-    read_now = _folders(folder)
-    partial = folder / f"{MODEL_FILE}.partial"
-    text = json.dumps({"classes": classes, "members": rows, **facts}, indent=2, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / MODEL_FILE)
+    read_now = {row["folder"] for row in described(folder).get("members", ())}
+    write_json(folder / MODEL_FILE, {"classes": classes, "members": rows, **facts})
     for path in before.values():
         if path.name not in read_now:
             remove_checkpoint(path)
@@ -186,11 +170,3 @@ def save_model(
 def _member_folders(folder: Path) -> list[Path]:
     """Return the folders that members have or had; one of a user's is called otherwise."""
     return [path for path in folder.glob("member-*") if path.name[7:].isdecimal()]
-
-
-def _folders(folder: Path) -> set[str]:
-    """Return the folders of the members of a model; none where there is no readable one."""
-    try:
-        return {member["folder"] for member in described(folder)["members"]}
-    except (LookupError, TypeError):
-        return set()

@@ -11,6 +11,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from PIL import Image
 
+from core.config import TrainConfig
 from core.metrics import MEASURED, EpochMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,17 @@ CLASSIC: dict[str, Any] = {
     "views": None,
 }
 """SGD as most recipes have it, from a new head and on new views in every epoch."""
+TINY = TrainConfig(
+    backbone="timm:test_resnet",
+    weights="none",
+    image_size=32,
+    epochs=2,
+    batch_size=8,
+    head_solver="sgd",
+    device="cpu",
+    **CLASSIC,
+)
+"""The whole of a network, trained on a few images in less than a second."""
 
 
 def classic_settings(text: str = "") -> dict[str, object]:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from core.config import MAX_ASPECT, GreyRange, Preprocessing
+from core.config import GreyRange, Preprocessing
 
 UInt8Array = NDArray[np.uint8]
 Raw = Path | bytes | Image.Image
@@ -30,6 +30,8 @@ _MAX_PIXELS = 500_000_000
 # Larger images are decoded one at a time, since each takes up to 9 bytes a pixel. Assumption.
 _LARGE_PIXELS = 32_000_000
 _ONE_LARGE_IMAGE = threading.Lock()
+# Longer sides, relative to the shorter one, are cut: resized they could fill the memory.
+_MAX_ASPECT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,11 @@ class Decoded:
     Attributes:
         pixels: (H, W, 3), one array per kind; one black pixel each where the grey values have yet
             to be scaled.
-        grey: Of an image of 16 bits, 32 bits or floating point: its lowest and highest value, and
-            how many different levels are left of them in 8 bits; else None.
+        grey: The lowest and highest value of an image of more than 8 bits; else None.
     """
 
     pixels: list[UInt8Array]
-    grey: tuple[float, float, int] | None
+    grey: GreyRange
 
 
 @contextlib.contextmanager
@@ -86,13 +87,9 @@ def strict_and_quiet() -> Iterator[None]:
 def decode(source: Raw, kinds: Sequence[Kind], grey_range: GreyRange = None) -> Decoded:
     """Decode an image of any mode into upright RGB, in any thread inside `strict_and_quiet`.
 
-    Palettes are looked up, transparency is laid over white, CMYK is converted, the EXIF
-    orientation is applied, and an image longer than `MAX_ASPECT` loses its ends.
-
-    Args:
-        source: File, encoded bytes, or an opened image.
-        kinds: What to make of it.
-        grey_range: Values that become black and white in images of more than 8 bits.
+    Palettes are looked up, transparency is laid over white, CMYK is converted, the values in
+    `grey_range` of an image of more than 8 bits become 0 to 255, the EXIF orientation is applied,
+    and an image that is very long loses its ends.
 
     Raises:
         OSError: Not an image, or a damaged one.
@@ -112,7 +109,7 @@ def eval_view(source: Raw, shown: Preprocessing) -> UInt8Array:
 
     Raises:
         OSError: Not an image, or a damaged one.
-        ValueError: It has more than 8 bits, and no training image had.
+        ValueError: It has more than 8 bits, and no image of the network's data had.
     """
     with strict_and_quiet():
         decoded = decode(source, [View.of(shown)], shown.grey_range)
@@ -140,7 +137,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _within_aspect(image: Image.Image) -> Image.Image:
     """Cut the ends off an image that a resize of its shorter side would make enormous."""
-    longest = MAX_ASPECT * min(image.size)
+    longest = _MAX_ASPECT * min(image.size)
     if max(image.size) <= longest:
         return image
     size = [min(image.height, longest), min(image.width, longest)]
@@ -148,10 +145,11 @@ def _within_aspect(image: Image.Image) -> Image.Image:
     return cropped
 
 
-def _to_8_bits(
-    image: Image.Image, grey_range: GreyRange
-) -> tuple[Image.Image, tuple[float, float, int] | None]:
-    """Convert to RGB, or to 8-bit grey where that is all there is, for a third of the memory."""
+def _to_8_bits(image: Image.Image, grey_range: GreyRange) -> tuple[Image.Image, GreyRange]:
+    """Convert to RGB, or to 8-bit grey where that is all there is, for a third of the memory.
+
+    Also return the lowest and highest value of an image of more than 8 bits.
+    """
     if image.mode.startswith(("I", "F")):
         values = np.array(image, dtype=np.float32)
         np.nan_to_num(values, copy=False, posinf=0, neginf=0)
@@ -159,8 +157,8 @@ def _to_8_bits(
         low, high = grey_range or own
         values -= low
         values *= 255 / ((high - low) or 1.0)
-        scaled = Image.fromarray(np.clip(values.round(out=values), 0, 255).astype(np.uint8))
-        return scaled, (*own, sum(n > 0 for n in scaled.histogram()))
+        levels = np.clip(values.round(out=values), 0, 255).astype(np.uint8)
+        return Image.fromarray(levels), own
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         over_white = Image.new("RGB", layer.size, "white")

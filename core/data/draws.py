@@ -66,7 +66,7 @@ def crop_boxes(draws: FloatArray, sizes: IntArray, crop_scale: float) -> IntArra
 
 
 def flips(draws: FloatArray, flip: float) -> NDArray[np.bool_]:
-    """Say which images are flipped, (B,)."""
+    """Return which images are flipped, (B,)."""
     return np.asarray(draws[:, _FLIP] < flip)
 
 

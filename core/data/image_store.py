@@ -26,7 +26,7 @@ from core.device import usable_cores
 Progress = Callable[[int, int], None] | None  # takes how many of how many images are decoded
 
 # Stores made by another way of decoding are not used; raise it when `decode` changes its pixels.
-_DECODER = 2
+_DECODER = 4
 _PIXELS, _INDEX = "pixels.bin", "index.json"
 # Checking every image's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
@@ -43,12 +43,11 @@ class ImageStore:
     """Decoded images of one kind in one flat file, opened as a memory map.
 
     Attributes:
-        folder: Where `build_stores` put them.
         sizes: Heights and widths, (N, 2).
         checksums: CRC-32 of each image's pixels, (N,).
-        contents: SHA-256 of each image's undecoded contents, hexadecimal, in their order.
-        broken: Why other contents cannot be decoded.
-        grey: By their contents, what `Decoded.grey` says of images of more than 8 bits.
+        contents: SHA-256 of each image's file, hexadecimal.
+        broken: Of other files, why they cannot be decoded.
+        grey: Lowest and highest value of images of more than 8 bits, by their contents.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +57,7 @@ class ImageStore:
         self.checksums: IntArray = np.array(index["checksums"], dtype=np.int64)
         self.contents: list[str] = index["contents"]
         self.broken: dict[str, str] = index["broken"]
-        self.grey: dict[str, tuple[float, float, int]] = index["grey"]
+        self.grey: dict[str, tuple[float, float]] = index["grey"]
         self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
         path = folder / _PIXELS
         if path.stat().st_size != self.size_bytes:
@@ -102,37 +101,29 @@ def build_stores(
     progress: Progress = None,
     grey_range: GreyRange = None,
 ) -> list[ImageStore]:
-    """Open the stores of these images, decoding them first where that was not done yet.
+    """Open the stores of images, one for each kind, decoding them first where that was not done.
 
-    A store is keyed by contents and kind, so folders may move and files be renamed. One process
-    builds it while others wait; a damaged one is built again. Stores that were not used for a day
-    are pruned where all together take more than half of what they take and what is free.
-
-    Args:
-        images: What to decode; equal contents are kept once.
-        kinds: What to keep of them, different ones; all stores have the images in one order.
-        cache: Folder of stores.
-        progress: Called after each image.
-        grey_range: As `decode` takes it.
+    A store is keyed by contents, kind and grey range, so folders may move and files be renamed;
+    equal contents are kept once. One process builds it while others wait; a damaged one is built
+    again. Stores that were not used for a day are pruned where all together take more than half of
+    what they take and what is free.
 
     Raises:
         DataError: The disk is full, the cache folder cannot be written, or an image has changed.
     """
     unique = {image.content: image for image in images}
     ordered = [unique[content] for content in sorted(unique)]
-    folders = {kind: _folder(kind, grey_range, ordered, cache) for kind in kinds}
+    name = _hashed([str(_DECODER), repr(grey_range), *sorted(unique)])
+    folders = {kind: cache / "images" / _hashed([name, repr(kind)]) for kind in kinds}
     try:
-        with contextlib.ExitStack() as locks:
-            # No lock first: the cache may be read-only.
-            stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
-            missing = sorted(folders[kind] for kind in kinds if stores[kind] is None)
-            for folder in missing:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(FileLock(folder.with_suffix(".lock")))
-            if missing:  # another process may have built one
+        stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
+        if None in stores.values():  # only then a lock: the cache may be read-only
+            (cache / "images").mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "images" / f"{name}.lock"):
                 stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
                 lacking = {kind: folders[kind] for kind in kinds if stores[kind] is None}
-                _build(ordered, lacking, grey_range, progress)
+                if lacking:  # no other process has built them meanwhile
+                    _build(ordered, lacking, grey_range, cache / "images", progress)
                 stores |= {kind: ImageStore(folder) for kind, folder in lacking.items()}
     except OSError as err:
         bytes_each = (4 * k * k if isinstance(k, int) else 3 * k.image_size**2 for k in kinds)
@@ -164,20 +155,14 @@ class EvalViews:
         """Return the store of some views, made at the first call; it raises as `build_stores`."""
         view = View.of(shown)
         if view not in self._stores:
-            self.make([view], progress)
+            [self._stores[view]] = build_stores(
+                self._images, [view], self._cache, progress, self.grey_range
+            )
         return self._stores[view]
 
-    def make(self, kinds: Sequence[View], progress: Progress = None) -> None:
-        """Make some views at once, which decodes every image once."""
-        made = build_stores(self._images, kinds, self._cache, progress, self.grey_range)
-        self._stores |= dict(zip(kinds, made, strict=True))
 
-
-def _folder(
-    kind: Kind, grey_range: GreyRange, images: Sequence[LabelledImage], cache: Path
-) -> Path:
-    named = [str(_DECODER), repr(kind), repr(grey_range), *(image.content for image in images)]
-    return cache / "images" / hashlib.sha256(" ".join(named).encode()).hexdigest()[:32]
+def _hashed(words: list[str]) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:32]
 
 
 def _open_sound(folder: Path, contents: Set[str]) -> ImageStore | None:
@@ -196,12 +181,10 @@ def _build(
     images: list[LabelledImage],
     folders: dict[Kind, Path],
     grey_range: GreyRange,
+    parent: Path,
     progress: Progress,
 ) -> None:
     """Decode images into new stores; where the disk is full, after pruning all that may go."""
-    if not folders:
-        return
-    parent = next(iter(folders.values())).parent
     try:
         _decode_all(images, folders, grey_range, progress)
     except OSError as err:
@@ -268,12 +251,10 @@ def _decoded(
 
     def read(image: LabelledImage) -> Decoded | str:
         try:
-            raw = image.read()
+            raw = image.raw() if callable(image.raw) else image.raw
             encoded = raw.read_bytes() if isinstance(raw, Path) else raw
             if isinstance(encoded, bytes) and hashlib.sha256(encoded).hexdigest() != image.content:
-                raise DataError(
-                    f"image {image.path} must not change while it is used, but it has."
-                )
+                raise DataError(f"image {image.path} must not change while it is used, but has.")
             return decode(encoded, kinds, grey_range)
         except (MemoryError, DataError):
             raise

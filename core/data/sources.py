@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,22 +23,24 @@ from core.data.decode import Raw
 from core.device import usable_cores
 
 _DIGIT_SIDE = 64
-_WORDS = {
-    "train": ("train", "training", "trn"),
-    "val": ("val", "valid", "validation", "validate", "eval", "evaluation", "dev"),
-    "test": ("test", "testing", "tst"),
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
-_SPLITS = {word: split for split, words in _WORDS.items() for word in words}
 # Folders that archivers and file servers add.
 _JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 # Control characters, which terminals obey, those that reorder a line, and bytes that are no UTF-8.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# Real path to where a folder was first met, and in which class.
-_Visited = dict[str, tuple[Path, Path | None]]
 _EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
     + (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
 )
+
+# Folders of these names hold images of all classes; train2017 and train_images count, too.
+_PARTS = frozenset((*_SPLITS, "images", "image", "imgs", "img", "jpegimages"))
+_TABLES = (".csv", ".tsv", ".json", ".jsonl")
+_ANNOTATIONS = {"annotations": (".xml", ".json"), "labels": (".txt",), "masks": _EXTENSIONS}
 
 
 class DataError(ValueError):
@@ -55,27 +57,21 @@ class LabelledImage:
     Attributes:
         content: SHA-256 of its contents, hexadecimal.
         path: What messages and reports call it.
-        read: Gives the file, the bytes or the image.
+        raw: Its file, the image itself, or what reads it out of a larger file.
         label: Class name.
         split: `train`, `val`, `test`, or None where the source has no splits.
     """
 
     content: str
     path: str
-    read: Callable[[], Raw]
+    raw: Raw | Callable[[], Raw]
     label: str
     split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a source holds.
-
-    Attributes:
-        images: All of them.
-        classes: Class names, in the order of the outputs.
-        warnings: What the user should know.
-    """
+    """What a source holds: images, class names in the order of the outputs, and warnings."""
 
     images: list[LabelledImage]
     classes: tuple[str, ...]
@@ -102,7 +98,7 @@ def find_images(config: DataConfig) -> Found:
 
 
 def check_folder(root: Path) -> None:
-    """Raise `DataError` where a data folder is missing, a file, or has no folders."""
+    """Raise `DataError` where a data folder is missing, for another task, or has no folders."""
     if any("\ud800" <= c <= "\udfff" for c in str(root)):  # databases take UTF-8 only
         raise DataError(f"data folder {root} must have a path in UTF-8, but has not. Rename it.")
     if not root.exists():
@@ -112,11 +108,49 @@ def check_folder(root: Path) -> None:
         raise DataError(f"data folder {root} must exist, but it does not.{near}")
     if not root.is_dir():
         raise DataError(f"data must be a folder of class folders, but {root} is a file.")
+    _check_task(root)
     if not _subfolders(root):
         raise DataError(
             f"data folder {root} must hold one folder per class (or train, val, test with them "
             "inside), but it has no folders."
         )
+
+
+def _check_task(root: Path) -> None:
+    """Refuse data sets of other tasks, some of whose folders could be taken for classes."""
+    rule = "data must be images sorted into one folder per class, but"
+    parts = _parts_of(root)
+    inner = [path for part in parts for path in _subfolders(part)]
+    for path in inner:
+        name, images = path.name.lower(), path.with_name("images")
+        is_sorted = images not in inner or not set(_subfolders(images)) <= set(parts)
+        if name not in _ANNOTATIONS or (name != "annotations" and is_sorted):
+            continue
+        files = (p for p in path.rglob("*") if p.suffix.lower() in _ANNOTATIONS[name])
+        if found := next(files, None):
+            raise DataError(
+                f"{rule} {root} is for detection or segmentation ({found.relative_to(root)}), "
+                "which are not supported. Sort the images, or what is cut out of them, into one "
+                "folder per class and give the folder that holds these."
+            )
+    entries = [entry for part in parts for entry in _entries(part)]
+    tables = [entry.name for entry in entries if Path(entry.name).suffix.lower() in _TABLES]
+    if tables and set(inner) <= set(parts) and any(map(_is_image, entries)):
+        raise DataError(
+            f"{rule} {root} has its labels in a table ({tables[0]}); multi-label, regression and "
+            "classification by table are not supported. Sort the images into one folder per class."
+        )
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """Return a folder and, of those inside, such as train/images hold images of all classes."""
+    inner = _subfolders(folder)
+    parts = [folder]
+    for path in inner:
+        words = re.findall("[a-z]+", path.name.lower())
+        if len(inner) == 1 or (words and _PARTS.issuperset(words)):
+            parts += _parts_of(path)
+    return parts
 
 
 def _find_in_folder(root: Path) -> Found:
@@ -140,7 +174,7 @@ def _find_in_folder(root: Path) -> Found:
     images = []
     for (path, label, split), content in zip(files, hashes, strict=True):
         shown = _shown(path.relative_to(root).as_posix())
-        images.append(LabelledImage(content, shown, partial(Path, path), label, split))
+        images.append(LabelledImage(content, shown, path, label, split))
     return Found(images, classes, [_shown(note) for note in notes])
 
 
@@ -174,7 +208,7 @@ def _is_flat(folder: Path) -> bool:
 
 
 def _label(folder: Path) -> str:
-    """Name a class alike whichever system wrote its accents; macOS decomposes them."""
+    # macOS decomposes accents.
     return _shown(unicodedata.normalize("NFC", folder.name))
 
 
@@ -182,40 +216,23 @@ def _names(folders: Iterable[Path]) -> str:
     return textwrap.shorten(", ".join(p.name for p in folders), 80, placeholder=" ...")
 
 
-def _split_of(folder: Path) -> tuple[str | None, str | None]:
-    """Find a split's word at either end of a name, and what else the name says."""
-    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", folder.name).lower()
-    words = re.findall(r"[^\W\d_]+|\d+", spaced)
-    for at in (0, -1) if words else ():
-        split = _SPLITS.get(words[at].removesuffix("set"))
-        if split:
-            del words[at]
-            return split, " ".join(words)
-    return None, None
-
-
 def _find_splits(root: Path, notes: list[str]) -> dict[Path, str | None]:
-    """Tell splits from classes: `train` and its like, or names alike but for such a word."""
+    """Return the split of each folder of classes: by its name, and by what the folder holds."""
     inner = _subfolders(root)
-    groups: defaultdict[str | None, dict[Path, str | None]] = defaultdict(dict)
-    for folder in inner:
-        split, rest = _split_of(folder)
-        groups[rest][folder] = split
-    found = [g for k, g in groups.items() if "train" in g.values() and (k == "" or len(g) > 1)]
-    if len(found) > 1 or not (
-        found or None in groups or "" not in groups and all(map(_is_flat, inner))
-    ):
-        raise DataError(
-            f"data folder {root} must have one train folder and others named alike, but it has "
-            f"{_names(inner)}. Rename them to train, val, test."
-        )
-    splits = found[0] if found else {}
+    splits: dict[Path, str | None] = {
+        folder: _SPLITS[folder.name.lower()] for folder in inner if folder.name.lower() in _SPLITS
+    }
     others = [folder for folder in inner if folder not in splits]
-    if [*map(_subfolders, splits)] == [[]] and others and all(map(_is_flat, others)):
+    if "train" not in splits.values() and others:
+        return {root: None}
+    if len(splits) == 1 and others and all(map(_is_flat, inner)):
         notes.append(f"{root}: {_names(splits)} is taken for a class, as {_names(others)}.")
         return {root: None}
-    if not splits:
-        return {root: None}
+    if "train" not in splits.values() or len(set(splits.values())) < len(splits):
+        raise DataError(
+            f"data folder {root} must have one train folder and one val and test folder at most, "
+            f"but it has {_names(inner)}. Rename them to train, val, test."
+        )
     read = {_unwrapped(folder): split for folder, split in splits.items()}
     for folder in [folder for folder in read if not _subfolders(folder)]:
         if read.pop(folder) == "train":
@@ -226,10 +243,6 @@ def _find_splits(root: Path, notes: list[str]) -> dict[Path, str | None]:
         notes.append(f"{folder}: no class folders (unlabelled or empty), not read.")
     if others:
         notes.append(f"{root}: {_names(others)} lie beside train and are not read.")
-    plain = {split for folder, split in splits.items() if folder.name.lower() in _SPLITS}
-    if len(plain) < len(splits):  # other names, or two folders of one split
-        meant = ", ".join(f"{folder.name} = {split}" for folder, split in splits.items())
-        notes.append(f"{root}: folders are read as splits: {meant}.")
     return read
 
 
@@ -251,7 +264,7 @@ def _check_same_classes(splits: Iterable[Path]) -> None:
         )
 
 
-def _check_class_folders(root: Path, folders: list[Path], notes: list[str]) -> None:
+def _check_class_folders(root: Path, folders: list[Path]) -> None:
     """Refuse classes of one name, and parts of a data set that would be taken for classes."""
     labels = Counter(map(_label, folders))
     if len(labels) < len(folders):
@@ -259,9 +272,6 @@ def _check_class_folders(root: Path, folders: list[Path], notes: list[str]) -> N
             f"class folders in {root} must look different, but {labels.most_common(1)[0][1]} look "
             f"like {labels.most_common(1)[0][0]}. Merge or rename them."
         )
-    alike = Counter(label.casefold() for label in labels).most_common(1)
-    if alike and alike[0][1] > 1:
-        notes.append(f"{root}: classes differ only by case ({alike[0][0]}); merge them if one.")
     counts = Counter(inner.name for folder in folders for inner in _subfolders(folder))
     repeated = [root / name for name, n in counts.items() if n > 1]
     if len(repeated) > 1:
@@ -282,11 +292,9 @@ def _list_files(
     deep = []
     for folder, split in splits.items():
         class_folders = _subfolders(folder)
-        _check_class_folders(folder, class_folders, notes)
-        real = Path(os.path.realpath(folder))
-        visited: _Visited = {str(p): (p, None) for p in (real, *real.parents)}
+        _check_class_folders(folder, class_folders)
         for class_folder in class_folders:
-            found = list(_images_in(class_folder, visited, ignored))
+            found = list(_images_in(class_folder, ignored))
             if not found:
                 raise DataError(
                     f"class folder {class_folder} must hold images, but has none "
@@ -303,26 +311,18 @@ def _list_files(
     return files
 
 
-def _images_in(top: Path, visited: _Visited, ignored: Counter[str]) -> Iterator[Path]:
-    """List a class's images, inner and linked folders included, and count its other files."""
+def _images_in(top: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """List a class's images, those of inner folders included, and count its other files."""
     pending = [top]
     while pending:
-        folder = pending.pop()
-        first, owner = visited.setdefault(os.path.realpath(folder), (folder, top))
-        if first is not folder and (folder is top or owner not in (None, top)):
-            raise DataError(
-                f"{folder} and {first} must be different folders, but are one (linked). An image "
-                "has one class: remove the link."
-            )
-        if first is not folder:
-            ignored["links to folders already read"] += 1
-            continue
-        for entry in _entries(folder):
+        for entry in _entries(pending.pop()):
             path = Path(entry.path)
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 pending.append(path)
             elif _is_image(entry):
                 yield path
+            elif entry.is_dir():  # it may lead back here, or to another class
+                ignored["links to folders"] += 1
             else:
                 kind = path.suffix.lower() or "without suffix"
                 ignored[kind if entry.is_file() else "pipes, sockets or devices"] += 1
@@ -378,15 +378,15 @@ def _find_in_torchvision(name: str, root: Path, download: bool) -> Found:
     classes: tuple[str, ...] = ()
     for part, options in _TORCHVISION[name].items():
         dataset = _open_dataset(name, root, download, options)
-        contents, reads, labels = _listed(dataset)
+        contents, raws, labels = _listed(dataset)
         named = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
         # Some name none; Imagenette's are tuples of synonyms.
         found = named or range(max(labels) + 1)
         names = (" ".join(n) if isinstance(n, tuple) else str(n) for n in found)
         classes = classes or tuple(map(_shown, names))
         split = None if part == "all" else part
-        for i, (content, read, k) in enumerate(zip(contents, reads, labels, strict=True)):
-            images.append(LabelledImage(content, f"{name}/{part}/{i}", read, classes[k], split))
+        for i, (content, raw, k) in enumerate(zip(contents, raws, labels, strict=True)):
+            images.append(LabelledImage(content, f"{name}/{part}/{i}", raw, classes[k], split))
     return Found(images, classes)
 
 
@@ -406,8 +406,8 @@ def _open_dataset(name: str, root: Path, download: bool, options: dict[str, Any]
         ) from err
 
 
-def _listed(dataset: Any) -> tuple[list[str], list[Callable[[], Any]], list[int]]:
-    """List contents, readers and class numbers of a dataset's images.
+def _listed(dataset: Any) -> tuple[list[str], Sequence[Raw | Callable[[], Raw]], list[int]]:
+    """List contents, images as `LabelledImage.raw`, and class numbers of a dataset.
 
     Hashing files is about a hundred times faster than decoding them, and done at every start; a
     dataset that is held in memory or in one file is decoded.
@@ -418,14 +418,15 @@ def _listed(dataset: Any) -> tuple[list[str], list[Callable[[], Any]], list[int]
         pairs = list(zip(files or (), getattr(dataset, "_labels", None) or (), strict=False))
     if len(pairs) == len(dataset) and all(Path(path).is_file() for path, _ in pairs):
         paths = [Path(path) for path, _ in pairs]
-        return _hash_files(paths), [partial(Path, p) for p in paths], [int(k) for _, k in pairs]
+        return _hash_files(paths), paths, [int(k) for _, k in pairs]
 
     def look(i: int) -> tuple[str, int]:
         image, label = dataset[i]
         return _hash_values(image), int(label)
 
-    def read(i: int) -> Any:
-        return dataset[i][0]
+    def read(i: int) -> Image.Image:
+        image: Image.Image = dataset[i][0]
+        return image
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         contents, labels = zip(*pool.map(look, range(len(dataset))), strict=True)
@@ -442,14 +443,9 @@ def _find_digits() -> Found:
         ) from err
     loaded = load_digits()
     names = tuple(str(k) for k in loaded.target_names)
-    images = [
-        LabelledImage(_hash_values(grey), f"digits/{i}", partial(_enlarge, grey), names[label])
-        for i, (grey, label) in enumerate(zip(loaded.images, loaded.target, strict=True))
-    ]
+    images = []
+    for i, (grey, label) in enumerate(zip(loaded.images, loaded.target, strict=True)):
+        image = Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8))  # 8 x 8, 0 to 16
+        image = image.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)
+        images.append(LabelledImage(_hash_values(grey), f"digits/{i}", image, names[label]))
     return Found(images, names)
-
-
-def _enlarge(grey: Any) -> Image.Image:
-    """Turn a digit of 8 x 8 values from 0 to 16 into an image."""
-    image = Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8))
-    return image.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)

@@ -19,19 +19,15 @@ from core.data.sources import DataError, Found, LabelledImage, find_images
 # Below this many training images a class cannot be learned or judged; worth a warning. Assumption.
 _FEW = 10
 _MOST_LISTED = 10
-# Of 256: what is left when a few values of a wide range hold all that is to be seen. Assumption.
-_FEW_LEVELS = 20
+# Of all levels: what is left of an image where others' values are far higher. Assumption.
+_FEW_LEVELS = 20 / 256
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One part of the images.
+    """One part of the images: positions in a store, class numbers, and names, (N,) each.
 
-    Attributes:
-        store: Images to cut training views from, shared by all parts.
-        indices: Positions in the store, (N,).
-        labels: Class numbers, (N,).
-        paths: What reports call the images, (N,).
+    Training views are cut from the images in the store, which all parts share.
     """
 
     store: ImageStore
@@ -58,10 +54,7 @@ class ImageData:
     """Labelled images, split.
 
     Attributes:
-        source: What `DataConfig.source` said.
         classes: Class names in the order of class numbers.
-        train: Images to learn from.
-        val: Images to choose by.
         test: Images for the one final test; None where the source has none.
         views: The evaluation views of all images, in the order of the parts' store.
         fingerprint: SHA-256 over contents, labels and parts; it does not depend on file names.
@@ -136,8 +129,7 @@ def load_data(
         config: Source and splits.
         store_size: Shorter side at which images are kept where the configuration has none.
         progress: Called with how many of how many images are decoded.
-        shown: Evaluation views to make at once, for which each image is decoded once; others are
-            made when they are needed.
+        shown: Evaluation views to make at once; others are made when they are needed.
         most: Sample about so many images, no image of the test split among them; None for all.
 
     Raises:
@@ -163,7 +155,6 @@ def load_data(
     grey_range = _grey_range(parts["train"], store, notes)
     if grey_range:
         store = build_stores(found.images, kinds, cache, progress, grey_range)[0]
-        notes += _few_levels(images, store, grey_range)
     counts = Counter(image.label for image in parts["train"])
     few = [f"{label} ({counts[label]})" for label in found.classes if counts[label] < _FEW]
     if few:
@@ -193,28 +184,26 @@ def load_data(
 
 
 def _grey_range(images: list[LabelledImage], store: ImageStore, notes: list[str]) -> GreyRange:
-    """Return the lowest and highest value in images of more than 8 bits; None without any.
+    """Return the lowest and highest value of images of more than 8 bits; None where none has.
 
-    Those of the training images, if any of them has more.
+    These are the training images, or all others where no training image has more.
     """
-    found = [store.grey[image.content] for image in images if image.content in store.grey]
-    if store.grey and not found:
-        found = list(store.grey.values())
+    ranges = {i.path: store.grey[i.content] for i in images if i.content in store.grey}
+    if store.grey and not ranges:
         text = "images have more than 8 bits and no training image has: their own values become"
-        notes.append(f"{len(found)} {text} 0 to 255.")
-    return (min(g[0] for g in found), max(g[1] for g in found)) if found else None
-
-
-def _few_levels(
-    images: list[LabelledImage], store: ImageStore, grey_range: tuple[float, float]
-) -> list[str]:
-    few = [i.path for i in images if store.grey.get(i.content, (0, 0, 256))[2] < _FEW_LEVELS]
-    return few and [
-        f"{len(few)} images of more than 8 bits are left with fewer than {_FEW_LEVELS} grey "
-        "levels: the values of the training images, {:g} to {:g}, become 0 to 255 ({}).".format(
-            *grey_range, ", ".join(few[:3])
+        notes.append(f"{len(store.grey)} {text} 0 to 255.")
+    found = list((ranges or store.grey).values())
+    if not found:
+        return None
+    low, high = min(lowest for lowest, _ in found), max(highest for _, highest in found)
+    few = [path for path, own in ranges.items() if own[1] - own[0] < _FEW_LEVELS * (high - low)]
+    if few:
+        notes.append(
+            f"{len(few)} images of more than 8 bits keep fewer than {_FEW_LEVELS * 256:.0f} grey "
+            f"levels: the values of the training images, {low:g} to {high:g}, become 0 to 255 "
+            f"({', '.join(few[:3])})."
         )
-    ]
+    return low, high
 
 
 def _readable(

@@ -17,14 +17,7 @@ from core.data.splits import ImageData, Split
 
 
 def eval_views(data: ImageData, split: Split, positions: IntArray, shown: Preprocessing) -> Tensor:
-    """Return evaluation views of a split's images, (B, 3, S, S), uint8, channels last.
-
-    Args:
-        data: The images.
-        split: One of its parts.
-        positions: Which of the split's images, (B,).
-        shown: Sizes and interpolation.
-    """
+    """Return evaluation views of a split's images, (B, 3, S, S), uint8, channels last."""
     store = data.views.store(shown)
     return torch.from_numpy(store.views(split.indices[positions])).permute(0, 3, 1, 2)
 
@@ -38,46 +31,30 @@ def train_views(
 ) -> Tensor:
     """Make random crops of a split's images, (B, 3, S, S), uint8.
 
-    Args:
-        split: Images.
-        positions: Which of them, (B,).
-        shown: Sizes and interpolation.
-        config: Augmentation; `none` has the evaluation views instead.
-        draws: The epoch's random numbers for the whole split, from `view_draws`.
+    `draws` are the epoch's random numbers for the whole split, from `view_draws`.
     """
     draws = draws[positions]
     boxes = crop_boxes(draws, split.store.sizes[split.indices[positions]], config.crop_scale)
     seeds = policy_seeds(draws)
     mirrored = flips(draws, config.flip)
-    size = (shown.image_size, shown.image_size)
     policy = _policy(config)
-    views = _empty_views(len(positions), shown, is_plain=policy is not None)
+    # Laid out as views come, which spares a transposing copy.
+    layout = torch.contiguous_format if policy else torch.channels_last
+    size = [shown.image_size, shown.image_size]
+    mode = InterpolationMode(shown.interpolation)
+    views = torch.empty((len(positions), 3, *size), dtype=torch.uint8, memory_format=layout)
     for row, position in enumerate(positions):
-        image = _crop(split, int(position), boxes[row])
-        mode = InterpolationMode(shown.interpolation)
+        top, left, height, width = boxes[row]
+        pixels = split.store.image(int(split.indices[position]))
+        copied = np.array(pixels[top : top + height, left : left + width])
+        image = torch.from_numpy(copied).permute(2, 0, 1)
         view = functional.resize(image, size, mode, antialias=True)
         view = view.flip(-1) if mirrored[row] else view
         views[row] = _apply_seeded(policy, view, int(seeds[row])) if policy else view
     return views
 
 
-def _empty_views(n: int, shown: Preprocessing, *, is_plain: bool = False) -> Tensor:
-    """Return memory for n views, laid out as they come, which spares a transposing copy."""
-    shape = (n, 3, shown.image_size, shown.image_size)
-    layout = torch.contiguous_format if is_plain else torch.channels_last
-    return torch.empty(shape, dtype=torch.uint8, memory_format=layout)
-
-
-def _crop(split: Split, position: int, box: IntArray) -> Tensor:
-    """Copy a box of an image out of the map, (3, H, W)."""
-    top, left, height, width = box
-    pixels = split.store.image(int(split.indices[position]))
-    copied = np.array(pixels[top : top + height, left : left + width])
-    return torch.from_numpy(copied).permute(2, 0, 1)
-
-
 def _policy(config: TrainConfig) -> Any:
-    """Return what is done to a view after crop and flip, if anything."""
     if config.augment == "trivial":
         return v2.TrivialAugmentWide()
     return v2.RandAugment(magnitude=config.rand_magnitude) if config.augment == "rand" else None
@@ -96,8 +73,6 @@ _Key = tuple[int, IntArray]  # a batch: its epoch and its images' positions
 
 
 class _TrainViews(Dataset[Tensor]):
-    """Makes batches by key; keeps the current epoch's draws."""
-
     def __init__(self, split: Split, shown: Preprocessing, config: TrainConfig) -> None:
         self.split, self.shown, self.config = split, shown, config
         self._epoch = -1

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.metrics import Evaluation, FloatArray, IntArray
+from core.metrics import Evaluation, FloatArray, IntArray, tempered
 
 # Images that each member is taken to have explained before any was seen. Near-equal members are
 # so averaged, since their order by out-of-fold loss is mostly chance (right in 35 to 45 % of
@@ -28,21 +28,14 @@ class Mean:
 
     def log_probs(self, log_probs: FloatArray) -> FloatArray:
         """Return the logarithm of the mean, (N, K), of what each says, (M, N, K)."""
-        return mean_log_probs(self.weights, tempered(log_probs, self.temperatures))
+        cooled = tempered(log_probs, self.temperatures[:, None, None])
+        return mean_log_probs(self.weights, cooled)
 
 
 def fit_mean(labels: IntArray, log_probs: FloatArray) -> Mean:
     """Choose temperatures one by one, and then the weights, for the least cross-entropy."""
     found = np.array([Evaluation(labels, own).temperature for own in log_probs], dtype=np.float32)
-    return Mean(mean_weights(labels, tempered(log_probs, found)), found)
-
-
-def tempered(log_probs: FloatArray, temperatures: FloatArray) -> FloatArray:
-    """Divide the logits of each member, (M, N, K), by its temperature, (M,)."""
-    scaled = log_probs / temperatures[:, None, None]
-    top = scaled.max(axis=2, keepdims=True)
-    total = top + np.log(np.exp(scaled - top).sum(axis=2, keepdims=True))
-    return np.asarray(scaled - total, dtype=np.float32)
+    return Mean(mean_weights(labels, tempered(log_probs, found[:, None, None])), found)
 
 
 def mean_weights(labels: IntArray, log_probs: FloatArray) -> FloatArray:

@@ -1,14 +1,12 @@
 """A head that is solved: logistic regression on what the frozen network makes of the images."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.cache import ArrayCache
 from core.config import TrainConfig
 from core.data.partition import partition
 from core.data.splits import ImageData
@@ -17,18 +15,12 @@ from core.heads.solver import SolvedHead, solve_head
 from core.metrics import EpochMetrics, Evaluation, Reference
 from core.models.builder import Network
 from core.models.layers import SolvedNetwork, find_layers, tap
-from core.training.activations import evaluation_features
+from core.training.activations import Run, evaluation_features
 
 _FOLDS = 5
 
 
-def solve(
-    network: Network,
-    config: TrainConfig,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None],
-) -> tuple[SolvedHead, Tensor]:
+def solve(run: Run) -> tuple[SolvedHead, Tensor]:
     """Solve a head on all images but the test split, in folds of which 0 is the validation split.
 
     It depends on the features and `head_decay` alone: on no seed, and on no other option.
@@ -36,53 +28,38 @@ def solve(
     Returns:
         The head, and the features in the order of the training and the validation images.
     """
-    features = evaluation_features(network, config, data, cache, pulse)
+    data, decay, device = run.data, run.config.head_decay, run.device
+    features = evaluation_features(run)
     own = partition(data.train.labels.tolist(), data.train.contents, _FOLDS - 1, 0)
     folds = np.concatenate([own + 1, np.zeros(len(data.val), dtype=np.int64)])
     labels = np.concatenate([data.train.labels, data.val.labels])
-    device = next(network.model.parameters()).device
     solved = solve_head(
         features.to(device),
         torch.from_numpy(labels).to(device),
         len(data.classes),
         torch.from_numpy(folds),
-        None if config.head_decay == "auto" else [config.head_decay],
+        None if decay == "auto" else [decay],
     )
     return solved, features
 
 
-def start_from_solved(
-    network: Network,
-    config: TrainConfig,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None],
-    *,
-    is_refit: bool = False,
-) -> Reference:
+def start_from_solved(run: Run, *, is_refit: bool = False) -> Reference:
     """Set a network's head to the one that is solved on the training images' last layer.
 
-    With `is_refit` it is the one that is solved on the validation images, too.
-
-    Returns:
-        How much easier or harder the validation split is for that head than all images are.
+    With `is_refit` it is solved on the validation images, too. The return value says how much
+    easier or harder the validation split is for that head than all images are.
     """
-    last = replace(config, features="last", mirrored=False)
-    solved, _ = solve(network, last, data, cache, pulse)
+    solved, _ = solve(replace(run, config=replace(run.config, features="last", mirrored=False)))
     head = (solved.weight, solved.bias) if is_refit else solved.apart
-    _set_head(network.model.get_submodule(network.head[0]), head)
-    everything, val = _out_of_fold(solved, data)
+    _set_head(run.network.model.get_submodule(run.network.head[0]), head)
+    everything, val = _out_of_fold(solved, run.data)
     # One more wrong image in each: few images may all be right.
     error = (1 - everything.acc + 1 / len(everything.labels)) / (1 - val.acc + 1 / len(val.labels))
     return Reference(everything.loss / max(val.loss, 1e-9), error)
 
 
 def fit_solved(
-    network: Network,
-    config: TrainConfig,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None],
+    run: Run,
 ) -> tuple[EpochMetrics, tuple[Evaluation, Evaluation], Network, dict[str, Tensor]]:
     """Solve a network's head and evaluate it, as the one epoch of its run.
 
@@ -91,9 +68,10 @@ def fit_solved(
         the network with its head, and the head's tensors, by their names in it, when all images
         but the test split are fitted.
     """
+    config, data, cache = run.config, run.data, run.cache
     begin = time.perf_counter()
     saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
-    solved, features = solve(network, config, data, cache, pulse)
+    solved, features = solve(run)
     n_train = len(data.train)
     weight, bias = (part.cpu() for part in solved.apart)
     fitted = Evaluation(
@@ -114,7 +92,7 @@ def fit_solved(
         data_s=0.0,
         train_s=spent,
         eval_s=0.0,
-        peak_memory_bytes=peak_memory_bytes(next(network.model.parameters()).device),
+        peak_memory_bytes=peak_memory_bytes(run.device),
         micro_batch_size=config.micro_batch_size or config.batch_size,
         is_best=True,
         saved_s=cache.saved_s - saved_s,
@@ -122,7 +100,7 @@ def fit_solved(
         cache_misses=cache.misses - misses,
         score=Reference().score(everything, config.monitor),
     )
-    network = _with_head(network, config, solved)
+    network = _with_head(run.network, config, solved)
     name = network.head[0]
     refit = {f"{name}.weight": solved.weight.cpu(), f"{name}.bias": solved.bias.cpu()}
     rest = Evaluation(data.train.labels, everything.log_probs[:n_train])

@@ -67,7 +67,7 @@ def solve_head(
         labels: Class numbers, (N,).
         n_classes: K, at least 2.
         fold_of: Fold number of each row, (N,).
-        decay: Strengths to try, above 0. By default C from 1e-4 to 100 in half decades.
+        decay: Strengths to try. By default C from 1e-4 to 100 in half decades.
 
     Raises:
         ValueError: For features that are not finite, or folds that leave nothing to fit.
@@ -106,12 +106,12 @@ def solve_head(
     start = torch.stack([heads.mean(dim=1), heads[:, 0]], dim=1)
     final, converged = everything.solve(c, start, _TIGHT)
     weight, bias = (part.to(device) for part in basis.back(final[:, 0]))
-    apart_weight, apart_bias = (part.to(device) for part in basis.back(final[:, 1]))
+    apart = [part.to(device) for part in basis.back(final[:, 1])]
     heads = torch.cat([final[:, 1:], heads[:, 1:]], dim=1)
     return SolvedHead(
         weight=weight,
         bias=bias,
-        apart=(apart_weight, apart_bias),
+        apart=(apart[0], apart[1]),
         decay=best,
         oof_log_loss=losses,
         oof_log_probs=_out_of_fold(basis.rows, heads, fold_of).to(device),

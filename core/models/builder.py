@@ -24,8 +24,6 @@ class Network:
     Attributes:
         model: The network, on the CPU, its original parameter names kept.
         head: Names of the head's layers.
-        preprocessing: How images become its input.
-        stages: Its freeze levels.
         weights: Where its weights came from, resolved (`packaged`, `imagenet`, a path, `none`).
         layers: Nodes of its graph whose pooled outputs a solved head sees; none where its own
             head is used.
@@ -42,12 +40,9 @@ class Network:
 def input_of(
     backbone: str, weights: str, image_size: int | None, normalize: str = "weights"
 ) -> Preprocessing:
-    """Return a run's preprocessing without building the network, by keys of `TrainConfig`.
+    """Return a run's preprocessing, by keys of `TrainConfig`, or raise `BackboneError`.
 
     The resize follows the image size in proportion.
-
-    Raises:
-        BackboneError: Unknown backbone or weights tag.
     """
     source, name = find_source(backbone)
     weights = weights_.resolve(backbone, weights)
@@ -88,11 +83,7 @@ def build(config: TrainConfig, classes: tuple[str, ...]) -> Network:
 def _prototype(
     backbone: str, weights: str, image_size: int, n_classes: int, origin: Hashable
 ) -> tuple[Classifier, State]:
-    """Build a network to take copies from, its weights loaded; not to be written into.
-
-    Returns:
-        The network, and its source's head by the tensors' names (empty where it has none).
-    """
+    """Build a network to take copies from, and return its source's head by the tensors' names."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(origin if isinstance(origin, int) else 0)
         network = create(backbone, image_size, n_classes, is_pretrained=weights != "none")
@@ -171,12 +162,7 @@ def count_parameters(config: TrainConfig, n_classes: int) -> tuple[int, int]:
 
 
 def stages_of(backbone: str, image_size: int | None = None) -> tuple[nn.Module, Stages]:
-    """Return a randomly initialised backbone with its stages, for showing them.
-
-    Raises:
-        BackboneError: Unknown backbone.
-        StagesError: It cannot be divided into freeze levels.
-    """
+    """Return a randomly initialised backbone with its stages; it raises as `build`."""
     side = input_of(backbone, "auto", image_size).image_size
     network = create(backbone, side, _SOURCE_CLASSES, is_pretrained=False)
     return network.model, _stages(backbone, side, False)

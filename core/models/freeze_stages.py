@@ -63,7 +63,6 @@ class Level:
     """One freeze level of a backbone, as `study backbones NAME` shows it.
 
     Attributes:
-        depth: The level.
         newly_frozen: Modules that it freezes and the level below it does not.
         trained_parameters: Number of scalars that are still trained, head included.
         frozen_flops_share: Share of the forward pass that is frozen, in [0, 1].
@@ -76,9 +75,7 @@ class Level:
 
 
 def freeze(model: nn.Module, stages: Stages, depth: int) -> list[str]:
-    """Freeze the stages below `depth`: no gradient, and eval mode by `train_mode`.
-
-    Parameters that the forward pass never uses are frozen at every level.
+    """Take the gradient from the stages below `depth` and from what the network never uses.
 
     Returns:
         Names of the parameters that stay trainable, in the network's order.
@@ -179,8 +176,8 @@ def _choose_cuts(
 ) -> list[CutPoint]:
     """Choose the cuts between the stages of the trunk, which ends before node `end`.
 
-    Each freezes more than the one before; together they are as near as can be to their shares.
-    `weights` are the trunk's scalars that are used up to each node, `cost` the FLOPs before it.
+    Each is the nearest to its share that freezes more than the one before. `weights` are the
+    trunk's scalars that are used up to each node, `cost` the FLOPs before it.
     """
     outermost: dict[int, CutPoint] = {}  # of the cuts that freeze the same parameters
     for cut in graph.cut_points(end):
@@ -196,14 +193,10 @@ def _choose_cuts(
         )
     shares = np.array([cost[cut.position + 1] / max(1, cost[end]) for cut in cuts])
     nesting = np.array([cut.nesting for cut in cuts])
-    # Least sum of misfits with the first k levels, the last of them at each cut.
-    least = np.zeros(len(cuts))
-    before: list[list[int]] = []
+    chosen: list[int] = []
     for k, share in enumerate(_SHARES):
-        sums = least if k == 0 else np.concatenate([[np.inf], np.minimum.accumulate(least)[:-1]])
-        before.append([int(np.argmin(least[: max(1, i)])) for i in range(len(cuts))])
-        least = sums + np.abs(shares - share) + _NESTING_PENALTY * nesting
-    chosen = [int(np.argmin(least))]
-    for earlier in reversed(before[1:]):
-        chosen.append(earlier[chosen[-1]])
-    return [cuts[i] for i in reversed(chosen)]
+        first = chosen[-1] + 1 if chosen else 0
+        last = len(cuts) - len(_SHARES) + k  # each later level needs a cut of its own
+        misfit = np.abs(shares - share) + _NESTING_PENALTY * nesting
+        chosen.append(first + int(np.argmin(misfit[first : last + 1])))
+    return [cuts[i] for i in chosen]

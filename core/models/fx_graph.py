@@ -24,13 +24,11 @@ class CutPoint:
 
     Attributes:
         position: Index of the last node before the cut.
-        spatial: Positions per image of the tensor: height times width, or tokens.
         numel: Elements of the tensor per image.
         nesting: Modules that hold both neighbours; small at the border of a large block.
     """
 
     position: int
-    spatial: int
     numel: int
     nesting: int
 
@@ -59,7 +57,6 @@ class TracedGraph:
     """A network's graph with what each node is called, uses, and costs.
 
     Attributes:
-        nodes: Of the graph, in its order.
         paths: For each node the modules that it lies in, from the outermost.
         flops: Forward FLOPs per image, by node.
     """
@@ -126,7 +123,7 @@ class TracedGraph:
             if shape and len(shape) >= 2 and shape[0] == _PROBE_BATCH:
                 pairs = zip(self.paths[i], self.paths[i + 1], strict=False)
                 shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-                cuts.append(CutPoint(i, _spatial(shape), math.prod(shape[1:]), len(list(shared))))
+                cuts.append(CutPoint(i, math.prod(shape[1:]), len(list(shared))))
         return cuts
 
 
@@ -171,10 +168,3 @@ def _tracer() -> NodePathTracer:
     return NodePathTracer(
         leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions())
     )
-
-
-def _spatial(shape: tuple[int, ...]) -> int:
-    """Count positions per image, whether channels come first (N, C, H, W) or last."""
-    if len(shape) == 4:
-        return shape[2] * shape[3] if shape[2] == shape[3] else shape[1] * shape[2]
-    return shape[1] if len(shape) == 3 else 1

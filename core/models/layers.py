@@ -17,12 +17,7 @@ _ENDS = (2, 3, 4)
 
 
 class SolvedNetwork(nn.Module):
-    """A frozen network with a linear head on the pooled outputs of some of its layers.
-
-    Args:
-        features: Images (N, 3, S, S) to features (N, F), as `tap` makes it.
-        head: Features to logits.
-    """
+    """A frozen network, as `tap` makes it, with a linear head on what it gives."""
 
     def __init__(self, features: nn.Module, head: nn.Linear) -> None:
         super().__init__()

@@ -22,8 +22,7 @@ class Trainable:
     Attributes:
         module: The network's own layers, under their own names.
         set_train_mode: Puts the network in training mode, but for what is frozen.
-        to_evaluate: Gives what a copy of the module does in evaluation, where that is traced
-            apart.
+        to_evaluate: Gives what a copy of the module does in evaluation.
     """
 
     module: nn.Module
@@ -38,12 +37,10 @@ class Partition:
     Attributes:
         make_prefix: Gives the frozen part, in eval mode: images (N, 3, S, S) to rows (N, ...).
         suffix: What is trained: rows to logits, (N, K).
-        row_shape: Shape of one row.
     """
 
     make_prefix: Callable[[], fx.GraphModule]
     suffix: Trainable
-    row_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,6 @@ class _Plan:
     prefix: fx.Graph
     train_suffix: fx.Graph
     eval_suffix: fx.Graph
-    row_shape: tuple[int, ...]
 
 
 _PLANS: dict[Hashable, _Plan | None] = {}
@@ -104,15 +100,11 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
         set_train_mode,
         lambda kept: fx.GraphModule(kept, plan.eval_suffix),
     )
-    return Partition(lambda: fx.GraphModule(model, plan.prefix).eval(), suffix, plan.row_shape)
+    return Partition(lambda: fx.GraphModule(model, plan.prefix).eval(), suffix)
 
 
 def cut_head(network: Network, config: TrainConfig) -> Partition:
-    """Cut a network before its head, which is to be solved.
-
-    Raises:
-        BackboneError: The head is not one linear layer.
-    """
+    """Cut a network before its head; one that is not a linear layer is a `BackboneError`."""
     part = cut(network, replace(config, freeze_depth=MAX_FREEZE_DEPTH))
     if part is None or not _is_linear(part.suffix, network):
         remedy = "train.head_solver=sgd"
@@ -160,7 +152,7 @@ def _plan(
         _behind(nodes, limit, dict(zip(sources, two, strict=True)), sources[at])
         for nodes, sources in ((trained, train_outputs), (evaluated, outputs))
     )
-    return _Plan(prefix, train_suffix, eval_suffix, tuple(two[at].shape[1:]))
+    return _Plan(prefix, train_suffix, eval_suffix)
 
 
 def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:

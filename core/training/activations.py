@@ -6,7 +6,7 @@ that equal settings give equal bits: cached or not, in any process, with any num
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,29 +54,37 @@ def is_kept(stages: Stages, config: TrainConfig, device: torch.device) -> bool:
     return sum(stages.flops[:depth]) >= _FLOPS_PER_BYTE * row_bytes
 
 
-def evaluation_features(
-    network: Network,
-    config: TrainConfig,
-    data: ImageData,
-    cache: ArrayCache,
-    pulse: Callable[[], None] = lambda: None,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run is computed from; `pulse` is called per chunk of images, and may raise."""
+
+    config: TrainConfig
+    network: Network
+    data: ImageData
+    cache: ArrayCache
+    pulse: Callable[[], None] = lambda: None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.model.parameters()).device
+
+
+def evaluation_features(run: Run) -> Tensor:
     """Return what a solved head sees of the training and then the validation images, (N, F).
 
-    The pooled outputs of several layers are computed in one pass, in the order of `find_layers`,
-    and kept as one array, so that the last layer's need no other one.
+    The pooled outputs of several layers are kept as one array, the last layer's at its end.
 
     Raises:
         BackboneError: The head is not one linear layer.
     """
-    config = replace(config, freeze_depth=MAX_FREEZE_DEPTH)
+    config, network, data = run.config, run.network, run.data
     part = cut_head(network, config)
     layers = find_layers(network)
     part = replace(part, make_prefix=lambda: tap(network.model, layers))
-    device = next(network.model.parameters()).device
-    views = Views(config, network.preprocessing, data, device)
-    rows = Activations(config, network, part, views, data, cache, pulse, layers)
-    n_last = part.row_shape[-1]
+    config = replace(config, freeze_depth=MAX_FREEZE_DEPTH)
+    rows = Activations(replace(run, config=config), part, layers)
+    n_last = network.model.get_parameter(f"{network.head[0]}.weight").shape[1]
 
     def read(split: Split) -> Tensor:
         everything = torch.arange(len(split))
@@ -91,80 +99,61 @@ def evaluation_features(
 class Activations:
     """Batches of rows behind a frozen prefix, as `Views` gives images.
 
-    `pulse` is called per chunk of images; `layers` name those whose pooled outputs the rows are.
+    `layers` name those whose pooled outputs the rows are.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        network: Network,
-        part: Partition,
-        views: Views,
-        data: ImageData,
-        cache: ArrayCache,
-        pulse: Callable[[], None],
-        layers: tuple[str, ...] = (),
-    ) -> None:
-        self.steps_per_epoch = views.steps_per_epoch
-        self.val_labels = views.val_labels
-        self._config, self._views, self._data = config, views, data
-        self._cache, self._pulse = cache, pulse
-        self._chunk = _CHUNK_CPU if views.device.type == "cpu" else _CHUNK_GPU
+    def __init__(self, run: Run, part: Partition, layers: tuple[str, ...] = ()) -> None:
+        config, device = run.config, run.device
+        self._run = run
+        self._views = Views(config, run.network.preprocessing, run.data, device)
+        self.steps_per_epoch = self._views.steps_per_epoch
+        self.val_labels = self._views.val_labels
+        self._chunk = _CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU
         self._make_prefix = part.make_prefix
         self._prefix: nn.Module | None = None
-        self._key = prefix_key(config, network, views.device, part.make_prefix, layers)
-        dtype = amp_dtype(config.amp, views.device)
-        self._autocast = torch.autocast(views.device.type, dtype=dtype, enabled=dtype is not None)
-        self._labels = torch.from_numpy(data.train.labels)
+        self._key = prefix_key(config, run.network, device, part.make_prefix, layers)
+        dtype = amp_dtype(config.amp, device)
+        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        self._labels = torch.from_numpy(run.data.train.labels)
         self._val: dict[bool, Callable[[Tensor], Tensor]] = {}
 
     def train(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's rows (N, ...) and labels (N,) from a batch on."""
-        views = self._config.views
+        views = self._run.config.views
         rows = self._train_rows(epoch % views if views else epoch)
         for positions in map(torch.from_numpy, self._views.order(epoch)[first:]):
-            labels = self._labels[positions].to(self._views.device, non_blocking=True)
+            labels = self._labels[positions].to(self._run.device, non_blocking=True)
             yield self._ready(rows(positions)), labels
 
     def val(self, *, is_mirrored: bool = False) -> Iterator[Tensor]:
         """Iterate over the validation split's rows, or its mirror images', in its order."""
         if is_mirrored not in self._val:
-            rows = self.evaluation_rows(self._data.val, is_mirrored=is_mirrored)
+            rows = self.evaluation_rows(self._run.data.val, is_mirrored=is_mirrored)
             self._val[is_mirrored] = rows
         for positions in in_order(len(self.val_labels), self._chunk):
             yield self._ready(self._val[is_mirrored](torch.from_numpy(positions)))
 
     def _ready(self, rows: Tensor) -> Tensor:
-        """Bring rows to the device, channels last where they are images."""
-        rows = rows.to(self._views.device, non_blocking=True)
+        rows = rows.to(self._run.device, non_blocking=True)
         return rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows
 
     def _train_rows(self, draw: int) -> Callable[[Tensor], Tensor]:
-        config, shown, split = self._config, self._views.shown, self._data.train
+        config, shown, split = self._run.config, self._views.shown, self._run.data.train
         if config.augment == "none":  # the evaluation view, the same in every epoch
             return self.evaluation_rows(split)
-        view = (
-            (
-                shown.image_size,
-                shown.interpolation,
-                config.augment,
-                config.crop_scale,
-                config.flip,
-            ),
-            config.rand_magnitude if config.augment == "rand" else None,
-            self._views.is_made_on_device,
-            (config.seed, draw),
-        )
+        crop = (shown.image_size, shown.interpolation, config.crop_scale, config.flip)
+        policy = (config.augment, config.rand_magnitude if config.augment == "rand" else None)
         images = images_key(split.store, split.indices)
-        return self._rows(
-            split, (images, view), lambda chunks: self._views.train_inputs(draw, chunks)
-        )
+        key = (images, crop, policy, self._views.is_made_on_device, config.seed, draw)
+        return self._rows(split, key, lambda chunks: self._views.train_inputs(draw, chunks))
 
     def evaluation_rows(
         self, split: Split, *, is_mirrored: bool = False
     ) -> Callable[[Tensor], Tensor]:
         """Return what gives the rows of a split's evaluation views at some positions."""
-        store = self._data.views.store(self._views.shown, lambda done, total: self._pulse())
+        store = self._run.data.views.store(
+            self._views.shown, lambda done, total: self._run.pulse()
+        )
         views = images_key(store, split.indices)
 
         def inputs(chunks: list[IntArray]) -> Iterator[Tensor]:
@@ -182,7 +171,7 @@ class Activations:
         n = len(split)
         chunks = in_order(n, self._chunk)
         key = f"{key_text(view)} {self._key}"
-        array = self._cache.get(key, n, lambda: self._computed(inputs(chunks)))
+        array = self._run.cache.get(key, n, lambda: self._computed(inputs(chunks)))
         if array is not None:
             return lambda positions: array[positions]  # a copy, so nothing writes into the array
 
@@ -199,7 +188,7 @@ class Activations:
         if self._prefix is None:
             self._prefix = fold_norms(self._make_prefix())
         for images in inputs:
-            self._pulse()
+            self._run.pulse()
             with torch.no_grad(), self._autocast:
                 rows = in_parts(self._prefix, images)
             yield (rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows).contiguous().cpu()

@@ -15,8 +15,6 @@ from core.device import usable_cores
 
 # Larger batches evaluate no faster on two cores, and 256 keep an H200 busy at 224 px (assumption).
 _EVAL_BATCH = {"cpu": 16, "cuda": 256}
-# Evaluation views are the same in every epoch; a GPU keeps up to this many bytes of them.
-_KEPT_EVAL_BYTES = 1 << 30
 # RandAugment makes 692 views per second and core (measured), so that these feed 11,000.
 _MOST_WORKERS = 16
 
@@ -42,10 +40,6 @@ class Views:
 
     On a GPU the training images lie in its memory and views are made there, where they fit and
     the augmentation can be done in batches; otherwise views are made on the CPU.
-
-    Attributes:
-        steps_per_epoch: Batches of an epoch.
-        val_labels: Labels of the validation split, in the order of `val`.
     """
 
     def __init__(
@@ -60,7 +54,6 @@ class Views:
         self._labels = torch.from_numpy(data.train.labels)
         self._loader: Loader | None = None
         self._device_views: DeviceViews | None = None
-        self._kept_val: list[Tensor] = []
 
     def order(self, epoch: int) -> list[IntArray]:
         """Return the positions of each of an epoch's batches."""
@@ -100,21 +93,9 @@ class Views:
 
     def val(self, *, is_mirrored: bool = False) -> Iterator[Tensor]:
         """Iterate over the validation split's inputs, or their mirror images, in its order."""
-        inputs = self._val_inputs()
-        yield from (images.flip(-1) for images in inputs) if is_mirrored else inputs
-
-    def _val_inputs(self) -> Iterator[Tensor]:
-        if self._kept_val:
-            yield from map(self.normalize, self._kept_val)
-            return
-        kept = []
-        size = len(self.val_labels) * 3 * self.shown.image_size**2
         for images in eval_batches(self._data, self._data.val, self.shown, self.device):
-            if self.device.type != "cpu" and size <= _KEPT_EVAL_BYTES:
-                images = images.to(self.device)
-                kept.append(images)
-            yield self.normalize(images)
-        self._kept_val = kept
+            inputs = self.normalize(images)
+            yield inputs.flip(-1) if is_mirrored else inputs
 
 
 def in_order(n: int, size: int) -> list[IntArray]:
@@ -131,7 +112,7 @@ def eval_batches(
 
 
 def default_workers(workers: int | None, device: torch.device) -> int:
-    """Return how many loader processes to use: none beside a CPU's own training threads."""
+    """Return how many loader processes to use; a CPU's own threads are busy training."""
     if workers is not None:
         return workers
     return 0 if device.type == "cpu" else min(_MOST_WORKERS, max(1, usable_cores() - 1))

@@ -38,14 +38,10 @@ class Card:
             with `len(classes)` outputs (those of a `SolvedNetwork` but for `head`, without the
             prefix `features.`).
         classes: Class names in the order of the outputs.
-        preprocessing: How images become its input.
-        config: The run's configuration.
         metrics: The epoch whose weights these are.
         weights: Where the run's weights came from.
         layers: Nodes of the library's network, traced by torch.fx, whose pooled outputs the head
             sees side by side, as a `SolvedNetwork`; none for the network's own head.
-        data: Source and fingerprint of the images.
-        versions: Libraries that made it.
     """
 
     backbone: str
@@ -60,25 +56,22 @@ class Card:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], card: Card) -> None:
-    """Write weights and card; each file appears whole or not at all.
-
-    Raises:
-        OSError: One of them cannot be written.
-    """
+    """Write weights and card; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS_FILE, state)
-    partial = folder / f"{CARD_FILE}.partial"
-    text = json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False)
+    write_json(folder / CARD_FILE, dataclasses.asdict(card))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a description for people and programs; the file appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / CARD_FILE)
+    os.replace(partial, path)
 
 
 def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors by name; the file appears whole or not at all.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write tensors by name; the file appears whole or not at all."""
     # Channels-last tensors are written in their logical order, so any layout loads them.
     plain = {name: tensor.contiguous() for name, tensor in state.items()}
     partial = path.with_name(f"{path.name}.partial")
@@ -91,14 +84,10 @@ def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def copy_weights(checkpoint: Path, folder: Path, *, is_refitted: bool) -> None:
-    """Copy a checkpoint's weights and card to a new folder.
+    """Copy a checkpoint's weights and card to a new folder; a bad one is a `WeightsError`.
 
     With `is_refitted` the tensors are those of its refit, the same settings fitted on all images
     but the test split. The card stays: what the settings score was measured before.
-
-    Raises:
-        OSError: A file cannot be written.
-        WeightsError: The checkpoint is missing or damaged.
     """
     folder.mkdir()
     try:
@@ -114,11 +103,7 @@ def copy_weights(checkpoint: Path, folder: Path, *, is_refitted: bool) -> None:
 
 
 def read_card(folder: Path) -> Card:
-    """Read a checkpoint's card.
-
-    Raises:
-        WeightsError: No card there, or not one of ours.
-    """
+    """Read a checkpoint's card; without one it is a `WeightsError`."""
     try:
         return TypeAdapter(Card).validate_json((folder / CARD_FILE).read_bytes())
     except (OSError, ValueError) as err:
@@ -127,11 +112,7 @@ def read_card(folder: Path) -> Card:
 
 
 def weights_hash(folder: Path) -> str:
-    """Return the SHA-256 of a checkpoint's weights file, in hexadecimal digits.
-
-    Raises:
-        WeightsError: There is no such file.
-    """
+    """Return the SHA-256 of a checkpoint's weights file, in hexadecimal digits."""
     try:
         with (folder / WEIGHTS_FILE).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -140,11 +121,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
-    """Build a checkpoint's network, in eval mode, on the CPU.
-
-    Raises:
-        WeightsError: The checkpoint is missing or damaged.
-    """
+    """Build a checkpoint's network, in eval mode, on the CPU; a bad one is a `WeightsError`."""
     card = read_card(folder)
     network = create(
         card.backbone,

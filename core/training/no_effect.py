@@ -1,54 +1,35 @@
-"""Settings that change nothing beside the others of a configuration, each with the reason."""
+"""Settings that change nothing, given the others of a configuration."""
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
 
-NEVER = {
-    "device": "it says where the run is computed",
-    "workers": "it says how many processes make views",
-    "compile": "it changes the speed, and figures by rounding at most",
-    "monitor": "it chooses among epochs, and changes no step of them",
-}
-"""Settings that change no trained weight by themselves, whatever the others are."""
+_OF_NETWORK = ("backbone", "weights", "image_size", "normalize", "freeze_depth", "amp")
+_OF_SOLVED_HEAD = ("head_solver", "features", "mirrored", "head_decay")
 
 
-_NETWORK = ("backbone", "weights", "image_size", "normalize", "freeze_depth", "amp")
-
-
-def without_effect(config: TrainConfig) -> dict[str, str]:
-    """Return the settings that change no trained weight here, with the reason.
+def without_effect(config: TrainConfig) -> set[str]:
+    """Return the settings that change no trained weight here.
 
     What depends on the network (batch norms, where it has none) is not among them.
     """
-    found = dict(NEVER)
     if config.is_solved:
         # Without pretrained weights the seed still draws the frozen ones.
-        kept = {*_NETWORK, "head_solver", "features", "mirrored", "head_decay", *found}
-        kept |= {"seed"} if config.weights == "none" else set()
-        others = sorted(set(fields_of(TrainConfig)) - kept)
-        return found | dict.fromkeys(others, "the head is solved")
-    found["features"] = "the head is not solved"
-    if config.freeze_depth != MAX_FREEZE_DEPTH:
-        found["head_solver"] = "more than the head is trained"
-    if config.head_init != "solved":
-        found["head_decay"] = "the head neither is solved nor starts so"
-    if config.schedule != "step":
-        found |= dict.fromkeys(("step_epochs", "step_gamma"), "schedule is not step")
-    if config.schedule == "one-cycle":
-        found["warmup_epochs"] = "schedule = one-cycle has a warm-up of its own"
-    if config.weight_decay == 0:
-        found["decay_all"] = "weight_decay is 0"
-    if config.augment == "none":
-        found |= dict.fromkeys(("crop_scale", "flip", "views"), "augment is none")
-    if config.views is not None and config.views >= config.epochs:
-        found["views"] = "every epoch has its own"
-    if config.freeze_depth == 0 or config.mixup or config.cutmix:
-        found["views"] = "no outputs of frozen layers are kept"
-    if config.augment != "rand":
-        found["rand_magnitude"] = "augment is not rand"
-    if config.optimizer != "sgd":
-        found["nesterov"] = "optimizer is not sgd"
-    if config.freeze_depth == MAX_FREEZE_DEPTH:
-        found["batch_norm"] = "no batch norm is trained where the head alone is"
-    if config.head_init == "source-classes" and config.weights == "none":
-        found["head_init"] = "there is no source classifier; it starts as default"
-    return found
+        seed = ("seed",) if config.weights == "none" else ()
+        return fields_of(TrainConfig).keys() - {*_OF_NETWORK, *_OF_SOLVED_HEAD, *seed}
+    is_head_alone = config.freeze_depth == MAX_FREEZE_DEPTH
+    keeps_no_rows = config.freeze_depth == 0 or bool(config.mixup or config.cutmix)
+    is_each_view_new = config.views is not None and config.views >= config.epochs
+    is_without_effect = {
+        ("device", "workers", "monitor", "features"): True,
+        ("head_solver",): not is_head_alone,
+        ("head_init",): config.head_init == "source-classes" and config.weights == "none",
+        ("head_decay",): config.head_init != "solved",
+        ("step_epochs", "step_gamma"): config.schedule != "step",
+        ("warmup_epochs",): config.schedule == "one-cycle",
+        ("decay_all",): config.weight_decay == 0,
+        ("nesterov",): config.optimizer != "sgd",
+        ("crop_scale", "flip"): config.augment == "none",
+        ("views",): config.augment == "none" or keeps_no_rows or is_each_view_new,
+        ("rand_magnitude",): config.augment != "rand",
+        ("batch_norm",): is_head_alone,
+    }
+    return {name for names, holds in is_without_effect.items() if holds for name in names}

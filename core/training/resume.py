@@ -25,9 +25,7 @@ from core.training.trainer import Trainer
 _EVERY_S = 60.0
 # Writing may take this share of the time that was trained since. Assumption.
 _MOST_SHARE = 1 / 20
-# What the first write is taken to cost: a sync, and all that is written for a byte of trained
-# weights (they, the optimizer's memory, the best epoch's) on a slow disk. Assumptions.
-_LEAST_COST_S, _BYTES_PER_S = 0.02, 50e6
+_LEAST_COST_S = 0.02  # what the first write is taken to cost. Assumption.
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, BadZipFile)
 # Where and by how many processes a run is computed does not make it another run.
 _MAY_CHANGE = ("device", "workers")
@@ -35,13 +33,7 @@ _MAY_CHANGE = ("device", "workers")
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best epoch so far.
-
-    Attributes:
-        metrics: Its figures.
-        evaluation: What its weights say about the validation split.
-        weights: What was trained, by its names in the network, on the CPU.
-    """
+    """The best epoch so far; its `weights` are what was trained, by its names in the network."""
 
     metrics: EpochMetrics
     evaluation: Evaluation
@@ -85,8 +77,7 @@ class TrainingState:
         self._file, self._trainer, self._labels = file, trainer, data.val.labels
         self._run = _run_key(config, data.classes, data.fingerprint)
         self._saved_at = time.perf_counter()
-        weights = trainer.state_dict()["module"].values()
-        self._cost_s = _LEAST_COST_S + sum(t.nbytes for t in weights) / _BYTES_PER_S
+        self._cost_s = _LEAST_COST_S
         self._random: list[Tensor] = []
 
     def restore(self) -> Best | None:
@@ -113,11 +104,7 @@ class TrainingState:
         self._random = []
 
     def save(self, best: Best | None, device: torch.device) -> None:
-        """Write the state; the file appears whole or not at all.
-
-        Raises:
-            OSError: It cannot be written.
-        """
+        """Write the state; the file appears whole or not at all."""
         if self._file is None:
             return
         begin = time.perf_counter()

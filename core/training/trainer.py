@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from core.config import TrainConfig
 from core.data.draws import batch_positions
 from core.device import amp_dtype, in_parts, synchronize
-from core.metrics import Evaluation, FloatArray, IntArray, TrainingDiverged
+from core.metrics import Evaluation, IntArray, TrainingDiverged
 from core.models.builder import Network
 from core.models.partition import Trainable, whole
 from core.training.activations import Activations
@@ -30,30 +30,20 @@ _FINITE_CHECK_EVERY = 16
 
 @dataclass(slots=True)
 class Position:
-    """How far a run has come, with the sums of its unfinished epoch.
-
-    Attributes:
-        total_steps: Optimizer steps of the run.
-        epoch: Epochs done.
-        step: Batches done of the next one.
-        n_images: Images of these batches.
-        data_s: Seconds spent waiting for them.
-        train_s: Seconds spent on their steps.
-    """
+    """How far a run has come, with the sums of its unfinished epoch."""
 
     total_steps: int = 0
-    epoch: int = 0
-    step: int = 0
+    epoch: int = 0  # epochs done
+    step: int = 0  # batches done of the next one, and their images
     n_images: int = 0
-    data_s: float = 0.0
-    train_s: float = 0.0
+    data_s: float = 0.0  # waiting for them
+    train_s: float = 0.0  # their steps
 
 
 class Trainer:
     """Trains a module, on its device, on batches, step by step.
 
     Attributes:
-        position: How far the run has come.
         loss_sum: Sum of the losses of the epoch's images so far, ().
         micro_batch_size: Images per pass; less than asked for once memory ran out.
     """
@@ -71,12 +61,10 @@ class Trainer:
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self._config, self._trained, self._device = config, trained, device
         self._batches = batches
+        self.steps_per_epoch = batches.steps_per_epoch
         module = self._module = trained.module
         groups = parameter_groups(module, network, config)
         self._optimizer = make_optimizer(groups, config, device)
-        if config.compile:  # else what earlier runs compiled decides what is compiled for this one
-            torch.compiler.reset()
-        self._forward: Any = torch.compile(module) if config.compile else module
         dtype = amp_dtype(config.amp, device)
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -92,22 +80,13 @@ class Trainer:
         self._evaluated = trained.to_evaluate(self._kept)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps of a whole epoch."""
-        return self._batches.steps_per_epoch
-
-    @property
     def lr_factor(self) -> float:
         """Share of their peaks that the learning rates had at the last step."""
         last = max(0, self.position.total_steps - 1)
-        return lr_factor(self._config, last, self._batches.steps_per_epoch)
+        return lr_factor(self._config, last, self.steps_per_epoch)
 
     def train_epoch(self) -> Iterator[None]:
-        """Train the rest of an epoch; gives control back after each step.
-
-        Raises:
-            TrainingDiverged: The loss is not a finite number any more.
-        """
+        """Train the rest of an epoch; gives control back after each step."""
         at = self.position
         self._trained.set_train_mode()
         batches = self._batches.train(at.epoch, at.step)
@@ -117,8 +96,7 @@ class Trainer:
             waited = time.perf_counter()
             if batch is None:
                 break
-            factor = lr_factor(self._config, at.total_steps, self._batches.steps_per_epoch)
-            set_lr(self._optimizer, factor)
+            set_lr(self._optimizer, lr_factor(self._config, at.total_steps, self.steps_per_epoch))
             self.loss_sum += self._train_batch(*batch)
             at.n_images += len(batch[1])
             at.step += 1
@@ -190,7 +168,7 @@ class Trainer:
         parts = zip(inputs.tensor_split(n_parts), labels.tensor_split(n_parts), strict=True)
         for images, targets in parts:  # their sizes differ by one at most
             with self._autocast:
-                loss = cross_entropy(self._forward(images), targets, **options)
+                loss = cross_entropy(self._module(images), targets, **options)
             torch.autograd.backward(self._scaler.scale(loss * scale))
             total += loss.detach()
         return total
@@ -199,11 +177,11 @@ class Trainer:
         """Evaluate the weights that would be kept on the validation split."""
         self._kept.eval()
         with self._autocast:
-            logits = logits_of(self._evaluated, self._batches.val())
+            logits = _logits_of(self._evaluated, self._batches.val())
             if self._config.mirrored:
-                other = logits_of(self._evaluated, self._batches.val(is_mirrored=True))
+                other = _logits_of(self._evaluated, self._batches.val(is_mirrored=True))
                 logits = (logits + other) / 2
-        return Evaluation(self._batches.val_labels, log_probs_of(logits))
+        return _judged(logits, self._batches.val_labels)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copy the weights that were evaluated to the CPU, by their names in the network."""
@@ -260,7 +238,7 @@ def check_batches(config: TrainConfig, network: Network, n_images: int) -> None:
 
 
 def _is_enough(module: nn.Module, n: int, micro_batch_size: int) -> bool:
-    """Say whether the parts of n images can train the module's batch norms, if any are trained."""
+    """Return whether parts of n images can train the module's batch norms, if any are trained."""
     least = n // -(-n // micro_batch_size)
     norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return least > 1 or not any(norm.training for norm in norms)
@@ -268,17 +246,14 @@ def _is_enough(module: nn.Module, n: int, micro_batch_size: int) -> bool:
 
 def evaluate(model: nn.Module, batches: Iterable[Tensor], labels: IntArray) -> Evaluation:
     """Evaluate a network in eval mode on ready inputs, in the order of `labels`, (N,)."""
-    return Evaluation(labels, log_probs_of(logits_of(model, batches)))
+    return _judged(_logits_of(model, batches), labels)
 
 
-def logits_of(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Return what a network, put in eval mode, says of ready inputs, (N, K), on its device."""
+def _logits_of(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     model.eval()
     with torch.inference_mode():
         return torch.cat([in_parts(model, inputs).float() for inputs in batches])
 
 
-def log_probs_of(logits: Tensor) -> FloatArray:
-    """Return log-probabilities, (N, K), on the CPU."""
-    found: FloatArray = logits.log_softmax(dim=1).cpu().numpy()  # the one transfer
-    return found
+def _judged(logits: Tensor, labels: IntArray) -> Evaluation:
+    return Evaluation(labels, logits.log_softmax(dim=1).cpu().numpy())  # the one transfer

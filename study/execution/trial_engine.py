@@ -71,7 +71,7 @@ def identity(config: TrainConfig) -> str:
 
     Settings that change nothing beside the others do not tell two trials apart.
     """
-    idle = without_effect(config).keys() - {"seed", "monitor"}
+    idle = without_effect(config) - {"seed", "monitor"}
     return config_hash({k: v for k, v in dataclasses.asdict(config).items() if k not in idle})
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from core.config import Monitor
-from core.heads.ensemble import fit_mean, mean_log_probs, mean_weights, nested_log_probs, tempered
-from core.metrics import Evaluation, FloatArray, IntArray
+from core.heads.ensemble import fit_mean, mean_log_probs, mean_weights, nested_log_probs
+from core.metrics import Evaluation, FloatArray, IntArray, tempered
 from core.training.checkpoint import PREDICTIONS_FILE
 from study.execution.files import model_members
 from study.record.models import Trial
@@ -92,7 +92,7 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
         if mean is None:
             one = np.ones(1, dtype=np.float32)
             own_t = one * found.temperature
-            val = Evaluation(found.labels, tempered(found.log_probs[None], own_t)[0])
+            val = Evaluation(found.labels, tempered(found.log_probs, found.temperature))
             loss = _loss_of(row.ranked_by or 0.0, monitor)
             mean = _Mean((row,), one, own_t, val, loss)
         else:
@@ -191,7 +191,7 @@ def _weigh(labels: IntArray, both: FloatArray) -> tuple[FloatArray, float]:
 
 
 def _with_tempered(both: FloatArray, temperature: float) -> FloatArray:
-    return tempered(both, np.array([1.0, temperature], dtype=np.float32))
+    return tempered(both, np.array([[[1.0]], [[temperature]]], dtype=np.float32))
 
 
 def _losses(labels: IntArray, log_probs: FloatArray, monitor: Monitor) -> FloatArray:

@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.cache import ArrayCache, prune, remove_abandoned
+from core.cache import ArrayCache, prune
 
 DAY_S = 24 * 3600.0
 
 
-def chunks(rows: int, value: float = 1.0, wide: bool = False) -> Iterator[Tensor]:
-    shape = (10, 1, 1) if wide else (10,)
+def chunks(rows: int, value: float = 1.0) -> Iterator[Tensor]:
     for at in range(0, rows, 4):
-        yield torch.full((min(4, rows - at), *shape), value + at)
+        yield torch.full((min(4, rows - at), 10), value + at)
 
 
-def get(cache: ArrayCache, key: str, rows: int = 6, wide: bool = False) -> Tensor:
-    found = cache.get(key, rows, lambda: chunks(rows, wide=wide))
+def get(cache: ArrayCache, key: str, rows: int = 6) -> Tensor:
+    found = cache.get(key, rows, lambda: chunks(rows))
     assert found is not None
     return found
 
@@ -79,11 +78,11 @@ def test_a_file_of_wrong_size_or_shape_is_made_again(tmp_path: Path, damage: str
 
 def test_what_does_not_fit_is_temporary_and_evicts_nothing_of_this_hour(tmp_path: Path) -> None:
     cache = ArrayCache(tmp_path, 1000)
-    get(cache, "a", 12, wide=True)
-    b = get(cache, "b", 12, wide=True)
+    get(cache, "a", 12)
+    b = get(cache, "b", 12)
     assert len(list(tmp_path.iterdir())) == 1
-    assert b[-1, 0, 0, 0] == 9  # readable, though its file is gone
-    get(cache, "a", 12, wide=True)
+    assert b[-1, 0] == 9  # readable, though its file is gone
+    get(cache, "a", 12)
     assert (cache.hits, cache.misses) == (1, 2)
 
 
@@ -100,15 +99,6 @@ def test_the_least_recently_used_of_old_arrays_makes_room(tmp_path: Path) -> Non
     misses = cache.misses
     get(cache, "old", 12)
     assert cache.misses == misses + 1
-
-
-def test_wide_rows_leave_room_for_features(tmp_path: Path) -> None:
-    cache = ArrayCache(tmp_path, 4 * 480)
-    for key in ("a", "b", "c", "d"):
-        get(cache, key, 12, wide=True)
-    for _ in range(2):
-        get(cache, "features", 12)
-    assert cache.hits == 1
 
 
 def test_a_full_disk_gives_nothing_and_leaves_nothing(
@@ -156,5 +146,5 @@ def test_only_old_partial_files_are_removed(tmp_path: Path) -> None:
     for name, days in (("partial-a", 2), ("partial-b", 0.5), ("photo", 2)):
         (tmp_path / name).write_bytes(b"0")
         os.utime(tmp_path / name, (0, time.time() - days * DAY_S))
-    remove_abandoned(tmp_path)
+    ArrayCache(tmp_path, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"partial-b", "photo"}

@@ -1,17 +1,9 @@
 import dataclasses
-import pickle
 
 import pytest
 from pydantic import ValidationError
 
 from core.config import DataConfig, TrainConfig, fields_of
-
-
-def test_train_config_is_hashable_and_picklable() -> None:
-    config = TrainConfig(epochs=3, clip_norm=1.0)
-    assert pickle.loads(pickle.dumps(config)) == config
-    assert hash(dataclasses.replace(config)) == hash(config)
-    assert dataclasses.replace(config, seed=1) != config
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 import hashlib
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import fit
 from core.metrics import EpochMetrics, TrainingDiverged
@@ -31,18 +28,7 @@ from core.training.checkpoint import (
     remove_checkpoint,
     weights_hash,
 )
-from support import CLASSIC
-
-TINY = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    epochs=2,
-    batch_size=8,
-    head_solver="sgd",
-    device="cpu",
-    **CLASSIC | {"head_lr_mult": 2},
-)
+from support import TINY
 
 
 def _numbers(epochs: list[EpochMetrics]) -> list[tuple[float, ...]]:
@@ -147,17 +133,6 @@ def _small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     return sizes
 
 
-def test_out_of_memory_halves_the_micro_batch_at_the_same_effective_batch(
-    data: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(TINY, epochs=1, freeze_depth=4, batch_norm="frozen")
-    free = list(fit(config, data))[0]
-    _small_memory(monkeypatch, 3)
-    squeezed = list(fit(config, data))[0]
-    assert (squeezed.micro_batch_size, free.micro_batch_size) == (2, 8)
-    assert squeezed.train_loss == pytest.approx(free.train_loss, rel=1e-5)
-
-
 def test_batch_norms_are_never_trained_by_one_image(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,8 +180,9 @@ def test_batches_that_cannot_be_trained_on_are_refused(
 
 
 def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
-    data: ImageData, tmp_path: Path
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data.views, "grey_range", (0.0, 4095.0))
     config = replace(TINY, epochs=3)
     epochs = list(fit(config, data, checkpoint_dir=tmp_path))
     best = max(epochs, key=lambda m: (m.score or 0.0, -m.epoch))
@@ -215,6 +191,7 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
     assert card.classes == data.classes
     assert card.data["fingerprint"] == data.fingerprint
+    assert card.preprocessing.grey_range == (0, 4095)
     plain = timm.create_model("test_resnet", num_classes=2)
     plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     model, card = load_checkpoint(tmp_path)
@@ -285,29 +262,3 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
-
-
-def test_every_trial_is_compiled(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
-        return lambda *inputs: calls.append(1) or graph(*inputs)
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
-    config = replace(TINY, epochs=1, compile=True, mixup=0.1)  # mixup: no kept arrays
-    with torch._dynamo.config.patch(recompile_limit=2):  # 8 by default
-        for depth in range(5):
-            next(fit(replace(config, freeze_depth=depth), data))
-    assert len(calls) == 5 * 3  # every step of each
-
-
-def test_compiled_network_trains_alike(
-    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # PyTorch's own tracer without its C++ compiler, which takes a quarter of a minute.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    config = replace(TINY, epochs=1, freeze_depth=5)
-    [compiled] = fit(replace(config, compile=True), data, checkpoint_dir=tmp_path)
-    [plain] = fit(config, data)
-    assert compiled.val_loss == pytest.approx(plain.val_loss, rel=1e-3)
-    load_checkpoint(tmp_path)

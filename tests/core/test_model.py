@@ -4,22 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import fit
 from core.metrics import FloatArray
 from core.model import load_model, save_model
 from core.models.weights import WeightsError
 from core.training.checkpoint import PREDICTIONS_FILE, REFIT_FILE
+from support import TINY
 
-HEAD = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    freeze_depth=5,
-    batch_size=8,
-    device="cpu",
-)
+HEAD = replace(TINY, freeze_depth=5, head_solver="logistic")
 
 
 def _photos(data: ImageData) -> list[Path]:

@@ -115,7 +115,7 @@ def test_grey_values_of_more_than_8_bits_are_scaled_by_one_range(
 ) -> None:
     source = _bytes(_solid(mode, value), "TIFF")
     decoded = _decoded(source, grey_range=grey_range)
-    assert decoded.grey == (value, value, 1)
+    assert decoded.grey == (value, value)
     assert decoded.pixels[0][3, 4].tolist() == [expected] * 3
     assert _decode(source).shape == (1, 1, 3)  # not to be used before the range is known
 

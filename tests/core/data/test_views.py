@@ -1,5 +1,4 @@
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +74,3 @@ def test_evaluation_views_are_those_of_the_whole_images(
     for view, path in zip(views, data.val.paths, strict=True):
         assert np.array_equal(view.permute(1, 2, 0), eval_view(root / path, shown))
     assert views.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_centre_crop_beyond_the_image_is_refused(shown: Preprocessing) -> None:
-    with pytest.raises(ValueError, match="resize_size must be >= image_size, but got resize_si"):
-        replace(shown, resize_size=20)

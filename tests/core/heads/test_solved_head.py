@@ -13,7 +13,7 @@ from core.fit import fit
 from core.models.sources import create
 from core.training.batches import Views
 from core.training.checkpoint import load_checkpoint
-from support import figures
+from support import TINY, figures
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         torch.manual_seed(0)
         source = create("timm:test_resnet", 32, 2, is_pretrained=True)
     safetensors.torch.save_file(source.model.state_dict(), file)
-    return TrainConfig(
-        backbone="timm:test_resnet",
-        weights=str(file),
-        image_size=32,
-        freeze_depth=5,
-        batch_size=8,
-        device="cpu",
-    )
+    return replace(TINY, weights=str(file), freeze_depth=5, head_solver="logistic")
 
 
 def _figures(

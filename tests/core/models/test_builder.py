@@ -33,18 +33,6 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_head_depends_on_the_seed_and_leaves_the_global_generator_alone() -> None:
-    heads = []
-    for seed in (1, 1, 2):
-        network = _classifier()
-        before = torch.random.get_rng_state()
-        init_head(network, "default", seed)
-        assert torch.equal(torch.random.get_rng_state(), before)
-        heads.append(network.model.get_parameter("fc.weight"))
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
-
-
 def test_xavier_keeps_its_bounds_and_zero_is_zero() -> None:
     network = _classifier()
     init_head(network, "xavier", 0)
@@ -105,11 +93,6 @@ def test_weights_that_were_replaced_are_read_again(tmp_path: Path, weights_file:
         path.unlink(missing_ok=True)
         safetensors.torch.save_file(state, path)
         assert (_build(path).model.get_parameter(name) == value).all()
-
-
-def test_kernels_are_laid_out_channels_last() -> None:
-    kernels = [p for p in _build().model.parameters() if p.ndim == 4]
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
 
 
 def test_parameters_are_counted_with_the_runs_own_classes() -> None:

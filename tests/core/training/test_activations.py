@@ -22,20 +22,11 @@ from core.metrics import EpochMetrics
 from core.models.builder import build
 from core.models.layers import find_layers, tap
 from core.training import activations
-from core.training.activations import evaluation_features, kept_partition
+from core.training.activations import Run, evaluation_features, kept_partition
 from core.training.batches import Normalizer
-from support import CLASSIC, figures, make_folder
+from support import TINY, figures, make_folder
 
-BASE = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    epochs=2,
-    batch_size=16,
-    head_solver="sgd",
-    device="cpu",
-    **CLASSIC,
-)
+BASE = replace(TINY, batch_size=16)
 NETWORKS = [("timm:test_resnet", 2), ("timm:test_efficientnet", 4), ("timm:test_vit", 5)]
 CPU = torch.device("cpu")
 
@@ -187,11 +178,11 @@ def test_a_cut_is_kept_where_rows_are_small_for_what_they_cost() -> None:
 def test_evaluation_features_come_from_one_pass_per_view(data: ImageData, tmp_path: Path) -> None:
     network, n = build(BASE, data.classes), len(data.train)
     cache = ArrayCache(tmp_path, 1 << 30)
-    several = evaluation_features(network, BASE, data, cache)
-    last = evaluation_features(network, replace(BASE, features="last"), data, cache)
+    several = evaluation_features(Run(BASE, network, data, cache))
+    last = evaluation_features(Run(replace(BASE, features="last"), network, data, cache))
     assert (cache.hits, cache.misses) == (2, 2)
     assert torch.equal(several[:, -last.shape[1] :], last)
-    mirrored = evaluation_features(network, replace(BASE, mirrored=True), data, cache)
+    mirrored = evaluation_features(Run(replace(BASE, mirrored=True), network, data, cache))
     assert (cache.hits, cache.misses) == (4, 4)
     normalize = Normalizer(network.preprocessing, CPU)
     images = normalize(eval_views(data, data.train, np.arange(n), network.preprocessing))

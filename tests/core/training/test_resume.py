@@ -11,17 +11,9 @@ from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.fit import Interrupted, fit
 from core.training import resume
-from support import CLASSIC, figures
+from support import TINY, figures
 
-BASE = TrainConfig(
-    backbone="timm:test_resnet",
-    weights="none",
-    image_size=32,
-    epochs=3,
-    batch_size=8,
-    device="cpu",
-    **CLASSIC,
-)
+BASE = replace(TINY, epochs=3, head_solver="logistic")
 
 
 @pytest.fixture
