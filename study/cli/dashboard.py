@@ -13,7 +13,6 @@ import plotly.graph_objects as go
 
 from reports.record import read_record
 from reports.search_plots import PLOTS, hovers, with_hovers
-from study.execution.artifacts import ARTIFACTS_FOLDER
 from study.record.database import RecordError
 from study.record.record import Record
 
@@ -28,16 +27,9 @@ def open_dashboard(store: Record, port: int) -> int:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise RecordError(f"--port must be free, but {port} is in use. Use another one.")
     names = [summary.name for summary in store.studies()]
-    folders = {store.study(name).output.parent / ARTIFACTS_FOLDER for name in names}
-    url = store.storage if "://" in store.storage else f"sqlite:///{store.storage}"
+    url = store.engine.url.render_as_string(hide_password=False)
     program = Path(sys.executable).with_name("optuna-dashboard")
     command = [str(program), url, "--port", str(port), "--quiet"]
-    if folders:
-        folder, *others = sorted(folders, key=lambda path: not path.is_dir())
-        folder.mkdir(parents=True, exist_ok=True)  # a running study's first trial may fill it
-        command += ["--artifact-dir", str(folder)]
-        if any(path.is_dir() for path in others):
-            print(f"Artifacts are shown of studies in {folder.parent} alone.")
     publish(store, names)
     with subprocess.Popen(command) as server:
         print(f"Optuna's dashboard: http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)

@@ -3,13 +3,10 @@
 import contextlib
 from pathlib import Path
 
-from optuna.artifacts import get_all_artifact_meta
-
 from core.config import TrainConfig
 from core.model import described, remove_model
 from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
-from study.execution.artifacts import ARTIFACTS_FOLDER
 from study.execution.files import is_checkpoint_of
 from study.record.models import MODEL_FOLDER, Study, trial_folder
 from study.record.record import Record
@@ -31,12 +28,6 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
     store.begin_run(study.id, command=command, device="none", versions={})
     trials = store.trials(study.id)
     images = tuple(study.data["classes"]), study.data["fingerprint"]
-    artifacts = study.output.parent / ARTIFACTS_FOLDER
-    for trial in store.optuna_study(study.id).get_trials(deepcopy=False):
-        for found in get_all_artifact_meta(trial, storage=store.optuna_storage):
-            (artifacts / found.artifact_id).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # other studies have some, or there are none
-        artifacts.rmdir()
     store.delete_study(name)
     gone: list[Path] = []
     left: list[Path] = []

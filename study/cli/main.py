@@ -216,7 +216,6 @@ _search_settings = _options(
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
 @_flag("--download", default=None, help="Search modern backbones, too; download their weights.")
-@click.option("--plan", type=_path, metavar="FILE", help="Run the trials of a study's plan.json.")
 @_dry_run
 @_search_settings
 @_database()
@@ -224,7 +223,6 @@ def run(
     path: Path | None,
     data: str | None,
     overrides: Sequence[str],
-    plan: Path | None,
     dry_run: bool,
     **_: Any,
 ) -> int:
@@ -242,9 +240,7 @@ def run(
     else:
         config = load_config(path, overrides, _flags())
     check_inputs(config)
-    if plan is not None and dry_run:
-        raise click.UsageError("--dry-run makes a plan, so --plan must not be given with it.")
-    return _estimate(config) if dry_run else _search(config, plan)
+    return _estimate(config) if dry_run else _search(config)
 
 
 @cli.command()
@@ -264,7 +260,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
     return _search(config)
 
 
-def _search(config: "StudyConfig", plan: Path | None = None) -> int:
+def _search(config: "StudyConfig") -> int:
     from study.config.formatting import format_duration, hide_password
     from study.execution.progress import Note
     from study.record.database import database_folder
@@ -286,7 +282,6 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
             allow_changes=_given("allow_changes"),
             take_over=_given("take_over"),
             begin=_process_begin(),
-            plan=plan,
         )
     _print_outcome(config, outcome, folder / "report")
     if outcome.stopped_because == "interrupted":
@@ -296,15 +291,15 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
 
 def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:
     """Say how large the weights are that will be downloaded."""
-    from study.config.backbones import MODERN
+    from study.config.search_space import MODERN
     from study.execution.progress import Note
     from study.execution.session import corner_configs, is_on_this_machine
 
     corners = {train.backbone: train for train in corner_configs(config)}
-    found = [m for m in MODERN if m.name in corners and not is_on_this_machine(corners[m.name])]
+    found = [n for n in MODERN if n in corners and not is_on_this_machine(corners[n])]
     if found:
-        listed = ", ".join(f"{modern.name} ({modern.megabytes} MB)" for modern in found)
-        total = sum(modern.megabytes for modern in found)
+        listed = ", ".join(f"{name} ({MODERN[name]} MB)" for name in found)
+        total = sum(MODERN[name] for name in found)
         progress.emit(Note(f"Weights to be downloaded, {total} MB: {listed}."))
 
 
@@ -644,18 +639,18 @@ def init(file: Path, data: str | None, force: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-@_flag("--modern", help="List those that run --download adds, with their sources.")
+@_flag("--modern", help="List those that run --download adds, with the size of their weights.")
 @_json
 def backbones(name: str | None, modern: bool, **_: Any) -> None:
     """List backbones, or the freeze levels of one."""
     from core.models.builder import stages_of
     from core.models.freeze_stages import describe_levels
     from core.models.sources import backbone_names, find_source
-    from study.cli.views import levels_view, modern_view
-    from study.config.backbones import MODERN
+    from study.cli.views import levels_view, make_table
+    from study.config.search_space import MODERN
 
     if modern:
-        _print(modern_view(MODERN), MODERN)
+        _print(make_table(("backbone", "MB"), MODERN.items(), right=("MB",)), MODERN)
         return
     names = backbone_names()
     if name in names:

@@ -30,7 +30,6 @@ from study.record.models import Counts
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
     from reports.publish import Grid
-    from study.config.backbones import ModernBackbone
     from study.config.study_config import StudySection
     from study.record.models import Run, Study, StudySummary, Test, Trial
     from study.search.choice import Choice
@@ -44,7 +43,6 @@ _STOPPED = {
     "trials": "All trials are done.",
     "timeout": "The time is up (study.time).",
     "no time": "No trial that may gain fits into the time that is left (study.time).",
-    "plan": "All trials of the plan are done.",
     "no gain": "The plan is at its end: nothing that was not tried promises a gain.",
     "patience": "No improvement for study.patience trials.",
     "space exhausted": "The search space holds no setting that has not been tried.",
@@ -390,13 +388,6 @@ def describe_use(row: "Test", tests: Sequence["Test"], *, is_new: bool) -> str:
 # Backbones and costs.
 
 
-def modern_view(backbones: Sequence["ModernBackbone"]) -> Table:
-    """Show the backbones that `--download` adds."""
-    header = ["backbone", "weights", "MB", "what it is (not measured here)", "source"]
-    rows = [(m.name, m.tag, m.megabytes, m.reason, m.source) for m in backbones]
-    return make_table(header, rows, right=("MB",))
-
-
 def levels_view(backbone: str, levels: Sequence["Level"]) -> RenderableType:
     """Show a backbone's freeze levels."""
     right = ("freeze_depth", "trained parameters", "forward frozen")
@@ -413,22 +404,14 @@ def levels_view(backbone: str, levels: Sequence["Level"]) -> RenderableType:
 
 def estimate_view(estimate: "Estimate") -> RenderableType:
     """Show what a study would cost."""
-    right = ("size", "all trained", "head alone", "checkpoint")
-    rows = (
-        (
-            *(cost.backbone, f"{cost.image_size} px"),
-            *(f"{1 / cost.train_s[depth]:.0f} images/s" for depth in (0, -1)),
-            filesize.decimal(cost.weights_bytes),
-        )
-        for cost in estimate.costs
-    )
+    speeds = ((name, f"{speed:.0f}") for name, speed in estimate.images_per_s.items())
     total = (
         f"{estimate.n_trials} trials on {estimate.device}: about "
         f"{format_duration(estimate.trial_s)} per trial, "
         f"{format_duration(estimate.total_s)} if none is pruned, "
         f"{filesize.decimal(estimate.checkpoint_bytes)} of checkpoints."
     )
-    found = [make_table(("backbone", *right), rows, right=right)]
+    found = [make_table(("network", "images/s"), speeds, right=("images/s",))]
     if estimate.plan:
         steps = (
             (step.reason, format_duration(step.forecast_s), format_params(step.params))

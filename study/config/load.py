@@ -11,9 +11,14 @@ from pydantic import ValidationError
 
 from core.config import TrainConfig, fields_of
 from study.ablation.factors import parse_factors
-from study.config.backbones import MODERN
 from study.config.errors import ConfigError, Fault, explain, near
-from study.config.search_space import DEFAULT_SPACE, default_params, parse_space, space_faults
+from study.config.search_space import (
+    DEFAULT_SPACE,
+    MODERN,
+    default_params,
+    parse_space,
+    space_faults,
+)
 from study.config.study_config import EXHAUSTIVE, LONGEST_NAME, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
@@ -177,12 +182,11 @@ class _Merged:
     def _add_modern(self) -> None:
         """Search modern backbones, too, where the default ones are searched."""
         own = self.values["space"].get("backbone")
-        names = [modern.name for modern in MODERN]
         if own == DEFAULT_SPACE["backbone"]:
-            self.values["space"]["backbone"] = {"choices": [*own["choices"], *names]}
-        elif not any(name in str(own) for name in names):  # as in a study that did so before
+            self.values["space"]["backbone"] = {"choices": [*own["choices"], *MODERN]}
+        elif not any(name in str(own) for name in MODERN):  # as in a study that did so before
             text = "adds backbones to the default ones, but others are given; name there all of"
-            self._explain("search", [Fault("download", f"{text} {', '.join(names)} you want.")])
+            self._explain("search", [Fault("download", f"{text} {', '.join(MODERN)} you want.")])
 
     def _settle(self) -> None:
         """Where a key is both searched and given a value, let the later layer win.

@@ -34,7 +34,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
-from study.record.damage import failure
+from study.record.database import failure
 from study.record.models import Study
 from study.record.record import Record
 

@@ -18,7 +18,6 @@ from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue
-from study.execution.artifacts import ARTIFACTS_FOLDER, attach
 from study.execution.files import TrialFiles
 from study.execution.progress import EpochEnded, Note, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
@@ -211,7 +210,7 @@ class TrialEngine:
             level=request.level,
             replicate=request.replicate,
         )
-        self._record.begin_trial(row)
+        self._record.save(row)
         return row
 
     def _epochs(
@@ -255,7 +254,6 @@ class TrialEngine:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
             row.weights_hash = self.files.record(row)
-            self._attach(row)
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)
@@ -265,19 +263,6 @@ class TrialEngine:
         ended = _ended(row, state)
         self.session.progress.emit(ended)
         return ended
-
-    def _attach(self, row: Trial) -> None:
-        """Give Optuna's dashboard the card, the learning curve and the confusion matrix."""
-        if row.replicate is not None:
-            return  # an ablation's runs are compared in its report
-        session = self.session
-        attach(
-            self._record.take_up_trial(row.study_id, row.number),
-            self._record.epochs(row.id),
-            self.files.checkpoint(row.number),
-            session.data.classes,
-            session.output.parent / ARTIFACTS_FOLDER,
-        )
 
     def _halt_on_equal_failures(self, ended: TrialEnded) -> None:
         """Stop a study whose trials keep failing for the same reason.

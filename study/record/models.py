@@ -21,7 +21,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 
 SCHEMA = 3
@@ -193,17 +192,6 @@ class Trial(Base, kw_only=True):
     def effective_params(self) -> Json:
         """Hyperparameters but for those that did nothing in this trial."""
         return {key: v for key, v in self.params.items() if key not in self.without_effect}
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """What Optuna's dashboard shows of it beside its hyperparameters."""
-        words = {0: "0, everything trained", MAX_FREEZE_DEPTH: f"{MAX_FREEZE_DEPTH}, head alone"}
-        found = {
-            "seconds": None if self.duration_s is None else round(self.duration_s, 1),
-            "freeze level": words.get(self.freeze_depth, str(self.freeze_depth)),
-            "parameters trained": self.trained_parameters,
-        }
-        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def chosen_by(self) -> str:

@@ -13,7 +13,6 @@ from optuna.trial import TrialState
 
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
-from study.config.errors import ConfigError
 from study.config.search_space import (
     ParamValue,
     apply_params,
@@ -32,7 +31,7 @@ from study.record.record import Record
 from study.search.choice import Choice
 from study.search.final_model import FinalModel
 from study.search.first_look import take_first_look
-from study.search.plan import PLAN_FILE, PlannedTrial, make_planner, read_plan, write_plan
+from study.search.plan import make_planner
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 from study.search.within_level import WithinLevel
@@ -62,8 +61,7 @@ class SearchOutcome:
 
     Attributes:
         stopped_because: `trials`, `timeout`, `patience`, `space exhausted`, `interrupted`; or of
-            a plan `no gain`, where nothing promises one, `no time`, where nothing fits, and
-            `plan`, where a given one is done.
+            a plan `no gain`, where nothing promises one, and `no time`, where nothing fits.
         trials: Those of the study.
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
@@ -99,16 +97,13 @@ def run_search(
     allow_changes: bool = False,
     take_over: bool = False,
     begin: float | None = None,
-    plan: Path | None = None,
 ) -> SearchOutcome:
     """Run or continue the study that a configuration names.
 
     The arguments, and what it raises, are those of `open_session`; its time counts from `begin`,
-    as `time.monotonic` does, or from now. With `plan`, a file that another study left, a study
-    that has not begun runs its trials and ends.
+    as `time.monotonic` does, or from now.
     """
     begin = time.monotonic() if begin is None else begin
-    replayed = None if plan is None else read_plan(plan, config)
     seconds = config.study.seconds
     deadline = None if seconds is None else begin + seconds - _RESERVE_S
     with Record(config.study.storage, create=True) as record, contextlib.ExitStack() as stack:
@@ -128,7 +123,7 @@ def run_search(
                 deadline=deadline,
             )
         )
-        search = _Search(session, replayed, begin)
+        search = _Search(session, begin)
         session.because = search.run()
         return SearchOutcome(
             session.because,
@@ -144,14 +139,11 @@ def run_search(
 class _Search:
     """One process's part in a study."""
 
-    def __init__(
-        self, session: Session, replayed: list[PlannedTrial] | None, begin: float
-    ) -> None:
+    def __init__(self, session: Session, begin: float) -> None:
         self.session, self.begin = session, begin
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
         self.is_planned = self.config.search.strategy == "plan"
-        self.replayed = replayed
         self.distributions = distributions(self.config.space)
         self.n_points = n_points(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
@@ -161,20 +153,14 @@ class _Search:
         self.model = FinalModel(session)
         self.planner: Planner | None = None
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
-        self.forecasts: dict[int, float] = {}
         self.rows: list[Trial] = []  # those that ended by themselves, in their order
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
         continued = recover(self.engine)
         self._queue_again()
-        if self.replayed is not None:
-            self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(self.replayed)})
-            self._check_replayed(self.replayed)
-        elif not self.is_planned:
-            settings = self.config.search.recipe_names
-            found = recipes(self.config.space, self.config.train, settings)
-            self._enqueue_all({f"recipe:{name}": params for name, params in found.items()})
+        if not self.is_planned:
+            self._enqueue_recipes()
         rows = self.record.trials(self.study_id)
         self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
         self._show(rows)
@@ -183,22 +169,17 @@ class _Search:
                 request = continued.pop(0)
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
-            elif (self.is_planned or self.replayed is not None) and not self._waiting():
-                step = self._planned() if self.replayed is None else "plan"
+            else:
+                step = self._planned() if self.is_planned and not self._waiting() else None
                 if isinstance(step, str):
                     because = step
                     break
                 trial = self._ask(step)
                 self._train_or_copy(trial)
-            else:
-                trial = self._ask()
-                self._train_or_copy(trial)
             row = self.record.trial(self.study_id, trial.number)
             if row.ended_at:
                 self.rows.append(row)
                 self._update_model()
-                ran = [row for row in self.rows if not _is_copy(row)]
-                write_plan(self.session.output / PLAN_FILE, ran, self.forecasts)
                 self._show(self.rows)
         return self._finish(because)
 
@@ -280,25 +261,16 @@ class _Search:
         attrs = {_ORIGIN: origin, RERUNS: reruns, _QUEUED: dict(params), _RECIPE: is_recipe}
         self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
-    def _enqueue_all(self, found: Mapping[str, Mapping[str, ParamValue]]) -> None:
-        """Queue settings by their origin in a study that has not begun."""
+    def _enqueue_recipes(self) -> None:
+        """Queue the recipes in a study that has not begun."""
         trials = self.study.get_trials(deepcopy=False)
         if any(trial.state is not TrialState.WAITING for trial in trials):
             return
         queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
-        for origin, params in found.items():
-            if origin not in queued:
-                self._enqueue(params, origin, is_recipe=True)
-
-    def _check_replayed(self, planned: list[PlannedTrial]) -> None:
-        """Refuse a plan for a study that has begun with other trials."""
-        trials = self.study.get_trials(deepcopy=False)
-        known = [trial.user_attrs.get(_QUEUED, trial.params) for trial in trials]
-        if not all(trial.params in known for trial in planned):
-            name = self.config.study.name
-            raise ConfigError(
-                f"--plan must begin a study, but {name} has other trials. Use another --name."
-            )
+        if self.config.search.has_recipes:
+            for name, params in recipes(self.config.space, self.config.train).items():
+                if (origin := f"recipe:{name}") not in queued:
+                    self._enqueue(params, origin, is_recipe=True)
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop; trials that copy a result do not count."""
@@ -386,8 +358,6 @@ class _Search:
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed
         with quiet_experiments():
-            if step is not None:
-                self.forecasts[number] = step.forecast_s
             self.study.sampler = make_sampler(sampler, seed, number, self.distributions)
             if step is not None and step.is_sampled:
                 fixed = {key: value for key, value in step.params.items() if key not in RATES}

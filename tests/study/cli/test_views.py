@@ -12,7 +12,7 @@ from study.cli import views
 from study.config.study_config import StudySection
 from study.record.models import Test, Trial
 from study.record.record import Record
-from study.search.plan import BackboneCost, Estimate
+from study.search.plan import Estimate
 from study.search.search import SearchOutcome
 
 
@@ -99,8 +99,7 @@ def test_the_next_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_estimate_shows_time_and_disk() -> None:
-    cost = BackboneCost("resnet18", 224, (0.1, 0.02), 0.02, 45_000_000)
-    estimate = Estimate("cpu", 20, (cost,), 30.0, 600.0, 135_000_000)
+    estimate = Estimate("cpu", 20, {"resnet18, 224 px": 50.2}, 30.0, 600.0, 135_000_000)
     text = " ".join(text_of(views.estimate_view(estimate)).split())
-    assert "resnet18 224 px 10 images/s 50 images/s 45.0 MB" in text
+    assert "resnet18, 224 px 50" in text
     assert "about 30.0 s per trial, 10 min 00 s if none is pruned, 135.0 MB of checkpoints" in text

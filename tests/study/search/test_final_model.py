@@ -15,7 +15,6 @@ from core.metrics import Evaluation, Reference
 from core.model import load_model
 from core.training.checkpoint import write_predictions
 from study.cli.delete import delete_study
-from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
 from study.execution.session import StudyHalted
 from study.record.models import Trial
@@ -178,26 +177,6 @@ def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:
     assert [row.number for row in choose(rows, "ensemble", "val_loss").trials] == [0]
 
 
-def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
-    done: Path, tmp_path: Path
-) -> None:
-    home = make_home(tmp_path, SPACE, n=40)
-    plan = done / "runs" / "photos" / "plan.json"
-    outcome = run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=plan)
-    assert outcome.stopped_because == "plan"
-    figures = [[(row.params, row.score, row.state) for row in rows_of(h)] for h in (done, home)]
-    assert figures[0] == figures[1]
-
-
-def test_a_plan_is_refused_for_a_study_with_other_trials(done: Path, tmp_path: Path) -> None:
-    home = make_home(tmp_path, SPACE, n=40)
-    run(config_of(home, 1, *SETTINGS, **NETWORKS))
-    (home / "plan.json").write_text('[{"params": {"backbone": "timm:test_resnet", '
-                                    '"freeze_depth": 3, "features": "last"}}]')  # fmt: skip
-    with pytest.raises(ConfigError, match="has other trials"):
-        run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
-
-
 def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
     home = make_home(tmp_path, SPACE, n=40)
     config = {**NETWORKS, "study.refit": False, "study.finish": "single"}
@@ -214,15 +193,6 @@ def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) ->
     assert (home / "runs" / "photos" / "model" / "model.json").read_bytes() == before
     run(config_of(home, 2, *SETTINGS, **config | {"study.refit": True}))
     assert _model(home)["refitted"] == [True]
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
-def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
-    home = make_home(tmp_path, SPACE)
-    (home / "plan.json").write_text(text)
-    with pytest.raises(ConfigError, match="--plan"):
-        run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
-    assert not (home / "s.db").exists()
 
 
 def test_of_many_images_a_sample_gives_a_first_model_which_is_not_tested(
