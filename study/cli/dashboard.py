@@ -3,11 +3,9 @@
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import optuna
 import optuna_dashboard
 import plotly.graph_objects as go
 
@@ -15,6 +13,7 @@ from reports.record import read_record
 from reports.search_plots import PLOTS, hovers, with_hovers
 from study.record.database import RecordError
 from study.record.record import Record
+from study.search.samplers import quiet_experiments
 
 _AGAIN_S = 30  # what a running study adds appears after so many seconds
 # The dashboard draws these itself, of complete trials alone.
@@ -60,6 +59,5 @@ def publish(store: Record, names: Iterable[str]) -> None:
             for key, figure in plot.draw(record):
                 if isinstance(figure, go.Figure):
                     with_hovers(figure, texts).update_layout(title=plot.title, template="none")
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    with quiet_experiments():
                         optuna_dashboard.save_plotly_graph_object(own, figure, graph_object_id=key)

@@ -261,19 +261,9 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 
 
 def _search(config: "StudyConfig") -> int:
-    from study.config.formatting import format_duration, hide_password
-    from study.execution.progress import Note
-    from study.record.database import database_folder
     from study.search.search import run_search
 
     with _progress() as progress:
-        beside = database_folder(config.study.storage) or Path()
-        folder = beside / config.study.output / config.study.name
-        storage = hide_password(config.study.storage)
-        progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
-        if config.study.time is None and config.study.seconds is not None:
-            limit = format_duration(config.study.seconds)
-            progress.emit(Note(f"It takes {limit}; choose with --time 1h, or --trials 30."))
         _say_downloads(config, progress)
         outcome = run_search(
             config,
@@ -283,7 +273,7 @@ def _search(config: "StudyConfig") -> int:
             take_over=_given("take_over"),
             begin=_process_begin(),
         )
-    _print_outcome(config, outcome, folder / "report")
+    _print_outcome(config, outcome)
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
@@ -311,7 +301,7 @@ def _process_begin() -> float:
     return time.monotonic() - (time.time() - began)
 
 
-def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path) -> None:
+def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     """Print how a search ended and what to do next, and write its report."""
     from study.cli import views
     from study.search.search import HALTED
@@ -323,7 +313,7 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
         from reports.search_report import write_report
 
         with _open(storage) as store:
-            report = write_report(store, name, folder).html
+            report = write_report(store, name, outcome.output / "report").html
     if _given("as_json"):
         names = ("stopped_because", "counts", "best", "model")
         facts = {key: getattr(outcome, key) for key in names}

@@ -19,7 +19,7 @@ from study.config.search_space import (
     parse_space,
     space_faults,
 )
-from study.config.study_config import EXHAUSTIVE, LONGEST_NAME, SECTIONS, StudyConfig
+from study.config.study_config import LONGEST_NAME, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
 _FLAGS = {
@@ -170,8 +170,8 @@ class _Merged:
         if not self.faults:
             self._explain("space", space_faults(space, made["train"]))
             endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
-            if endless and (sampler := made["search"].sampler) in EXHAUSTIVE:
-                rule = f"{sampler} visits every setting, so each dimension needs choices or a step"
+            if endless and made["search"].sampler == "grid":
+                rule = "grid visits every setting, so each dimension needs choices or a step"
                 text = f"{rule}, but these have neither: {endless}."
                 self._explain("search", [Fault("sampler", text)])
             self._explain("ablation", parse_factors(made["ablation"].factors or {})[1])

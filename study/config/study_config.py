@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 else:
     Sampler, Pruner = Literal[tuple(SAMPLERS)], Literal[tuple(PRUNERS)]
     DesignKind = Literal[tuple(DESIGNS)]
-EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
-"""Samplers that visit every setting of the space."""
 # Bytes: folders take 255, and `-ablation` is appended.
 LONGEST_NAME = 240
 DEFAULT_TIME = 900.0
@@ -114,18 +112,18 @@ class SearchSection:
     """Search modern backbones, too, where [space] names none (`python -m study backbones --modern`
     lists them); weights that are not in the cache are downloaded."""
     sampler: Sampler = "tpe"
-    """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."""
+    """Proposes settings: tpe, random, gp, cmaes, qmc or grid."""
     pruner: Pruner = "hyperband"
-    """With strategy = sampler, stops hopeless trials early: hyperband, median, percentile,
-    halving, wilcoxon or none. (A plan stops trials that fall behind the head they start from.)"""
+    """With strategy = sampler, stops hopeless trials early: hyperband, median, halving or none.
+    (A plan stops trials that fall behind the head they start from.)"""
     recipes: bool = True
     """With strategy = sampler, try known settings first: a linear probe of every backbone, then
-    half and all of the first one fine-tuned. (Not under grid and bruteforce.)"""
+    half and all of the first one fine-tuned. (Not under grid.)"""
 
     @property
     def has_recipes(self) -> bool:
         """Whether recipes are tried first: not where the sampler visits every setting anyway."""
-        return self.recipes and self.sampler not in EXHAUSTIVE
+        return self.recipes and self.sampler != "grid"
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)

@@ -106,7 +106,7 @@ class TrialEngine:
         self.session = session
         self.files = TrialFiles(session, keep_best)
         self._record = session.record
-        self._failures: list[str | None] = []
+        self._failures: list[str] = []
 
     def run(
         self,
@@ -270,11 +270,10 @@ class TrialEngine:
         Raises:
             StudyHalted: They do.
         """
-        reason = ended.reason if ended.state == "failed" else None
-        if reason is not None and reason.startswith(REASON_DIVERGED):
-            reason = None
-        self._failures = [*self._failures, reason][-_MOST_EQUAL_FAILURES:]
-        if reason is not None and self._failures == [reason] * _MOST_EQUAL_FAILURES:
+        reason = ended.reason or ""
+        is_fault = ended.state == "failed" and not reason.startswith(REASON_DIVERGED)
+        self._failures = [*self._failures, reason] if is_fault else []
+        if self._failures[-_MOST_EQUAL_FAILURES:] == [reason] * _MOST_EQUAL_FAILURES:
             self.session.because = "halted"
             raise StudyHalted(
                 f"{_MOST_EQUAL_FAILURES} trials in a row failed for the same reason: {reason} "

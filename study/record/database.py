@@ -92,9 +92,6 @@ def failure(err: BaseException) -> str | None:
     cause = err.__cause__ if isinstance(err, StorageInternalError) else err
     if not isinstance(cause, SQLAlchemyError):
         return None
-    # What follows in the same transaction only says that it was broken off.
-    while not hasattr(cause, "orig") and cause.__context__ is not None:
-        cause = cause.__context__
     text = " ".join(str(getattr(cause, "orig", cause)).split()).rstrip(".?")
     if any(words in text for words in _FULL):
         return f"cannot be written: {text}. Free space on its disk."

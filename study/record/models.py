@@ -34,8 +34,6 @@ REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
 COPY = "same as "
 """How the origin of a trial begins that has an earlier one's result: it does not count."""
-
-
 MODEL_FOLDER = "model"
 """Name of the model's folder in that of its study."""
 

@@ -150,8 +150,8 @@ class Record(AbstractContextManager["Record"]):
                 study = optuna.load_study(**found)
             except KeyError:
                 study = optuna.create_study(**found, direction="maximize", load_if_exists=True)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                quiet = optuna.exceptions.ExperimentalWarning
+                with warnings.catch_warnings(action="ignore", category=quiet):
                     study.set_metric_names(["validation accuracy"])
             self._studies[study_id] = study
         return self._studies[study_id]
@@ -166,8 +166,7 @@ class Record(AbstractContextManager["Record"]):
         Raises:
             RecordError: There is none of that name; names the nearest.
         """
-        row = self.find_study(name)
-        if row is not None:
+        if row := self.find_study(name):
             return row
         names = [row.name for row in self._all(select(Study))]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
@@ -281,10 +280,8 @@ class Record(AbstractContextManager["Record"]):
 
     def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:
         """Tell Optuna how a trial ended; a pruned one keeps its last report as its value."""
-        is_complete = state == "complete"
-        self.optuna_study(study_id).tell(
-            number, value if is_complete else None, state=_STATES[state]
-        )
+        value = value if state == "complete" else None
+        self.optuna_study(study_id).tell(number, value, state=_STATES[state])
 
     def trial(self, study_id: int, number: int) -> Trial:
         """Return a trial.

@@ -35,7 +35,6 @@ class Estimate:
     Attributes:
         device: Where it was measured.
         n_trials: Trials that would be run.
-        images_per_s: What each network classifies, by its name and image size.
         trial_s: Mean seconds of a trial, all epochs.
         total_s: All trials; pruning makes it less.
         checkpoint_bytes: Checkpoints that are kept, at the largest backbone.
@@ -44,7 +43,6 @@ class Estimate:
 
     device: str
     n_trials: int
-    images_per_s: dict[str, float]
     trial_s: float
     total_s: float
     checkpoint_bytes: int
@@ -107,11 +105,9 @@ def estimate(
     trial_s = statistics.fmean(
         cost.seconds(train, *counts) for train, cost in zip(trains, costs, strict=True)
     )
-    names = (f"{train.backbone}, {_image_size(train)} px" for train in trains)
     return Estimate(
         device=str(choose_device(trains[0].device)),
         n_trials=n_trials,
-        images_per_s={name: 1 / cost.forward_s for name, cost in zip(names, costs, strict=True)},
         trial_s=trial_s,
         total_s=trial_s * n_trials,
         checkpoint_bytes=n_kept * max(cost.weights_bytes for cost in costs),

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
+from study.config.formatting import format_duration
 from study.config.search_space import (
     ParamValue,
     apply_params,
@@ -21,12 +22,12 @@ from study.config.search_space import (
     n_points,
     recipes,
 )
-from study.config.study_config import EXHAUSTIVE, StudyConfig
+from study.config.study_config import StudyConfig
 from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
-from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial, best_of
+from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.choice import Choice
 from study.search.final_model import FinalModel
@@ -66,7 +67,7 @@ class SearchOutcome:
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
         model: What the study's model is made of, if there is one.
-        folder: Where it is.
+        output: Folder of the study's model, checkpoints and report.
         images_per_s: What it classifies here, by a plan's measured forward passes.
     """
 
@@ -75,7 +76,7 @@ class SearchOutcome:
     n_val: int
     duration_s: float
     model: Choice | None = None
-    folder: Path = Path()
+    output: Path = Path()
     images_per_s: float | None = None
 
     @property
@@ -107,9 +108,14 @@ def run_search(
     seconds = config.study.seconds
     deadline = None if seconds is None else begin + seconds - _RESERVE_S
     with Record(config.study.storage, create=True) as record, contextlib.ExitStack() as stack:
+        output = Path(record.usable_path(config.study.output)) / config.study.name
+        text = f"Study {config.study.name} in {record.storage}, files in {output}"
+        if seconds is not None and config.study.time is None:
+            limit = format_duration(seconds)
+            text += f"\nIt takes {limit}; choose with --time 1h, or --trials 30."
+        progress.emit(Note(text))
         is_new = record.find_study(config.study.name) is None
         if is_new and deadline is not None and config.search.strategy == "plan":
-            output = Path(record.usable_path(config.study.output)) / config.study.name
             take_first_look(config, output, progress, lambda: time.monotonic() > deadline)
         session = stack.enter_context(
             open_session(
@@ -131,7 +137,7 @@ def run_search(
             len(session.data.val),
             time.monotonic() - begin,
             search.model.choice,
-            session.output / MODEL_FOLDER,
+            session.output,
             search.images_per_s(),
         )
 
@@ -354,7 +360,7 @@ class _Search:
             self._note(f"{_DROPPED} {waiting.pop(0).number}: {_OUTSIDE}.")
         number = waiting[0].number if waiting else len(trials)
         sampler = self.config.search.sampler
-        if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
+        if self.rows and _is_copy(self.rows[-1]) and sampler != "grid":
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed
         with quiet_experiments():

@@ -2,7 +2,6 @@ import dataclasses
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -25,7 +24,6 @@ from study.execution.session import (
     open_session,
     preflight,
     stored_side,
-    versions,
 )
 from study.record.database import RecordError
 from study.record.record import Record
@@ -99,14 +97,7 @@ def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
     _enter(record, _config(home))  # the next process may begin
 
 
-@contextmanager
-def _ignored(number: signal.Signals) -> Iterator[None]:
-    before = signal.signal(number, signal.SIG_IGN)
-    yield
-    signal.signal(number, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_wish_to_stop(
     number: signal.Signals, home: Path, record: Record
 ) -> None:
@@ -114,10 +105,6 @@ def test_the_first_signal_is_a_wish_to_stop(
         assert not session.stop.is_set()
         signal.raise_signal(number)
         assert (session.stop.is_set(), session.progress.stopped_by) == (True, number)
-        signal.raise_signal(signal.SIGHUP)  # a terminal that closes may send several
-    with _ignored(signal.SIGHUP), _open(record, _config(home)) as session:  # under nohup
-        signal.raise_signal(signal.SIGHUP)
-        assert not session.stop.is_set()
 
 
 @pytest.mark.parametrize(("setting", "budget"), [("8GB", 8 * 10**9), ("0", None), (None, None)])
@@ -265,9 +252,3 @@ def test_a_validation_split_of_its_own_has_the_same_images_and_test_split(
     assert both[0] == both[1]
     assert other.test is not None and session.data.test is not None
     assert other.test.paths == session.data.test.paths
-
-
-def test_the_versions_that_decide_numbers_are_named() -> None:
-    found = versions()
-    assert {"python", "torch", "frostline", "optuna", "numpy", "pillow"} <= set(found)
-    assert all(found.values())

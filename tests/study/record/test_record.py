@@ -13,13 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
-from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics
 from study.record.database import RecordError
 from study.record.frames import read_confusion, read_epochs, read_misclassified, read_trials
-from study.record.models import Base, Counts, Misclassified, Study, Test, Trial
-from study.record.record import Record, config_hash
+from study.record.models import Base, Counts, Misclassified, Test, Trial
+from study.record.record import Record
 from support import distributions_of
 
 CONFIG = {"seed": 3, "backbone": "resnet18", "freeze_depth": 2}
@@ -111,11 +110,6 @@ def test_trials_are_counted_by_state(store: Record) -> None:
     counts = dataclasses.astuple(oldest.counts)[:4]
     assert counts == (2, 1, 1, 1)
     assert (oldest.best_value, oldest.best_number) == (0.9, 1)
-
-
-def test_config_hash_does_not_depend_on_the_order_of_keys() -> None:
-    assert config_hash({"a": 1, "b": None}) == config_hash({"b": None, "a": 1})
-    assert config_hash({"a": 1}) != config_hash({"a": 2})
 
 
 def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
@@ -324,18 +318,6 @@ def test_a_damaged_database_is_named(tmp_path: Path, damage: str, message: str) 
         connection.executescript(damage)
     with pytest.raises(RecordError, match=message), Record(str(path)) as store:
         store.trials(store.study("photos").id)
-
-
-def test_of_errors_in_a_transaction_the_first_is_named(store: Record) -> None:
-    _study(store)
-    again = Study(name="photos", config={}, data={}, versions={})
-    refused = pytest.raises(RecordError, match="cannot be used: UNIQUE constraint")
-    with refused, store, Session(store.engine) as session:
-        session.add(again)
-        try:
-            session.flush()
-        finally:
-            session.scalars(sqlalchemy.select(Study)).all()
 
 
 def test_an_error_that_is_not_the_databases_stays_as_it_is(tmp_path: Path) -> None:

@@ -170,13 +170,6 @@ def test_a_thawed_trial_of_a_high_score_alone_does_not_replace_the_heads(
     assert [row.number for row in choose(rows, "single", "val_loss").trials] == [2]
 
 
-def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:
-    first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
-    probabilities = np.stack([first, 1 - first], axis=1)
-    rows = [_trial(tmp_path, n, name, probabilities) for n, name in enumerate("ab")]
-    assert [row.number for row in choose(rows, "ensemble", "val_loss").trials] == [0]
-
-
 def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
     home = make_home(tmp_path, SPACE, n=40)
     config = {**NETWORKS, "study.refit": False, "study.finish": "single"}
@@ -217,8 +210,10 @@ def _fail(*_: object, **__: object) -> Any:
     raise StudyHalted("no time")
 
 
-def test_trials_on_other_images_are_not_averaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_second", [100, 99], ids=["equal", "on other images"])
+def test_trials_that_add_nothing_are_not_averaged(tmp_path: Path, n_second: int) -> None:
     first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
     probabilities = np.stack([first, 1 - first], axis=1)
-    rows = [_trial(tmp_path, k, "ab"[k], probabilities[: 100 - k]) for k in range(2)]
+    sizes = (100, n_second)
+    rows = [_trial(tmp_path, k, "ab"[k], probabilities[: sizes[k]]) for k in range(2)]
     assert len(choose(rows, "ensemble", "val_loss").trials) == 1
