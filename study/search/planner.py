@@ -33,10 +33,10 @@ _LARGEST_SHARE_OF_HEAD = 0.8
 _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 # Where nothing else fits, a trial may take so much: time that is left over is lost. Assumption.
 _LARGEST_SHARE_OF_LAST = 0.6
-# A step above kept outputs costs so many passes of the frozen network, whose norms are folded. On
-# EfficientNet-Lite0 and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores); a
-# step of a deeper level, which is measured, 5.6.
-_PASSES_OF_KEPT_STEP = 3.0
+# A step of the last layers costs so many passes of the frozen network, whose norms are folded. On
+# EfficientNet-Lite0 and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores). A
+# step of all layers took 5.6 there; it is measured.
+_PASSES_OF_LAST_STEP = 2.5
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
 _SOLVER_S = 1.1e-7
 # Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
@@ -59,7 +59,8 @@ class NetworkCost:
         kept: Whether outputs of the frozen layers are kept, by freeze level.
         n_features: Of a solved head.
         weights_bytes: Size of a checkpoint.
-        step_passes: Forward passes that a training step of all layers takes.
+        step_passes: Forward passes that a training step of all layers takes; one of fewer layers
+            takes less, in proportion.
     """
 
     forward_s: float
@@ -67,7 +68,7 @@ class NetworkCost:
     kept: tuple[bool, ...]
     n_features: int
     weights_bytes: int = 0
-    step_passes: float = _PASSES_OF_KEPT_STEP
+    step_passes: float = _PASSES_OF_LAST_STEP
 
     def seconds(
         self,
@@ -88,12 +89,14 @@ class NetworkCost:
             passes_s = 0.0 if has_features else n * self.forward_s
             return passes_s + _SOLVER_S * n * n_features * n_classes + _OVERHEAD_S
         frozen = self.frozen[train.freeze_depth]
+        trained = 1 - frozen
+        step = _PASSES_OF_LAST_STEP + (self.step_passes - _PASSES_OF_LAST_STEP) * trained
         if self.kept[train.freeze_depth]:
             views = min(train.epochs, train.views or train.epochs)
-            passes = views * frozen + train.epochs * _PASSES_OF_KEPT_STEP * (1 - frozen)
-            evaluations = frozen + train.epochs * (1 - frozen)
+            passes = views * frozen + train.epochs * step * trained
+            evaluations = frozen + train.epochs * trained
         else:
-            passes = train.epochs * (frozen + self.step_passes * (1 - frozen))
+            passes = train.epochs * (frozen + step * trained)
             evaluations = float(train.epochs)
         images = passes * n_train + evaluations * n_val
         return images * self.forward_s + _OVERHEAD_S * (1 + train.epochs / 10)
