@@ -17,11 +17,10 @@ from core.models.freeze_stages import freeze, train_mode
 from core.models.fx_graph import fold_norms
 from core.models.layers import find_layers, tap
 from core.training.activations import is_kept
-from study.config.search_space import apply_params, distributions
+from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig
 from study.execution.session import corner_configs, is_on_this_machine, without_weights
-from study.search.planner import NetworkCost, Planner, Step, networks
-from study.search.samplers import grid_of
+from study.search.planner import NetworkCost, Planner, Step, freeze_depths, networks
 
 _MEASURED_PASSES = 4
 _MEASURED_STEPS = 2  # the first warms up
@@ -72,12 +71,10 @@ def make_planner(config: StudyConfig, data: ImageData) -> Planner:
 
 def estimate_search(config: StudyConfig, data: ImageData) -> Estimate:
     """Estimate a search, as `estimate` does: every backbone at every freeze level counts alike."""
-    own = {key: dim for key, dim in config.space.items() if key == "freeze_depth"}
-    depths = grid_of(distributions(own)).get("freeze_depth", [config.train.freeze_depth])
     trains = [
         apply_params(train, {"freeze_depth": depth})
         for train in corner_configs(config)
-        for depth in depths
+        for depth in freeze_depths(config.space, config.train)
     ]
     settings = config.study
     found = estimate(trains, data, n_trials=settings.trials or 1, n_kept=settings.keep_checkpoints)

@@ -143,9 +143,7 @@ class Planner:
         self._space, self._base = space, base
         self._counts = n_train, n_val, n_classes
         self._costs = dict(sorted(costs.items(), key=lambda item: item[1].forward_s))
-        depth = space.get("freeze_depth")
-        found = {d for d in range(MAX_FREEZE_DEPTH + 1) if depth and depth.nearest(d) == d}
-        self._depths = found or {base.freeze_depth}
+        self._depths = freeze_depths(space, base)
 
     def next(
         self, rows: Sequence[Trial], left_s: float | None, total_s: float | None
@@ -367,6 +365,13 @@ SAMPLED = "sampler"
 """Origin of a trial whose settings the sampler drew."""
 RATES = ("base_lr", "head_lr_mult", "weight_decay")
 """Keys that the sampler chooses once everything else is planned."""
+
+
+def freeze_depths(space: Space, base: TrainConfig) -> set[int]:
+    """Return the freeze levels of a space."""
+    depth = space.get("freeze_depth")
+    found = {d for d in range(MAX_FREEZE_DEPTH + 1) if depth and depth.nearest(d) == d}
+    return found or {base.freeze_depth}
 
 
 def network_keys(space: Space) -> tuple[str, ...]:
