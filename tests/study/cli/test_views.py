@@ -11,7 +11,6 @@ from study.cli import views
 from study.config.study_config import StudySection
 from study.record.models import Test, Trial
 from study.record.record import Record
-from study.search.plan import Estimate
 from study.search.search import SearchOutcome
 
 
@@ -84,9 +83,3 @@ def test_the_next_commands_can_be_pasted() -> None:
     )
     secret = views.study_command("show", "a", "postgresql://me:hunter2@db/x")
     assert "hunter2" not in secret and "me:***@db/x" in secret
-
-
-def test_an_estimate_shows_time_and_disk() -> None:
-    estimate = Estimate("cpu", 20, 30.0, 600.0, 135_000_000)
-    text = " ".join(text_of(views.estimate_view(estimate)).split())
-    assert "about 30.0 s per trial, 10 min 00 s if none is pruned, 135.0 MB of checkpoints" in text

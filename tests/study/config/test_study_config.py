@@ -37,8 +37,3 @@ def test_the_difference_names_keys_and_leaves_free_ones_out() -> None:
 )
 def test_a_study_is_named_after_its_data(source: str, name: str) -> None:
     assert StudyConfig(data=DataConfig(source=source)).study.name == name
-
-
-def test_an_exhaustive_sampler_takes_no_recipes() -> None:
-    config = load_config(overrides=["space={seed=[0,1]}", "sampler=grid"])
-    assert not config.search.has_recipes
