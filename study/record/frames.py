@@ -65,18 +65,39 @@ def read_misclassified(store: Record, name: str, number: int) -> list[Misclassif
         return list(session.scalars(query.order_by(Misclassified.split, Misclassified.rank)))
 
 
+def read_predictions(
+    store: Record, name: str, split: str = "val", number: int | None = None
+) -> dict[int, tuple[IntArray, IntArray]]:
+    """Read what a study's trials predict for each image of a split.
+
+    Args:
+        store: The record.
+        name: The study.
+        split: `val` or `test`.
+        number: This trial alone.
+
+    Returns:
+        Trial number -> true and predicted class numbers, (N,) each; trials without are left out.
+    """
+    query = (
+        select(Trial.number, Prediction.labels, Prediction.predicted)
+        .join(Trial, Trial.id == Prediction.trial_id)
+        .where(Trial.study_id == store.study(name).id, Prediction.split == split)
+    )
+    if number is not None:
+        query = query.where(Trial.number == number)
+    with Session(store.engine) as session:
+        return {
+            trial: (unpack_classes(labels), unpack_classes(predicted))
+            for trial, labels, predicted in session.execute(query)
+        }
+
+
 def read_confusion(store: Record, name: str, number: int) -> IntArray | None:
     """Count a trial's validation images by class, (K, K), rows the truth; None if unknown."""
-    study = store.study(name)
-    query = (
-        select(Prediction)
-        .join(Trial, Trial.id == Prediction.trial_id)
-        .where(Trial.study_id == study.id, Trial.number == number)
-    )
-    with Session(store.engine) as session:
-        row = session.scalar(query.where(Prediction.split == "val"))
-    if row is None:
+    found = read_predictions(store, name, number=number)
+    if number not in found:
         return None
-    labels, predicted = unpack_classes(row.labels), unpack_classes(row.predicted)
-    n = len(study.data["classes"])
+    labels, predicted = found[number]
+    n = len(store.study(name).data["classes"])
     return np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import ArrayLike
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
@@ -345,17 +346,20 @@ class Record(AbstractContextManager["Record"]):
             session.execute(delete(Misclassified).where(Misclassified.trial_id == trial_id))
             session.add_all(rows)
 
-    def add_predictions(self, trial_id: int, labels: IntArray, predicted: IntArray) -> None:
-        """Keep a trial's predictions for the validation images; they replace an earlier answer.
+    def add_predictions(
+        self, trial_id: int, split: str, labels: ArrayLike, predicted: ArrayLike
+    ) -> None:
+        """Keep what a trial predicts for each image of a split; it replaces an earlier answer.
 
         Args:
             trial_id: The trial.
+            split: `val` or `test`.
             labels: True class numbers, (N,), in the split's order.
             predicted: Predicted class numbers, (N,).
         """
         packed = {"labels": _pack(labels), "predicted": _pack(predicted)}
         with writing(self.engine) as session:
-            session.merge(Prediction(trial_id=trial_id, split="val", **packed))
+            session.merge(Prediction(trial_id=trial_id, split=split, **packed))
 
     def tests(self, study_id: int) -> list[Test]:
         """List a study's results on the test split, oldest first."""
@@ -424,7 +428,7 @@ def _join(row: Trial, trial: FrozenTrial | None) -> None:
     row.params, row.value = params_of(trial), value
 
 
-def _pack(numbers: IntArray) -> bytes:
+def _pack(numbers: ArrayLike) -> bytes:
     """Write class numbers as compressed 32-bit integers, little-endian."""
     return zlib.compress(np.asarray(numbers, dtype="<i4").tobytes())
 

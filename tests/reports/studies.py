@@ -172,7 +172,7 @@ def add_results(
     wrong = [rng.choice(len(classes), 2, replace=False) for _ in range(n_wrong)]
     labels, predicted = np.concatenate([np.stack([right, right], axis=1), wrong]).T.tolist()
     trial = store.trial(store.study(name).id, number)
-    store.add_predictions(trial.id, labels, predicted)
+    store.add_predictions(trial.id, "val", labels, predicted)
     photo = io.BytesIO()
     Image.new("RGB", (96, 72)).save(photo, format="JPEG")
     rows = [

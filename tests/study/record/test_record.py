@@ -16,7 +16,13 @@ import sqlalchemy
 
 from core.metrics import EpochMetrics
 from study.record.database import RecordError
-from study.record.frames import read_confusion, read_epochs, read_misclassified, read_trials
+from study.record.frames import (
+    read_confusion,
+    read_epochs,
+    read_misclassified,
+    read_predictions,
+    read_trials,
+)
 from study.record.models import Base, Counts, Misclassified, Test, Trial
 from study.record.record import Record
 from support import distributions_of
@@ -122,7 +128,10 @@ def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     assert read_confusion(store, "photos", 0) is None
     for labels in ([0, 1, 1], [1, 1, 0]):
         store.add_misclassified(trial, [dataclasses.replace(row)])
-        store.add_predictions(trial, labels, [0, 0, 1])
+        store.add_predictions(trial, "val", labels, [0, 0, 1])
+    store.add_predictions(trial, "test", [70_000], [0])
+    ((true, predicted),) = read_predictions(store, "photos", "test").values()
+    assert (true.tolist(), predicted.tolist()) == ([70_000], [0])
     assert read_misclassified(store, "photos", 0) == [row]
     confusion = read_confusion(store, "photos", 0)
     assert confusion is not None
@@ -147,7 +156,7 @@ def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
     for name in ("photos", "other"):
         trial = _trial(store, *_study(store, name), 0)
         _epochs(store, trial, 0.5)
-        store.add_predictions(trial.id, [0], [0])
+        store.add_predictions(trial.id, "val", [0], [0])
     store.delete_study("photos")
     assert [row.name for row in store.studies()] == ["other"]
     assert len(read_epochs(store, "other")) == 1
