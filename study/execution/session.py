@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import operator
+import os
 import platform
 import signal
 import threading
@@ -383,10 +384,16 @@ def _described(data: ImageData) -> dict[str, Any]:
 
 @contextmanager
 def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or TERM into a wish to stop; the second leaves at once."""
-    stop = threading.Event()
+    """Turn the first Ctrl-C, TERM or HUP into a wish to stop; the second leaves at once."""
+    stop, hang_up = threading.Event(), getattr(signal, "SIGHUP", None)
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def wish(number: int, frame: FrameType | None) -> None:
+        if number == hang_up:
+            for fd in terminals:  # gone: whatever is written there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+            if stop.is_set():
+                return  # shell and kernel may send one each
         if stop.is_set():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -396,7 +403,10 @@ def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
         with suppress(OSError, RuntimeError):  # it may come in the middle of another line
             progress.emit(Note(text))
 
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(hang_up)
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
         yield stop
     finally:

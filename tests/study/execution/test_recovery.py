@@ -217,7 +217,7 @@ def test_a_stopped_trial_is_continued_under_its_number(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [("INT", 130), ("TERM", 143)])
+@pytest.mark.parametrize(("number", "status"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
 def test_the_command_line_stops_at_once_and_says_so(number: str, status: int, home: Path) -> None:
     sets = [word for text in (*SETTINGS, "train.epochs=3000") for word in ("--set", text)]
     process = start(home, "run", "--config", "study.toml", "--data", "photos", "--json", *sets)

@@ -2,6 +2,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -97,7 +98,14 @@ def test_a_session_that_breaks_signs_off_as_an_error_and_gives_signals_back(
     _enter(record, _config(home))  # the next process may begin
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@contextmanager
+def _ignored(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_wish_to_stop(
     number: signal.Signals, home: Path, record: Record
 ) -> None:
@@ -105,6 +113,10 @@ def test_the_first_signal_is_a_wish_to_stop(
         assert not session.stop.is_set()
         signal.raise_signal(number)
         assert (session.stop.is_set(), session.progress.stopped_by) == (True, number)
+        signal.raise_signal(signal.SIGHUP)  # a terminal that closes may send several
+    with _ignored(signal.SIGHUP), _open(record, _config(home)) as session:  # under nohup
+        signal.raise_signal(signal.SIGHUP)
+        assert not session.stop.is_set()
 
 
 @pytest.mark.parametrize(("setting", "budget"), [("8GB", 8 * 10**9), ("0", None), (None, None)])
