@@ -13,7 +13,7 @@ from core.config import TrainConfig, fields_of
 from study.ablation.factors import parse_factors
 from study.config.errors import ConfigError, Fault, explain, near
 from study.config.search_space import DEFAULT_SPACE, default_params, parse_space, space_faults
-from study.config.study_config import LONGEST_NAME, SECTIONS, StudyConfig
+from study.config.study_config import EXHAUSTIVE, LONGEST_NAME, SECTIONS, StudyConfig
 from study.config.toml import read_file, read_value
 
 _FLAGS = {
@@ -162,8 +162,8 @@ class _Merged:
         if not self.faults:
             self._explain("space", space_faults(space, made["train"]))
             endless = ", ".join(key for key, dim in space.items() if dim.n_points is None)
-            if endless and made["search"].sampler == "grid":
-                rule = "grid visits every setting, so each dimension needs choices or a step"
+            if endless and (sampler := made["search"].sampler) in EXHAUSTIVE:
+                rule = f"{sampler} visits every setting, so each dimension needs choices or a step"
                 text = f"{rule}, but these have neither: {endless}."
                 self._explain("search", [Fault("sampler", text)])
             self._explain("ablation", parse_factors(made["ablation"].factors or {})[1])

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 else:
     Sampler, Pruner = Literal[tuple(SAMPLERS)], Literal[tuple(PRUNERS)]
     DesignKind = Literal[tuple(DESIGNS)]
+EXHAUSTIVE: tuple[Sampler, ...] = ("grid", "bruteforce")
+"""Samplers that visit every setting of the space."""
 # Bytes: folders take 255, and `-ablation` is appended.
 LONGEST_NAME = 240
 DEFAULT_TIME = 900.0
@@ -109,18 +111,18 @@ class SearchSection:
     each trial as long as the time allows. sampler: recipes, then the sampler, with a pruner; this
     is the default where one of the three keys below is given."""
     sampler: Sampler = "tpe"
-    """Proposes settings: tpe, random, gp, cmaes, qmc or grid."""
+    """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."""
     pruner: Pruner = "hyperband"
-    """With strategy = sampler, stops hopeless trials early: hyperband, median, halving or none.
-    (A plan stops trials that fall behind the head they start from.)"""
+    """With strategy = sampler, stops hopeless trials early: hyperband, median, percentile,
+    halving, wilcoxon or none. (A plan stops trials that fall behind the head they start from.)"""
     recipes: bool = True
     """With strategy = sampler, try known settings first: a linear probe of every backbone, then
-    half and all of the first one fine-tuned. (Not under grid.)"""
+    half and all of the first one fine-tuned. (Not under grid and bruteforce.)"""
 
     @property
     def has_recipes(self) -> bool:
         """Whether recipes are tried first: not where the sampler visits every setting anyway."""
-        return self.recipes and self.sampler != "grid"
+        return self.recipes and self.sampler not in EXHAUSTIVE
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)

@@ -35,6 +35,10 @@ SAMPLERS: dict[str, tuple[str, Callable[[int, int, Distributions], dict[str, Any
         "optuna.samplers:GridSampler",
         lambda trial, study, space: {"search_space": grid_of(space), "seed": study},
     ),
+    "bruteforce": (
+        "optuna.samplers:BruteForceSampler",
+        lambda trial, study, space: {"seed": trial},
+    ),
 }
 """Name -> import path, and its arguments, given a seed of the trial, one of the study, and the
 space. Samplers that keep no state take the trial's, so that a resumed study draws what it would
@@ -47,16 +51,29 @@ PRUNERS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     ),
     "median": (
         "optuna.pruners:MedianPruner",
-        # Epochs before a trial may be compared: a fifth, one at least.
-        lambda epochs: {"n_startup_trials": 4, "n_warmup_steps": max(1, epochs // 5)},
+        lambda epochs: {"n_startup_trials": 4, "n_warmup_steps": _warmup(epochs)},
+    ),
+    "percentile": (
+        "optuna.pruners:PercentilePruner",
+        lambda epochs: {
+            "percentile": 25.0,
+            "n_startup_trials": 4,
+            "n_warmup_steps": _warmup(epochs),
+        },
     ),
     "halving": (
         "optuna.pruners:SuccessiveHalvingPruner",
         lambda _: {"min_resource": 1, "reduction_factor": 3},
     ),
+    "wilcoxon": ("optuna.pruners:WilcoxonPruner", lambda _: {"p_threshold": 0.1}),
     "none": ("optuna.pruners:NopPruner", lambda _: {}),
 }
 """Name -> import path, and its arguments for trials of at most so many epochs."""
+
+
+def _warmup(epochs: int) -> int:
+    """Return how many epochs a trial has before it may be compared: a fifth, one at least."""
+    return max(1, epochs // 5)
 
 
 def make_sampler(name: str, seed: int, trial_number: int, space: Distributions) -> "BaseSampler":
@@ -70,8 +87,8 @@ def make_sampler(name: str, seed: int, trial_number: int, space: Distributions) 
     """
     words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
     path, arguments = SAMPLERS[name]
-    # Optuna's grid sampler stops the study itself, which asking and telling forbids; the search
-    # sees by itself that every setting was tried.
+    # Optuna's exhaustive samplers stop the study themselves, which asking and telling forbids;
+    # the search sees by itself that every setting was tried.
     kind = resolve_name(path)
     unstopped = type(kind.__name__, (kind,), {"after_trial": lambda *_: None})
     with quiet_experiments():

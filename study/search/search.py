@@ -22,7 +22,7 @@ from study.config.search_space import (
     n_points,
     recipes,
 )
-from study.config.study_config import StudyConfig
+from study.config.study_config import EXHAUSTIVE, StudyConfig
 from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
@@ -360,7 +360,7 @@ class _Search:
             self._note(f"{_DROPPED} {waiting.pop(0).number}: {_OUTSIDE}.")
         number = waiting[0].number if waiting else len(trials)
         sampler = self.config.search.sampler
-        if self.rows and _is_copy(self.rows[-1]) and sampler != "grid":
+        if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed
         with quiet_experiments():

@@ -52,6 +52,13 @@ class _Alike:
         trials = self._study.get_trials(deepcopy=deepcopy, states=states)
         return [trial for trial in trials if self._level(trial.params) == self._own]
 
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """Return the trial of the highest value, as `BaseStorage` does."""
+        trials = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        if not trials:
+            raise ValueError("No trials are completed yet.")
+        return max(trials, key=lambda trial: trial.value or 0.0)
+
     @staticmethod
     def _level(params: dict[str, Any]) -> list[Any]:
         return [params.get(key) for key in _KEYS]

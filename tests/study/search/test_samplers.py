@@ -32,7 +32,7 @@ def _draw(name: str, seed: int, n: int, space: dict[str, object]) -> list[dict[s
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_draws_from_the_space_and_again_the_same(name: str) -> None:
-    space = LISTED if name == "grid" else NUMBERS
+    space = LISTED if name in ("grid", "bruteforce") else NUMBERS
     drawn = _draw(name, 1, 6, space)
     assert all(set(params) == set(space) for params in drawn)
     # A sampler is made for every trial, so a resumed study draws as an uninterrupted one.
@@ -68,7 +68,8 @@ def test_every_pruner_but_none_stops_hopeless_trials_and_hardly_hopeful_ones(
         sampler = optuna.samplers.RandomSampler(seed=0)
         pruner = make_pruner(name, epochs)
         study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-        for number in range(40):
+        # Wilcoxon's test is slow, and needs no more: it compares with the best trial alone.
+        for number in range(10 if name == "wilcoxon" else 40):
             is_good = number % 2 == 0
             trial, level = study.ask(NUMBERS), 0.9 if is_good else 0.1
             for step in range(1, epochs + 1):
@@ -87,7 +88,7 @@ def test_every_pruner_but_none_stops_hopeless_trials_and_hardly_hopeful_ones(
         assert name in ("hyperband", "halving") or n_pruned[True] <= n_pruned[False]
 
 
-@pytest.mark.parametrize("name", ["median", "hyperband", "halving"])
+@pytest.mark.parametrize("name", ["median", "hyperband", "halving", "wilcoxon"])
 def test_trials_are_compared_with_those_of_their_own_level_alone(name: str) -> None:
     storage = optuna.storages.InMemoryStorage()
     n_pruned = {0: 0, 5: 0}
