@@ -214,6 +214,7 @@ _search_settings = _options(
 @click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
+@click.option("--plan", type=_path, metavar="FILE", help="Run the trials of a study's plan.json.")
 @_dry_run
 @_search_settings
 @_database()
@@ -221,6 +222,7 @@ def run(
     path: Path | None,
     data: str | None,
     overrides: Sequence[str],
+    plan: Path | None,
     dry_run: bool,
     **_: Any,
 ) -> int:
@@ -238,7 +240,9 @@ def run(
     else:
         config = load_config(path, overrides, _flags())
     check_inputs(config)
-    return _estimate(config) if dry_run else _search(config)
+    if plan is not None and dry_run:
+        raise click.UsageError("--dry-run makes a plan, so --plan must not be given with it.")
+    return _estimate(config) if dry_run else _search(config, plan)
 
 
 @cli.command()
@@ -258,7 +262,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
     return _search(config)
 
 
-def _search(config: "StudyConfig") -> int:
+def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     from study.search.search import run_search
 
     with _progress() as progress:
@@ -269,6 +273,7 @@ def _search(config: "StudyConfig") -> int:
             allow_changes=_given("allow_changes"),
             take_over=_given("take_over"),
             begin=_process_begin(),
+            plan=plan,
         )
     _print_outcome(config, outcome)
     if outcome.stopped_because == "interrupted":

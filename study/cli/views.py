@@ -40,6 +40,7 @@ _STOPPED = {
     "trials": "All trials are done.",
     "timeout": "The time is up (study.time).",
     "no time": "No trial that may gain fits into the time that is left (study.time).",
+    "plan": "All trials of the plan are done.",
     "no gain": "The plan is at its end: nothing that was not tried promises a gain.",
     "patience": "No improvement for study.patience trials.",
     "space exhausted": "The search space holds no setting that has not been tried.",

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
+from study.config.errors import ConfigError
 from study.config.formatting import format_duration
 from study.config.search_space import (
     ParamValue,
@@ -33,6 +34,7 @@ from study.search.choice import Choice
 from study.search.final_model import FinalModel
 from study.search.first_look import take_first_look
 from study.search.plan import make_planner
+from study.search.plan_file import PlannedTrial, read_plan, write_plan
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 from study.search.within_level import WithinLevel
@@ -62,7 +64,8 @@ class SearchOutcome:
 
     Attributes:
         stopped_because: `trials`, `timeout`, `patience`, `space exhausted`, `interrupted`; or of
-            a plan `no gain`, where nothing promises one, and `no time`, where nothing fits.
+            a plan `no gain`, where nothing promises one, `no time`, where nothing fits, and
+            `plan`, where a given one is done.
         trials: Those of the study.
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
@@ -98,13 +101,16 @@ def run_search(
     allow_changes: bool = False,
     take_over: bool = False,
     begin: float | None = None,
+    plan: Path | None = None,
 ) -> SearchOutcome:
     """Run or continue the study that a configuration names.
 
     The arguments, and what it raises, are those of `open_session`; its time counts from `begin`,
-    as `time.monotonic` does, or from now.
+    as `time.monotonic` does, or from now. With `plan`, a file that another study left, a study
+    that has not begun runs its trials and ends.
     """
     begin = time.monotonic() if begin is None else begin
+    replayed = None if plan is None else read_plan(plan, config)
     seconds = config.study.seconds
     deadline = None if seconds is None else begin + seconds - _RESERVE_S
     with Record(config.study.storage, create=True) as record, contextlib.ExitStack() as stack:
@@ -129,7 +135,7 @@ def run_search(
                 deadline=deadline,
             )
         )
-        search = _Search(session, begin)
+        search = _Search(session, replayed, begin)
         session.because = search.run()
         return SearchOutcome(
             session.because,
@@ -145,11 +151,14 @@ def run_search(
 class _Search:
     """One process's part in a study."""
 
-    def __init__(self, session: Session, begin: float) -> None:
+    def __init__(
+        self, session: Session, replayed: list[PlannedTrial] | None, begin: float
+    ) -> None:
         self.session, self.begin = session, begin
         self.record, self.study_id = session.record, session.study_id
         self.config = session.config
         self.is_planned = self.config.search.strategy == "plan"
+        self.replayed = replayed
         self.distributions = distributions(self.config.space)
         self.n_points = n_points(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
@@ -159,14 +168,18 @@ class _Search:
         self.model = FinalModel(session)
         self.planner: Planner | None = None
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
+        self.forecasts: dict[int, float] = {}
         self.rows: list[Trial] = []  # those that ended by themselves, in their order
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
         continued = recover(self.engine)
         self._queue_again()
-        if not self.is_planned:
-            self._enqueue_recipes()
+        if self.replayed is not None:
+            self._enqueue_plan(self.replayed)
+        elif not self.is_planned and self.config.search.has_recipes:
+            found = recipes(self.config.space, self.config.train)
+            self._enqueue_all({f"recipe:{name}": params for name, params in found.items()})
         rows = self.record.trials(self.study_id)
         self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
         self._show(rows)
@@ -176,7 +189,7 @@ class _Search:
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
             else:
-                step = self._planned() if self.is_planned and not self._waiting() else None
+                step = self._next_step()
                 if isinstance(step, str):
                     because = step
                     break
@@ -186,12 +199,22 @@ class _Search:
             if row.ended_at:
                 self.rows.append(row)
                 self._update_model()
+                ran = [row for row in self.rows if not _is_copy(row)]
+                write_plan(self.session.output, ran, self.forecasts)
                 self._show(self.rows)
         return self._finish(because)
 
     def _update_model(self) -> None:
         """Bring the model up to date; which checkpoints are kept stands in the record alone."""
         self.model.update(self.record.trials(self.study_id))
+
+    def _next_step(self) -> Step | str | None:
+        """Return what is planned next, or why nothing is; None where a trial waits or is drawn."""
+        if self._waiting():
+            return None
+        if self.replayed is not None:
+            return "plan"
+        return self._planned() if self.is_planned else None
 
     def _planned(self) -> Step | str:
         """Return the plan's next trial, or why there is none."""
@@ -267,16 +290,26 @@ class _Search:
         attrs = {_ORIGIN: origin, RERUNS: reruns, _QUEUED: dict(params), _RECIPE: is_recipe}
         self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
-    def _enqueue_recipes(self) -> None:
-        """Queue the recipes in a study that has not begun."""
+    def _enqueue_plan(self, planned: list[PlannedTrial]) -> None:
+        """Queue the trials of a plan; refuse a study that has begun with other ones."""
+        self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(planned)})
+        trials = self.study.get_trials(deepcopy=False)
+        known = [trial.user_attrs.get(_QUEUED, trial.params) for trial in trials]
+        if not all(trial.params in known for trial in planned):
+            name = self.config.study.name
+            raise ConfigError(
+                f"--plan must begin a study, but {name} has other trials. Use another --name."
+            )
+
+    def _enqueue_all(self, found: Mapping[str, Mapping[str, ParamValue]]) -> None:
+        """Queue settings by their origin in a study that has not begun."""
         trials = self.study.get_trials(deepcopy=False)
         if any(trial.state is not TrialState.WAITING for trial in trials):
             return
         queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
-        if self.config.search.has_recipes:
-            for name, params in recipes(self.config.space, self.config.train).items():
-                if (origin := f"recipe:{name}") not in queued:
-                    self._enqueue(params, origin, is_recipe=True)
+        for origin, params in found.items():
+            if origin not in queued:
+                self._enqueue(params, origin, is_recipe=True)
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop; trials that copy a result do not count."""
@@ -363,6 +396,8 @@ class _Search:
         if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed
+        if step is not None:
+            self.forecasts[number] = step.forecast_s
         with quiet_experiments():
             self.study.sampler = make_sampler(sampler, seed, number, self.distributions)
             if step is not None and step.is_sampled:

@@ -15,6 +15,7 @@ from core.metrics import Evaluation, Reference
 from core.model import load_model
 from core.training.checkpoint import write_predictions
 from study.cli.delete import delete_study
+from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
 from study.execution.session import StudyHalted
 from study.record.models import Trial
@@ -168,6 +169,30 @@ def test_a_thawed_trial_of_a_high_score_alone_does_not_replace_the_heads(
     rows[-1].score = 0.99  # one fold is more difficult for its own head than for the others
     assert 2 not in [row.number for row in choose(rows, "ensemble", "val_loss").trials]
     assert [row.number for row in choose(rows, "single", "val_loss").trials] == [2]
+
+
+def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
+    done: Path, tmp_path: Path
+) -> None:
+    home = make_home(tmp_path, SPACE, n=40)
+    plan = done / "runs" / "photos" / "plan.json"
+    outcome = run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=plan)
+    assert outcome.stopped_because == "plan"
+    figures = [[(row.params, row.score, row.state) for row in rows_of(h)] for h in (done, home)]
+    assert figures[0] == figures[1]
+    untried = {**figures[0][0][0], "freeze_depth": 3, "features": "last"}
+    (home / "plan.json").write_text(json.dumps([{"params": untried}]))
+    with pytest.raises(ConfigError, match="has other trials"):
+        run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
+def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
+    home = make_home(tmp_path, SPACE)
+    (home / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match="--plan"):
+        run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+    assert not (home / "s.db").exists()
 
 
 def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
