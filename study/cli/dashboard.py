@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from reports.record import read_record
 from reports.search_plots import PLOTS, hovers, with_hovers
 from study.record.database import RecordError
+from study.record.models import ARTIFACTS_FOLDER
 from study.record.record import Record
 from study.search.samplers import quiet_experiments
 
@@ -29,6 +30,13 @@ def open_dashboard(store: Record, port: int) -> int:
     url = store.engine.url.render_as_string(hide_password=False)
     program = Path(sys.executable).with_name("optuna-dashboard")
     command = [str(program), url, "--port", str(port), "--quiet"]
+    folders = {store.study(name).output.parent / ARTIFACTS_FOLDER for name in names}
+    if folders:
+        folder, *others = sorted(folders, key=lambda path: not path.is_dir())
+        folder.mkdir(parents=True, exist_ok=True)  # a running study's first trial may fill it
+        command += ["--artifact-dir", str(folder)]
+        if any(path.is_dir() for path in others):
+            print(f"Artifacts are shown of studies in {folder.parent} alone.")
     publish(store, names)
     with subprocess.Popen(command) as server:
         print(f"Optuna's dashboard: http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)

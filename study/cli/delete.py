@@ -3,12 +3,14 @@
 import contextlib
 from pathlib import Path
 
+from optuna.artifacts import get_all_artifact_meta
+
 from core.config import TrainConfig
 from core.model import described, remove_model
 from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
-from study.record.models import MODEL_FOLDER, Study, trial_folder
+from study.record.models import ARTIFACTS_FOLDER, MODEL_FOLDER, Study, trial_folder
 from study.record.record import Record
 
 
@@ -28,6 +30,10 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
     store.begin_run(study.id, command=command, device="none", versions={})
     trials = store.trials(study.id)
     images = tuple(study.data["classes"]), study.data["fingerprint"]
+    artifacts = study.output.parent / ARTIFACTS_FOLDER
+    for trial in store.optuna_study(study.id).get_trials(deepcopy=False):
+        for found in get_all_artifact_meta(trial, storage=store.optuna_storage):
+            (artifacts / found.artifact_id).unlink(missing_ok=True)
     store.delete_study(name)
     gone: list[Path] = []
     left: list[Path] = []
@@ -45,7 +51,7 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
                 state.unlink()
     if _is_model_of(study):
         remove_model(study.output / MODEL_FOLDER)
-    for folder in (study.output / "state", study.output):
+    for folder in (study.output / "state", study.output, artifacts):
         with contextlib.suppress(OSError):  # it is not empty, or missing
             folder.rmdir()
     return gone, left

@@ -18,6 +18,7 @@ from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue
+from study.execution.artifacts import attach
 from study.execution.files import TrialFiles
 from study.execution.progress import EpochEnded, Note, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
@@ -254,6 +255,8 @@ class TrialEngine:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
             row.weights_hash = self.files.record(row)
+            if row.replicate is None:  # an ablation's runs are compared in its report
+                attach(self.session, row, self.files.checkpoint(row.number))
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)

@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
+from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 
 SCHEMA = 3
@@ -36,6 +37,8 @@ COPY = "same as "
 """How the origin of a trial begins that has an earlier one's result: it does not count."""
 MODEL_FOLDER = "model"
 """Name of the model's folder in that of its study."""
+ARTIFACTS_FOLDER = "optuna-artifacts"
+"""Next to the studies' folders: one for all studies, as Optuna's dashboard wants it."""
 
 
 def now() -> datetime:
@@ -190,6 +193,16 @@ class Trial(Base, kw_only=True):
     def effective_params(self) -> Json:
         """Hyperparameters but for those that did nothing in this trial."""
         return {key: v for key, v in self.params.items() if key not in self.without_effect}
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What Optuna's dashboard shows of it apart from its hyperparameters."""
+        words = {0: "0, everything trained", MAX_FREEZE_DEPTH: f"{MAX_FREEZE_DEPTH}, head alone"}
+        return {
+            "seconds": round(self.duration_s or 0, 1),
+            "freeze level": words.get(self.freeze_depth, str(self.freeze_depth)),
+            "parameters trained": self.trained_parameters or 0,
+        }
 
     @property
     def chosen_by(self) -> str:

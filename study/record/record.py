@@ -277,6 +277,9 @@ class Record(AbstractContextManager["Record"]):
         """Close a trial with its last figures, and tell Optuna its state and value."""
         trial.ended_at = now()
         self.save(trial)
+        shown = self.take_up_trial(trial.study_id, trial.number)
+        for name, value in trial.shown.items():
+            shown.set_user_attr(name, value)
         self.tell(trial.study_id, trial.number, state, trial.value)
 
     def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:

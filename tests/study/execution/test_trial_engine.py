@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from optuna.artifacts import get_all_artifact_meta
 from small_study import Listener, config_of, make_home, optuna_trials, rows_of, run
 
 from core.config import TrainConfig
 from core.fit import fit
 from core.metrics import EpochMetrics
 from study.__main__ import main
+from study.cli.delete import delete_study
 from study.execution import session as session_module
 from study.execution import trial_engine
 from study.execution.progress import EpochEnded, Event, StepDone, TrialEnded, TrialStarted
@@ -72,6 +75,27 @@ def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
     ]  # fmt: skip
     done = [event.epochs for event in session.progress.events if isinstance(event, StepDone)]
     assert done == sorted(done) and done[-1] == 2
+
+
+def test_optunas_dashboard_gets_attributes_and_artifacts_that_go_with_the_study(
+    home: Path,
+) -> None:
+    run(config_of(home, 1))
+    (trial,) = optuna_trials(home)
+    assert {"seconds", "freeze level", "parameters trained"} <= set(trial.user_attrs)
+    with Record(str(home / "s.db")) as record:
+        found = get_all_artifact_meta(trial, storage=record.optuna_storage)
+        files = {
+            meta.filename: home / "runs/optuna-artifacts" / meta.artifact_id for meta in found
+        }
+        assert sorted(files) == ["card.json", "confusion-matrix.csv", "learning-curve.csv"]
+        curve = pd.read_csv(files["learning-curve.csv"])
+        assert curve["val_acc"].max() == trial.value
+        confusion = pd.read_csv(files["confusion-matrix.csv"], index_col=0)
+        assert list(confusion) == list(confusion.index) == ["blue", "red"]
+        assert np.trace(confusion) / confusion.to_numpy().sum() == trial.value
+        delete_study(record, "photos", command="delete")
+    assert not (home / "runs" / "optuna-artifacts").exists()
 
 
 def test_the_caller_may_stop_a_trial_but_not_after_its_last_epoch(home: Path) -> None:
