@@ -33,6 +33,7 @@ _WATCH_S = 5  # between two pages of `report --watch`
 _PACKAGES = ("core", "study", "reports")
 _CONFIG_KEYS = {
     "data": "data.source",
+    "download": "search.download",
     **{name: f"study.{name}" for name in ("name", "trials", "time", "storage", "cache")},
     **{name: f"study.{name}" for name in ("finish", "refit")},
     **{name: f"ablation.{name}" for name in ("design", "replicates", "resplit", "adaptive")},
@@ -214,6 +215,7 @@ _search_settings = _options(
 @click.option("--data", metavar="PATH", help="Folder of images, torchvision:NAME, or digits.")
 @click.option("--config", "path", type=_path, metavar="FILE", help="A study.toml.")
 @click.option("--name", help="Name of the study (default: that of the data folder).")
+@_flag("--download", default=None, help="Search modern backbones, too; download their weights.")
 @click.option("--plan", type=_path, metavar="FILE", help="Run the trials of a study's plan.json.")
 @_dry_run
 @_search_settings
@@ -266,6 +268,7 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     from study.search.search import run_search
 
     with _progress() as progress:
+        _say_downloads(config, progress)
         outcome = run_search(
             config,
             progress=progress,
@@ -279,6 +282,20 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
+
+
+def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:
+    """Say how large the weights are that will be downloaded."""
+    from study.config.backbones import MODERN
+    from study.execution.progress import Note
+    from study.execution.session import corner_configs, is_on_this_machine
+
+    corners = {train.backbone: train for train in corner_configs(config)}
+    found = [m for m in MODERN if m.name in corners and not is_on_this_machine(corners[m.name])]
+    if found:
+        listed = ", ".join(f"{modern.name} ({modern.megabytes} MB)" for modern in found)
+        total = sum(modern.megabytes for modern in found)
+        progress.emit(Note(f"Weights to be downloaded, {total} MB: {listed}."))
 
 
 def _process_begin() -> float:
@@ -324,6 +341,7 @@ def _estimate(config: "StudyConfig") -> int:
     if not _given("as_json"):
         print(config_text(config))
     with _progress() as progress:
+        _say_downloads(config, progress)
         data = load_images(config, progress)
     preflight([without_weights(train) for train in corner_configs(config, with_starts=True)], data)
     found = estimate_search(config, data)
@@ -616,14 +634,19 @@ def init(file: Path, data: str | None, force: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
+@_flag("--modern", help="List those that run --download adds, with their sources.")
 @_json
-def backbones(name: str | None, **_: Any) -> None:
+def backbones(name: str | None, modern: bool, **_: Any) -> None:
     """List backbones, or the freeze levels of one."""
     from core.models.builder import stages_of
     from core.models.freeze_stages import describe_levels
     from core.models.sources import backbone_names, find_source
-    from study.cli.views import levels_view
+    from study.cli.views import levels_view, modern_view
+    from study.config.backbones import MODERN
 
+    if modern:
+        _print(modern_view(MODERN), MODERN)
+        return
     names = backbone_names()
     if name in names:
         levels = describe_levels(*stages_of(name))

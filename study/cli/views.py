@@ -27,6 +27,7 @@ from study.record.models import MODEL_FOLDER, Counts, best_of
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
     from reports.publish import Grid
+    from study.config.backbones import ModernBackbone
     from study.config.study_config import StudySection
     from study.record.models import Run, Study, StudySummary, Test, Trial
     from study.search.choice import Choice
@@ -372,6 +373,13 @@ def describe_use(row: "Test", tests: Sequence["Test"], *, is_new: bool) -> str:
 
 
 # Backbones and costs.
+
+
+def modern_view(backbones: Sequence["ModernBackbone"]) -> Table:
+    """Show the backbones that `--download` adds."""
+    header = ["backbone", "weights", "MB", "what it is (not measured here)", "source"]
+    rows = [(m.name, m.tag, m.megabytes, m.reason, m.source) for m in backbones]
+    return make_table(header, rows, right=("MB",))
 
 
 def levels_view(backbone: str, levels: Sequence["Level"]) -> RenderableType:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from core.config import TrainConfig, fields_of
 from study.ablation.factors import parse_factors
+from study.config.backbones import MODERN
 from study.config.errors import ConfigError, Fault, explain, near
 from study.config.search_space import DEFAULT_SPACE, default_params, parse_space, space_faults
 from study.config.study_config import EXHAUSTIVE, LONGEST_NAME, SECTIONS, StudyConfig
@@ -144,6 +145,8 @@ class _Merged:
         search = self.values["search"]
         if search.keys() & {"sampler", "pruner", "recipes"}:  # which a plan has no use for
             search.setdefault("strategy", "sampler")
+        if search.get("download") is True:
+            self._add_modern()
         space, wrong = parse_space(self.values["space"])
         self._explain("space", wrong)
         fixed = {key: dim.ends[0] for key, dim in space.items() if len(dim.ends) == 1}
@@ -170,6 +173,16 @@ class _Merged:
         if self.faults:
             raise ConfigError(*self.faults)
         return StudyConfig(**made, space=space)
+
+    def _add_modern(self) -> None:
+        """Search modern backbones, too, where the default ones are searched."""
+        own = self.values["space"].get("backbone")
+        names = [modern.name for modern in MODERN]
+        if own == DEFAULT_SPACE["backbone"]:
+            self.values["space"]["backbone"] = {"choices": [*own["choices"], *names]}
+        elif not any(name in str(own) for name in names):  # as in a study that did so before
+            text = "adds backbones to the default ones, but others are given; name there all of"
+            self._explain("search", [Fault("download", f"{text} {', '.join(names)} you want.")])
 
     def _settle(self) -> None:
         """Where a key is both searched and given a value, let the later layer win.

@@ -110,6 +110,9 @@ class SearchSection:
     """plan: solved heads of every backbone, then thawed layers where that helps, then the sampler,
     each trial as long as the time allows. sampler: recipes, then the sampler, with a pruner; this
     is the default where one of the three keys below is given."""
+    download: bool = False
+    """Search modern backbones, too, where [space] names none (`python -m study backbones --modern`
+    lists them); weights that are not in the cache are downloaded."""
     sampler: Sampler = "tpe"
     """Proposes settings: tpe, random, gp, cmaes, qmc, grid or bruteforce."""
     pruner: Pruner = "hyperband"

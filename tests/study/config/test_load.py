@@ -1,7 +1,10 @@
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from study.config.backbones import MODERN
 from study.config.errors import ConfigError
 from study.config.load import check_inputs, load_config, parse_config
 from study.config.search_space import Choices, Range
@@ -202,3 +205,24 @@ def test_missing_data_and_unknown_backbones_are_refused_at_once(tmp_path: Path) 
     assert first.startswith("space.backbone: ") and "Near: resnet18" in first
     assert "'timm:resnte50'" in second
     assert third.startswith("data.source: ") and str(tmp_path / "no") in third
+
+
+def test_download_adds_modern_backbones_to_the_default_ones_alone() -> None:
+    config = load_config(flags={"search.download": True})
+    names = config.space["backbone"].ends
+    assert len(names) == 9 and "timm:convnext_nano" in names
+    again = parse_config(config.to_record(), "study x", (), {})
+    assert again.space["backbone"].ends == names
+    with pytest.raises(ConfigError, match="search.download: adds backbones to the default ones"):
+        load_config(None, ['space.backbone=["resnet18", "resnet34"]'], {"search.download": True})
+
+
+def test_modern_backbones_are_timms_of_the_size_that_is_said() -> None:
+    for modern in MODERN:
+        name = modern.name.removeprefix("timm:")
+        settings = timm.models.get_pretrained_cfg(name)
+        assert settings.tag == modern.tag
+        with torch.device("meta"):
+            network = timm.create_model(name, num_classes=settings.num_classes)
+        size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+        assert size / 1e6 == pytest.approx(modern.megabytes, rel=0.02)
