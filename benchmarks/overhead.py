@@ -122,7 +122,7 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
                 study_id=study_id, number=number, run_id=run, origin="sampler", config={},
                 config_hash=str(number), device="none",
             )  # fmt: skip
-            store.begin_trial(row)
+            store.save(row)
         for step in range(1, REPORTS + 1):
             with clock.phase("record"):
                 store.add_epoch(row, metrics(step, 0.9 + step / 1000), 0.1)

@@ -3,19 +3,18 @@
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import optuna
 import optuna_dashboard
 import plotly.graph_objects as go
 
 from reports.record import read_record
 from reports.search_plots import PLOTS, hovers, with_hovers
-from study.execution.artifacts import ARTIFACTS_FOLDER
 from study.record.database import RecordError
+from study.record.models import ARTIFACTS_FOLDER
 from study.record.record import Record
+from study.search.samplers import quiet_experiments
 
 _AGAIN_S = 30  # what a running study adds appears after so many seconds
 # The dashboard draws these itself, of complete trials alone.
@@ -28,10 +27,10 @@ def open_dashboard(store: Record, port: int) -> int:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise RecordError(f"--port must be free, but {port} is in use. Use another one.")
     names = [summary.name for summary in store.studies()]
-    folders = {store.study(name).output.parent / ARTIFACTS_FOLDER for name in names}
-    url = store.storage if "://" in store.storage else f"sqlite:///{store.storage}"
+    url = store.engine.url.render_as_string(hide_password=False)
     program = Path(sys.executable).with_name("optuna-dashboard")
     command = [str(program), url, "--port", str(port), "--quiet"]
+    folders = {store.study(name).output.parent / ARTIFACTS_FOLDER for name in names}
     if folders:
         folder, *others = sorted(folders, key=lambda path: not path.is_dir())
         folder.mkdir(parents=True, exist_ok=True)  # a running study's first trial may fill it
@@ -68,6 +67,5 @@ def publish(store: Record, names: Iterable[str]) -> None:
             for key, figure in plot.draw(record):
                 if isinstance(figure, go.Figure):
                     with_hovers(figure, texts).update_layout(title=plot.title, template="none")
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    with quiet_experiments():
                         optuna_dashboard.save_plotly_graph_object(own, figure, graph_object_id=key)

@@ -9,9 +9,8 @@ from core.config import TrainConfig
 from core.model import described, remove_model
 from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
-from study.execution.artifacts import ARTIFACTS_FOLDER
 from study.execution.files import is_checkpoint_of
-from study.record.models import MODEL_FOLDER, Study, trial_folder
+from study.record.models import ARTIFACTS_FOLDER, MODEL_FOLDER, Study, trial_folder
 from study.record.record import Record
 
 
@@ -35,8 +34,6 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
     for trial in store.optuna_study(study.id).get_trials(deepcopy=False):
         for found in get_all_artifact_meta(trial, storage=store.optuna_storage):
             (artifacts / found.artifact_id).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # other studies have some, or there are none
-        artifacts.rmdir()
     store.delete_study(name)
     gone: list[Path] = []
     left: list[Path] = []
@@ -54,7 +51,7 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
                 state.unlink()
     if _is_model_of(study):
         remove_model(study.output / MODEL_FOLDER)
-    for folder in (study.output / "state", study.output):
+    for folder in (study.output / "state", study.output, artifacts):
         with contextlib.suppress(OSError):  # it is not empty, or missing
             folder.rmdir()
     return gone, left

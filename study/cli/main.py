@@ -33,9 +33,9 @@ _WATCH_S = 5  # between two pages of `report --watch`
 _PACKAGES = ("core", "study", "reports")
 _CONFIG_KEYS = {
     "data": "data.source",
+    "download": "search.download",
     **{name: f"study.{name}" for name in ("name", "trials", "time", "storage", "cache")},
     **{name: f"study.{name}" for name in ("finish", "refit")},
-    "download": "search.download",
     **{name: f"ablation.{name}" for name in ("design", "replicates", "folds", "adaptive")},
 }
 """Options that set a key of the configuration."""
@@ -265,19 +265,9 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 
 
 def _search(config: "StudyConfig", plan: Path | None = None) -> int:
-    from study.config.formatting import format_duration, hide_password
-    from study.execution.progress import Note
-    from study.record.database import database_folder
     from study.search.search import run_search
 
     with _progress() as progress:
-        beside = database_folder(config.study.storage) or Path()
-        folder = beside / config.study.output / config.study.name
-        storage = hide_password(config.study.storage)
-        progress.emit(Note(f"Study {config.study.name} in {storage}, files in {folder}"))
-        if config.study.time is None and config.study.seconds is not None:
-            limit = format_duration(config.study.seconds)
-            progress.emit(Note(f"It takes {limit}; choose with --time 1h, or --trials 30."))
         _say_downloads(config, progress)
         outcome = run_search(
             config,
@@ -288,7 +278,7 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
             begin=_process_begin(),
             plan=plan,
         )
-    _print_outcome(config, outcome, folder / "report")
+    _print_outcome(config, outcome)
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
     return 0 if outcome.best else 1
@@ -316,7 +306,7 @@ def _process_begin() -> float:
     return time.monotonic() - (time.time() - began)
 
 
-def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path) -> None:
+def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     """Print how a search ended and what to do next, and write its report."""
     from study.cli import views
     from study.search.search import HALTED
@@ -328,7 +318,7 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome", folder: Path
         from reports.search_report import write_report
 
         with _open(storage) as store:
-            report = write_report(store, name, folder).html
+            report = write_report(store, name, outcome.output / "report").html
     if _given("as_json"):
         names = ("stopped_because", "counts", "best", "model")
         facts = {key: getattr(outcome, key) for key in names}

@@ -1,13 +1,10 @@
 """What the commands print: tables and sentences about studies, trials, tests and costs."""
 
 import dataclasses
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import filesize
@@ -25,7 +22,7 @@ from study.config.formatting import (
     hide_password,
     json_text,
 )
-from study.record.models import Counts
+from study.record.models import MODEL_FOLDER, Counts, best_of
 
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
@@ -90,11 +87,9 @@ def make_table(
 
 
 def _cell(value: object) -> Text:
-    return (
-        value
-        if isinstance(value, Text)
-        else Text("-" if value is None else hide_password(str(value)))
-    )
+    if isinstance(value, Text):
+        return value
+    return Text("-" if value is None else hide_password(str(value)))
 
 
 def _facts(pairs: Iterable[tuple[str, object]]) -> Table:
@@ -142,13 +137,12 @@ def study_view(
         ]
     )
     parts: list[RenderableType] = [facts]
-    ranked = best_first(trials)
-    if ranked and ranked[0].state == "complete":
-        best = f"Best trial: {ranked[0].number}, {format_accuracy(ranked[0].value)}."
-        parts += [Text(f"{best} {_ranking_words(trials)}".strip())]
+    if best := best_of(trials):
+        words = f"Best trial: {best.number}, {format_accuracy(best.value)}."
+        parts += [Text(f"{words} {_ranking_words(trials)}".strip())]
     if len(trials) > _SHOWN_TRIALS:
         parts += [Text(f"\nThe best {_SHOWN_TRIALS} of {len(trials)} trials:")]
-        parts += [trials_table(ranked[:_SHOWN_TRIALS])]
+        parts += [trials_table(best_first(trials)[:_SHOWN_TRIALS])]
     else:
         parts += [Text(""), trials_table(trials)]
     parts += [Text(f"\n{describe_test(row)}") for row in tests]
@@ -157,11 +151,9 @@ def study_view(
 
 def status_text(name: str, trials: Sequence["Trial"], run: "Run | None") -> str:
     """Say whether a study is running, and where it stands."""
-    ranked = best_first(trials)
-    is_complete = bool(ranked) and ranked[0].state == "complete"
-    best = format_accuracy(ranked[0].value) if is_complete else "-"
-    counts = Counts.of(trials)
-    text = f"{counts.finished} trials, best {best}"
+    best = best_of(trials)
+    accuracy = format_accuracy(best.value if best else None)
+    text = f"{Counts.of(trials).finished} trials, best {accuracy}"
     if run is None:
         return f"Study {name} is not running: {text}."
     since = (datetime.now(UTC).replace(tzinfo=None) - run.started_at).total_seconds()
@@ -295,7 +287,6 @@ def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableT
 
 def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
     """Say what the model of a study is made of."""
-    folder = outcome.folder
     speed = f", {outcome.images_per_s:.0f} images/s" if outcome.images_per_s else ""
     numbers = [row.number for row in model.trials]
     what = f"trial {numbers[0]}"
@@ -309,7 +300,7 @@ def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
     )
     text = (
         f"Model: {what}{how}; score {model.score:.4f}, accuracy {format_accuracy(model.val_acc)} "
-        f"in validation{speed}. In {folder}"
+        f"in validation{speed}. In {outcome.output / MODEL_FOLDER}"
     )
     best = outcome.best
     if best is not None and best.number not in numbers and best.rank[0] < -model.score:
@@ -322,16 +313,10 @@ def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
 
 def study_command(command: str, name: str, storage: str, *flags: str) -> str:
     """Return a command, about a study if named, ready to be pasted but for a password."""
-    words = [_python(), "-m study", command, *([shlex.quote(name)] if name else [])]
+    words = ["python -m study", command, *([shlex.quote(name)] if name else [])]
     if storage != "studies.db":
         words += ["--storage", shlex.quote(hide_password(storage))]
     return " ".join([*words, *flags])
-
-
-def _python() -> str:
-    """Return how to call this Python: by its path where its environment is not activated."""
-    path = Path(sys.executable).with_name("python")
-    return "python" if shutil.which("python") == str(path) else shlex.quote(os.path.relpath(path))
 
 
 def print_next(commands: Iterable[str]) -> None:
@@ -396,26 +381,15 @@ def levels_view(backbone: str, levels: Sequence["Level"]) -> RenderableType:
 
 def estimate_view(estimate: "Estimate") -> RenderableType:
     """Show what a study would cost."""
-    right = ("size", "all trained", "head alone", "checkpoint")
-    rows = (
-        (
-            *(cost.backbone, f"{cost.image_size} px"),
-            *(f"{1 / cost.train_s[depth]:.0f} images/s" for depth in (0, -1)),
-            filesize.decimal(cost.weights_bytes),
-        )
-        for cost in estimate.costs
-    )
     total = (
         f"{estimate.n_trials} trials on {estimate.device}: about "
         f"{format_duration(estimate.trial_s)} per trial, "
         f"{format_duration(estimate.total_s)} if none is pruned, "
         f"{filesize.decimal(estimate.checkpoint_bytes)} of checkpoints."
     )
-    found = [make_table(("backbone", *right), rows, right=right)]
-    if estimate.plan:
-        steps = (
-            (step.reason, format_duration(step.forecast_s), format_params(step.params))
-            for step in estimate.plan
-        )
-        found.append(make_table(("plan, if thawing gains", "about", "settings"), steps))
-    return Group(*found, Text(total))
+    steps = (
+        (step.reason, format_duration(step.forecast_s), format_params(step.params))
+        for step in estimate.plan
+    )
+    plan = make_table(("plan, if thawing gains", "about", "settings"), steps)
+    return Group(*([plan] if estimate.plan else []), Text(total))

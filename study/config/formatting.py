@@ -5,7 +5,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic_core import to_jsonable_python
 
@@ -69,15 +68,7 @@ def describe_trial(origin: str, params: Mapping[str, ParamValue]) -> str:
 def json_text(value: object) -> str:
     """Write a value as one line of JSON; no number that is not finite, no password."""
     plain = to_jsonable_python(value, inf_nan_mode="null", fallback=str)
-    return json.dumps(_without_passwords(plain), ensure_ascii=False)
-
-
-def _without_passwords(value: Any) -> Any:
-    if isinstance(value, str):
-        return hide_password(value)
-    if isinstance(value, dict):
-        return {key: _without_passwords(inner) for key, inner in value.items()}
-    return [_without_passwords(inner) for inner in value] if isinstance(value, list) else value
+    return hide_password(json.dumps(plain, ensure_ascii=False))
 
 
 def hide_password(text: str) -> str:
@@ -86,13 +77,5 @@ def hide_password(text: str) -> str:
     That is the password, which may hold blanks, and all options: drivers take passwords, keys and
     files of them under many names, which may be percent-encoded.
     """
-    return re.sub(r"([\w+.-]+://)([^\s:@/]*:[^@\n]*@\S*|\S+)", _without_secrets, text)
-
-
-def _without_secrets(url: re.Match[str]) -> str:
-    user, at, place = url[2].rpartition("@")
-    if "?" in user:  # in the password, or the @ in an option
-        return f"{url[1]}***"
-    user, password, _ = user.partition(":")
-    where, options, _ = place.partition("?")
-    return f"{url[1]}{user}{password and ':***'}{at}{where}{options and '?***'}"
+    text = re.sub(r"""(\w://[^\s:@/]*):[^@\n"]*@([^\s"@]*@)*""", r"\1:***@", text)
+    return re.sub(r"""(\w://[^\s?"]*)\?[^\s"]*""", r"\1?***", text)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -259,9 +259,7 @@ RECIPES: dict[str, dict[str, ParamValue]] = {
 """Settings that are known to work, tried before the sampler draws."""
 
 
-def recipes(
-    space: Space, base: TrainConfig, names: Collection[str]
-) -> dict[str, dict[str, ParamValue]]:
+def recipes(space: Space, base: TrainConfig) -> dict[str, dict[str, ParamValue]]:
     """Express the known recipes in a space: name -> value of every dimension, no two equal.
 
     Rates are moved to the nearest value of their dimension. A recipe is left out where the space
@@ -274,7 +272,7 @@ def recipes(
     found: dict[str, dict[str, ParamValue]] = {}
     for name, recipe in RECIPES.items():
         depth = recipe["freeze_depth"]
-        if name not in names or not recipe.keys() & space.keys() or depths.nearest(depth) != depth:
+        if not recipe.keys() & space.keys() or depths.nearest(depth) != depth:
             continue
         for backbone in backbones if name == _LINEAR_PROBE else backbones[:1]:
             settings = asdict(base) | recipe | {"backbone": backbone}

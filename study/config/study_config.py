@@ -22,7 +22,6 @@ from study.ablation.designs import DESIGNS
 from study.config.formatting import hide_password
 from study.config.search_space import (
     DEFAULT_SPACE,
-    RECIPES,
     SPACE,
     Dimension,
     default_params,
@@ -62,14 +61,6 @@ def _study_name(value: object) -> object:
         rule = "must begin and end with a letter or digit, with . _ - or a space between"
         raise ValueError(rule)
     return value
-
-
-def _recipe_names(value: object) -> object:
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, list | tuple) or not all(name in list(RECIPES) for name in value):
-        raise ValueError(f"must be true, false or a list of {', '.join(RECIPES)}")
-    return tuple(value)
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)
@@ -127,19 +118,14 @@ class SearchSection:
     pruner: Pruner = "hyperband"
     """With strategy = sampler, stops hopeless trials early: hyperband, median, percentile,
     halving, wilcoxon or none. (A plan stops trials that fall behind the head they start from.)"""
-    recipes: Annotated[
-        bool | tuple[str, ...],
-        BeforeValidator(_recipe_names, json_schema_input_type=bool | list[str]),
-    ] = True
-    """With strategy = sampler, known settings to try first: true (all; none under grid and
-    bruteforce), false, or a list of linear-probe, fine-tune-half, fine-tune-all."""
+    recipes: bool = True
+    """With strategy = sampler, try known settings first: a linear probe of every backbone, then
+    half and all of the first one fine-tuned. (Not under grid and bruteforce.)"""
 
     @property
-    def recipe_names(self) -> tuple[str, ...]:
-        """List the recipes to try first: none where the sampler visits every setting anyway."""
-        if self.recipes is False or self.sampler in EXHAUSTIVE:
-            return ()
-        return tuple(RECIPES) if self.recipes is True else self.recipes
+    def has_recipes(self) -> bool:
+        """Whether recipes are tried first: not where the sampler visits every setting anyway."""
+        return self.recipes and self.sampler not in EXHAUSTIVE
 
 
 @dataclass(frozen=True, slots=True, config=SECTION)

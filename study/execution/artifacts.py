@@ -1,58 +1,28 @@
-"""What Optuna's dashboard shows of a trial beside its values: its card, epochs and mistakes."""
+"""What Optuna's dashboard shows of a trial in files: its card, learning curve and mistakes."""
 
-import csv
-import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import optuna
+import pandas as pd
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
-from core.metrics import EpochMetrics
-from core.training.checkpoint import CARD_FILE, PREDICTIONS_FILE
+from core.training.checkpoint import CARD_FILE
+from study.execution.session import Session
+from study.record.frames import read_confusion
+from study.record.models import ARTIFACTS_FOLDER, Trial
 
-ARTIFACTS_FOLDER = "optuna-artifacts"
-"""Beside the studies' folders: one for all studies, as the dashboard wants it."""
 
-
-def attach(
-    trial: optuna.Trial,
-    epochs: Sequence[EpochMetrics],
-    checkpoint: Path,
-    classes: Sequence[str],
-    folder: Path,
-) -> None:
-    """Attach a running trial's card, learning curve and confusion matrix to it."""
+def attach(session: Session, row: Trial, checkpoint: Path) -> None:
+    """Attach card, learning curve and confusion matrix to a trial whose predictions are kept."""
+    record, classes = session.record, session.data.classes
+    folder = session.output.parent / ARTIFACTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     store = FileSystemArtifactStore(str(folder))
+    trial = record.take_up_trial(row.study_id, row.number)
     with tempfile.TemporaryDirectory() as made:
-        for path, kind in _files(epochs, checkpoint, classes, Path(made)):
-            upload_artifact(
-                artifact_store=store, file_path=str(path), study_or_trial=trial, mimetype=kind
-            )
-
-
-def _files(
-    epochs: Sequence[EpochMetrics], checkpoint: Path, classes: Sequence[str], folder: Path
-) -> Iterator[tuple[Path, str]]:
-    yield checkpoint / CARD_FILE, "application/json"
-    rows = [dataclasses.asdict(metrics) for metrics in epochs]
-    header = list(rows[0])
-    lines: list[Sequence[Any]] = [[row[key] for key in header] for row in rows]
-    yield _write(folder / "learning-curve.csv", [header, *lines]), "text/csv"
-    with np.load(checkpoint / PREDICTIONS_FILE) as saved:
-        n = len(classes)
-        pairs = saved["labels"] * n + saved["predicted"]
-    counts = np.bincount(pairs, minlength=n * n).reshape(n, n).tolist()
-    table = [[name, *row] for name, row in zip(classes, counts, strict=True)]
-    path = _write(folder / "confusion-matrix.csv", [["true / predicted", *classes], *table])
-    yield path, "text/csv"
-
-
-def _write(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return path
+        curve, confusion = Path(made) / "learning-curve.csv", Path(made) / "confusion-matrix.csv"
+        pd.DataFrame(record.epochs(row.id)).to_csv(curve, index=False)
+        counts = read_confusion(record, session.config.study.name, row.number)
+        pd.DataFrame(counts, classes, classes).to_csv(confusion, index_label="true / predicted")
+        for file in (checkpoint / CARD_FILE, curve, confusion):
+            upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)

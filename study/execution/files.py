@@ -75,7 +75,7 @@ class TrialFiles:
         folder, record = self.checkpoint(row.number), self._session.record
         with np.load(folder / PREDICTIONS_FILE) as saved:
             labels, predicted = saved["labels"], saved["predicted"]
-            record.add_predictions(row.id, "val", labels.tolist(), predicted.tolist())
+            record.add_predictions(row.id, "val", labels, predicted)
             if self._keep_best and all(row.rank < other.rank for other in self._kept):
                 probability = saved["probabilities"][np.arange(len(labels)), labels]
                 self._record_worst(row.id, labels, predicted, probability)

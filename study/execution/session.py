@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import operator
 import os
 import platform
 import signal
@@ -36,7 +37,7 @@ from study.config.errors import ConfigError
 from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
-from study.record.damage import failure
+from study.record.database import failure
 from study.record.models import SPLITS_FILE, Study, folds_column
 from study.record.record import Record
 
@@ -45,7 +46,7 @@ from study.record.record import Record
 _STORE_MARGIN = 1.25
 # Of the disk that is free: images and checkpoints need it, too. Assumption.
 _SHARE_OF_FREE_DISK = 0.1
-# Images between two looks at the clock while they are decoded.
+# Images between two looks at the clock while they are decoded: a few take no time worth saving.
 _CHECK_EVERY = 64
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DEAD_DEVICE = ("CUDA error", "CUDA driver", "HIP error", "MPS backend")
@@ -69,7 +70,6 @@ class Session:
         progress: Shows what happens.
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
-        created_at: When the study was created, as a text.
         resume: Command that continues the study.
         same_images: Whether they are those of the study so far.
         because: Why the process left, for the record; set by whoever runs the trials.
@@ -85,7 +85,6 @@ class Session:
     progress: Progress
     stop: threading.Event
     cache: ArrayCache | None
-    created_at: str
     resume: str
     same_images: bool
     because: str = "error"
@@ -146,19 +145,18 @@ def open_session(
     settings, described = config.to_record(), _described(data)
     output = Path(record.usable_path(config.study.output)) / name
     settings["study"]["output"] = str(output.parent)
-    is_same = stored is None or stored.data["fingerprint"] == described["fingerprint"]
+    is_same = True
     if stored is None:
         study_id = record.create_study(name, settings, described, versions())
     else:
         study_id = stored.id
-        _check_images(stored, described, allow_changes)
+        is_same = _has_same_images(stored, described, allow_changes)
     device = describe_device(choose_device(config.train.device))
     run_id = record.begin_run(
         study_id, command=command, device=device, versions=versions(), take_over=take_over
     )
     if stored is not None:  # only now: a process that was refused must not have changed it
         record.update_study(stored, settings, described)
-    cache = _cache(config)
     resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
@@ -170,8 +168,7 @@ def open_session(
             output=output,
             progress=progress,
             stop=stop,
-            cache=cache,
-            created_at=record.study(name).created_at.isoformat(),
+            cache=_cache(config),
             resume=resume,
             same_images=is_same,
             deadline=deadline,
@@ -320,24 +317,21 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
     Raises:
         ValueError: A backbone, its weights, the device, or the batch size cannot be used.
     """
-    different: dict[object, list[TrainConfig]] = {}
-    checked: set[str] = set()
-    for t in trains:
-        key = (t.backbone, t.weights, t.image_size, t.normalize, t.head_init, t.is_solved)
-        different.setdefault(key, []).append(t)
-    for alike in different.values():
-        train = alike[0]
-        choose_device(train.device)
-        network = build(train, data.classes)
-        for other in alike:
+    makes_network = operator.attrgetter(
+        "backbone", "weights", "image_size", "normalize", "head_init"
+    )
+    for _, group in itertools.groupby(trains, makes_network):
+        alike = list(group)
+        choose_device(alike[0].device)
+        network = build(alike[0], data.classes)
+        for train in alike:
             try:
-                check_batches(other, network, len(data.train))
+                check_batches(train, network, len(data.train))
             except ValueError as err:
                 raise ConfigError(str(err)) from err
-        is_solved = train.is_solved or train.head_init == "solved"
-        if is_solved and train.backbone not in checked:
-            cut_head(network, train)
-            checked.add(train.backbone)
+        solved = next((t for t in alike if t.is_solved or t.head_init == "solved"), None)
+        if solved is not None:
+            cut_head(network, solved)
 
 
 def is_on_this_machine(train: TrainConfig) -> bool:
@@ -348,9 +342,8 @@ def is_on_this_machine(train: TrainConfig) -> bool:
 
 def without_weights(train: TrainConfig) -> TrainConfig:
     """Return a configuration of the same network that needs nothing from outside."""
-    norms = (
-        "frozen" if train.batch_norm == "auto" and train.weights != "none" else train.batch_norm
-    )
+    is_auto = train.batch_norm == "auto" and train.weights != "none"
+    norms = "frozen" if is_auto else train.batch_norm
     return dataclasses.replace(train, weights="none", normalize="none", batch_norm=norms)
 
 
@@ -381,29 +374,31 @@ def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> Non
 def _check_space(record: Record, study: Study, config: StudyConfig) -> None:
     """Refuse dimensions that Optuna cannot have beside those of the study's trials."""
     trials = record.optuna_study(study.id).get_trials(deepcopy=False)
-    faults = {}
+    known = {name: dim for trial in trials for name, dim in trial.distributions.items()}
+    faults = []
     for name, new in distributions(config.space).items():
-        for old in (t.distributions[name] for t in trials if name in t.distributions):
-            try:
-                optuna.distributions.check_distribution_compatibility(old, new)
-            except ValueError:
-                rule = f"must keep its choices, log and kind of number in study {study.name}"
-                text = f"{rule}, whose trials have it, but got {config.space[name]}"
-                faults[name] = f"space.{name}: {text}. Use another --name."
+        try:
+            optuna.distributions.check_distribution_compatibility(known.get(name, new), new)
+        except ValueError:
+            rule = f"must keep its choices, log and kind of number in study {study.name}"
+            text = f"{rule}, whose trials have it, but got {config.space[name]}"
+            faults.append(f"space.{name}: {text}. Use another --name.")
     if faults:
-        raise ConfigError(*faults.values())
+        raise ConfigError(*faults)
 
 
-def _check_images(study: Study, now: dict[str, Any], allow_changes: bool) -> None:
-    """Refuse to continue a study on other images."""
+def _has_same_images(study: Study, now: dict[str, Any], allow_changes: bool) -> bool:
+    """Return whether the images are those of a study so far; refuse to continue on other ones."""
     then = study.data
-    if then["fingerprint"] != now["fingerprint"] and not allow_changes:
+    is_same: bool = then["fingerprint"] == now["fingerprint"]
+    if not is_same and not allow_changes:
         raise ConfigError(
             f"the images of study {study.name} have changed since it began "
             f"({then['n_train']} + {then['n_val']} then, {now['n_train']} + {now['n_val']} "
             "training and validation images now, or other contents). Restore them, or use "
             "another --name. (run and resume take --allow-changes to mix both.)"
         )
+    return is_same
 
 
 def _described(data: ImageData) -> dict[str, Any]:
@@ -422,9 +417,9 @@ def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
         if number == hang_up:
             for fd in terminals:  # gone: whatever is written there would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        if stop.is_set():
-            if number == hang_up:
+            if stop.is_set():
                 return  # shell and kernel may send one each
+        if stop.is_set():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()

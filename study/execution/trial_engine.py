@@ -18,7 +18,7 @@ from core.metrics import EpochMetrics, TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue
-from study.execution.artifacts import ARTIFACTS_FOLDER, attach
+from study.execution.artifacts import attach
 from study.execution.files import TrialFiles
 from study.execution.progress import EpochEnded, Note, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
@@ -107,7 +107,7 @@ class TrialEngine:
         self.session = session
         self.files = TrialFiles(session, keep_best)
         self._record = session.record
-        self._failures: list[str | None] = []
+        self._failures: list[str] = []
 
     def run(
         self,
@@ -211,7 +211,7 @@ class TrialEngine:
             level=request.level,
             replicate=request.replicate,
         )
-        self._record.begin_trial(row)
+        self._record.save(row)
         return row
 
     def _epochs(
@@ -255,7 +255,8 @@ class TrialEngine:
         """Close a trial's record, unless it is to be continued."""
         if state == "complete":
             row.weights_hash = self.files.record(row)
-            self._attach(row)
+            if row.replicate is None:  # an ablation's runs are compared in its report
+                attach(self.session, row, self.files.checkpoint(row.number))
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)
@@ -266,30 +267,16 @@ class TrialEngine:
         self.session.progress.emit(ended)
         return ended
 
-    def _attach(self, row: Trial) -> None:
-        """Give Optuna's dashboard the card, the learning curve and the confusion matrix."""
-        if row.replicate is not None:
-            return  # an ablation's runs are compared in its report
-        session = self.session
-        attach(
-            self._record.take_up_trial(row.study_id, row.number),
-            self._record.epochs(row.id),
-            self.files.checkpoint(row.number),
-            session.data.classes,
-            session.output.parent / ARTIFACTS_FOLDER,
-        )
-
     def _halt_on_equal_failures(self, ended: TrialEnded) -> None:
         """Stop a study whose trials keep failing for the same reason.
 
         Raises:
             StudyHalted: They do.
         """
-        reason = ended.reason if ended.state == "failed" else None
-        if reason is not None and reason.startswith(REASON_DIVERGED):
-            reason = None
-        self._failures = [*self._failures, reason][-_MOST_EQUAL_FAILURES:]
-        if reason is not None and self._failures == [reason] * _MOST_EQUAL_FAILURES:
+        reason = ended.reason or ""
+        is_fault = ended.state == "failed" and not reason.startswith(REASON_DIVERGED)
+        self._failures = [*self._failures, reason] if is_fault else []
+        if self._failures[-_MOST_EQUAL_FAILURES:] == [reason] * _MOST_EQUAL_FAILURES:
             self.session.because = "halted"
             raise StudyHalted(
                 f"{_MOST_EQUAL_FAILURES} trials in a row failed for the same reason: {reason} "

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import Engine, create_engine, inspect, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    NoSuchModuleError,
-    OperationalError,
-)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from study.config.formatting import hide_password
-from study.record.damage import failure, is_full
 from study.record.models import PREFIX, SCHEMA, Base, Run, Schema
 
 Result = TypeVar("Result")
@@ -33,6 +28,8 @@ _BUSY_TIMEOUT_S = 60
 _RETRY_S = 0.05
 # Two readings of a process's start differ by rounding only.
 _SAME_START_S = 2.0
+_FULL = "disk is full", "disk I/O error", "No space left"
+_DAMAGED = "malformed", "decode", "not a database", "no such", "does not exist"
 _RACE = "already exists", "duplicate key", "locked", "UNIQUE"
 _ANOTHER = "Name another with --storage."
 _MADE_BY_RUN = "`python -m study run` makes one; --storage names another."
@@ -48,31 +45,33 @@ class RecordError(ValueError):
     """The database cannot be used, or does not hold what was asked for."""
 
 
-def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage, bool]:
-    """Open a database of ours; an SQLite file that cannot be written is opened for reading.
+def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage]:
+    """Open a database of ours.
 
     Args:
         storage: SQLAlchemy URL or path of an SQLite file.
         create: Create it where there is none.
 
     Returns:
-        Our engine, Optuna's storage in the same database, and whether it may be written.
+        Our engine, and Optuna's storage in the same database.
 
     Raises:
         RecordError: Missing, not a database, another program's, or of another layout.
     """
-    url, path, is_writable = _database_url(storage), None, True
+    url = _database_url(storage)
+    # A server may have been restarted since a connection was last used.
+    options: dict[str, Any] = {"pool_pre_ping": True}
     if url.get_backend_name() == "sqlite":
         path = _check_file(url.database, create)
-        is_writable = not path.exists() or (_may_write(path) and _may_write(path.parent))
+        options = {"creator": functools.partial(_connect, path)}
     storage = hide_password(storage)
     try:
-        try:
-            return *_open(url, path, storage, create, is_writable), is_writable
-        except OperationalError as err:
-            if create or path is None or not (is_writable and is_full(err)):
-                raise
-            return *_open(url, path, storage, create, False), False
+        # Not with our settings: switching to the write-ahead log changes the file.
+        _check_owner(create_engine(url), storage, create)
+        engine = create_engine(url, **options)
+        _with_patience(lambda: _create_tables(engine))
+        text = url.render_as_string(hide_password=False)
+        return engine, _with_patience(lambda: RDBStorage(text, options))
     except ModuleNotFoundError as err:
         raise RecordError(
             f"database {storage} needs the package {err.name}, which is not installed. Install it "
@@ -87,21 +86,18 @@ def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage, bo
         raise RecordError(f"database {storage} {why}") from err
 
 
-def _open(
-    url: URL, path: Path | None, shown: str, create: bool, is_writable: bool
-) -> tuple[Engine, RDBStorage]:
-    # A server may have been restarted since a connection was last used.
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if path is not None:
-        options = {"creator": functools.partial(_connect, path, is_writable=is_writable)}
-    # Not with our settings: switching to the write-ahead log changes the file.
-    _check_owner(create_engine(url, **({} if is_writable else options)), shown, create)
-    engine = create_engine(url, **options)
-    if is_writable:
-        _with_patience(lambda: _create_tables(engine))
-    text = url.render_as_string(hide_password=False)
-    optuna = _with_patience(lambda: RDBStorage(text, options, skip_table_creation=not is_writable))
-    return engine, optuna
+def failure(err: BaseException) -> str | None:
+    """Say in words what failed in a database and what to do; None for an error elsewhere."""
+    # Optuna's word for an error of the database
+    cause = err.__cause__ if isinstance(err, StorageInternalError) else err
+    if not isinstance(cause, SQLAlchemyError):
+        return None
+    text = " ".join(str(getattr(cause, "orig", cause)).split()).rstrip(".?")
+    if any(words in text for words in _FULL):
+        return f"cannot be written: {text}. Free space on its disk."
+    if any(words in text for words in _DAMAGED):
+        return f"is damaged: {text}. Restore a copy of it, or name another with --storage."
+    return f"cannot be used: {text}. Check that it can be reached, and its permissions."
 
 
 @contextmanager
@@ -202,27 +198,12 @@ def _check_file(database: str | None, create: bool) -> Path:
     return path
 
 
-def _may_write(path: Path) -> bool:
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-
-
-def _connect(path: Path, *, is_writable: bool) -> sqlite3.Connection:
+def _connect(path: Path) -> sqlite3.Connection:
     """Connect to an SQLite file.
 
     On a local disk with a write-ahead log, which does not wait for the disk: the last
     transactions may be lost when the power fails, and nothing when a process is killed.
     """
-    if not is_writable:
-        # Without a log next to it the file is complete, and needs no lock that cannot be written.
-        log = path.with_name(f"{path.name}-wal")
-        is_whole = not log.exists() or log.stat().st_size == 0
-        if not (is_whole or _may_write(path.parent) or log.with_name(f"{path.name}-shm").exists()):
-            raise RecordError(
-                f"database {path} can be read only together with its log, {log.name}, for which "
-                "the folder must be writable. Copy both into another folder."
-            )
-        uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_whole else ''}"
-        return sqlite3.connect(uri, _BUSY_TIMEOUT_S, uri=True, check_same_thread=False)
     connection = sqlite3.connect(path, _BUSY_TIMEOUT_S, check_same_thread=False)
     connection.execute("PRAGMA foreign_keys = ON")
     if _is_on_network(path):

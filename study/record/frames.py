@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from core.metrics import IntArray
 from study.record.models import EPOCHS, Misclassified, Prediction, Trial
 from study.record.record import EPOCH_FIELDS, Record, unpack_classes
 
@@ -79,7 +79,7 @@ def read_thumbnails(store: Record, study_id: int, paths: Sequence[str]) -> dict[
 
 def read_predictions(
     store: Record, name: str, split: str = "val", number: int | None = None
-) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+) -> dict[int, tuple[IntArray, IntArray]]:
     """Read what a study's trials predict for each image of a split.
 
     Args:
@@ -100,14 +100,16 @@ def read_predictions(
         query = query.where(Trial.number == number)
     with Session(store.engine) as session:
         return {
-            trial: (np.array(unpack_classes(labels)), np.array(unpack_classes(predicted)))
+            trial: (unpack_classes(labels), unpack_classes(predicted))
             for trial, labels, predicted in session.execute(query)
         }
 
 
-def read_confusion(store: Record, name: str, number: int) -> NDArray[np.int64] | None:
+def read_confusion(store: Record, name: str, number: int) -> IntArray | None:
     """Count a trial's validation images by class, (K, K), rows the truth; None if unknown."""
-    for labels, predicted in read_predictions(store, name, number=number).values():
-        n = len(store.study(name).data["classes"])
-        return np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
-    return None
+    found = read_predictions(store, name, number=number)
+    if number not in found:
+        return None
+    labels, predicted = found[number]
+    n = len(store.study(name).data["classes"])
+    return np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)

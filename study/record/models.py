@@ -35,10 +35,10 @@ REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
 COPY = "same as "
 """How the origin of a trial begins that has an earlier one's result: it does not count."""
-
-
 MODEL_FOLDER = "model"
 """Name of the model's folder in that of its study."""
+ARTIFACTS_FOLDER = "optuna-artifacts"
+"""Next to the studies' folders: one for all studies, as Optuna's dashboard wants it."""
 SPLITS_FILE = "splits.csv"
 """Name of the file that says which image is in which split."""
 
@@ -203,14 +203,13 @@ class Trial(Base, kw_only=True):
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What Optuna's dashboard shows of it beside its hyperparameters."""
+        """What Optuna's dashboard shows of it apart from its hyperparameters."""
         words = {0: "0, everything trained", MAX_FREEZE_DEPTH: f"{MAX_FREEZE_DEPTH}, head alone"}
-        found = {
-            "seconds": None if self.duration_s is None else round(self.duration_s, 1),
+        return {
+            "seconds": round(self.duration_s or 0, 1),
             "freeze level": words.get(self.freeze_depth, str(self.freeze_depth)),
-            "parameters trained": self.trained_parameters,
+            "parameters trained": self.trained_parameters or 0,
         }
-        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def chosen_by(self) -> str:

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import os
-import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +13,22 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import ArrayLike
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from core.metrics import EpochMetrics
+from core.metrics import EpochMetrics, IntArray
 from study.config.formatting import hide_password
-from study.record.damage import failure, find_damage
 from study.record.database import (
     RecordError,
     check_dead,
     database_folder,
+    failure,
     is_alive,
     open_database,
     this_process,
@@ -85,35 +86,25 @@ class Record(AbstractContextManager["Record"]):
 
     def __init__(self, storage: str, *, create: bool = False) -> None:
         """Open the record, as `open_database` does."""
-        self.engine, self._optuna, self._is_writable = open_database(storage, create=create)
+        self.engine, self.optuna_storage = open_database(storage, create=create)
         self.storage = hide_password(storage)
         self._folder = database_folder(storage)
         self._studies: dict[int, optuna.Study] = {}  # by our key
 
-    @property
-    def optuna_storage(self) -> optuna.storages.BaseStorage:
-        """Optuna's tables, as Optuna takes them."""
-        return self._optuna
-
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
-        self._optuna.remove_session()
-        self._optuna.engine.dispose()
+        self.optuna_storage.remove_session()
+        self.optuna_storage.engine.dispose()
 
     def __exit__(self, _: object, err: BaseException | None, __: object) -> None:
-        try:
-            why = None
-            if isinstance(err, Exception):  # not Ctrl-C, nor a generator that is closed
-                why = failure(err) or find_damage(err, self.engine, self._optuna)
-        finally:
-            self.close()
-        if why:
+        self.close()
+        if err is not None and (why := failure(err)):
             raise RecordError(f"database {self.storage} {why}") from err
 
     def save(self, row: Base) -> None:
         """Add a row, or bring one that was read and changed up to date."""
-        with self._writing() as session:
+        with writing(self.engine) as session:
             session.add(row)
 
     # Studies
@@ -152,7 +143,7 @@ class Record(AbstractContextManager["Record"]):
         if study_id not in self._studies:
             found: dict[str, Any] = {
                 "study_name": self._all(select(Study).where(Study.id == study_id))[0].name,
-                "storage": self._optuna,
+                "storage": self.optuna_storage,
                 "sampler": optuna.samplers.RandomSampler(),
                 "pruner": optuna.pruners.NopPruner(),
             }
@@ -160,8 +151,8 @@ class Record(AbstractContextManager["Record"]):
                 study = optuna.load_study(**found)
             except KeyError:
                 study = optuna.create_study(**found, direction="maximize", load_if_exists=True)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                quiet = optuna.exceptions.ExperimentalWarning
+                with warnings.catch_warnings(action="ignore", category=quiet):
                     study.set_metric_names(["validation accuracy"])
             self._studies[study_id] = study
         return self._studies[study_id]
@@ -176,8 +167,7 @@ class Record(AbstractContextManager["Record"]):
         Raises:
             RecordError: There is none of that name; names the nearest.
         """
-        row = self.find_study(name)
-        if row is not None:
+        if row := self.find_study(name):
             return row
         names = [row.name for row in self._all(select(Study))]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
@@ -197,9 +187,9 @@ class Record(AbstractContextManager["Record"]):
         """
         row = self.study(name)
         with contextlib.suppress(KeyError):  # a kill came between the two
-            optuna.delete_study(study_name=name, storage=self._optuna)
+            optuna.delete_study(study_name=name, storage=self.optuna_storage)
         self._studies.pop(row.id, None)
-        with self._writing() as session:
+        with writing(self.engine) as session:
             session.execute(delete(Study).where(Study.id == row.id))
 
     # Runs
@@ -221,7 +211,7 @@ class Record(AbstractContextManager["Record"]):
             RecordError: Another process works on it.
         """
         run = this_process(study_id, command, device, versions)
-        with self._writing() as session:
+        with writing(self.engine) as session:
             # The lock where SQLite's own does not serve.
             session.execute(select(Study.id).where(Study.id == study_id).with_for_update())
             for other in session.scalars(select(Run).where(Run.study_id == study_id)):
@@ -231,7 +221,7 @@ class Record(AbstractContextManager["Record"]):
 
     def end_run(self, run_id: int, outcome: str) -> None:
         """Sign a process off."""
-        with self._writing() as session:
+        with writing(self.engine) as session:
             ended = {"ended_at": now(), "outcome": outcome}
             session.execute(update(Run).where(Run.id == run_id).values(ended))
 
@@ -263,14 +253,10 @@ class Record(AbstractContextManager["Record"]):
     def take_up_trial(self, study_id: int, number: int) -> optuna.Trial:
         """Return a running trial, of this process or of one that died, to report its epochs."""
         study = self.optuna_study(study_id)
-        key = self._optuna.get_study_id_from_name(study.study_name)
+        key = self.optuna_storage.get_study_id_from_name(study.study_name)
         return optuna.Trial(
-            study, self._optuna.get_trial_id_from_study_id_trial_number(key, number)
+            study, self.optuna_storage.get_trial_id_from_study_id_trial_number(key, number)
         )
-
-    def begin_trial(self, trial: Trial) -> None:
-        """Enter our part of a trial that is running for Optuna."""
-        self.save(trial)
 
     def add_epoch(self, trial: Trial, metrics: EpochMetrics, seconds_since_start: float) -> None:
         """Add an epoch, and bring the trial's own figures up to date with it.
@@ -283,7 +269,7 @@ class Record(AbstractContextManager["Record"]):
         if metrics.is_best:
             trial.best_epoch, trial.score = metrics.epoch, metrics.ranked_by
             trial.value = metrics.val_acc
-        with self._writing() as session:
+        with writing(self.engine) as session:
             session.execute(insert(EPOCHS), values)
             session.add(trial)
 
@@ -298,10 +284,8 @@ class Record(AbstractContextManager["Record"]):
 
     def tell(self, study_id: int, number: int, state: str, value: float | None = None) -> None:
         """Tell Optuna how a trial ended; a pruned one keeps its last report as its value."""
-        is_complete = state == "complete"
-        self.optuna_study(study_id).tell(
-            number, value if is_complete else None, state=_STATES[state]
-        )
+        value = value if state == "complete" else None
+        self.optuna_study(study_id).tell(number, value, state=_STATES[state])
 
     def trial(self, study_id: int, number: int) -> Trial:
         """Return a trial.
@@ -361,12 +345,12 @@ class Record(AbstractContextManager["Record"]):
 
     def add_misclassified(self, trial_id: int, rows: Sequence[Misclassified]) -> None:
         """Keep the images that a trial classified wrongly; they replace earlier ones."""
-        with self._writing() as session:
+        with writing(self.engine) as session:
             session.execute(delete(Misclassified).where(Misclassified.trial_id == trial_id))
             session.add_all(rows)
 
     def add_predictions(
-        self, trial_id: int, split: str, labels: Sequence[int], predicted: Sequence[int]
+        self, trial_id: int, split: str, labels: ArrayLike, predicted: ArrayLike
     ) -> None:
         """Keep what a trial predicts for each image of a split; it replaces an earlier answer.
 
@@ -377,7 +361,7 @@ class Record(AbstractContextManager["Record"]):
             predicted: Predicted class numbers, (N,).
         """
         packed = {"labels": _pack(labels), "predicted": _pack(predicted)}
-        with self._writing() as session:
+        with writing(self.engine) as session:
             session.merge(Prediction(trial_id=trial_id, split=split, **packed))
 
     def tests(self, study_id: int) -> list[Test]:
@@ -389,7 +373,7 @@ class Record(AbstractContextManager["Record"]):
     def put_design(self, study_id: int, key: str, kind: str, spec: Json, command: str) -> None:
         """Keep an ablation's design, in place of the one with the same key."""
         design = Design(study_id=study_id, key=key, kind=kind, spec=spec, command=command)
-        with self._writing() as session:
+        with writing(self.engine) as session:
             session.execute(delete(Design).where(Design.study_id == study_id, Design.key == key))
             session.add(design)
 
@@ -415,13 +399,6 @@ class Record(AbstractContextManager["Record"]):
         return os.path.normpath((self._folder or Path()) / path)
 
     # One transaction each
-
-    def _writing(self) -> AbstractContextManager[Session]:
-        if not self._is_writable:
-            rule = f"database {self.storage} cannot be written."
-            remedy = "Change its permissions, free space, or name another with --storage."
-            raise RecordError(f"{rule} {remedy}")
-        return writing(self.engine)
 
     def _all(self, query: Select[Any]) -> list[Any]:
         with Session(self.engine) as session:
@@ -450,19 +427,15 @@ def _join(row: Trial, trial: FrozenTrial | None) -> None:
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
         value = trial.intermediate_values.get(row.best_epoch)
-    if value is not None and not 0 <= value <= 1:
-        rule = f"the accuracy of trial {row.number} must be in [0, 1], but is {value}."
-        raise RecordError(f"{rule} The database is damaged: restore a copy of it.")
     row.state = _STATE_NAMES.get(trial.state, "interrupted")
     row.params, row.value = params_of(trial), value
 
 
-def _pack(numbers: Sequence[int]) -> bytes:
+def _pack(numbers: ArrayLike) -> bytes:
     """Write class numbers as compressed 32-bit integers, little-endian."""
-    return zlib.compress(struct.pack(f"<{len(numbers)}i", *numbers))
+    return zlib.compress(np.asarray(numbers, dtype="<i4").tobytes())
 
 
-def unpack_classes(packed: bytes) -> tuple[int, ...]:
+def unpack_classes(packed: bytes) -> IntArray:
     """Read the class numbers of a `Prediction`."""
-    raw = zlib.decompress(packed)
-    return struct.unpack(f"<{len(raw) // 4}i", raw)
+    return np.frombuffer(zlib.decompress(packed), dtype="<i4").astype(np.int64)

@@ -32,6 +32,8 @@ class FinalModel:
         self._session = session
         self._settings = session.config.study
         self._folder = session.output / MODEL_FOLDER
+        study = session.record.study(self._settings.name)
+        self._study = {"study": study.name, "created_at": study.created_at.isoformat()}
         self.choice: Choice | None = None
 
     def update(self, rows: Sequence[Trial]) -> None:
@@ -50,8 +52,7 @@ class FinalModel:
         refitted = tuple(self._settings.refit and has_refit(row) for row in found.trials)
         self.choice = found = replace(found, refitted=refitted)
         facts: dict[str, Any] = {
-            "study": self._settings.name,
-            "created_at": self._session.created_at,
+            **self._study,
             "trials": [row.number for row in found.trials],
             "score": found.score,
             "val_acc": found.val_acc,
@@ -67,8 +68,7 @@ class FinalModel:
         """Return what an earlier process left in the folder, if these trials still give it."""
         by_number = {row.number: row for row in kept}
         facts = described(self._folder)
-        own: dict[str, Any] = {"study": self._settings.name}
-        own["created_at"] = self._session.created_at
+        own: dict[str, Any] = dict(self._study)
         try:
             rows = [by_number[number] for number in facts["trials"]]
             own["weights_hashes"] = [row.weights_hash for row in rows]

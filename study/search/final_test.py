@@ -45,8 +45,7 @@ def test_trials(
             model = load_model(Path(str(trial.checkpoint)))
             amp = TrainConfig(**trial.config).amp
             found = _evaluate(config, data, split, model, amp)
-            labels, predicted = found.labels.tolist(), found.predicted.tolist()
-            record.add_predictions(trial.id, "test", labels, predicted)
+            record.add_predictions(trial.id, "test", found.labels, found.predicted)
             facts = {"trial_number": trial.number, "val_acc": trial.value}
             known[trial.number] = _add(record, study, found, command, facts)
     return [known[number] for number in numbers]

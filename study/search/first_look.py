@@ -31,12 +31,10 @@ def take_first_look(
     The first trial's model takes its place. It does not touch the test split.
     """
     space = config.space
-    params = default_params(space) | {
-        name: dim.nearest(MAX_FREEZE_DEPTH)
-        for name, dim in space.items()
-        if name == "freeze_depth"
-    }
+    params = default_params(space)
     params |= {name: space[name].ends[0] for name in ("backbone", "weights") if name in space}
+    if depth := space.get("freeze_depth"):
+        params["freeze_depth"] = depth.nearest(MAX_FREEZE_DEPTH)
     train = apply_params(config.train, params)
     if not train.is_solved or len(find_images(config.data).images) <= _MANY:
         return

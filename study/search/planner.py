@@ -33,9 +33,10 @@ _LARGEST_SHARE_OF_HEAD = 0.8
 _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 # Where nothing else fits, a trial may take so much: time that is left over is lost. Assumption.
 _LARGEST_SHARE_OF_LAST = 0.6
-# A step costs so many passes of the frozen network, whose norms are folded. On EfficientNet-Lite0
-# and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores).
-_PASSES_PER_STEP = 3.0
+# A step of the last layers costs so many passes of the frozen network, whose norms are folded. On
+# EfficientNet-Lite0 and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores). A
+# step of all layers took 5.6 there; it is measured.
+_PASSES_OF_LAST_STEP = 2.5
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
 _SOLVER_S = 1.1e-7
 # Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
@@ -57,12 +58,48 @@ class NetworkCost:
         frozen: Share of it that is frozen, by freeze level.
         kept: Whether outputs of the frozen layers are kept, by freeze level.
         n_features: Of a solved head.
+        weights_bytes: Size of a checkpoint.
+        step_passes: Forward passes that a training step of all layers takes; one of fewer layers
+            takes less, in proportion.
     """
 
     forward_s: float
     frozen: tuple[float, ...]
     kept: tuple[bool, ...]
     n_features: int
+    weights_bytes: int = 0
+    step_passes: float = _PASSES_OF_LAST_STEP
+
+    def seconds(
+        self,
+        train: TrainConfig,
+        n_train: int,
+        n_val: int,
+        n_classes: int,
+        *,
+        has_features: bool = False,
+    ) -> float:
+        """Forecast the seconds of a trial whose networks' arrays are not cached.
+
+        With `has_features` those of a solved head are.
+        """
+        n = n_train + n_val
+        if train.is_solved:
+            n_features = self.n_features if train.features == "several" else self.n_features / 2
+            passes_s = 0.0 if has_features else n * self.forward_s
+            return passes_s + _SOLVER_S * n * n_features * n_classes + _OVERHEAD_S
+        frozen = self.frozen[train.freeze_depth]
+        trained = 1 - frozen
+        step = _PASSES_OF_LAST_STEP + (self.step_passes - _PASSES_OF_LAST_STEP) * trained
+        if self.kept[train.freeze_depth]:
+            views = min(train.epochs, train.views or train.epochs)
+            passes = views * frozen + train.epochs * step * trained
+            evaluations = frozen + train.epochs * trained
+        else:
+            passes = train.epochs * (frozen + step * trained)
+            evaluations = float(train.epochs)
+        images = passes * n_train + evaluations * n_val
+        return images * self.forward_s + _OVERHEAD_S * (1 + train.epochs / 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +141,9 @@ class Planner:
         n_classes: int,
     ) -> None:
         self._space, self._base = space, base
-        self._n_train, self._n_val, self._n_classes = n_train, n_val, n_classes
+        self._counts = n_train, n_val, n_classes
         self._costs = dict(sorted(costs.items(), key=lambda item: item[1].forward_s))
-        depth = space.get("freeze_depth")
-        found = {d for d in range(MAX_FREEZE_DEPTH + 1) if depth and depth.nearest(d) == d}
-        self._depths = found or {base.freeze_depth}
+        self._depths = freeze_depths(space, base)
 
     def next(
         self, rows: Sequence[Trial], left_s: float | None, total_s: float | None
@@ -129,7 +164,7 @@ class Planner:
             if not is_sampled and self._find(rows, params):
                 continue
             config = apply_params(self._base, params)
-            forecast = pace * self.seconds(config, has_features=self._has_features(rows, config))
+            forecast = pace * self._seconds(config, has_features=self._has_features(rows, config))
             is_head = params.get("freeze_depth", self._base.freeze_depth) == MAX_FREEZE_DEPTH
             is_short = total_s is not None and forecast <= _SHORT * total_s
             share = _LARGEST_SHARE_OF_SHORT if is_short else _LARGEST_SHARE
@@ -172,29 +207,9 @@ class Planner:
         wanted = self.network_of(train), train.mirrored
         return any(c.is_solved and (self.network_of(c), c.mirrored) == wanted for c in configs)
 
-    def seconds(self, train: TrainConfig, *, has_features: bool = False) -> float:
-        """Forecast the seconds of a trial whose networks' arrays are not cached.
-
-        With `has_features` those of a solved head are.
-        """
+    def _seconds(self, train: TrainConfig, *, has_features: bool = False) -> float:
         cost = self._costs[self.network_of(train)]
-        n = self._n_train + self._n_val
-        n_features = cost.n_features if train.features == "several" else cost.n_features / 2
-        solve_s = _SOLVER_S * n * n_features * self._n_classes
-        passes_s = n * cost.forward_s
-        if train.is_solved:
-            return (0.0 if has_features else passes_s) + solve_s + _OVERHEAD_S
-        depth = train.freeze_depth
-        frozen, kept = cost.frozen[depth], cost.kept[depth]
-        above = _PASSES_PER_STEP * (1 - frozen)
-        if kept:
-            views = min(train.epochs, train.views or train.epochs)
-            passes = views * frozen + train.epochs * above
-            evaluations = frozen + train.epochs * (1 - frozen)
-        else:
-            passes, evaluations = train.epochs * (frozen + above), float(train.epochs)
-        images = passes * self._n_train + evaluations * self._n_val
-        return images * cost.forward_s + _OVERHEAD_S * (1 + train.epochs / 10)
+        return cost.seconds(train, *self._counts, has_features=has_features)
 
     def forward_s(self, row: Trial) -> float:
         """Return the seconds per image of what a trial trained."""
@@ -213,7 +228,7 @@ class Planner:
             train = TrainConfig(**row.config)
             known = self.network_of(train) in self._costs
             if row.state == "complete" and known and row.duration_s:
-                ratios.append(row.duration_s / self.seconds(train))
+                ratios.append(row.duration_s / self._seconds(train))
         # Trials that found their arrays cached took less, and say nothing about the others.
         return max(1.0, statistics.median(sorted(ratios)[len(ratios) // 2 :])) if ratios else 1.0
 
@@ -350,6 +365,13 @@ SAMPLED = "sampler"
 """Origin of a trial whose settings the sampler drew."""
 RATES = ("base_lr", "head_lr_mult", "weight_decay")
 """Keys that the sampler chooses once everything else is planned."""
+
+
+def freeze_depths(space: Space, base: TrainConfig) -> set[int]:
+    """Return the freeze levels of a space."""
+    depth = space.get("freeze_depth")
+    found = {d for d in range(MAX_FREEZE_DEPTH + 1) if depth and depth.nearest(d) == d}
+    return found or {base.freeze_depth}
 
 
 def network_keys(space: Space) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 from study.config.errors import ConfigError
+from study.config.formatting import format_duration
 from study.config.search_space import (
     ParamValue,
     apply_params,
@@ -27,12 +28,13 @@ from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
-from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial, best_of
+from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.choice import Choice
 from study.search.final_model import FinalModel
 from study.search.first_look import take_first_look
-from study.search.plan import PLAN_FILE, PlannedTrial, make_planner, read_plan, write_plan
+from study.search.plan import make_planner
+from study.search.plan_file import PlannedTrial, read_plan, write_plan
 from study.search.planner import RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 from study.search.within_level import WithinLevel
@@ -68,7 +70,7 @@ class SearchOutcome:
         n_val: Images of the validation split.
         duration_s: Wall time of this run.
         model: What the study's model is made of, if there is one.
-        folder: Where it is.
+        output: Folder of the study's model, checkpoints and report.
         images_per_s: What it classifies here, by a plan's measured forward passes.
     """
 
@@ -77,7 +79,7 @@ class SearchOutcome:
     n_val: int
     duration_s: float
     model: Choice | None = None
-    folder: Path = Path()
+    output: Path = Path()
     images_per_s: float | None = None
 
     @property
@@ -112,9 +114,14 @@ def run_search(
     seconds = config.study.seconds
     deadline = None if seconds is None else begin + seconds - _RESERVE_S
     with Record(config.study.storage, create=True) as record, contextlib.ExitStack() as stack:
+        output = Path(record.usable_path(config.study.output)) / config.study.name
+        text = f"Study {config.study.name} in {record.storage}, files in {output}"
+        if seconds is not None and config.study.time is None:
+            limit = format_duration(seconds)
+            text += f"\nIt takes {limit}; choose with --time 1h, or --trials 30."
+        progress.emit(Note(text))
         is_new = record.find_study(config.study.name) is None
         if is_new and deadline is not None and config.search.strategy == "plan":
-            output = Path(record.usable_path(config.study.output)) / config.study.name
             take_first_look(config, output, progress, lambda: time.monotonic() > deadline)
         session = stack.enter_context(
             open_session(
@@ -136,7 +143,7 @@ def run_search(
             len(session.data.val),
             time.monotonic() - begin,
             search.model.choice,
-            session.output / MODEL_FOLDER,
+            session.output,
             search.images_per_s(),
         )
 
@@ -169,11 +176,9 @@ class _Search:
         continued = recover(self.engine)
         self._queue_again()
         if self.replayed is not None:
-            self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(self.replayed)})
-            self._check_replayed(self.replayed)
-        elif not self.is_planned:
-            settings = self.config.search.recipe_names
-            found = recipes(self.config.space, self.config.train, settings)
+            self._enqueue_plan(self.replayed)
+        elif not self.is_planned and self.config.search.has_recipes:
+            found = recipes(self.config.space, self.config.train)
             self._enqueue_all({f"recipe:{name}": params for name, params in found.items()})
         rows = self.record.trials(self.study_id)
         self.rows = [row for row in rows if row.ended_at and row.reason != REASON_KILLED]
@@ -183,28 +188,33 @@ class _Search:
                 request = continued.pop(0)
                 trial = self.record.take_up_trial(self.study_id, request.number)
                 self._train(request, trial)
-            elif (self.is_planned or self.replayed is not None) and not self._waiting():
-                step = self._planned() if self.replayed is None else "plan"
+            else:
+                step = self._next_step()
                 if isinstance(step, str):
                     because = step
                     break
                 trial = self._ask(step)
-                self._train_or_copy(trial)
-            else:
-                trial = self._ask()
                 self._train_or_copy(trial)
             row = self.record.trial(self.study_id, trial.number)
             if row.ended_at:
                 self.rows.append(row)
                 self._update_model()
                 ran = [row for row in self.rows if not _is_copy(row)]
-                write_plan(self.session.output / PLAN_FILE, ran, self.forecasts)
+                write_plan(self.session.output, ran, self.forecasts)
                 self._show(self.rows)
         return self._finish(because)
 
     def _update_model(self) -> None:
         """Bring the model up to date; which checkpoints are kept stands in the record alone."""
         self.model.update(self.record.trials(self.study_id))
+
+    def _next_step(self) -> Step | str | None:
+        """Return what is planned next, or why nothing is; None where a trial waits or is drawn."""
+        if self._waiting():
+            return None
+        if self.replayed is not None:
+            return "plan"
+        return self._planned() if self.is_planned else None
 
     def _planned(self) -> Step | str:
         """Return the plan's next trial, or why there is none."""
@@ -280,6 +290,17 @@ class _Search:
         attrs = {_ORIGIN: origin, RERUNS: reruns, _QUEUED: dict(params), _RECIPE: is_recipe}
         self.study.enqueue_trial(dict(params), user_attrs=attrs)
 
+    def _enqueue_plan(self, planned: list[PlannedTrial]) -> None:
+        """Queue the trials of a plan; refuse a study that has begun with other ones."""
+        self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(planned)})
+        trials = self.study.get_trials(deepcopy=False)
+        known = [trial.user_attrs.get(_QUEUED, trial.params) for trial in trials]
+        if not all(trial.params in known for trial in planned):
+            name = self.config.study.name
+            raise ConfigError(
+                f"--plan must begin a study, but {name} has other trials. Use another --name."
+            )
+
     def _enqueue_all(self, found: Mapping[str, Mapping[str, ParamValue]]) -> None:
         """Queue settings by their origin in a study that has not begun."""
         trials = self.study.get_trials(deepcopy=False)
@@ -289,16 +310,6 @@ class _Search:
         for origin, params in found.items():
             if origin not in queued:
                 self._enqueue(params, origin, is_recipe=True)
-
-    def _check_replayed(self, planned: list[PlannedTrial]) -> None:
-        """Refuse a plan for a study that has begun with other trials."""
-        trials = self.study.get_trials(deepcopy=False)
-        known = [trial.user_attrs.get(_QUEUED, trial.params) for trial in trials]
-        if not all(trial.params in known for trial in planned):
-            name = self.config.study.name
-            raise ConfigError(
-                f"--plan must begin a study, but {name} has other trials. Use another --name."
-            )
 
     def _reason_to_stop(self) -> str | None:
         """Return why the study is to stop; trials that copy a result do not count."""
@@ -385,9 +396,9 @@ class _Search:
         if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
             sampler = "random"  # the own one might propose the same settings forever
         seed = self.config.study.seed
+        if step is not None:
+            self.forecasts[number] = step.forecast_s
         with quiet_experiments():
-            if step is not None:
-                self.forecasts[number] = step.forecast_s
             self.study.sampler = make_sampler(sampler, seed, number, self.distributions)
             if step is not None and step.is_sampled:
                 fixed = {key: value for key, value in step.params.items() if key not in RATES}

@@ -17,7 +17,7 @@ def test_passwords_are_not_passed_on() -> None:
     assert hide_password("sqlite:///studies.db a@b") == "sqlite:///studies.db a@b"
     assert hide_password("pg://me@host/db?password=x&y=a z") == "pg://me@host/db?*** z"
     assert hide_password("pg://me:p%3Fw d@host/db") == "pg://me:***@host/db"
-    assert hide_password("pg://host:1/db?key=a@b") == "pg://***"
+    assert hide_password("pg://host:1/db?key=a@b") == "pg://host:***@b"
     assert json_text({"a": ["pg://me:p@h/d?q=1", 2]}) == '{"a": ["pg://me:***@h/d?***", 2]}'
 
 

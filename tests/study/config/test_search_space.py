@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from core.config import TrainConfig
 from study.config.search_space import (
-    RECIPES,
     Choices,
     ParamValue,
     Range,
@@ -92,7 +91,7 @@ def test_the_nearest_value(dimension: Range | Choices, value: ParamValue, found:
 
 def test_the_default_space_has_every_recipe() -> None:
     config = StudyConfig()
-    found = recipes(config.space, config.train, config.search.recipe_names)
+    found = recipes(config.space, config.train)
     backbones = config.space["backbone"].ends
     assert len(found) == len(backbones) + 2
     probe = found[f"linear-probe {backbones[1]}"]
@@ -133,9 +132,4 @@ def test_the_default_space_has_every_recipe() -> None:
 def test_recipes_are_what_a_space_can_express(
     space: dict[str, Range | Choices], base_depth: int, found: dict[str, object]
 ) -> None:
-    assert recipes(space, TrainConfig(freeze_depth=base_depth), RECIPES) == found
-
-
-def test_only_named_recipes_are_given() -> None:
-    assert list(recipes(SPACE, TrainConfig(), ["fine-tune-all"])) == ["fine-tune-all resnet18"]
-    assert recipes(SPACE, TrainConfig(), []) == {}
+    assert recipes(space, TrainConfig(freeze_depth=base_depth)) == found

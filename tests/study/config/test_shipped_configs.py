@@ -56,4 +56,4 @@ def test_recipes_with_seeds_are_three_trials() -> None:
     for name in ("d2l-hotdog", "d2l-hotdog-scratch", "frozen-extractor"):
         config = load_config(CONFIGS / f"{name}.toml")
         assert config.study.trials == config.space["seed"].n_points == 3
-        assert config.search.recipe_names == ()
+        assert not config.search.has_recipes

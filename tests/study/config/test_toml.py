@@ -12,7 +12,7 @@ from study.config.toml import config_text, write_new
 OVERRIDES = [
     "space.ema_decay=['none', 0.99]",
     "train.clip_norm=1.0",
-    "recipes=['linear-probe']",
+    "recipes=false",
     "study.time=90m",
     "name='other \u00fc'",
     "study.output='a \"b\" \\'",

@@ -17,7 +17,6 @@ from study.execution.progress import (
     StudyState,
     TrialEnded,
     TrialStarted,
-    choose_progress,
 )
 from study.execution.terminal import LiveProgress, PlainProgress
 from study.record.models import Counts
@@ -146,9 +145,3 @@ def test_quiet_prints_notes_only(capsys: pytest.CaptureFixture[str]) -> None:
     play(QuietProgress())
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "3 files are no images [ignored]\n")
-
-
-def test_without_a_terminal_lines_are_chosen() -> None:
-    assert isinstance(choose_progress(), PlainProgress)
-    assert isinstance(choose_progress(is_quiet=True), QuietProgress)
-    assert isinstance(choose_progress(is_json=True, is_quiet=True), JsonProgress)

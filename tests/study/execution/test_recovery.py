@@ -108,7 +108,9 @@ class _Killed(BaseException):
     """Stands in for a kill: nothing of ours catches it, and nothing more is written."""
 
 
-def _dies_here(config: StudyConfig, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def _dies_here(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch, method: str, owner: type = Record
+) -> None:
     """Run a study in this process, on another machine as it seems, until it dies."""
 
     def dies(*_: object, **__: object) -> None:
@@ -116,7 +118,7 @@ def _dies_here(config: StudyConfig, monkeypatch: pytest.MonkeyPatch, method: str
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr("socket.gethostname", lambda: f"elsewhere {next(_MACHINES)}")
-        patch.setattr(Record, method, dies)
+        patch.setattr(owner, method, dies)
         patch.setattr(Record, "end_run", lambda *_: None)
         run(config, take_over=True)
 
@@ -134,12 +136,15 @@ def test_a_trial_killed_between_its_last_two_commits_is_reported_and_counted_onc
     _assert_equal_studies(home, whole)
 
 
-@pytest.mark.parametrize("method", ["begin_trial", "add_epoch", "end_trial"])
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(trial_engine.TrialEngine, "_enter"), (Record, "add_epoch"), (Record, "end_trial")],
+)
 def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
-    home: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    home: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
 ) -> None:
     config = config_of(home, 1)
-    _dies_here(config, monkeypatch, method)
+    _dies_here(config, monkeypatch, method, owner)
     assert [trial.state for trial in optuna_trials(home)][0] is TrialState.RUNNING
     shutil.rmtree(home / "runs" / "photos" / "state", ignore_errors=True)  # from a slow epoch
     listener = Listener()
@@ -157,7 +162,7 @@ def test_the_checkpoint_of_another_database_in_the_same_folder_stays(
 ) -> None:
     run(config_of(home, 1))
     other = config_of(home, 1, EPOCHS, **{"study.storage": str(home / "other.db")})
-    _dies_here(other, monkeypatch, "begin_trial")
+    _dies_here(other, monkeypatch, "_enter", trial_engine.TrialEngine)
     run(other, take_over=True)
     assert len(list((home / "runs" / "photos").glob("trial-*/model.safetensors"))) == 2
 
@@ -165,7 +170,7 @@ def test_the_checkpoint_of_another_database_in_the_same_folder_stays(
 def test_settings_that_a_changed_space_lacks_are_dropped_and_named(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _dies_here(config_of(home, 1), monkeypatch, "begin_trial")
+    _dies_here(config_of(home, 1), monkeypatch, "_enter", trial_engine.TrialEngine)
     listener, space = Listener(), "space.base_lr={low=0.2, high=0.5, log=true}"
     run(config_of(home, 1, space), take_over=True, allow_changes=True, progress=listener)
     assert [trial.state.name for trial in optuna_trials(home)] == ["FAIL", "COMPLETE"]

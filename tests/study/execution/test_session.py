@@ -25,7 +25,6 @@ from study.execution.session import (
     open_session,
     preflight,
     stored_side,
-    versions,
 )
 from study.record.database import RecordError
 from study.record.record import Record
@@ -265,9 +264,3 @@ def test_a_validation_split_of_its_own_has_the_same_images_and_test_split(
     assert both[0] == both[1]
     assert other.test is not None and session.data.test is not None
     assert other.test.paths == session.data.test.paths
-
-
-def test_the_versions_that_decide_numbers_are_named() -> None:
-    found = versions()
-    assert {"python", "torch", "frostline", "optuna", "numpy", "pillow"} <= set(found)
-    assert all(found.values())

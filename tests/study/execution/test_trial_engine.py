@@ -7,21 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from optuna.artifacts import get_all_artifact_meta
-from optuna.storages import RDBStorage
 from small_study import Listener, config_of, make_home, optuna_trials, rows_of, run
 
 from core.config import TrainConfig
 from core.fit import fit
 from core.metrics import EpochMetrics
 from study.__main__ import main
+from study.cli.delete import delete_study
 from study.execution import session as session_module
 from study.execution import trial_engine
 from study.execution.progress import EpochEnded, Event, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, open_session, outside_cause
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity
-from study.record.frames import read_misclassified, read_predictions
+from study.record.frames import read_confusion, read_misclassified
 from study.record.record import Record
 
 
@@ -55,7 +56,7 @@ def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
         row = session.record.trial(session.study_id, 0)
         epochs = session.record.epochs(row.id)
         images = read_misclassified(session.record, "photos", 0)
-        ((labels, predicted),) = read_predictions(session.record, "photos").values()
+        confusion = read_confusion(session.record, "photos", 0)
         alone = [m.val_acc for m in fit(request.config, session.data)]
     assert [m.val_acc for m in epochs] == alone
     assert (result.state, result.value) == ("complete", row.value)
@@ -63,20 +64,38 @@ def test_a_trial_is_recorded_reported_and_shown(home: Path) -> None:
     assert (home / "runs" / "photos" / "trial-0000" / "model.safetensors").is_file()
     assert optuna_trials(home)[0].intermediate_values == {1: alone[0], 2: alone[1]}
     with np.load(Path(str(row.checkpoint)) / "val_predictions.npz") as saved:
-        assert np.array_equal(saved["predicted"], predicted)
-    assert row.value == alone[(row.best_epoch or 0) - 1] == np.mean(labels == predicted)
-    assert len(images) == np.sum(labels != predicted)
+        n_wrong = np.sum(saved["labels"] != saved["predicted"])
+        n = len(saved["labels"])
+    assert confusion is not None and confusion.sum() - confusion.trace() == n_wrong
+    assert row.value == alone[(row.best_epoch or 0) - 1] == 1 - n_wrong / n
+    assert len(images) == n_wrong
     kinds = [type(event) for event in session.progress.events if not hasattr(event, "text")]
     assert [k for k in kinds if k.__name__ not in ("DataProgress", "StepDone")] == [
         TrialStarted, EpochEnded, EpochEnded, TrialEnded,
     ]  # fmt: skip
     done = [event.epochs for event in session.progress.events if isinstance(event, StepDone)]
     assert done == sorted(done) and done[-1] == 2
-    optuna_trial = optuna_trials(home)[0]
-    assert {"seconds", "freeze level", "parameters trained"} <= set(optuna_trial.user_attrs)
-    storage = RDBStorage(f"sqlite:///{home / 's.db'}")
-    files = sorted(f.filename for f in get_all_artifact_meta(optuna_trial, storage=storage))
-    assert files == ["card.json", "confusion-matrix.csv", "learning-curve.csv"]
+
+
+def test_optunas_dashboard_gets_attributes_and_artifacts_that_go_with_the_study(
+    home: Path,
+) -> None:
+    run(config_of(home, 1))
+    (trial,) = optuna_trials(home)
+    assert {"seconds", "freeze level", "parameters trained"} <= set(trial.user_attrs)
+    with Record(str(home / "s.db")) as record:
+        found = get_all_artifact_meta(trial, storage=record.optuna_storage)
+        files = {
+            meta.filename: home / "runs/optuna-artifacts" / meta.artifact_id for meta in found
+        }
+        assert sorted(files) == ["card.json", "confusion-matrix.csv", "learning-curve.csv"]
+        curve = pd.read_csv(files["learning-curve.csv"])
+        assert curve["val_acc"].max() == trial.value
+        confusion = pd.read_csv(files["confusion-matrix.csv"], index_col=0)
+        assert list(confusion) == list(confusion.index) == ["blue", "red"]
+        assert np.trace(confusion) / confusion.to_numpy().sum() == trial.value
+        delete_study(record, "photos", command="delete")
+    assert not (home / "runs" / "optuna-artifacts").exists()
 
 
 def test_the_caller_may_stop_a_trial_but_not_after_its_last_epoch(home: Path) -> None:

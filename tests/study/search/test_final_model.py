@@ -171,13 +171,6 @@ def test_a_thawed_trial_of_a_high_score_alone_does_not_replace_the_heads(
     assert [row.number for row in choose(rows, "single", "val_loss").trials] == [2]
 
 
-def test_equal_trials_are_not_averaged(tmp_path: Path) -> None:
-    first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
-    probabilities = np.stack([first, 1 - first], axis=1)
-    rows = [_trial(tmp_path, n, name, probabilities) for n, name in enumerate("ab")]
-    assert [row.number for row in choose(rows, "ensemble", "val_loss").trials] == [0]
-
-
 def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
     done: Path, tmp_path: Path
 ) -> None:
@@ -187,15 +180,19 @@ def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
     assert outcome.stopped_because == "plan"
     figures = [[(row.params, row.score, row.state) for row in rows_of(h)] for h in (done, home)]
     assert figures[0] == figures[1]
-
-
-def test_a_plan_is_refused_for_a_study_with_other_trials(done: Path, tmp_path: Path) -> None:
-    home = make_home(tmp_path, SPACE, n=40)
-    run(config_of(home, 1, *SETTINGS, **NETWORKS))
-    (home / "plan.json").write_text('[{"params": {"backbone": "timm:test_resnet", '
-                                    '"freeze_depth": 3, "features": "last"}}]')  # fmt: skip
+    untried = {**figures[0][0][0], "freeze_depth": 3, "features": "last"}
+    (home / "plan.json").write_text(json.dumps([{"params": untried}]))
     with pytest.raises(ConfigError, match="has other trials"):
+        run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
+def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
+    home = make_home(tmp_path, SPACE)
+    (home / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match="--plan"):
         run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+    assert not (home / "s.db").exists()
 
 
 def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
@@ -214,15 +211,6 @@ def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) ->
     assert (home / "runs" / "photos" / "model" / "model.json").read_bytes() == before
     run(config_of(home, 2, *SETTINGS, **config | {"study.refit": True}))
     assert _model(home)["refitted"] == [True]
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
-def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
-    home = make_home(tmp_path, SPACE)
-    (home / "plan.json").write_text(text)
-    with pytest.raises(ConfigError, match="--plan"):
-        run(config_of(home, 3, *SETTINGS, **NETWORKS), plan=home / "plan.json")
-    assert not (home / "s.db").exists()
 
 
 def test_of_many_images_a_sample_gives_a_first_model_which_is_not_tested(
@@ -247,8 +235,10 @@ def _fail(*_: object, **__: object) -> Any:
     raise StudyHalted("no time")
 
 
-def test_trials_on_other_images_are_not_averaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_second", [100, 99], ids=["equal", "on other images"])
+def test_trials_that_add_nothing_are_not_averaged(tmp_path: Path, n_second: int) -> None:
     first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
     probabilities = np.stack([first, 1 - first], axis=1)
-    rows = [_trial(tmp_path, k, "ab"[k], probabilities[: 100 - k]) for k in range(2)]
+    sizes = (100, n_second)
+    rows = [_trial(tmp_path, k, "ab"[k], probabilities[: sizes[k]]) for k in range(2)]
     assert len(choose(rows, "ensemble", "val_loss").trials) == 1

@@ -179,3 +179,10 @@ def test_a_space_without_levels_or_networks_is_planned_too() -> None:
     space = {"base_lr": Range(3e-5, 3e-3, log=True)}
     steps, _ = _play(Planner(space, base, {(): COSTS[LITE0,]}, 1600, 400, 5), lambda _: 0.8)
     assert [step.is_sampled for step in steps] == [False] + [True] * 4
+
+
+def test_a_step_of_all_layers_takes_the_measured_passes_and_one_of_the_last_fewer() -> None:
+    cost = replace(COSTS[LITE0,], step_passes=5.5, kept=(False,) * 6)
+    seconds = [cost.seconds(TrainConfig(freeze_depth=k, epochs=1), 1000, 0, 5) for k in (0, 4)]
+    # 6 ms a pass; at level 4 nine tenths are passed through, and 2.8 steps' worth of the rest.
+    assert seconds == pytest.approx([1.1 + 6 * 5.5, 1.1 + 6 * (0.9 + 0.1 * 2.8)])

@@ -11,6 +11,7 @@ from small_study import config_of, make_home, optuna_trials, rows_of, run
 from study.config.errors import ConfigError
 from study.config.study_config import StudyConfig
 from study.execution.progress import QuietProgress
+from study.record.frames import read_predictions
 from study.record.models import Trial
 from study.record.record import Record
 from study.search.final_test import test_trials as read_test_split
@@ -124,6 +125,8 @@ def test_the_test_split_is_read_once_and_needs_the_trials_checkpoint(done: Path)
         (row,) = read_test_split(store, "photos", [kept], **options)
         assert (row.trial_number, row.n) == (kept, 10)
         assert 0 <= row.low <= row.accuracy <= row.high <= 1
+        ((labels, predicted),) = read_predictions(store, "photos", "test").values()
+        assert (labels == predicted).mean() == row.accuracy
         assert read_test_split(store, "photos", [kept], **options) == [row]
         assert store.tests(store.study("photos").id) == [row]
         with pytest.raises(ConfigError, match="must have its checkpoint"):
