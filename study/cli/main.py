@@ -414,7 +414,7 @@ def ablate(
 @_json
 def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> int:
     """Audit a search's pruner: train a sample of its pruned trials."""
-    from reports.pruning import audited_grid, rank_grid, read_audit
+    from reports.pruning import audited_grid, read_audit
     from study.cli.views import grid_table, print_json, print_view
     from study.search.audit import audit_study
 
@@ -430,13 +430,13 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
     if as_json:
         print_json(found)
         return 0
-    for grid in (rank_grid(found), audited_grid(found)):
-        if grid.rows:
-            print_view(grid.title)
-            print_view(grid_table(grid))
-            print(f"{grid.note}\n")
-    none = "" if found.n_pruned else "No trial of this study was pruned; nothing to audit."
-    print(*filter(None, (found.early.why_empty, none, *found.findings)), sep="\n")
+    grid = audited_grid(found)
+    if grid.rows:
+        print_view(grid.title)
+        print_view(grid_table(grid))
+        print(f"{grid.note}\n")
+    none = ["No trial of this study was pruned; nothing to audit."]
+    print(*(found.findings or none), sep="\n")
     return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
 
 
@@ -583,7 +583,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 @cli.command()
 @_study
 @click.option("--out", type=_path, metavar="FOLDER", help="Where to write it.")
-@_many("--beside", metavar="STUDY", help="Another study to compare with.")
+@_many("--beside", metavar="STUDY", help="Another ablation to compare with.")
 @_flag("--watch", help="Write it again while the study runs; the page follows.")
 @_storage
 def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_: Any) -> None:
@@ -600,11 +600,13 @@ def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_
         else:
             from reports.search_report import write_report
 
+            if beside:
+                raise click.ClickException(f"--beside is for ablations, but {study} is a search.")
             target, study_id, is_first = out or folder / "report", store.study(study).id, True
             while True:
                 is_last = not watch or store.working(study_id) is None
                 refresh_s = 0 if is_last else _WATCH_S  # the last page stands still
-                paths = write_report(store, study, target, beside=beside, refresh_s=refresh_s)
+                paths = write_report(store, study, target, refresh_s=refresh_s)
                 if is_first:
                     print(paths.html, paths.csv, sep="\n", flush=True)
                 if is_last:

@@ -164,17 +164,6 @@ def test_many_trials_are_thinned_and_the_page_says_so(
     assert {row[0] for row in table[1:]} > {"25", "26", "27", "28", "29"} and len(table) == 21
 
 
-def test_studies_are_shown_side_by_side(tmp_path: Path) -> None:
-    with make_study(tmp_path / "s.db", [finished()], space=SMALL):
-        store = make_study(tmp_path / "s.db", [finished(0.8)], name="dogs", fingerprint="other")
-    with store:
-        paths = write_report(store, "pets", tmp_path / "report", beside=["dogs"], refresh_s=5)
-    page = Page(paths.html)
-    table = next(table for table in page.tables if table[0][0] == "Study")
-    assert [row[0] for row in table[1:]] == ["pets", "dogs"]
-    assert "accuracies do not compare" in page.text and page.figures["refresh"] == "5"
-
-
 def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
     store = make_study(tmp_path / "s.db", [finished(), finished(0.8)])
     add_test(store, "pets", 0, 0.95, 0.9)

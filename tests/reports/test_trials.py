@@ -20,7 +20,6 @@ from reports.trials import (
     best_number,
     final_accuracies,
     importances,
-    is_on_front,
 )
 
 DIMS: dict[str, BaseDistribution] = {n: FloatDistribution(0, 1) for n in ("f1", "f2", "f3")}
@@ -96,7 +95,6 @@ def test_the_view_has_pruned_trials_at_their_final_accuracy() -> None:
     view = as_optuna_study(frozen_of(trials, DIMS), final).get_trials()
     assert [t.value for t in view] == pytest.approx(final.tolist())
     assert {t.state for t in view} == {TrialState.COMPLETE}
-    assert [t.user_attrs["state"] for t in view] == trials["state"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -177,8 +175,3 @@ def test_the_best_is_the_earliest_of_the_highest_finished() -> None:
     assert best_number(trials_of([row | {"score": 1 - i} for i, row in enumerate(rows)])) == 1
     assert best_number(trials_of(rows[:1])) == 0
     assert best_number(trials_of([{"value": None, "state": "failed"}])) is None
-
-
-def test_the_front_has_what_nothing_beats() -> None:
-    cost, value = [3.0, 1.0, 2.0, 2.0, 4.0], [0.9, 0.5, 0.7, 0.7, 0.8]
-    assert is_on_front(cost, value).tolist() == [True, True, True, False, False]
