@@ -1,7 +1,7 @@
 """Cost per trial of search and record together, against plain Optuna on its default SQLite.
 
 A trial here trains nothing: it samples the five default settings, makes 20 reports (each asked
-for pruning, each kept in our record too), and ends. All sides go on from a database that holds so
+for pruning, each kept in our record too), and ends. Both sides begin with a database that holds so
 many trials already; they take turns, and the first trial of each side at each size is not counted.
     python benchmarks/overhead.py --sizes 100 1000 --trials 12
 """

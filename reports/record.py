@@ -5,7 +5,7 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from optuna.trial import FrozenTrial
 
 from reports.trials import (
     Importance,
-    best_number,
     dimensions,
     final_accuracies,
     importances,
@@ -138,13 +137,13 @@ def read_record(store: Record, name: str) -> SearchRecord:
         model = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
     # Of columns that hold no value yet pandas would make objects.
     figures = dict.fromkeys(("value", "score", "duration_s"), float)
-    trials = read_trials(store, name).astype(figures)
-    number = best_number(trials)
-    confusion, images = None, []
-    if number is not None:
-        shown = _trained_as(trials, number)
-        confusion = read_confusion(store, name, shown)
-        images = [row for row in read_misclassified(store, name, shown) if row.split == "val"]
+    trials, rows = read_trials(store, name).astype(figures), store.trials(study.id)
+    best, confusion, images = _best_of(rows), None, []
+    if best is not None:
+        is_copy = best.origin.startswith("same as ")
+        trained = int(best.origin.removeprefix("same as ")) if is_copy else best.number
+        confusion = read_confusion(store, name, trained)
+        images = [row for row in read_misclassified(store, name, trained) if row.split == "val"]
     return SearchRecord(
         study=study,
         trials=trials,
@@ -152,21 +151,28 @@ def read_record(store: Record, name: str) -> SearchRecord:
         frozen=store.optuna_study(study.id).get_trials(deepcopy=False),
         runs=store.runs(study.id),
         tests=store.tests(study.id),
-        best=None if number is None else store.trial(study.id, number),
+        best=best,
         confusion=confusion,
         images=images,
-        audited=_audited(store, study),
+        audited=_audited(store, study, rows),
         model=model,
     )
 
 
-def _audited(store: Record, study: Study) -> tuple[Audited, ...]:
+def _best_of(rows: Sequence[Trial]) -> Trial | None:
+    """Return the best trial; a pruned one only if none finished."""
+    for state in ("complete", "pruned"):
+        scored = [row for row in rows if row.state == state and row.value is not None]
+        if scored:
+            return min(scored, key=lambda row: row.rank)
+    return None
+
+
+def _audited(store: Record, study: Study, rows: Sequence[Trial]) -> tuple[Audited, ...]:
     audit = store.find_study(study.name + _AUDIT_SUFFIX)
-    if audit is None:
-        return ()
-    source = {row.number: row for row in store.trials(study.id)}
+    source = {row.number: row for row in rows}
     found: dict[int, Audited] = {}
-    for row in store.trials(audit.id):
+    for row in store.trials(audit.id) if audit else []:
         pruned = source.get(int(row.level or -1)) if row.factor == _AUDIT_FACTOR else None
         is_complete = row.state == "complete"
         if pruned is None or not (is_complete or (row.reason or "").startswith("diverged")):
@@ -183,9 +189,3 @@ def _audited(store: Record, study: Study) -> tuple[Audited, ...]:
 
 def _or_nan(figure: float | None) -> float:
     return math.nan if figure is None else figure
-
-
-def _trained_as(trials: pd.DataFrame, number: int) -> int:
-    """Follow `same as N` to the trial that was trained."""
-    origin = str(trials.set_index("number").at[number, "origin"])
-    return int(origin.removeprefix("same as ")) if origin.startswith("same as ") else number

@@ -46,17 +46,6 @@ def rank_of(frame: pd.DataFrame, accuracy: str) -> "pd.Series[float]":
     return frame["score"].astype(float).fillna(known) if "score" in frame else known
 
 
-def best_number(trials: pd.DataFrame) -> int | None:
-    """Name the best trial: highest score, earliest on a tie; pruned ones only if none finished."""
-    for state in ("complete", "pruned"):
-        scored = trials[(trials["state"] == state) & trials["value"].notna()]
-        if len(scored):
-            ranked = scored.assign(rank=rank_of(scored, "value"))
-            ordered = ranked.sort_values(["rank", "number"], ascending=[False, True])
-            return int(ordered["number"].iloc[0])
-    return None
-
-
 def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[float]":
     """Give every trial that says something about its settings a final accuracy.
 

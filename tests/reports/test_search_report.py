@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 
-from reports.record import SearchRecord, read_record
-from reports.search_plots import PLOTS, plot
+from reports.record import read_record
+from reports.search_plots import PLOTS
 from reports.search_report import ReportPaths, trials_rows, write_report
 from study.record.database import RecordError
 from study.record.record import Record
@@ -136,20 +135,6 @@ def test_rare_studies_have_a_report_that_says_what_is_missing(case: str, tmp_pat
     page.says_as_recorded(f"search-{case}")
     assert not re.search(r"\b(?:nan|None|NaT)\b", page.text.replace("loss is nan", ""))
     assert len(pd.read_csv(paths.csv)) == len(RARE[case])
-
-
-def test_a_new_plot_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reports.search_plots.PLOTS", own := [*PLOTS])
-    monkeypatch.setattr("reports.search_report.PLOTS", own)
-
-    @plot("Cost", "Epochs", "How long trials were trained.")
-    def n_epochs(record: SearchRecord) -> go.Figure | str:
-        return go.Figure(go.Histogram(x=record.trials["epochs_done"].tolist()))
-
-    store = make_study(tmp_path / "s.db", [finished()], space=SMALL)
-    page = report(store, tmp_path)[1]
-    assert [key for key in page.figures if key.startswith("n_epochs")]
-    assert "How long trials were trained." in page.text
 
 
 def test_many_trials_are_thinned_and_the_page_says_so(

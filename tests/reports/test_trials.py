@@ -17,7 +17,6 @@ from reports.trials import (
     MIN_TRIALS,
     Importance,
     as_optuna_study,
-    best_number,
     final_accuracies,
     importances,
 )
@@ -162,16 +161,3 @@ def test_choices_and_whole_numbers_are_judged_too() -> None:
         "f3": DIMS["f3"],
     }
     assert estimate(trials, epochs, dims).shares["setting"].iloc[0] == "f1"
-
-
-def test_the_best_is_the_earliest_of_the_highest_finished() -> None:
-    rows: list[dict[str, object]] = [
-        {"value": 0.99, "state": "pruned"},
-        {"value": 0.8},
-        {"value": 0.9},
-        {"value": 0.9},
-    ]
-    assert best_number(trials_of(rows)) == 2
-    assert best_number(trials_of([row | {"score": 1 - i} for i, row in enumerate(rows)])) == 1
-    assert best_number(trials_of(rows[:1])) == 0
-    assert best_number(trials_of([{"value": None, "state": "failed"}])) is None
