@@ -313,7 +313,8 @@ def slices(record: SearchRecord) -> dict[str, Figure]:
 @plot(
     "Settings",
     "Parallel coordinates",
-    "Each line is a trial, coloured by its final accuracy; that of pruned trials is estimated.",
+    "Each line is a trial, coloured by its final accuracy; that of pruned trials is estimated. "
+    f"Of more than {_MOST_LINES} trials, the best and evenly spaced others.",
     "wide",
 )
 def parallel(record: SearchRecord) -> Figure:
@@ -330,7 +331,8 @@ def parallel(record: SearchRecord) -> Figure:
 @plot(
     "Learning curves and pruning",
     "Learning curves",
-    "Validation accuracy after each epoch, of trials with more than one.",
+    "Validation accuracy after each epoch, of trials with more than one; of more than "
+    f"{_MOST_CURVES} such trials, the best.",
     "wide",
 )
 def curves(record: SearchRecord) -> Figure:

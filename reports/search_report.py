@@ -17,7 +17,7 @@ from reports.pruning import audit_of, audited_grid
 from reports.publish import Grid
 from reports.record import SearchRecord, read_record
 from reports.search_plots import MOST_DRAWN, PLOTS, drawn, hovers
-from reports.trials import count_states, is_copy, rank_of
+from reports.trials import MOST_FITTED, count_states, is_copy, rank_of
 from reports.words import (
     config_words,
     count,
@@ -457,10 +457,12 @@ def _importance_basis(record: SearchRecord) -> list[str]:
     words = {"complete": "complete", "pruned": "pruned (final accuracy estimated)",
              "failed": "diverged (as the worst)"}  # fmt: skip
     parts = ", ".join(f"{counts[key]} {text}" for key, text in words.items() if counts.get(key))
+    n = sum(counts.values())
+    drawn_of = f"{MOST_FITTED:,} of " if n > MOST_FITTED else ""
     return [
-        f"Variance of each setting's main effect over the space, by a forest that has seen "
-        f"{sum(counts.values())} trials: {parts}. Optuna's dashboard counts complete trials "
-        "alone, which a pruner has selected."
+        "Variance of each setting's main effect over the space, by a forest that has seen "
+        f"{drawn_of}{n:,} trials: {parts}. Optuna's dashboard counts complete trials alone, which "
+        "a pruner has selected."
     ]
 
 

@@ -22,8 +22,8 @@ MIN_TRIALS = 8
 """Fewer trials with an accuracy say nothing about importance. Assumption."""
 # Trees of the forest; points of the space, and values of each setting, at which it is asked.
 _TREES, _POINTS, _GRID = 64, 128, 10
-# Of more trials so many are drawn for the forest. Assumption.
-_MOST_FITTED = 1_000
+MOST_FITTED = 1_000
+"""Of more trials so many are drawn for the forest. Assumption."""
 _RESAMPLES = 20
 
 
@@ -201,8 +201,8 @@ def _shares(
     trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str], seed: int
 ) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    if len(trials) > _MOST_FITTED:
-        kept = np.sort(rng.choice(len(trials), _MOST_FITTED, replace=False))
+    if len(trials) > MOST_FITTED:
+        kept = np.sort(rng.choice(len(trials), MOST_FITTED, replace=False))
         trials = [trials[i] for i in kept]
     known = dimensions(trials)
     dims = [known[name] for name in names]
