@@ -235,25 +235,43 @@ def confusion(record: SearchRecord) -> Figure:
     "Progress",
     "Accuracy over minutes",
     "Points are trials at the time they ended; the line is the accuracy of the best trial so far. "
-    "It may fall where trials are ranked by loss. Click an entry of the legend to hide it.",
-    "wide",
+    "It may fall where trials are ranked by loss.",
+)
+def accuracy_over_minutes(record: SearchRecord) -> Figure:
+    """Draw accuracy against the time that trials took up to there."""
+    minutes = record.trials["duration_s"].fillna(0.0).cumsum() / 60
+    return _progress(record, minutes, record.trials["value"], "minutes")
+
+
+@plot(
+    "Progress",
+    "History",
+    "What trials are ranked by, in their order; the line is the best so far. Click an entry of "
+    "the legend to hide it.",
 )
 def history(record: SearchRecord) -> Figure:
-    """Draw accuracy against the time that trials took up to there."""
+    """Draw what trials are ranked by, in their order."""
+    trials = record.trials
+    return _progress(record, trials["number"], rank_of(trials, "value"), "trial")
+
+
+def _progress(
+    record: SearchRecord, x: "pd.Series[Any]", y: "pd.Series[float]", x_title: str
+) -> Figure:
     trials, ranks = record.trials, rank_of(record.trials, "value")
     if not ranks.notna().any():
         return _why_empty(record)
-    minutes, y = trials["duration_s"].fillna(0.0).cumsum() / 60, trials["value"]
     shown = drawn(record)
     foot = y[shown.index].min() - 0.02  # where failed trials stand
-    data = _by_state(shown, minutes, y.fillna(foot))
+    data = _by_state(shown, x, y.fillna(foot))
     finished = ranks.where(trials["state"] == "complete")
     is_new = finished > finished.cummax().shift(fill_value=-np.inf).ffill()
     if is_new.any():
         best = y[is_new].tolist()
-        ends = [*minutes[is_new], minutes.iloc[-1]]
-        data.append(_steps(ends, [*best, best[-1]], "best so far"))
-    return _figure(data, "minutes", "validation accuracy", yaxis_tickformat=_PERCENT)
+        data.append(_steps([*x[is_new], x.iloc[-1]], [*best, best[-1]], "best so far"))
+    if y.equals(trials["value"]):
+        return _figure(data, x_title, "validation accuracy", yaxis_tickformat=_PERCENT)
+    return _figure(data, x_title, "score, exp(−validation loss)")
 
 
 @plot(
@@ -319,13 +337,36 @@ def slices(record: SearchRecord) -> dict[str, Figure]:
 )
 def parallel(record: SearchRecord) -> Figure:
     """Draw Optuna's parallel coordinates of all trials, the pruned ones included."""
-    is_drawn = record.final.index.isin(drawn(record, _MOST_LINES)["number"])
-    view = as_optuna_study(record.frozen, record.final[is_drawn])
+    view = _view(record, _MOST_LINES)
     names = varied(view.get_trials(deepcopy=False))
     if len(names) < 2 or record.final.nunique() < 2:
         return "This needs two settings that vary, and trials of different accuracy."
     figure = optuna.visualization.plot_parallel_coordinate(view, names, target_name="accuracy")
     return figure.update_layout(template="none", title=None)
+
+
+@plot(
+    "Settings",
+    "Freeze depth and learning rate",
+    "Final accuracy by both, interpolated between the trials (points; pruned ones estimated).",
+    "wide",
+)
+def contour(record: SearchRecord) -> Figure:
+    """Draw Optuna's contour of the two settings that a fine-tuning study turns on."""
+    if record.importance.why_empty:
+        return record.importance.why_empty
+    view, pair = _view(record), ["base_lr", "freeze_depth"]
+    missing = [name for name in pair if name not in varied(view.get_trials(deepcopy=False))]
+    if missing:
+        return f"This needs trials with several values of {' and '.join(missing)}."
+    figure = optuna.visualization.plot_contour(view, pair, target_name="accuracy")
+    return figure.update_layout(template="none", title=None)
+
+
+def _view(record: SearchRecord, most: int | None = None) -> optuna.study.Study:
+    """Copy the trials that are drawn for Optuna's plots."""
+    is_drawn = record.final.index.isin(drawn(record, most)["number"])
+    return as_optuna_study(record.frozen, record.final[is_drawn])
 
 
 @plot(
@@ -389,11 +430,33 @@ def cost(record: SearchRecord) -> Figure:
     return _figure(data, y="validation accuracy", yaxis_tickformat=_PERCENT, xaxis=axis)
 
 
+@plot("Cost", "Timeline", "When each trial ran.")
+def timeline(record: SearchRecord) -> Figure:
+    """Draw when each trial ran."""
+    trials = drawn(record)
+    trials = trials[trials["ended_at"].notna()]
+    if not len(trials):
+        return "No trial has ended."
+    begun = pd.to_datetime(trials["started_at"])
+    length = (pd.to_datetime(trials["ended_at"]) - begun).dt.total_seconds() * 1000
+    data = [
+        go.Bar(
+            base=begun[own].dt.strftime("%Y-%m-%d %H:%M:%S.%f").tolist(), x=length[own].tolist(),
+            y=trials.loc[own, "number"].tolist(), orientation="h", name=state,
+            customdata=trials.loc[own, "number"].tolist(), meta=HOVERED, textposition="none",
+            marker_color=_LOOKS[str(state)][0], hovertemplate="%{text}<extra></extra>",
+        )
+        for state, own in trials.groupby("state").groups.items()
+    ]  # fmt: skip
+    return _figure(data, "UTC", "trial", xaxis_type="date", barmode="overlay")
+
+
 @plot(
     "Cost",
     "Where the time went",
     "Of all trials. The rest is starting, solving heads and writing; what cached outputs of "
     "frozen layers saved is not part of the whole.",
+    "wide",
 )
 def where_the_time_went(record: SearchRecord) -> Figure:
     """Draw the time that trials spent on data, training and evaluation."""

@@ -1,7 +1,7 @@
 """Write the report of a search: an interactive page that needs no network, and trials as CSV."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,12 @@ class ReportPaths:
 
 
 def write_report(
-    store: Record, study_name: str, out_dir: Path, *, refresh_s: int = 0
+    store: Record,
+    study_name: str,
+    out_dir: Path,
+    *,
+    beside: Sequence[str] = (),
+    refresh_s: int = 0,
 ) -> ReportPaths:
     """Write a study's report into a folder, over an earlier one.
 
@@ -64,13 +69,15 @@ def write_report(
         store: The record.
         study_name: Which study.
         out_dir: Made where it is missing.
+        beside: Other studies, in a table of their own.
         refresh_s: The page loads itself again after so many seconds; 0 for never.
 
     Raises:
         RecordError: There is no such study.
     """
     record = read_record(store, study_name)
-    contents = _contents(record) | {"refresh_s": refresh_s}
+    studies = studies_grid([record, *(read_record(store, name) for name in beside)])
+    contents = _contents(record) | {"studies": studies, "refresh_s": refresh_s}
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(html=out_dir / "report.html", csv=out_dir / "trials.csv")
     part = out_dir / ".report.html"  # a browser that reads meanwhile finds a whole page
@@ -464,6 +471,28 @@ def _importance_basis(record: SearchRecord) -> list[str]:
         f"{drawn_of}{n:,} trials: {parts}. Optuna's dashboard counts complete trials alone, which "
         "a pruner has selected."
     ]
+
+
+def studies_grid(records: Sequence[SearchRecord]) -> Grid:
+    """List several studies side by side."""
+    header = ("Study", "Images", "Fingerprint", "Trials", "Time", "Best", "Backbone",
+              "Freeze depth", "Test")  # fmt: skip
+    rows = []
+    for record in records:
+        best, data = record.best, record.study.data
+        images = f"{data['source']}, {count(data['n_train'])} training"
+        whole = duration(record.trials["duration_s"].sum())
+        rows.append(
+            (
+                *(record.study.name, images, data["fingerprint"][:12]),
+                *(str(len(record.trials)), whole, percent(best.value if best else None)),
+                *((best.backbone, str(best.freeze_depth)) if best else ("–", "–")),
+                percent(record.tests[0].accuracy) if record.tests else "–",
+            )
+        )
+    differ = len({record.study.data["fingerprint"] for record in records}) > 1
+    note = "Their images or splits differ, so that accuracies do not compare." if differ else ""
+    return Grid("studies", "Studies", header, tuple(rows), n_text=3, note=note)
 
 
 def _runs_grid(record: SearchRecord) -> Grid:

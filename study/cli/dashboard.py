@@ -19,7 +19,7 @@ from study.record.record import Record
 
 _AGAIN_S = 30  # what a running study adds appears after so many seconds
 # The dashboard draws these itself, of complete trials alone.
-_ITS_OWN = ("parallel", "contour", "slices")
+_ITS_OWN = ("parallel", "contour", "timeline", "slices")
 
 
 def open_dashboard(store: Record, port: int) -> int:

@@ -583,7 +583,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 @cli.command()
 @_study
 @click.option("--out", type=_path, metavar="FOLDER", help="Where to write it.")
-@_many("--beside", metavar="STUDY", help="Another ablation to compare with.")
+@_many("--beside", metavar="STUDY", help="Another study to compare with.")
 @_flag("--watch", help="Write it again while the study runs; the page follows.")
 @_storage
 def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_: Any) -> None:
@@ -600,13 +600,11 @@ def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_
         else:
             from reports.search_report import write_report
 
-            if beside:
-                raise click.ClickException(f"--beside is for ablations, but {study} is a search.")
             target, study_id, is_first = out or folder / "report", store.study(study).id, True
             while True:
                 is_last = not watch or store.working(study_id) is None
                 refresh_s = 0 if is_last else _WATCH_S  # the last page stands still
-                paths = write_report(store, study, target, refresh_s=refresh_s)
+                paths = write_report(store, study, target, beside=beside, refresh_s=refresh_s)
                 if is_first:
                     print(paths.html, paths.csv, sep="\n", flush=True)
                 if is_last:

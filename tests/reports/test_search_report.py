@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from reports.record import read_record
-from reports.search_plots import PLOTS
+from reports.search_plots import PLOTS, accuracy_over_minutes, history
 from reports.search_report import ReportPaths, trials_rows, write_report
 from study.record.database import RecordError
 from study.record.record import Record
@@ -147,6 +147,26 @@ def test_many_trials_are_thinned_and_the_page_says_so(
     assert "show 20 of 30 trials" in page.text and len(pd.read_csv(paths.csv)) == 30
     table = next(table for table in page.tables if table[0][:2] == ["trial", "state"])
     assert {row[0] for row in table[1:]} > {"25", "26", "27", "28", "29"} and len(table) == 21
+
+
+def test_the_best_so_far_never_falls_in_what_trials_are_ranked_by(tmp_path: Path) -> None:
+    reached = [(0.8, 0.4), (0.7, 0.5), (0.9, 0.45)]
+    plans = [Plan(PARAMS, [value], score=score) for value, score in reached]
+    with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
+        record = read_record(store, "pets")
+    lines = [draw(record).data[-1].y for draw in (history, accuracy_over_minutes)]
+    assert lines == [(0.4, 0.5, 0.5), (0.8, 0.7, 0.7)]
+
+
+def test_studies_are_shown_side_by_side(tmp_path: Path) -> None:
+    with make_study(tmp_path / "s.db", [finished()], space=SMALL):
+        store = make_study(tmp_path / "s.db", [finished(0.8)], name="dogs", fingerprint="other")
+    with store:
+        paths = write_report(store, "pets", tmp_path / "report", beside=["dogs"], refresh_s=5)
+    page = Page(paths.html)
+    table = next(table for table in page.tables if table[0][0] == "Study")
+    assert [row[0] for row in table[1:]] == ["pets", "dogs"]
+    assert "accuracies do not compare" in page.text and page.figures["refresh"] == "5"
 
 
 def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
