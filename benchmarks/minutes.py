@@ -6,6 +6,8 @@ Every finished (set, fold, arm) is a line of the results and is skipped the next
 are in benchmarks/tables/minutes.jsonl.
 
     python benchmarks/minutes.py --data photos/hotdog photos/flowers5 --work /tmp/minutes
+    python benchmarks/minutes.py --data photos/hotdog --work /tmp/minutes --folds 0 \
+        --only full-finetune plain-optuna
     python benchmarks/minutes.py --work /tmp/minutes --report \
         --results benchmarks/tables/minutes.jsonl --figure docs/images/minutes.png
 """
@@ -31,16 +33,20 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import optuna
 import pandas as pd
 import torch
 from scipy.stats import t as student
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.transforms import InterpolationMode, v2
 
-from core.config import TrainConfig
+from core.config import Preprocessing, TrainConfig
 from core.data.decode import View, decode, strict_and_quiet
 from core.data.partition import partition
-from core.heads.solver import solve_head
+from core.heads.solver import SolvedHead, solve_head
 from core.model import load_model
 from core.models.builder import build
 
@@ -53,6 +59,12 @@ BATCH = 32
 _CPU = Path("/proc/cpuinfo")
 _HAS_BF16 = _CPU.exists() and "bf16" in _CPU.read_text()
 _GRACE_S = 120  # after which a run that ignores its deadline is ended
+_REDUCED = 288  # shorter side that crops are cut from, 224 / 0.78; assumption
+_CROP_SCALE = 0.35  # smallest share of the image in a crop, Frostline's own default
+_RATE, _DECAY, _WARMUP = 3e-4, 0.05, 0.2  # a lab on the same sets
+_THAW_EPOCHS, _THAW_VIEWS = 8, 3  # the same
+_THAW_FROM = 10  # of Lite0's 16 blocks: "from about 60 % of its blocks on", the same
+_MARGIN = 0.96  # of the time that is left is planned for, so that the last epoch still counts
 
 Entry = tuple[float, float, float]
 """Seconds since the start, test accuracy, test log-loss."""
@@ -90,6 +102,11 @@ class Case:
     work: Path
     train: Array
     test: Array
+
+    def inner_folds(self, parts: Sequence[float] | int) -> Array:
+        """Divide the training part."""
+        contents = [self.photos.contents[i] for i in self.train]
+        return partition(self.photos.labels[self.train].tolist(), contents, parts, SEED + 1)
 
     def link(self) -> Path:
         """Make the folder of links to the training part, empty of all else."""
@@ -237,6 +254,18 @@ def ahead(work: Callable[[Array], Tensor], items: Sequence[Array]) -> Iterator[T
         yield waiting.result()
 
 
+def batches(rows: Array) -> list[Array]:
+    """Cut rows into batches, the last one shorter."""
+    return [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+
+
+def read_views(photos: PhotoSet, shown: Preprocessing, rows: Array) -> Tensor:
+    """Decode a network's views of pooled images."""
+    pixels = [decode(photos.paths[i], [View.of(shown)]).pixels[0] for i in rows]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255  # channels last
+    return v2.functional.normalize(images, list(shown.mean), list(shown.std))
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """Features of a set's pooled images, (N, F), the last layer's at the end, and their cost."""
@@ -263,16 +292,9 @@ def features(case: Case, lite: str, views: int) -> Features:
         network = build(config, photos.classes)
         layers = Layers(folded(copy.deepcopy(network.model).eval()))
         setup_s = time.perf_counter() - begin
-        shown = network.preprocessing
-        mean, std = (torch.tensor(figures).view(-1, 1, 1) for figures in (shown.mean, shown.std))
-
-        def read(part: Array) -> Tensor:
-            pixels = [decode(photos.paths[i], [View.of(shown)]).pixels[0] for i in part]
-            images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # channels last
-            return (images.float() / 255 - mean) / std
-
+        read = functools.partial(read_views, photos, network.preprocessing)
         every, found = np.arange(len(photos.paths)), []
-        parts = [every[i : i + BATCH] for i in range(0, len(every), BATCH)]
+        parts = batches(every)
         layers(read(parts[0]))  # warms up
         begin = time.perf_counter()
         with strict_and_quiet(), torch.autocast("cpu", torch.bfloat16, enabled=_HAS_BF16):
@@ -288,6 +310,16 @@ def features(case: Case, lite: str, views: int) -> Features:
         return Features(torch.from_numpy(kept["rows"]), int(kept["n_last"]), *cost)
 
 
+def solved(case: Case, rows: Tensor) -> tuple[SolvedHead, Array, float]:
+    """Solve a head on the training part; return it, the test part's probabilities, and seconds."""
+    begin = time.perf_counter()
+    labels, folds = case.photos.labels[case.train], torch.from_numpy(case.inner_folds(4))
+    n_classes = len(case.photos.classes)
+    head = solve_head(rows[case.train], torch.from_numpy(labels), n_classes, folds)
+    seconds = time.perf_counter() - begin
+    return head, (rows[case.test] @ head.weight.t() + head.bias).softmax(1).numpy(), seconds
+
+
 def heads(case: Case, kind: str) -> list[Entry]:
     """Solve heads of Lite0 and of all three networks.
 
@@ -296,10 +328,7 @@ def heads(case: Case, kind: str) -> list[Entry]:
         kind: `best` or `average` of their last layers, or `sixty`: one head on several layers of
             them all, mirrored.
     """
-    photos, is_sixty = case.photos, kind == "sixty"
-    labels = torch.from_numpy(photos.labels[case.train])
-    contents = [photos.contents[i] for i in case.train]
-    folds = torch.from_numpy(partition(labels.tolist(), contents, 4, SEED + 1))
+    is_sixty = kind == "sixty"
     entries, spent = [], imports_s(case.work)
     seen: list[Tensor] = []
     probs: list[Array] = []
@@ -310,15 +339,163 @@ def heads(case: Case, kind: str) -> list[Entry]:
         seen.append(of.rows if is_sixty else of.rows[:, -of.n_last :])
         if is_sixty and lite == LITES[1]:
             continue
-        rows = torch.cat(seen, 1) if is_sixty else seen[-1]
-        begin = time.perf_counter()
-        head = solve_head(rows[case.train], labels, len(photos.classes), folds)
-        spent += time.perf_counter() - begin
-        probs.append((rows[case.test] @ head.weight.t() + head.bias).softmax(1).numpy())
+        head, found, seconds = solved(case, torch.cat(seen, 1) if is_sixty else seen[-1])
+        spent += seconds
+        probs.append(found)
         losses.append(min(head.oof_log_loss.values()))
         if lite in (LITES[0], LITES[-1]):
             best = probs[int(np.argmin(losses))] if kind == "best" else probs[-1]
             entries.append(case.entry(spent, np.mean(probs, 0) if kind == "average" else best))
+    return entries
+
+
+# The rivals that train Lite0
+
+
+class Lite0:
+    """Lite0, the pooled images `rows` in memory to train it on, and a clock that has `spent`."""
+
+    def __init__(self, case: Case, rows: Array, spent: float) -> None:
+        self.begin = time.perf_counter() - spent
+        torch.manual_seed(SEED)
+        config = TrainConfig(backbone=f"timm:tf_efficientnet_{LITES[0]}", freeze_depth=5)
+        network = build(config, case.photos.classes)
+        self.case, self.model, self.shown = case, network.model, network.preprocessing
+        self.labels, paths = torch.from_numpy(case.photos.labels[rows]), case.photos.paths
+        with strict_and_quiet(), ThreadPoolExecutor(2) as pool:
+            images = pool.map(lambda i: decode(paths[i], [_REDUCED]).pixels[0], rows)
+            self.images = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+        bicubic, scale = InterpolationMode.BICUBIC, (_CROP_SCALE, 1.0)
+        crop = v2.RandomResizedCrop(self.shown.image_size, scale, interpolation=bicubic)
+        numbers = v2.ToDtype(torch.float32, scale=True)
+        normalize = v2.Normalize(list(self.shown.mean), list(self.shown.std))
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), numbers, normalize])
+        self.inputs = self.crops
+
+    def seconds(self) -> float:
+        """Return the seconds so far, but for those off the clock."""
+        return time.perf_counter() - self.begin
+
+    def crops(self, part: Array) -> Tensor:
+        """Return random crops of some images."""
+        return torch.stack([self.augment(self.images[i]) for i in part])
+
+    def halves(self, n_blocks: int) -> tuple[nn.Sequential, nn.Sequential]:
+        """Copy the network, cut after its stem and so many blocks; the first half is frozen."""
+        model: Any = copy.deepcopy(self.model)
+        blocks = [block for stage in model.blocks for block in stage]
+        ends = (model.conv_head, model.bn2, model.global_pool, model.classifier)
+        start = nn.Sequential(model.conv_stem, model.bn1, *blocks[:n_blocks]).eval()
+        return start, nn.Sequential(*blocks[n_blocks:], *ends)
+
+    def epochs(
+        self, start: nn.Module, rest: nn.Module, n: int, rate: float, decay: float
+    ) -> Iterator[None]:
+        """Train the rest by AdamW and one cycle, yielding after every epoch, while there is time.
+
+        The start is frozen; the rest keeps its mode, of training or of evaluation.
+        """
+        rng, is_training = np.random.default_rng(SEED), rest.training
+        n_steps = n * -(-len(self.images) // BATCH)
+        optimizer = create_optimizer_v2(rest, "adamw", lr=rate, weight_decay=decay)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, n_steps, pct_start=_WARMUP)
+        for _ in range(n):
+            rest.train(is_training)
+            parts = batches(rng.permutation(len(self.images)))
+            for part, images in zip(parts, ahead(self.inputs, parts), strict=True):
+                if self.seconds() > MOMENTS[-1]:
+                    return
+                with torch.no_grad():
+                    outputs = start(images)
+                optimizer.zero_grad()
+                cross_entropy(rest(outputs), self.labels[part]).backward()
+                optimizer.step()
+                cycle.step()
+            yield
+
+    @torch.no_grad()
+    def probs(self, model: nn.Module, rows: Array, views: int = 1) -> Array:
+        """Predict pooled images, averaging the mirror image's probabilities for two views."""
+        model.eval()
+        read, found = functools.partial(read_views, self.case.photos, self.shown), []
+        with strict_and_quiet():
+            for images in ahead(read, batches(rows)):
+                both = [model(view).softmax(1) for view in (images, images.flip(-1))[:views]]
+                found.append(torch.stack(both).mean(0))
+        return torch.cat(found).numpy()
+
+    def entry(self, model: nn.Module, views: int = 1) -> Entry:
+        """Evaluate a model on the test part, off the clock."""
+        now = self.seconds()
+        probs = self.probs(model, self.case.test, views)
+        self.begin += self.seconds() - now
+        return self.case.entry(now, probs)
+
+
+def thaw(case: Case) -> list[Entry]:
+    """Train the last blocks from Lite0's solved head, on views whose frozen part is kept."""
+    of = features(case, LITES[0], 1)
+    head, probs, seconds = solved(case, of.rows[:, -of.n_last :])
+    spent = imports_s(case.work) + of.setup_s + of.per_image_s * len(case.train) + seconds
+    first, lite = case.entry(spent, probs), Lite0(case, case.train, spent)
+    last: Any = lite.model.get_submodule("classifier")
+    last.load_state_dict({"weight": head.weight, "bias": head.bias})
+    start, rest = lite.halves(_THAW_FROM)
+    frozen, parts = folded(copy.deepcopy(start)), batches(np.arange(len(case.train)))
+    kept = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=_HAS_BF16):
+        for _ in range(_THAW_VIEWS):
+            kept.append(torch.cat([frozen(x).float() for x in ahead(lite.crops, parts)]))
+
+    lite.inputs = lambda part: kept[int(torch.randint(_THAW_VIEWS, ()))][part]
+    rest.eval()  # norms keep the source's statistics
+    list(lite.epochs(nn.Identity(), rest, _THAW_EPOCHS, _RATE, _DECAY))
+    return [first, lite.entry(nn.Sequential(start, rest), views=2)]
+
+
+def full(case: Case) -> list[Entry]:
+    """Train all of Lite0 by one cycle of as many epochs as fit."""
+    some = np.random.default_rng(SEED).permutation(case.train)[: 3 * BATCH]
+    probe, start = Lite0(case, some, imports_s(case.work)), nn.Identity()
+    trained = probe.epochs(start, probe.model.train(), 2, _RATE, _DECAY)
+    first, second = (probe.seconds() for _ in trained)
+    epoch_s = (second - first) * len(case.train) / len(some)  # the first one warms up
+    lite = Lite0(case, case.train, probe.seconds())
+    n = max(1, int((_MARGIN * MOMENTS[-1] - lite.seconds()) / epoch_s))
+    trained = lite.epochs(start, lite.model.train(), n, _RATE, _DECAY)
+    return [lite.entry(lite.model) for _ in trained]
+
+
+def plain_optuna(case: Case) -> list[Entry]:
+    """Search with plain Optuna; the best so far on a holdout is what a user would have."""
+    is_held = case.inner_folds([0.2]) == 0
+    held = case.train[is_held]
+    lite = Lite0(case, case.train[~is_held], imports_s(case.work))
+    entries: list[Entry] = []
+    best = -1.0
+
+    def objective(trial: optuna.Trial) -> float:
+        nonlocal best
+        start, rest = lite.halves(trial.suggest_int("frozen", 0, 16))
+        rate = trial.suggest_float("lr", 1e-5, 1e-2, log=True)
+        decay = trial.suggest_float("weight_decay", 1e-5, 0.1, log=True)
+        n, whole, score = trial.suggest_int("epochs", 3, 8), nn.Sequential(start, rest), 0.0
+        for epoch, _ in enumerate(lite.epochs(start, rest.train(), n, rate, decay)):
+            found = lite.probs(whole, held).argmax(1)
+            score = float((found == case.photos.labels[held]).mean())
+            if score > best:
+                best = score
+                entries.append(lite.entry(whole))
+            trial.report(score, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return score
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler, pruner = optuna.samplers.TPESampler(seed=SEED), optuna.pruners.MedianPruner()
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+    while lite.seconds() < MOMENTS[-1]:
+        study.optimize(objective, n_trials=1)
     return entries
 
 
@@ -328,6 +505,9 @@ ARMS: dict[str, Callable[[Case], list[Entry]]] = {
     "last-layer-best": functools.partial(heads, kind="best"),
     "last-layer-average": functools.partial(heads, kind="average"),
     "sixty-lines": functools.partial(heads, kind="sixty"),
+    "thaw-by-hand": thaw,
+    "full-finetune": full,
+    "plain-optuna": plain_optuna,
 }
 
 
