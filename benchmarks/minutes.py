@@ -6,6 +6,8 @@ Every finished (set, fold, arm) is a line of the results and is skipped the next
 are in benchmarks/tables/minutes.jsonl.
 
     python benchmarks/minutes.py --data photos/hotdog photos/flowers5 --work /tmp/minutes
+    python benchmarks/minutes.py --data photos/hotdog --work /tmp/minutes --folds 0 \
+        --only full-finetune plain-optuna
     python benchmarks/minutes.py --work /tmp/minutes --report \
         --results benchmarks/tables/minutes.jsonl --figure docs/images/minutes.png
 """
@@ -13,6 +15,7 @@ are in benchmarks/tables/minutes.jsonl.
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +34,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import optuna
+import pandas as pd
 import torch
-from PIL import Image
 from scipy.stats import t as student
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.transforms import InterpolationMode, v2
 
-from core.config import TrainConfig
+from core.config import Preprocessing, TrainConfig
 from core.data.decode import View, decode, strict_and_quiet
 from core.data.partition import partition
 from core.heads.solver import SolvedHead, solve_head
 from core.model import load_model
-from core.models.builder import Network, build
+from core.models.builder import build
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = (60, 180, 300, 900)
@@ -53,51 +58,19 @@ BATCH = 32
 # A processor without bf16 emulates it, a hundred times slower.
 _CPU = Path("/proc/cpuinfo")
 _HAS_BF16 = _CPU.exists() and "bf16" in _CPU.read_text()
-KINDS = ("folded", "folded bf16") if _HAS_BF16 else ("folded",)
+_GRACE_S = 120  # after which a run that ignores its deadline is ended
 _REDUCED = 288  # shorter side that crops are cut from, 224 / 0.78; assumption
 _CROP_SCALE = 0.35  # smallest share of the image in a crop, Frostline's own default
 _RATE, _DECAY, _WARMUP = 3e-4, 0.05, 0.2  # a lab on the same sets
 _THAW_EPOCHS, _THAW_VIEWS = 8, 3  # the same
 _THAW_FROM = 10  # of Lite0's 16 blocks: "from about 60 % of its blocks on", the same
 _MARGIN = 0.96  # of the time that is left is planned for, so that the last epoch still counts
-_GRACE_S = 120  # after which a run that ignores its deadline is ended
 
 Entry = tuple[float, float, float]
 """Seconds since the start, test accuracy, test log-loss."""
 Array = np.ndarray[Any, Any]
-
-
-def outer_folds(labels: Sequence[int], contents: Sequence[str]) -> Array:
-    """Return each image's fold, stratified, images of equal contents in one."""
-    return partition(labels, contents, N_FOLDS, SEED)
-
-
-def value_at(entries: Iterable[Sequence[float]], moment: float, guess: Sequence[float]) -> Any:
-    """Return accuracy and log-loss of the last entry up to a moment, else those of a guess."""
-    due = [entry for entry in entries if entry[0] <= moment]
-    return tuple(max(due, key=lambda entry: entry[0])[1:] if due else guess)
-
-
-def corrected_interval(sets: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return the mean of the sets' means and half its 95 % interval (None with one fold a set).
-
-    Args:
-        sets: Paired differences of each set's folds.
-
-    References:
-        Nadeau and Bengio 2003, https://doi.org/10.1023/A:1024068626366: folds share training
-        images, so a mean's variance is that of the folds times (1/J + n_test/n_train).
-        Degrees of freedom by Welch and Satterthwaite.
-    """
-    mean = float(np.mean([np.mean(folds) for folds in sets]))
-    if min(len(folds) for folds in sets) < 2:
-        return mean, None
-    factor = 1 / (N_FOLDS - 1)
-    each = [float(np.var(f, ddof=1)) * (1 / len(f) + factor) / len(sets) ** 2 for f in sets]
-    if sum(each) == 0:
-        return mean, 0.0
-    freedom = sum(each) ** 2 / sum(v**2 / (len(f) - 1) for v, f in zip(each, sets, strict=True))
-    return mean, float(student.ppf(0.975, freedom) * sum(each) ** 0.5)
+Rows = dict[tuple[str, int, str], dict[str, Any]]
+"""Results by set, fold and arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +103,10 @@ class Case:
     train: Array
     test: Array
 
-    @property
-    def labels(self) -> Tensor:
-        """Labels of the training part."""
-        return torch.from_numpy(self.photos.labels[self.train])
+    def inner_folds(self, parts: Sequence[float] | int) -> Array:
+        """Divide the training part."""
+        contents = [self.photos.contents[i] for i in self.train]
+        return partition(self.photos.labels[self.train].tolist(), contents, parts, SEED + 1)
 
     def link(self) -> Path:
         """Make the folder of links to the training part, empty of all else."""
@@ -144,11 +117,6 @@ class Case:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
         return folder.resolve()
-
-    def inner_folds(self, parts: Sequence[float] | int) -> Array:
-        """Divide the training part."""
-        contents = [self.photos.contents[i] for i in self.train]
-        return partition(self.labels.tolist(), contents, parts, SEED + 1)
 
     def entry(self, seconds: float, probs: Array) -> Entry:
         """Score the test part's probabilities, (N, K)."""
@@ -162,36 +130,6 @@ class Case:
         return self.entry(0, np.tile(shares, (len(self.test), 1)))
 
 
-class Clock:
-    """Seconds since it was made, but for those off the clock."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def read(self) -> float:
-        """Return the seconds."""
-        return time.perf_counter() - self._start
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Do not count what happens inside."""
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-
-def imports_s(work: Path) -> float:
-    """Measure once what imports cost a rival, the second time in a row."""
-    file = work / "imports.json"
-    if not file.exists():
-        for _ in range(2):
-            clock = Clock()
-            code = "import core.heads.solver, core.models.builder, core.data.decode"
-            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-            file.write_text(json.dumps(clock.read()))
-    return float(json.loads(file.read_text()))
-
-
 # Frostline
 
 
@@ -199,35 +137,31 @@ def watch(command: list[str], folder: Path, model: Path, limit: float) -> tuple[
     """Run a command in a folder, copying its model at the moments; return seconds, exit code."""
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     with open(folder / "log.txt", "wb") as log:
-        clock = Clock()
+        begin = time.perf_counter()
         env = {**os.environ, "PYTHONPATH": path}
         run = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=env)
         for moment in (*(m for m in MOMENTS if m <= limit), limit + _GRACE_S):
             try:
-                code = run.wait(max(0, moment - clock.read()))
+                code = run.wait(max(0, begin + moment - time.perf_counter()))
                 break
             except subprocess.TimeoutExpired:
-                copied(model, folder / f"at-{moment}")
+                copy_model(model, folder / f"at-{moment}")
         else:
             run.kill()
             code = run.wait()
-        seconds = clock.read()
-    copied(model, folder / "at-end")
+        seconds = time.perf_counter() - begin
+    copy_model(model, folder / "at-end")
     return seconds, code
 
 
-def copied(model: Path, target: Path) -> None:
-    """Copy a model that may be replaced meanwhile; none if there is none."""
-    for _ in range(5):
+def copy_model(model: Path, target: Path) -> None:
+    """Copy a model, again if it is replaced meanwhile; none if there is none."""
+    text, file = None, model / "model.json"
+    while file.exists() and text != file.read_bytes():
+        text = file.read_bytes()
         shutil.rmtree(target, ignore_errors=True)
-        if not (model / "model.json").exists():
-            return
-        with contextlib.suppress(OSError):
-            text = (model / "model.json").read_bytes()
+        with contextlib.suppress(OSError):  # what is replaced is removed
             shutil.copytree(model, target)
-            if text == (model / "model.json").read_bytes():
-                return
-    shutil.rmtree(target, ignore_errors=True)
 
 
 def frostline(case: Case, minutes: int) -> list[Entry]:
@@ -244,11 +178,11 @@ def frostline(case: Case, minutes: int) -> list[Entry]:
     shutil.rmtree(folder / "cache", ignore_errors=True)
     if code != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {folder / 'log.txt'}")
-    moments = {f"at-{m}": float(m) for m in MOMENTS} | {"at-end": seconds}
-    there = [(s, folder / part) for part, s in moments.items() if (folder / part).exists()]
-    entries = [model_entry(case, s, part) for s, part in there]
-    for _, part in there:
-        shutil.rmtree(part)
+    entries = []
+    for part, s in {f"at-{m}": float(m) for m in MOMENTS} | {"at-end": seconds}.items():
+        if (folder / part).exists():
+            entries.append(model_entry(case, s, folder / part))
+            shutil.rmtree(folder / part)
     return entries
 
 
@@ -261,18 +195,19 @@ def model_entry(case: Case, seconds: float, folder: Path) -> Entry:
     return case.entry(seconds, probs)
 
 
-# Features and heads
+# The rivals: heads on features of three pretrained networks
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """Features of a set's pooled images, (N, F), the last layer's at the end, and their cost."""
-
-    rows: Tensor
-    n_last: int
-    per_image_s: float
-    setup_s: float
-    kind: str
+def imports_s(work: Path) -> float:
+    """Measure once what imports cost a rival, the second time in a row."""
+    file = work / "imports.json"
+    if not file.exists():
+        code = "import core.heads.solver, core.models.builder, core.data.decode"
+        for _ in range(2):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+            file.write_text(json.dumps(time.perf_counter() - begin))
+    return float(json.loads(file.read_text()))
 
 
 class Layers(nn.Module):
@@ -296,45 +231,27 @@ class Layers(nn.Module):
 
 def folded(module: nn.Module) -> nn.Module:
     """Fold the batch norms of a frozen network into the convolutions before them, in place."""
-    conv: nn.Conv2d | None = None
+    before = ""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Conv2d):
-            conv = child
-        elif isinstance(child, nn.BatchNorm2d) and conv is not None:
-            mean, var = child.running_mean, child.running_var
-            assert mean is not None and var is not None, "a pretrained norm has statistics"
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, mean, var, child.eps, child.weight, child.bias
-            )
-            rest: Any = child  # timm's norms hold their activation
-            setattr(module, name, nn.Sequential(rest.drop, rest.act))
+        if isinstance(child, nn.BatchNorm2d):
+            conv: Any = module.get_submodule(before)
+            setattr(module, before, fuse_conv_bn_eval(conv, child))
+            # timm's norms hold their dropout and activation.
+            setattr(module, name, nn.Sequential(*child.children()))
         else:
             folded(child)
+            before = name
     return module
 
 
-def ahead(work: Callable[[Any], Any], items: Iterable[Any], is_threaded: bool) -> Iterator[Any]:
-    """Yield work(item) of each, one item ahead in a thread if wanted."""
-    if not is_threaded:
-        yield from map(work, items)
-        return
+def ahead(work: Callable[[Array], Tensor], items: Sequence[Array]) -> Iterator[Tensor]:
+    """Yield work(item) of each, the next one begun in a thread."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for item in items:
-            before, waiting = waiting, pool.submit(work, item)
-            if before is not None:
-                yield before.result()
-        if waiting is not None:
-            yield waiting.result()
-
-
-def scaled(network: Network, pixels: Sequence[Array]) -> Tensor:
-    """Turn images of equal size into the network's input."""
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255  # channels last
-    shown = network.preprocessing
-    return (images - torch.tensor(shown.mean).view(-1, 1, 1)) / torch.tensor(shown.std).view(
-        -1, 1, 1
-    )
+        waiting = pool.submit(work, items[0])
+        for item in items[1:]:
+            done, waiting = waiting, pool.submit(work, item)
+            yield done.result()
+        yield waiting.result()
 
 
 def batches(rows: Array) -> list[Array]:
@@ -342,187 +259,177 @@ def batches(rows: Array) -> list[Array]:
     return [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
 
 
-def network_of(lite: str, classes: tuple[str, ...]) -> Network:
-    """Build a pretrained network with a random head."""
-    return build(TrainConfig(backbone=f"timm:tf_efficientnet_{lite}", freeze_depth=5), classes)
+def read_views(photos: PhotoSet, shown: Preprocessing, rows: Array) -> Tensor:
+    """Decode a network's views of pooled images."""
+    pixels = [decode(photos.paths[i], [View.of(shown)]).pixels[0] for i in rows]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255  # channels last
+    return v2.functional.normalize(images, list(shown.mean), list(shown.std))
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of a set's pooled images, (N, F), the last layer's at the end, and their cost."""
+
+    rows: Tensor
+    n_last: int
+    per_image_s: float
+    setup_s: float
 
 
 @torch.no_grad()
-def extract(
-    photos: PhotoSet, rows: Array, network: Network, views: int, kind: str, is_threaded: bool
-) -> Tensor:
-    """Decode images and return features, averaged over the view and its mirror image for two."""
-    model = copy.deepcopy(network.model).eval()
-    layers = Layers(folded(model))
-    found = []
-    with strict_and_quiet():
-
-        def read(part: Array) -> Tensor:
-            view = View.of(network.preprocessing)
-            return scaled(network, [decode(photos.paths[i], [view]).pixels[0] for i in part])
-
-        for images in ahead(read, batches(rows), is_threaded):
-            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "folded bf16"):
-                each = (
-                    [layers(images), layers(images.flip(-1))] if views == 2 else [layers(images)]
-                )
-            found.append(torch.stack(each).mean(0))
-    return torch.cat(found)
-
-
 def features(case: Case, lite: str, views: int) -> Features:
-    """Return a set's features by the fastest way of four, computed once and kept with its cost."""
+    """Return a set's features, computed once and kept with what they cost.
+
+    They are averaged over the view and its mirror image for two views; norms are folded, images
+    decoded ahead, and the network is in bf16 where the processor has it.
+    """
     photos = case.photos
     digest = hashlib.sha256("".join(photos.contents).encode()).hexdigest()[:12]
     file = case.work / f"{photos.name}-{digest}-{lite}-{views}.npz"
     if not file.exists():
-        clock = Clock()
-        network = network_of(lite, photos.classes)
-        setup, pace = clock.read(), {}
-        every = np.arange(len(photos.paths))
-        sample = np.random.default_rng(SEED).permutation(every)[: 4 * BATCH]
-        for _ in range(2):  # the first round warms up
-            for kind in KINDS:
-                for is_threaded in (False, True):
-                    clock = Clock()
-                    extract(photos, sample, network, views, kind, is_threaded)
-                    pace[kind, is_threaded] = clock.read() / len(sample)
-        kind, is_threaded = min(pace, key=lambda way: pace[way])
-        clock = Clock()
-        rows = extract(photos, every, network, views, kind, is_threaded).numpy()
-        named = {f"{k}{', decoding in a thread' * th}": v for (k, th), v in pace.items()}
-        per_image, last = clock.read() / len(every), network.model.get_submodule("classifier")
-        assert isinstance(last, nn.Linear)
-        what = {"n_last": last.in_features, "per_image_s": per_image, "setup_s": setup}
-        np.savez(file, rows=rows, facts=json.dumps({**what, "kind": kind, "probed": named}))
+        begin = time.perf_counter()
+        config = TrainConfig(backbone=f"timm:tf_efficientnet_{lite}", freeze_depth=5)
+        network = build(config, photos.classes)
+        layers = Layers(folded(copy.deepcopy(network.model).eval()))
+        setup_s = time.perf_counter() - begin
+        read = functools.partial(read_views, photos, network.preprocessing)
+        every, found = np.arange(len(photos.paths)), []
+        parts = batches(every)
+        layers(read(parts[0]))  # warms up
+        begin = time.perf_counter()
+        with strict_and_quiet(), torch.autocast("cpu", torch.bfloat16, enabled=_HAS_BF16):
+            for images in ahead(read, parts):
+                both = [layers(view) for view in (images, images.flip(-1))[:views]]
+                found.append(torch.stack(both).mean(0))
+        per_image_s = (time.perf_counter() - begin) / len(every)
+        n_last = network.model.get_submodule("classifier").in_features
+        figures = {"n_last": n_last, "per_image_s": per_image_s, "setup_s": setup_s}
+        np.savez(file, rows=torch.cat(found).numpy(), **figures)
     with np.load(file) as kept:
-        facts = json.loads(str(kept["facts"]))
-        facts.pop("probed")
-        return Features(torch.from_numpy(kept["rows"]), **facts)
+        cost = float(kept["per_image_s"]), float(kept["setup_s"])
+        return Features(torch.from_numpy(kept["rows"]), int(kept["n_last"]), *cost)
 
 
 def solved(case: Case, rows: Tensor) -> tuple[SolvedHead, Array, float]:
     """Solve a head on the training part; return it, the test part's probabilities, and seconds."""
-    clock = Clock()
-    folds, k = torch.from_numpy(case.inner_folds(4)), len(case.photos.classes)
-    head = solve_head(rows[case.train], case.labels, k, folds)
-    seconds = clock.read()
-    probs = (rows[case.test] @ head.weight.t() + head.bias).softmax(1)
-    return head, probs.numpy(), seconds
+    begin = time.perf_counter()
+    labels, folds = case.photos.labels[case.train], torch.from_numpy(case.inner_folds(4))
+    n_classes = len(case.photos.classes)
+    head = solve_head(rows[case.train], torch.from_numpy(labels), n_classes, folds)
+    seconds = time.perf_counter() - begin
+    return head, (rows[case.test] @ head.weight.t() + head.bias).softmax(1).numpy(), seconds
 
 
 def heads(case: Case, kind: str) -> list[Entry]:
-    """Solve heads of Lite0 and of all three: `best` or `average` of last layers, or `sixty`."""
+    """Solve heads of Lite0 and of all three networks.
+
+    Args:
+        case: The case.
+        kind: `best` or `average` of their last layers, or `sixty`: one head on several layers of
+            them all, mirrored.
+    """
+    is_sixty = kind == "sixty"
     entries, spent = [], imports_s(case.work)
     seen: list[Tensor] = []
     probs: list[Array] = []
     losses: list[float] = []
     for lite in LITES:
-        of = features(case, lite, 2 if kind == "sixty" else 1)
+        of = features(case, lite, 2 if is_sixty else 1)
         spent += of.setup_s + of.per_image_s * len(case.train)
-        seen.append(of.rows if kind == "sixty" else of.rows[:, -of.n_last :])
-        if kind == "sixty" and lite == LITES[1]:
+        seen.append(of.rows if is_sixty else of.rows[:, -of.n_last :])
+        if is_sixty and lite == LITES[1]:
             continue
-        head, found, seconds = solved(case, torch.cat(seen, 1) if kind == "sixty" else seen[-1])
+        head, found, seconds = solved(case, torch.cat(seen, 1) if is_sixty else seen[-1])
         spent += seconds
         probs.append(found)
         losses.append(min(head.oof_log_loss.values()))
         if lite in (LITES[0], LITES[-1]):
             best = probs[int(np.argmin(losses))] if kind == "best" else probs[-1]
-            shown = np.mean(probs, axis=0) if kind == "average" else best
-            entries.append(case.entry(spent, shown))
+            entries.append(case.entry(spent, np.mean(probs, 0) if kind == "average" else best))
     return entries
 
 
-# Training by hand
+# The rivals that train Lite0
 
 
-def halves(model: Any, n_blocks: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """Cut the network after its stem and so many blocks."""
-    blocks = [block for stage in model.blocks for block in stage]
-    start = nn.Sequential(model.conv_stem, model.bn1, *blocks[:n_blocks]).requires_grad_(False)
-    ends = (model.conv_head, model.bn2, model.global_pool, model.classifier)
-    return start.eval(), nn.Sequential(*blocks[n_blocks:], *ends)
+class Lite0:
+    """Lite0, the pooled images `rows` in memory to train it on, and a clock that has `spent`."""
 
-
-def augmented(image: Array, side: int, rng: np.random.Generator) -> Array:
-    """Cut a random crop and mirror it half of the time."""
-    height, width = image.shape[:2]
-    area, ratio = rng.uniform(_CROP_SCALE, 1) * height * width, np.exp(rng.uniform(-0.288, 0.288))
-    w, h = min(width, (area * ratio) ** 0.5), min(height, (area / ratio) ** 0.5)
-    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    bicubic = Image.Resampling.BICUBIC
-    cut = np.array(Image.fromarray(image).resize((side, side), bicubic, (x, y, x + w, y + h)))
-    return cut[:, ::-1] if rng.random() < 0.5 else cut
-
-
-def epochs(
-    rest: nn.Module,
-    feed: Callable[[Array], Iterator[tuple[Tensor, Tensor]]],
-    n: int,
-    n_images: int,
-    rate: float,
-    decay: float,
-) -> Iterator[None]:
-    """Train by AdamW and one cycle, yielding after every epoch."""
-    steps, rng = len(batches(np.arange(n_images))), np.random.default_rng(SEED)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest.parameters() if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in rest.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=rate)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, n * steps, pct_start=_WARMUP)
-    for _ in range(n):
-        for inputs, labels in feed(rng.permutation(n_images)):
-            loss = cross_entropy(rest(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            cycle.step()
-        yield
-
-
-class Photos:
-    """A case's training images in memory, reduced, and its views to evaluate on."""
-
-    def __init__(self, case: Case, network: Network, rows: Array) -> None:
-        paths = case.photos.paths
+    def __init__(self, case: Case, rows: Array, spent: float) -> None:
+        self.begin = time.perf_counter() - spent
+        torch.manual_seed(SEED)
+        config = TrainConfig(backbone=f"timm:tf_efficientnet_{LITES[0]}", freeze_depth=5)
+        network = build(config, case.photos.classes)
+        self.case, self.model, self.shown = case, network.model, network.preprocessing
+        self.labels, paths = torch.from_numpy(case.photos.labels[rows]), case.photos.paths
         with strict_and_quiet(), ThreadPoolExecutor(2) as pool:
-            self.images = list(pool.map(lambda i: decode(paths[i], [_REDUCED]).pixels[0], rows))
-        self.network, self.case, self.rng = network, case, np.random.default_rng(SEED)
-        self.labels = torch.from_numpy(case.photos.labels[rows])
+            images = pool.map(lambda i: decode(paths[i], [_REDUCED]).pixels[0], rows)
+            self.images = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+        bicubic, scale = InterpolationMode.BICUBIC, (_CROP_SCALE, 1.0)
+        crop = v2.RandomResizedCrop(self.shown.image_size, scale, interpolation=bicubic)
+        numbers = v2.ToDtype(torch.float32, scale=True)
+        normalize = v2.Normalize(list(self.shown.mean), list(self.shown.std))
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), numbers, normalize])
+        self.inputs = self.crops
+
+    def seconds(self) -> float:
+        """Return the seconds so far, but for those off the clock."""
+        return time.perf_counter() - self.begin
 
     def crops(self, part: Array) -> Tensor:
         """Return random crops of some images."""
-        side = self.network.preprocessing.image_size
-        return scaled(self.network, [augmented(self.images[i], side, self.rng) for i in part])
+        return torch.stack([self.augment(self.images[i]) for i in part])
 
-    def feed(self, start: nn.Module) -> Callable[[Array], Iterator[tuple[Tensor, Tensor]]]:
-        """Return what yields an epoch's batches, behind the frozen start."""
+    def halves(self, n_blocks: int) -> tuple[nn.Sequential, nn.Sequential]:
+        """Copy the network, cut after its stem and so many blocks; the first half is frozen."""
+        model: Any = copy.deepcopy(self.model)
+        blocks = [block for stage in model.blocks for block in stage]
+        ends = (model.conv_head, model.bn2, model.global_pool, model.classifier)
+        start = nn.Sequential(model.conv_stem, model.bn1, *blocks[:n_blocks]).eval()
+        return start, nn.Sequential(*blocks[n_blocks:], *ends)
 
-        def batched(order: Array) -> Iterator[tuple[Tensor, Tensor]]:
-            parts = batches(order)
-            for part, images in zip(parts, ahead(self.crops, parts, True), strict=True):
+    def epochs(
+        self, start: nn.Module, rest: nn.Module, n: int, rate: float, decay: float
+    ) -> Iterator[None]:
+        """Train the rest by AdamW and one cycle, yielding after every epoch, while there is time.
+
+        The start is frozen; the rest keeps its mode, of training or of evaluation.
+        """
+        rng, is_training = np.random.default_rng(SEED), rest.training
+        n_steps = n * -(-len(self.images) // BATCH)
+        optimizer = create_optimizer_v2(rest, "adamw", lr=rate, weight_decay=decay)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, n_steps, pct_start=_WARMUP)
+        for _ in range(n):
+            rest.train(is_training)
+            parts = batches(rng.permutation(len(self.images)))
+            for part, images in zip(parts, ahead(self.inputs, parts), strict=True):
+                if self.seconds() > MOMENTS[-1]:
+                    return
                 with torch.no_grad():
-                    inputs = start(images)
-                yield inputs, self.labels[part]
+                    outputs = start(images)
+                optimizer.zero_grad()
+                cross_entropy(rest(outputs), self.labels[part]).backward()
+                optimizer.step()
+                cycle.step()
+            yield
 
-        return batched
-
-    @torch.inference_mode()
-    def probs(self, rows: Array, model: nn.Module, views: int = 1) -> Array:
+    @torch.no_grad()
+    def probs(self, model: nn.Module, rows: Array, views: int = 1) -> Array:
         """Predict pooled images, averaging the mirror image's probabilities for two views."""
-        was, found = model.training, []
         model.eval()
-        view = View.of(self.network.preprocessing)
+        read, found = functools.partial(read_views, self.case.photos, self.shown), []
         with strict_and_quiet():
-            for part in batches(rows):
-                paths = [self.case.photos.paths[i] for i in part]
-                images = scaled(self.network, [decode(p, [view]).pixels[0] for p in paths])
-                both = [images, images.flip(-1)][:views]
-                found.append(torch.stack([model(x).softmax(1) for x in both]).mean(0))
-        model.train(was)
+            for images in ahead(read, batches(rows)):
+                both = [model(view).softmax(1) for view in (images, images.flip(-1))[:views]]
+                found.append(torch.stack(both).mean(0))
         return torch.cat(found).numpy()
+
+    def entry(self, model: nn.Module, views: int = 1) -> Entry:
+        """Evaluate a model on the test part, off the clock."""
+        now = self.seconds()
+        probs = self.probs(model, self.case.test, views)
+        self.begin += self.seconds() - now
+        return self.case.entry(now, probs)
 
 
 def thaw(case: Case) -> list[Entry]:
@@ -530,89 +437,55 @@ def thaw(case: Case) -> list[Entry]:
     of = features(case, LITES[0], 1)
     head, probs, seconds = solved(case, of.rows[:, -of.n_last :])
     spent = imports_s(case.work) + of.setup_s + of.per_image_s * len(case.train) + seconds
-    entries, clock = [case.entry(spent, probs)], Clock()
-    network = network_of(LITES[0], case.photos.classes)
-    network.model.get_submodule("classifier").load_state_dict(
-        {"weight": head.weight, "bias": head.bias}
-    )
-    start, rest = halves(network.model, _THAW_FROM)
-    rest.eval()  # norms keep the source's statistics
-    data = Photos(case, network, case.train)
-    is_fast = of.kind == "folded bf16"
-    frozen: nn.Module = folded(copy.deepcopy(start))
-    kept, parts = [], batches(np.arange(len(case.train)))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_fast):
+    first, lite = case.entry(spent, probs), Lite0(case, case.train, spent)
+    last: Any = lite.model.get_submodule("classifier")
+    last.load_state_dict({"weight": head.weight, "bias": head.bias})
+    start, rest = lite.halves(_THAW_FROM)
+    frozen, parts = folded(copy.deepcopy(start)), batches(np.arange(len(case.train)))
+    kept = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=_HAS_BF16):
         for _ in range(_THAW_VIEWS):
-            kept.append(torch.cat([frozen(x).float() for x in ahead(data.crops, parts, True)]))
+            kept.append(torch.cat([frozen(x).float() for x in ahead(lite.crops, parts)]))
 
-    def feed(order: Array) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in batches(order):
-            view = int(data.rng.integers(_THAW_VIEWS))
-            yield kept[view][part], data.labels[part]
-
-    for _ in epochs(rest, feed, _THAW_EPOCHS, len(case.train), _RATE, _DECAY):
-        pass
-    spent += clock.read()
-    return [*entries, case.entry(spent, data.probs(case.test, nn.Sequential(start, rest), 2))]
+    lite.inputs = lambda part: kept[int(torch.randint(_THAW_VIEWS, ()))][part]
+    rest.eval()  # norms keep the source's statistics
+    list(lite.epochs(nn.Identity(), rest, _THAW_EPOCHS, _RATE, _DECAY))
+    return [first, lite.entry(nn.Sequential(start, rest), views=2)]
 
 
 def full(case: Case) -> list[Entry]:
     """Train all of Lite0 by one cycle of as many epochs as fit."""
-    base, clock, entries = imports_s(case.work), Clock(), []
-    network = network_of(LITES[0], case.photos.classes)
-    data = Photos(case, network, case.train)
-    n = len(case.train)
-    feed, trial = data.feed(nn.Identity()), copy.deepcopy(network.model).train()
-    order, begin = np.arange(min(n, 3 * BATCH)), clock.read()
-    for _ in epochs(trial, feed, 2, len(order), 1e-6, 0.0):
-        before, begin = begin, clock.read()  # the second epoch counts
-    epoch_s = (begin - before) / len(order) * n
-    n_epochs = max(1, int((_MARGIN * MOMENTS[-1] - base - clock.read()) / epoch_s))
-    model = network.model.train()
-    for _ in epochs(model, feed, n_epochs, n, _RATE, _DECAY):
-        now = base + clock.read()
-        with clock.stopped():
-            entries.append(case.entry(now, data.probs(case.test, model)))
-    return entries
+    some = np.random.default_rng(SEED).permutation(case.train)[: 3 * BATCH]
+    probe, start = Lite0(case, some, imports_s(case.work)), nn.Identity()
+    trained = probe.epochs(start, probe.model.train(), 2, _RATE, _DECAY)
+    first, second = (probe.seconds() for _ in trained)
+    epoch_s = (second - first) * len(case.train) / len(some)  # the first one warms up
+    lite = Lite0(case, case.train, probe.seconds())
+    n = max(1, int((_MARGIN * MOMENTS[-1] - lite.seconds()) / epoch_s))
+    trained = lite.epochs(start, lite.model.train(), n, _RATE, _DECAY)
+    return [lite.entry(lite.model) for _ in trained]
 
 
 def plain_optuna(case: Case) -> list[Entry]:
     """Search with plain Optuna; the best so far on a holdout is what a user would have."""
-    base, clock = imports_s(case.work), Clock()
-    entries: list[Entry] = []
     is_held = case.inner_folds([0.2]) == 0
-    held, rows = case.train[is_held], case.train[~is_held]
-    network = network_of(LITES[0], case.photos.classes)
-    data, best = Photos(case, network, rows), -1.0
+    held = case.train[is_held]
+    lite = Lite0(case, case.train[~is_held], imports_s(case.work))
+    entries: list[Entry] = []
+    best = -1.0
 
     def objective(trial: optuna.Trial) -> float:
         nonlocal best
-        model, score = copy.deepcopy(network.model), 0.0
-        start, rest = halves(model, trial.suggest_int("frozen", 0, 16))
+        start, rest = lite.halves(trial.suggest_int("frozen", 0, 16))
         rate = trial.suggest_float("lr", 1e-5, 1e-2, log=True)
         decay = trial.suggest_float("weight_decay", 1e-5, 0.1, log=True)
-        feed = data.feed(start)
-
-        def timed(order: Array) -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in feed(order):
-                if base + clock.read() > MOMENTS[-1]:
-                    trial.study.stop()
-                    raise optuna.TrialPruned
-                yield batch
-
-        n = trial.suggest_int("epochs", 3, 8)
-        for epoch, _ in enumerate(epochs(rest.train(), timed, n, len(rows), rate, decay)):
-            whole = nn.Sequential(start, rest)
-            found = data.probs(held, whole)
-            rest.train()
-            start.eval()
-            score = float((found.argmax(1) == case.photos.labels[held]).mean())
+        n, whole, score = trial.suggest_int("epochs", 3, 8), nn.Sequential(start, rest), 0.0
+        for epoch, _ in enumerate(lite.epochs(start, rest.train(), n, rate, decay)):
+            found = lite.probs(whole, held).argmax(1)
+            score = float((found == case.photos.labels[held]).mean())
             if score > best:
-                best, now = score, base + clock.read()
-                with clock.stopped():
-                    entries.append(case.entry(now, data.probs(case.test, whole)))
-                rest.train()
-                start.eval()
+                best = score
+                entries.append(lite.entry(whole))
             trial.report(score, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
@@ -621,25 +494,55 @@ def plain_optuna(case: Case) -> list[Entry]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler, pruner = optuna.samplers.TPESampler(seed=SEED), optuna.pruners.MedianPruner()
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-    study.optimize(objective)  # until `timed` stops it
+    while lite.seconds() < MOMENTS[-1]:
+        study.optimize(objective, n_trials=1)
     return entries
 
 
 ARMS: dict[str, Callable[[Case], list[Entry]]] = {
-    "frostline": lambda case: frostline(case, 15),
-    "frostline-1m": lambda case: frostline(case, 1),
-    "last-layer-best": lambda case: heads(case, "best"),
-    "last-layer-average": lambda case: heads(case, "average"),
-    "sixty-lines": lambda case: heads(case, "sixty"),
+    "frostline": functools.partial(frostline, minutes=15),
+    "frostline-1m": functools.partial(frostline, minutes=1),
+    "last-layer-best": functools.partial(heads, kind="best"),
+    "last-layer-average": functools.partial(heads, kind="average"),
+    "sixty-lines": functools.partial(heads, kind="sixty"),
     "thaw-by-hand": thaw,
     "full-finetune": full,
     "plain-optuna": plain_optuna,
 }
-_FIRST_FOLD_ONLY = ("full-finetune", "plain-optuna")
 
 
-def read_results(file: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """Read finished lines by (set, fold, arm); one that a kill cut short is none."""
+def run_cases(args: argparse.Namespace) -> bool:
+    """Run what is missing, all arms of a case in one sitting; return whether all went well."""
+    is_good = True
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    for photos in map(PhotoSet.read, args.data):
+        fold_of = partition(photos.labels.tolist(), photos.contents, N_FOLDS, SEED)
+        for fold in args.folds:
+            train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+            case = Case(photos, fold, args.work, train, test)
+            done = read_results(args.results)
+            for arm in [a for a in args.only if (photos.name, fold, a) not in done]:
+                try:
+                    entries = ARMS[arm](case)
+                except Exception:  # one arm that fails must not end a night; it is run again
+                    traceback.print_exc()
+                    is_good = False
+                    continue
+                row = {"set": photos.name, "fold": fold, "arm": arm, "entries": entries}
+                row |= {"commit": commit, "guess": case.guess()[1:]}
+                row |= {"n_train": len(train), "n_test": len(test)}
+                with open(args.results, "a", encoding="utf-8") as out:
+                    out.write("\n" + json.dumps(row) + "\n")  # after a cut line
+                print(photos.name, fold, arm, np.round(entries, 3).tolist(), flush=True)
+    return is_good
+
+
+# What came of it
+
+
+def read_results(file: Path) -> Rows:
+    """Read finished lines; one that a kill cut short is none."""
     found = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -648,60 +551,57 @@ def read_results(file: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     return found
 
 
-def summary(rows: dict[tuple[str, int, str], dict[str, Any]]) -> dict[str, Any]:
-    """Return accuracies by moment, arm and set, and Frostline's differences to each rival."""
-    sets, arms = sorted({s for s, _, _ in rows}), [a for a in ARMS if any(a == k[2] for k in rows)]
-    found: dict[str, Any] = {}
+def accuracy_at(row: dict[str, Any], moment: float) -> float:
+    """Return the accuracy of the last entry up to a moment, else that of a guess."""
+    due = [entry for entry in row["entries"] if entry[0] <= moment]
+    return float(max(due)[1] if due else row["guess"][0])
+
+
+def corrected_interval(sets: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Return the mean of the sets' means and half its 95 % interval (None with one fold a set).
+
+    Args:
+        sets: Paired differences of each set's folds.
+
+    References:
+        Nadeau and Bengio 2003, https://doi.org/10.1023/A:1024068626366: folds share training
+        images, so a mean's variance is that of the folds times (1/J + n_test/n_train).
+        Degrees of freedom by Welch and Satterthwaite.
+    """
+    mean = float(np.mean([np.mean(folds) for folds in sets]))
+    if min(len(folds) for folds in sets) < 2:
+        return mean, None
+    factor = 1 / (N_FOLDS - 1)
+    each = [float(np.var(f, ddof=1)) * (1 / len(f) + factor) / len(sets) ** 2 for f in sets]
+    if sum(each) == 0:
+        return mean, 0.0
+    freedom = sum(each) ** 2 / sum(v**2 / (len(f) - 1) for v, f in zip(each, sets, strict=True))
+    return mean, float(student.ppf(0.975, freedom) * sum(each) ** 0.5)
+
+
+def show(rows: Rows) -> None:
+    """Print accuracies in per cent by arm and set, and Frostline's differences in points."""
+    arms = list(dict.fromkeys(arm for *_, arm in rows))
     for moment in MOMENTS:
-        at = {k: value_at(row["entries"], moment, row["guess"])[0] for k, row in rows.items()}
-        mean = {
-            arm: {
-                s: float(np.mean(v))
-                for s in sets
-                if (v := [at[k] for k in at if k[::2] == (s, arm)])
-            }
-            for arm in arms
-        }
-        differences = {}
-        for ours in [
-            a for a in arms if a == "frostline" or (a == "frostline-1m" and moment == 60)
-        ]:
-            for rival in [a for a in arms if not a.startswith("frostline")]:
-                each = {
-                    s: [
-                        at[k] - at[s, k[1], rival]
-                        for k in at
-                        if k[::2] == (s, ours) and (s, k[1], rival) in at
-                    ]
-                    for s in sets
-                }
-                each = {s: v for s, v in each.items() if v}
-                if each:
-                    by_set = {s: (*corrected_interval([v]), len(v)) for s, v in each.items()}
-                    whole = (
-                        *corrected_interval(list(each.values())),
-                        sum(map(len, each.values())),
-                    )
-                    differences[f"{ours} - {rival}"] = {"all": whole, **by_set}
-        found[str(moment)] = {"accuracy": mean, "difference": differences}
-    return found
+        cells = [(*key, accuracy_at(row, moment)) for key, row in rows.items()]
+        frame = pd.DataFrame(cells, columns=["set", "fold", "arm", "accuracy"])
+        frame = frame.pivot(index=["set", "fold"], columns="arm", values="accuracy")
+        print(f"\nafter {moment / 60:g} min: test accuracy, %")
+        print((100 * frame.groupby("set").mean())[arms].T.round(1).to_string())
+        ours = [arm for arm in arms if arm == "frostline" or moment == 60 and "frostline" in arm]
+        for our, rival in [(o, a) for o in ours for a in arms if "frostline" not in a]:
+            gap = (frame[our] - frame[rival]).dropna()
+            gaps = {name: folds.tolist() for name, folds in gap.groupby("set")}
+            parts = [("all", list(gaps.values())), *((name, [gaps[name]]) for name in gaps)]
+            texts = []
+            for name, sets in parts if gaps else ():
+                mean, half = corrected_interval(sets)
+                ends = "" if half is None else f" ± {100 * half:.1f}"
+                texts.append(f"{name} {100 * mean:+.1f}{ends} (n = {sum(map(len, sets))})")
+            print(f"  {our} - {rival}: " + "; ".join(texts))
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the summary in per cent and points."""
-    for moment, part in found.items():
-        print(f"\nafter {int(moment) / 60:g} min: test accuracy, %")
-        for arm, sets in part["accuracy"].items():
-            print(f"  {arm:20}", *(f"{s} {100 * v:.1f}" for s, v in sets.items()), sep="  ")
-        for pair, sets in part["difference"].items():
-            each = [
-                f"{s} {100 * m:+.1f}" + ("" if h is None else f" ± {100 * h:.1f}") + f" (n = {n})"
-                for s, (m, h, n) in sets.items()
-            ]
-            print(f"  {pair}: " + "; ".join(each))
-
-
-def draw(rows: dict[tuple[str, int, str], dict[str, Any]], file: Path) -> None:
+def draw(rows: Rows, file: Path) -> None:
     """Draw the accuracy over time, averaged over the cases that every arm has."""
     import matplotlib
 
@@ -717,12 +617,9 @@ def draw(rows: dict[tuple[str, int, str], dict[str, Any]], file: Path) -> None:
     for arm, label in arms.items():
         each = [rows[*case, arm] for case in cases]
         first = max(min(e[0] for e in row["entries"]) for row in each)  # where every case has one
-        curve = [
-            100 * float(np.mean([value_at(row["entries"], t, row["guess"])[0] for row in each]))
-            for t in times[times >= first]
-        ]
-        is_ours = arm == "frostline"
-        axes.plot(times[times >= first], curve, label=label, linewidth=2.5 if is_ours else 1.5)
+        shown = times[times >= first]
+        curve = [100 * np.mean([accuracy_at(row, t) for row in each]) for t in shown]
+        axes.plot(shown, curve, label=label, linewidth=2.5 if arm == "frostline" else 1.5)
     axes.set_xscale("log")
     axes.set_xticks([30, *MOMENTS], ["30 s", *(f"{m // 60} min" for m in MOMENTS)])
     axes.minorticks_off()
@@ -733,39 +630,6 @@ def draw(rows: dict[tuple[str, int, str], dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def run_cases(args: argparse.Namespace) -> bool:
-    """Run what is missing, all arms of a case in one sitting; return whether all went well."""
-    file, is_good = args.results, True
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    for photos in [s for s in map(PhotoSet.read, args.data) if s.name in (args.sets or [s.name])]:
-        fold_of = outer_folds(photos.labels.tolist(), photos.contents)
-        for fold in args.folds:
-            train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-            case = Case(photos, fold, args.work, train, test)
-            for arm in [
-                a for a in ARMS if a in args.only and (fold == 0 or a not in _FIRST_FOLD_ONLY)
-            ]:
-                if (photos.name, fold, arm) in read_results(file):
-                    continue
-                try:
-                    entries = ARMS[arm](case)
-                except Exception:  # one arm that fails must not end a night; it is run again
-                    traceback.print_exc()
-                    is_good = False
-                    continue
-                row = {"set": photos.name, "fold": fold, "arm": arm, "entries": entries}
-                row["commit"] = commit
-                sizes = {"guess": case.guess()[1:], "n_train": len(train), "n_test": len(test)}
-                with open(file, "a", encoding="utf-8") as out:
-                    out.write("\n" + json.dumps({**row, **sizes}) + "\n")  # after a cut line
-                print(
-                    photos.name, fold, arm, [[round(v, 3) for v in e] for e in entries], flush=True
-                )
-    return is_good
-
-
 def main() -> None:
     """Run the cases, then print the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -773,22 +637,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for results and features")
     parser.add_argument("--results", type=Path, help="file of results (WORK/results.jsonl)")
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--sets", nargs="+", help="names of folders of --data")
     parser.add_argument("--folds", type=int, nargs="+", default=range(N_FOLDS))
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--figure", type=Path, help="draw accuracy over time there")
-    parser.add_argument("--json", type=Path, help="write the summary there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.results = args.results or args.work / "results.jsonl"
     is_good = args.report or run_cases(args)
     if rows := read_results(args.results):
-        found = summary(rows)
-        show(found)
+        show(rows)
         if args.figure:
             draw(rows, args.figure)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(not is_good)
 
 

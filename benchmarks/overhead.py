@@ -1,18 +1,18 @@
-"""Cost per trial of search and record together, beside plain Optuna on its default SQLite.
+"""Cost per trial of search and record together, against plain Optuna on its default SQLite.
 
 A trial here trains nothing: it samples the five default settings, makes 20 reports (each asked
-for pruning, each kept in our record too), and ends. All sides go on from a database that holds so
+for pruning, each kept in our record too), and ends. Both sides begin with a database that holds so
 many trials already; they take turns, and the first trial of each side at each size is not counted.
     python benchmarks/overhead.py --sizes 100 1000 --trials 12
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import optuna
 from optuna.trial import TrialState, create_trial
 
+from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.config.load import load_config
 from study.config.search_space import distributions
@@ -58,28 +59,10 @@ def history(n: int, seed: int = 0) -> list[optuna.trial.FrozenTrial]:
 
 
 def metrics(step: int, value: float) -> EpochMetrics:
-    """Make an epoch's figures."""
+    """Make an epoch's figures; every epoch is the best so far."""
     return EpochMetrics(
-        step, 0.5, 0.5, value, value, value, 1e-3, 1e-2, 99.0, 0.1, 1.0, 0.1, 10**9, 32, step == 0
+        step, 0.5, 0.5, value, value, value, 1e-3, 1e-2, 99.0, 0.1, 1.0, 0.1, 10**9, 32, True
     )
-
-
-class Clock:
-    """Adds up seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextmanager
-    def phase(self, name: str):
-        """Time a block."""
-        begin = time.perf_counter()
-        yield
-        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
-
-    def per_trial(self, n: int) -> dict[str, float]:
-        """Return milliseconds a trial by phase."""
-        return {name: 1e3 * sum(values) / n for name, values in self.seconds.items()}
 
 
 def plain_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[], None]:
@@ -103,7 +86,7 @@ def plain_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[],
     return trial
 
 
-def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> Callable[[], None]:
+def our_side(path: Path, past: list[optuna.trial.FrozenTrial]) -> Callable[[], None]:
     """Return one trial of ours: the record over Optuna's tables, same sampler and pruner."""
     store = Record(str(path), create=True)
     study_id = store.create_study("x", {}, {"fingerprint": "x"}, {})
@@ -111,27 +94,23 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
     study = store.optuna_study(study_id)
     study.pruner = make_pruner("hyperband", REPORTS)
     study.add_trials(past)
+    config = dataclasses.asdict(TrainConfig())
 
     def trial() -> None:
-        with clock.phase("sampling"):
-            number = len(study.get_trials(deepcopy=False))
-            study.sampler = make_sampler("tpe", 0, number, SPACE)
-            asked = study.ask(SPACE)
-        with clock.phase("record"):
-            row = Trial(
-                study_id=study_id, number=number, run_id=run, origin="sampler", config={},
-                config_hash=str(number), device="none",
-            )  # fmt: skip
-            store.save(row)
+        number = len(study.get_trials(deepcopy=False))
+        study.sampler = make_sampler("tpe", 0, number, SPACE)
+        asked = study.ask(SPACE)
+        row = Trial(
+            study_id=study_id, number=number, run_id=run, origin="sampler", config=config,
+            config_hash=str(number), device="none",
+        )  # fmt: skip
+        store.save(row)
         for step in range(1, REPORTS + 1):
-            with clock.phase("record"):
-                store.add_epoch(row, metrics(step, 0.9 + step / 1000), 0.1)
-            with clock.phase("report and prune"):
-                asked.report(0.9 + step / 1000, step)
-                asked.should_prune()
-        with clock.phase("end"):
-            row.duration_s = 0.1
-            store.end_trial(row, "complete")
+            store.add_epoch(row, metrics(step, 0.9 + step / 1000), 0.1)
+            asked.report(0.9 + step / 1000, step)
+            asked.should_prune()
+        row.duration_s = 0.1
+        store.end_trial(row, "complete")
 
     return trial
 
@@ -139,32 +118,21 @@ def our_side(path: Path, past: list[optuna.trial.FrozenTrial], clock: Clock) -> 
 def measure(size: int, n: int, folder: Path) -> None:
     """Alternate the sides n times at one size, and print."""
     past = history(size)
-    clock = Clock()
     sides = {
         "plain": plain_side(folder / f"plain{size}.db", past),
-        "ours": our_side(folder / f"ours{size}.db", past, clock),
+        "ours": our_side(folder / f"ours{size}.db", past),
     }
-    for trial in sides.values():
-        trial()
-    clock.seconds.clear()
     spent: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(n):
+    for _ in range(1 + n):
         for name, trial in sides.items():
             begin = time.perf_counter()
             trial()
             spent[name].append(1e3 * (time.perf_counter() - begin))
-    for name, values in spent.items():
-        print(f"  {size:5} trials, {name:5}: {spread(values, ' ms a trial')}")
-    ratios = [a / b for a, b in zip(spent["plain"], spent["ours"], strict=True)]
-    print(f"  {size:5} trials, plain / ours: {spread(ratios, '')}")
-    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in clock.per_trial(n).items())
-    print(f"  {size:5} trials, where ours goes, ms: {parts}", flush=True)
-
-
-def spread(values: list[float], unit: str) -> str:
-    """Tell the median, the number and the extremes."""
-    middle = statistics.median(values)
-    return f"median {middle:.1f}{unit} (n = {len(values)}, {min(values):.1f} to {max(values):.1f})"
+    plain, ours = spent["plain"][1:], spent["ours"][1:]
+    ratios = [a / b for a, b in zip(plain, ours, strict=True)]
+    for name, values in (("plain, ms", plain), ("ours, ms", ours), ("plain / ours", ratios)):
+        middle, ends = statistics.median(values), f"{min(values):.1f} to {max(values):.1f}"
+        print(f"{size:5} trials, {name:12}: median {middle:.1f} (n = {n}, {ends})", flush=True)
 
 
 def main() -> None:

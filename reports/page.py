@@ -27,7 +27,7 @@ def render_template(template: str, contents: dict[str, Any]) -> str:
         interval=lambda found: percent_range(found.low, found.high),
         shorten=shorten,
         data_uri=_data_uri,
-        script=Markup,
+        script=_script,
     )
     return environment.get_template(template).render(contents)
 
@@ -37,6 +37,11 @@ def plotly_js() -> Markup:
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs())
+
+
+def _script(text: str) -> Markup:
+    """Keep a text as it is, but for what would end the script that holds it."""
+    return Markup(text.replace("</", "<\\/"))
 
 
 def _data_uri(content: bytes, kind: str) -> str:

@@ -5,20 +5,17 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from reports.trials import (
     Importance,
-    as_optuna_study,
-    best_number,
     dimensions,
     final_accuracies,
     importances,
@@ -85,8 +82,7 @@ class SearchRecord:
     def idle(self) -> dict[str, set[int]]:
         """By setting, the numbers of trials in which it did nothing."""
         found: defaultdict[str, set[int]] = defaultdict(set)
-        pairs = zip(self.trials["number"], self.trials["without_effect"], strict=True)
-        for number, keys in pairs:
+        for number, keys in self.trials[["number", "without_effect"]].itertuples(index=False):
             for key in keys:
                 found[key].add(number)
         return found
@@ -107,11 +103,6 @@ class SearchRecord:
         return final_accuracies(self.trials, self.epochs)
 
     @functools.cached_property
-    def view(self) -> optuna.study.Study:
-        """The study for Optuna's plots: pruned trials are complete at their final accuracy."""
-        return as_optuna_study(self.frozen, self.final)
-
-    @functools.cached_property
     def importance(self) -> Importance:
         """How much each setting mattered."""
         is_planned = self.trials["origin"].astype(str).str.startswith("plan")
@@ -121,17 +112,17 @@ class SearchRecord:
     @property
     def classes(self) -> list[str]:
         """Name the classes in the order of the confusion matrix."""
-        return [str(name) for name in self.study.data.get("classes", [])]
+        return [str(name) for name in self.study.data["classes"]]
 
     @property
     def n_val(self) -> int:
-        """Count the validation images; 0 where the record does not say."""
-        return int(self.study.data.get("n_val") or 0)
+        """Count the validation images."""
+        return int(self.study.data["n_val"])
 
     @property
     def n_test(self) -> int:
         """Count the test images; 0 where there is no test split."""
-        return int(self.study.data.get("n_test") or 0)
+        return int(self.study.data["n_test"])
 
 
 def read_record(store: Record, name: str) -> SearchRecord:
@@ -144,52 +135,57 @@ def read_record(store: Record, name: str) -> SearchRecord:
     model = {}
     with contextlib.suppress(OSError, ValueError):
         model = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
-    trials = _as_floats(read_trials(store, name), ("value", "duration_s"))
-    number = best_number(trials)
-    confusion, images = None, []
-    if number is not None:
-        shown = _trained_as(trials, number)
-        confusion = read_confusion(store, name, shown)
-        images = [row for row in read_misclassified(store, name, shown) if row.split == "val"]
+    # Of columns that hold no value yet pandas would make objects.
+    figures = dict.fromkeys(("value", "score", "duration_s"), float)
+    trials, rows = read_trials(store, name).astype(figures), store.trials(study.id)
+    best, confusion, images = _best_of(rows), None, []
+    if best is not None:
+        is_copy = best.origin.startswith("same as ")
+        trained = int(best.origin.removeprefix("same as ")) if is_copy else best.number
+        confusion = read_confusion(store, name, trained)
+        images = [row for row in read_misclassified(store, name, trained) if row.split == "val"]
     return SearchRecord(
         study=study,
         trials=trials,
-        epochs=_as_floats(read_epochs(store, name), ("val_acc",)),
+        epochs=read_epochs(store, name).astype({"val_acc": float}),
         frozen=store.optuna_study(study.id).get_trials(deepcopy=False),
         runs=store.runs(study.id),
         tests=store.tests(study.id),
-        best=None if number is None else store.trial(study.id, number),
+        best=best,
         confusion=confusion,
         images=images,
-        audited=_audited(store, study),
+        audited=_audited(store, study, rows),
         model=model,
     )
 
 
-def _audited(store: Record, study: Study) -> tuple[Audited, ...]:
+def _best_of(rows: Sequence[Trial]) -> Trial | None:
+    """Return the best trial; a pruned one only if none finished."""
+    for state in ("complete", "pruned"):
+        scored = [row for row in rows if row.state == state and row.value is not None]
+        if scored:
+            return min(scored, key=lambda row: row.rank)
+    return None
+
+
+def _audited(store: Record, study: Study, rows: Sequence[Trial]) -> tuple[Audited, ...]:
     audit = store.find_study(study.name + _AUDIT_SUFFIX)
-    source = {row.number: row for row in store.trials(study.id)} if audit else {}
+    source = {row.number: row for row in rows}
     found: dict[int, Audited] = {}
     for row in store.trials(audit.id) if audit else []:
-        is_done = row.state == "complete" or (row.reason or "").startswith("diverged")
-        if row.factor != _AUDIT_FACTOR or not is_done or row.level is None:
+        pruned = source.get(int(row.level or -1)) if row.factor == _AUDIT_FACTOR else None
+        is_complete = row.state == "complete"
+        if pruned is None or not (is_complete or (row.reason or "").startswith("diverged")):
             continue
-        pruned = source.get(int(row.level))
-        if pruned is not None:
-            full = score = math.nan
-            if row.state == "complete" and row.value is not None:
-                full, score = row.value, row.ranked_by or 0.0
-            value = math.nan if pruned.value is None else pruned.value
-            found[pruned.number] = Audited(pruned.number, pruned.epochs_done, value, full, score)
+        found[pruned.number] = Audited(
+            pruned.number,
+            pruned.epochs_done,
+            _or_nan(pruned.value),
+            _or_nan(row.value if is_complete else None),
+            _or_nan(row.ranked_by if is_complete else None),
+        )
     return tuple(found[number] for number in sorted(found))
 
 
-def _as_floats(frame: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Make figures of columns that hold no value yet: pandas would take them for objects."""
-    return frame.astype(dict.fromkeys(columns, float))
-
-
-def _trained_as(trials: pd.DataFrame, number: int) -> int:
-    """Follow `same as N` to the trial that was trained."""
-    origin = str(trials.set_index("number").at[number, "origin"])
-    return int(origin.removeprefix("same as ")) if origin.startswith("same as ") else number
+def _or_nan(figure: float | None) -> float:
+    return math.nan if figure is None else figure

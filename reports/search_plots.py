@@ -7,7 +7,7 @@ a sentence that says why there is none. Nothing else need be changed for a new o
 import html
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
@@ -15,15 +15,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from optuna.distributions import CategoricalDistribution
 
-from reports.pruning import early_rank_correlation
 from reports.record import SearchRecord
-from reports.trials import as_optuna_study, is_copy, is_on_front, rank_of, varied
-from reports.words import duration, percent, plural, setting, shorten
+from reports.trials import as_optuna_study, count_states, is_copy, rank_of, varied
+from reports.words import duration, is_missing, percent, plural, setting, shorten
 from study.config.formatting import short_backbone
 from study.record.models import UNFINISHED
 
-Figures = Iterator[tuple[str, go.Figure | str]]
-Draw = Callable[[SearchRecord], Figures]
+Figure: TypeAlias = go.Figure | str
+Draw = Callable[[SearchRecord], Figure | dict[str, Figure]]
 
 BLUE, ORANGE, RED, GREEN, GREY = "#0072b2", "#e69f00", "#d55e00", "#009e73", "#8a919c"
 _LOOKS = {
@@ -43,47 +42,41 @@ HOVERED = "trials"
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A figure of the page.
+    """A figure of the page, or several with a caption in common.
 
     Attributes:
         name: Of the function that draws it.
         section: Heading of the page under which it stands.
-        title: What it shows.
+        title: What it shows; empty where each of several figures has its key for a title.
         caption: How to read it.
-        draw: Yields a key and a figure, or a sentence in its place; a plot may be several.
         size: `wide`, `half` or `small`.
+        function: Draws it.
     """
 
     name: str
     section: str
     title: str
     caption: str
-    draw: Draw
-    size: str = "half"
+    size: str
+    function: Draw
+
+    def draw(self, record: SearchRecord) -> Iterator[tuple[str, Figure]]:
+        """Give a key and a figure, or a sentence in its place."""
+        found = self.function(record)
+        yield from found.items() if isinstance(found, dict) else [(self.name, found)]
 
 
 PLOTS: list[Plot] = []
 """All figures, in the order of the page."""
 
 
-def plot(section: str, title: str, caption: str = "", size: str = "half") -> Callable[[Any], Any]:
-    """Add a function that draws a figure to the page."""
-
-    def add(draw: Callable[[SearchRecord], go.Figure | str]) -> Any:
-        def one(record: SearchRecord) -> Figures:
-            yield draw.__name__, draw(record)
-
-        PLOTS.append(Plot(draw.__name__, section, title, caption, one, size))
-        return draw
-
-    return add
-
-
-def plots(section: str, caption: str = "", size: str = "small") -> Callable[[Draw], Draw]:
-    """Add a function that draws several figures, each under its own title."""
+def plot(
+    section: str, title: str, caption: str = "", size: str = "half"
+) -> Callable[[Draw], Draw]:
+    """Add a function that draws a figure, or several by their titles, to the page."""
 
     def add(draw: Draw) -> Draw:
-        PLOTS.append(Plot(draw.__name__, section, "", caption, draw, size))
+        PLOTS.append(Plot(draw.__name__, section, title, caption, size, draw))
         return draw
 
     return add
@@ -103,17 +96,11 @@ def drawn(record: SearchRecord, most: int | None = None) -> pd.DataFrame:
 
 def _scored(record: SearchRecord) -> pd.DataFrame:
     trials = drawn(record)
-    trials = trials[trials["state"].isin(["complete", "pruned"]) & trials["value"].notna()]
-    return trials.astype({"value": float})
+    return trials[trials["state"].isin(["complete", "pruned"]) & trials["value"].notna()]
 
 
 def _why_empty(record: SearchRecord) -> str:
-    if not len(record.trials):
-        return "The study has no trials yet."
-    states = ", ".join(
-        f"{n} {state}" for state, n in record.trials["state"].value_counts().items()
-    )
-    return f"No trial has an accuracy ({states})."
+    return f"No trial has an accuracy ({count_states(record.trials)})."
 
 
 def _text(value: Any, most: int = 40) -> str:
@@ -122,7 +109,7 @@ def _text(value: Any, most: int = 40) -> str:
 
 
 def _short(value: Any) -> str:
-    """Write a choice where there is little room; the ends of a backbone's name differ."""
+    """Write a choice on a narrow axis; the ends of a backbone's name differ."""
     return _text(short_backbone(setting(value)), 17)
 
 
@@ -132,11 +119,11 @@ def hovers(record: SearchRecord) -> dict[int, str]:
     for row in drawn(record).to_dict("records"):
         lines = [f"<b>trial {row['number']}</b> {row['state']}, {percent(row['value'])}"]
         lines += [f"{duration(row['duration_s'])}, {_text(row['origin'], 60)}"]
-        if row["reason"] is not None and row["reason"] == row["reason"]:
+        if not is_missing(row["reason"]):
             lines.append(_text(row["reason"], 60))
         for name in record.varied:
             value = row.get(f"params_{name}")
-            if value is not None and value == value and row["number"] not in record.idle[name]:
+            if not is_missing(value) and row["number"] not in record.idle[name]:
                 lines.append(f"{_text(name)} = {_text(setting(value))}")
         found[row["number"]] = "<br>".join(lines)
     return found
@@ -150,30 +137,32 @@ def with_hovers(figure: go.Figure, texts: Mapping[int, str]) -> go.Figure:
     return figure
 
 
-def _by_state(
-    record: SearchRecord, trials: pd.DataFrame, x: Any, y: Any, hover: list[str] | None = None
-) -> Iterator[go.Scatter]:
-    """Draw trials as points whose look says how they ended."""
-    points = pd.DataFrame({"x": np.asarray(x), "y": np.asarray(y)}, index=trials.index)
-    points["number"] = trials["number"]
-    points["text"] = "" if hover is None else hover
+def _by_state(trials: pd.DataFrame, x: "pd.Series[Any]", y: "pd.Series[Any]") -> list[go.Scatter]:
+    """Draw trials as points whose look says how they ended; x and y have the trials' index."""
+    traces = []
     for state, (colour, symbol) in _LOOKS.items():
-        own = points[trials["state"] == state]
+        own = trials.index[trials["state"] == state]
         if len(own):
-            marker = {"color": colour, "symbol": symbol, "size": 7, "line": {"width": 2}}
-            if state != "pruned":
-                marker["line"] = {"width": 0}
-            yield go.Scatter(
-                x=own["x"].tolist(),
-                y=own["y"].tolist(),
-                text=own["text"].tolist() if hover else None,
-                customdata=None if hover else own["number"].tolist(),
-                meta=None if hover else HOVERED,
-                mode="markers",
-                name=state,
-                marker=marker,
-                hovertemplate="%{text}<extra></extra>",
+            line = {"width": 2 if state == "pruned" else 0}
+            traces.append(
+                go.Scatter(
+                    x=x[own].tolist(),
+                    y=y[own].tolist(),
+                    customdata=trials.loc[own, "number"].tolist(),
+                    meta=HOVERED,
+                    mode="markers",
+                    name=state,
+                    marker={"color": colour, "symbol": symbol, "size": 7, "line": line},
+                    hovertemplate="%{text}<extra></extra>",
+                )
             )
+    return traces
+
+
+def _steps(x: list[Any], y: list[Any], name: str) -> go.Scatter:
+    """Draw the line of the best."""
+    line = {"color": GREEN, "shape": "hv"}
+    return go.Scatter(x=x, y=y, name=name, mode="lines", line=line, hoverinfo="skip")
 
 
 def _figure(data: Any, x: str = "", y: str = "", **layout: Any) -> go.Figure:
@@ -187,7 +176,7 @@ def _figure(data: Any, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     "Learning curve",
     "Loss and accuracy after each epoch of the best trial.",
 )
-def learning_curve(record: SearchRecord) -> go.Figure | str:
+def learning_curve(record: SearchRecord) -> Figure:
     """Draw the best trial's losses and accuracy by epoch."""
     if record.best is None:
         return _why_empty(record)
@@ -216,16 +205,13 @@ def learning_curve(record: SearchRecord) -> go.Figure | str:
     "Rows are the true class, columns the predicted one, on the validation split; colours are "
     "shares of the true class.",
 )
-def confusion(record: SearchRecord) -> go.Figure | str:
+def confusion(record: SearchRecord) -> Figure:
     """Draw the best trial's confusion matrix."""
     counts, classes = record.confusion, record.classes
     if counts is None:
         return "No predictions are kept: that needs a trial that finished."
-    if len(classes) != len(counts):
-        return "The confusion matrix and the names of the classes do not fit together."
-    total = counts.sum(axis=1, keepdims=True)
-    shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
-    names = [f"{_text(name, 18)}" for name in classes]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [_text(name, 18) for name in classes]
     ticks: dict[str, Any] = {"tickvals": list(range(len(names))), "ticktext": names}
     if len(classes) > _MOST_NAMED:
         ticks = {}
@@ -251,44 +237,41 @@ def confusion(record: SearchRecord) -> go.Figure | str:
     "Points are trials at the time they ended; the line is the accuracy of the best trial so far. "
     "It may fall where trials are ranked by loss.",
 )
-def accuracy_over_minutes(record: SearchRecord) -> go.Figure | str:
+def accuracy_over_minutes(record: SearchRecord) -> Figure:
     """Draw accuracy against the time that trials took up to there."""
-    return _progress(record, record.trials["duration_s"].fillna(0.0).cumsum() / 60, "minutes")
+    minutes = record.trials["duration_s"].fillna(0.0).cumsum() / 60
+    return _progress(record, minutes, record.trials["value"], "minutes")
 
 
 @plot(
     "Progress",
     "History",
-    "By what trials are ranked: the line is the best so far. Click an entry of the legend to hide "
-    "it.",
+    "What trials are ranked by, in their order; the line is the best so far. Click an entry of "
+    "the legend to hide it.",
 )
-def history(record: SearchRecord) -> go.Figure | str:
+def history(record: SearchRecord) -> Figure:
     """Draw what trials are ranked by, in their order."""
-    return _progress(record, record.trials["number"], "trial", by_rank=True)
+    trials = record.trials
+    return _progress(record, trials["number"], rank_of(trials, "value"), "trial")
 
 
 def _progress(
-    record: SearchRecord, x: "pd.Series[Any]", label: str, *, by_rank: bool = False
-) -> go.Figure | str:
-    trials = drawn(record)
-    ranks = rank_of(record.trials, "value")
-    finished = ranks.where(record.trials["state"] == "complete")
+    record: SearchRecord, x: "pd.Series[Any]", y: "pd.Series[float]", x_title: str
+) -> Figure:
+    trials, ranks = record.trials, rank_of(record.trials, "value")
     if not ranks.notna().any():
         return _why_empty(record)
-    y = ranks if by_rank else record.trials["value"].astype(float)
+    shown = drawn(record)
+    foot = y[shown.index].min() - 0.02  # where failed trials stand
+    data = _by_state(shown, x, y.fillna(foot))
+    finished = ranks.where(trials["state"] == "complete")
     is_new = finished > finished.cummax().shift(fill_value=-np.inf).ffill()
-    foot = float(y[trials.index].min()) - 0.02  # where failed trials stand
-    data = list(_by_state(record, trials, x[trials.index], y[trials.index].fillna(foot)))
     if is_new.any():
-        line = {"color": GREEN, "shape": "hv"}
-        ends_x = [*x[is_new], x.iloc[-1]]
-        ends_y = [*y[is_new], y[is_new].iloc[-1]]
-        best = go.Scatter(x=ends_x, y=ends_y, mode="lines", name="best so far", line=line)
-        data.append(best.update(hoverinfo="skip"))
-    accuracy = "score (exp of minus the validation loss)"
-    is_accuracy = not by_rank or ranks.equals(record.trials["value"].astype(float))
-    name = "validation accuracy" if is_accuracy else accuracy
-    return _figure(data, label, name, yaxis_tickformat=_PERCENT if is_accuracy else ".3f")
+        best = y[is_new].tolist()
+        data.append(_steps([*x[is_new], x.iloc[-1]], [*best, best[-1]], "best so far"))
+    if y.equals(trials["value"]):
+        return _figure(data, x_title, "validation accuracy", yaxis_tickformat=_PERCENT)
+    return _figure(data, x_title, "score, exp(−validation loss)")
 
 
 @plot(
@@ -297,7 +280,7 @@ def _progress(
     "Share of each setting in the differences of final accuracy, with its 95 % bootstrap "
     "interval.",
 )
-def importance(record: SearchRecord) -> go.Figure | str:
+def importance(record: SearchRecord) -> Figure:
     """Draw the importances."""
     found = record.importance
     if found.why_empty:
@@ -313,57 +296,52 @@ def importance(record: SearchRecord) -> go.Figure | str:
     return _figure([data], "share of importance", xaxis_tickformat=_PERCENT, height=height)
 
 
-@plots(
+@plot(
     "Settings",
+    "",
     "Accuracy by the value of each setting, of trials on which it had an effect. Pruned trials "
     "stand at the accuracy of their best epoch.",
+    "small",
 )
-def slices(record: SearchRecord) -> Figures:
+def slices(record: SearchRecord) -> dict[str, Figure]:
     """Draw accuracy against each searched setting."""
     trials = _scored(record)
-    hover = [f"trial {n}, {percent(v)}" for n, v in zip(trials["number"], trials["value"],
-                                                        strict=True)]  # fmt: skip
-    shown = pd.Series(hover, index=trials.index)
+    figures: dict[str, Figure] = {}
     for name in record.varied:
         dim = record.dims[name]
-        values = trials[f"params_{name}"][~trials["number"].isin(record.idle[name])]
-        is_choice = isinstance(dim, CategoricalDistribution)
-        if not is_choice:
-            values = values.dropna().astype(float)
-        own = trials.loc[values.index]
-        x = [_short(v) for v in values] if is_choice else values.tolist()
-        if not len(own):
-            yield name, _why_empty(record)
-            continue
-        axis: dict[str, Any] = {
-            "type": "log" if getattr(dim, "log", False) else "category" if is_choice else None
-        }
+        own = trials[~trials["number"].isin(record.idle[name])]
+        x = own[f"params_{name}"]
+        axis: dict[str, Any] = {}
         if isinstance(dim, CategoricalDistribution):
-            axis |= {"categoryorder": "array", "categoryarray": [_short(v) for v in dim.choices]}
-        elif axis["type"] == "log":
-            axis |= {"minor": {"showgrid": False}, "exponentformat": "power", "nticks": 5}
-        figure = _figure(
-            _by_state(record, own, x, own["value"], shown[own.index].tolist()),
-            yaxis_tickformat=_PERCENT, showlegend=False, xaxis=axis, height=240,
-        )  # fmt: skip
-        yield name, figure
+            x = x.map(_short)
+            choices = [_short(choice) for choice in dim.choices]
+            axis = {"type": "category", "categoryorder": "array", "categoryarray": choices}
+        elif vars(dim)["log"]:
+            axis = {"type": "log", "minor": {"showgrid": False}}
+            axis |= {"exponentformat": "power", "nticks": 5}
+        data = _by_state(own, x, own["value"])
+        figures[name] = _why_empty(record)
+        if data:
+            figures[name] = _figure(
+                data, yaxis_tickformat=_PERCENT, showlegend=False, xaxis=axis, height=240
+            )
+    return figures
 
 
 @plot(
     "Settings",
     "Parallel coordinates",
-    "Each line is a trial, coloured by its final accuracy; that of pruned trials is estimated.",
+    "Each line is a trial, coloured by its final accuracy; that of pruned trials is estimated. "
+    f"Of more than {_MOST_LINES} trials, the best and evenly spaced others.",
     "wide",
 )
-def parallel(record: SearchRecord) -> go.Figure | str:
+def parallel(record: SearchRecord) -> Figure:
     """Draw Optuna's parallel coordinates of all trials, the pruned ones included."""
-    names = varied(record.view.get_trials(deepcopy=False))
+    view = _view(record, _MOST_LINES)
+    names = varied(view.get_trials(deepcopy=False))
     if len(names) < 2 or record.final.nunique() < 2:
         return "This needs two settings that vary, and trials of different accuracy."
-    view = _thinned(record, _MOST_LINES)
-    figure = optuna.visualization.plot_parallel_coordinate(
-        view, params=names, target_name="accuracy"
-    )
+    figure = optuna.visualization.plot_parallel_coordinate(view, names, target_name="accuracy")
     return figure.update_layout(template="none", title=None)
 
 
@@ -373,101 +351,60 @@ def parallel(record: SearchRecord) -> go.Figure | str:
     "Final accuracy by both, interpolated between the trials (points; pruned ones estimated).",
     "wide",
 )
-def contour(record: SearchRecord) -> go.Figure | str:
+def contour(record: SearchRecord) -> Figure:
     """Draw Optuna's contour of the two settings that a fine-tuning study turns on."""
-    pair = ["base_lr", "freeze_depth"]
-    names = varied(record.view.get_trials(deepcopy=False))
-    missing = [name for name in pair if name not in names]
     if record.importance.why_empty:
         return record.importance.why_empty
+    view, pair = _view(record), ["base_lr", "freeze_depth"]
+    missing = [name for name in pair if name not in varied(view.get_trials(deepcopy=False))]
     if missing:
         return f"This needs trials with several values of {' and '.join(missing)}."
-    figure = optuna.visualization.plot_contour(
-        _thinned(record), params=pair, target_name="accuracy"
-    )
+    figure = optuna.visualization.plot_contour(view, pair, target_name="accuracy")
     return figure.update_layout(template="none", title=None)
 
 
-def _thinned(record: SearchRecord, most: int | None = None) -> optuna.study.Study:
-    """Return the view with the trials that are drawn."""
-    numbers = set(drawn(record, most)["number"])
-    trials = record.view.get_trials(deepcopy=False)
-    if len(trials) <= len(numbers):
-        return record.view
-    study = as_optuna_study([], record.final)
-    study.add_trials([t for t in trials if t.user_attrs["trial"] in numbers])
-    return study
+def _view(record: SearchRecord, most: int | None = None) -> optuna.study.Study:
+    """Copy the trials that are drawn for Optuna's plots."""
+    is_drawn = record.final.index.isin(drawn(record, most)["number"])
+    return as_optuna_study(record.frozen, record.final[is_drawn])
 
 
 @plot(
     "Learning curves and pruning",
     "Learning curves",
-    "Validation accuracy after each epoch, of trials with more than one.",
+    "Validation accuracy after each epoch, of trials with more than one; of more than "
+    f"{_MOST_CURVES} such trials, the best.",
+    "wide",
 )
-def curves(record: SearchRecord) -> go.Figure | str:
+def curves(record: SearchRecord) -> Figure:
     """Draw accuracy by epoch."""
-    trials = _scored(record)
-    numbers = set(trials["number"])
-    epochs = record.epochs[record.epochs["number"].isin(numbers)].dropna(subset=["val_acc"])
+    trials = _scored(record).set_index("number")
+    epochs = record.epochs.dropna(subset=["val_acc"])
     lengths = epochs.groupby("number").size()
-    best = rank_of(trials, "value").sort_values(ascending=False).index
-    ordered = trials.loc[best, "number"]
-    shown = ordered[ordered.map(lengths).fillna(0) > 1].head(_MOST_CURVES)
+    is_long = trials.index.isin(lengths.index[lengths > 1])
+    shown = trials[is_long].loc[rank_of(trials[is_long], "value").nlargest(_MOST_CURVES).index]
     if not len(shown):
         return "No trial was trained for more than one epoch."
-    data: list[go.Scatter] = []
-    states = trials.set_index("number")["state"]
-    for state, (colour, _) in _LOOKS.items():
+    own = dict(list(epochs[epochs["number"].isin(shown.index)].groupby("number")))
+    data = []
+    for state, numbers in shown.groupby("state").groups.items():
         xs: list[Any] = []
         ys: list[Any] = []
         text: list[str] = []
-        for number in sorted(shown[states[shown].to_numpy() == state]):
-            own = epochs[epochs["number"] == number]
-            xs += [*own["epoch"], None]  # None ends a line
-            ys += [*own["val_acc"], None]
-            text += [f"trial {number}"] * (len(own) + 1)
-        if xs:
-            line = {"color": colour, "width": 1.5, "dash": "dot" if state == "pruned" else "solid"}
-            data.append(
-                go.Scatter(
-                    x=xs,
-                    y=ys,
-                    text=text,
-                    name=state,
-                    mode="lines",
-                    line=line,
-                    opacity=0.7,
-                    hovertemplate="%{text}, epoch %{x}: %{y:.1%}<extra></extra>",
-                )
+        for number in sorted(numbers):
+            xs += [*own[number]["epoch"], None]  # None ends a line
+            ys += [*own[number]["val_acc"], None]
+            text += [f"trial {number}"] * (len(own[number]) + 1)
+        dash = "dot" if state == "pruned" else "solid"
+        data.append(
+            go.Scatter(
+                x=xs, y=ys, text=text, name=state, mode="lines", opacity=0.7,
+                line={"color": _LOOKS[str(state)][0], "width": 1.5, "dash": dash},
+                hovertemplate="%{text}, epoch %{x}: %{y:.1%}<extra></extra>",
             )
-    axis = {"showlegend": True, "yaxis_tickformat": _PERCENT}
-    return _figure(data, "epoch", "validation accuracy", **axis)
-
-
-@plot(
-    "Learning curves and pruning",
-    "How early the final order shows",
-    "Rank correlation of each epoch with the end, over finished trials, with 95 % intervals.",
-)
-def early_rank(record: SearchRecord) -> go.Figure | str:
-    """Draw the rank correlation with the final order, epoch by epoch."""
-    early = early_rank_correlation(record.epochs, record.trials)
-    if early.why_empty:
-        return early.why_empty
-    known = [(e.epoch, e.best_so_far) for e in early.epochs if e.best_so_far is not None]
-    if not known:
-        return "All trials have the same accuracy."
-    x = [epoch for epoch, _ in known]
-    low, mid, high = np.array([(i.low, i.estimate, i.high) for _, i in known]).T.tolist()
-    band = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
-    data = [
-        go.Scatter(x=x, y=low, mode="lines", **band),
-        go.Scatter(
-            x=x, y=high, mode="lines", fill="tonexty", fillcolor="rgba(0,114,178,.2)", **band
-        ),
-        go.Scatter(x=x, y=mid, mode="lines+markers", line={"color": BLUE}, showlegend=False),
-    ]
-    return _figure(data, "epoch", "rank correlation with the end")
+        )  # fmt: skip
+    y = "validation accuracy"
+    return _figure(data, "epoch", y, yaxis_tickformat=_PERCENT, showlegend=True)
 
 
 @plot(
@@ -475,55 +412,43 @@ def early_rank(record: SearchRecord) -> go.Figure | str:
     "Accuracy against time",
     "The line joins finished trials that no other one beats in both.",
 )
-def cost(record: SearchRecord) -> go.Figure | str:
+def cost(record: SearchRecord) -> Figure:
     """Draw accuracy against the time that a trial took."""
     trials = _scored(record)
     trials = trials[trials["duration_s"].notna() & ~is_copy(trials)]
     if not len(trials):
         return _why_empty(record) if record.best is None else "No trial has a duration."
-    seconds = trials["duration_s"].astype(float)
-    data = list(_by_state(record, trials, seconds, trials["value"]))
+    data = _by_state(trials, trials["duration_s"], trials["value"])
     finished = trials[trials["state"] == "complete"]
-    own = seconds[finished.index]
-    front = finished[is_on_front(own.tolist(), finished["value"].tolist())]
-    front = front.assign(s=own[front.index]).sort_values("s")
-    line = {"color": GREEN, "shape": "hv"}
+    ordered = finished.sort_values(["duration_s", "value"], ascending=[True, False])
+    before = ordered["value"].cummax().shift(fill_value=-np.inf)
+    front = ordered[ordered["value"] > before]
     if len(front):
-        best = go.Scatter(x=front["s"].tolist(), y=front["value"].tolist(), line=line)
-        data.append(best.update(mode="lines", name="best for its time", hoverinfo="skip"))
-    x = {"type": "log", "title": "seconds"}
-    return _figure(data, y="validation accuracy", yaxis_tickformat=_PERCENT, xaxis=x)
+        x, y = front["duration_s"].tolist(), front["value"].tolist()
+        data.append(_steps(x, y, "best for its time"))
+    axis = {"type": "log", "title": "seconds"}
+    return _figure(data, y="validation accuracy", yaxis_tickformat=_PERCENT, xaxis=axis)
 
 
 @plot("Cost", "Timeline", "When each trial ran.")
-def timeline(record: SearchRecord) -> go.Figure | str:
+def timeline(record: SearchRecord) -> Figure:
     """Draw when each trial ran."""
     trials = drawn(record)
     trials = trials[trials["ended_at"].notna()]
     if not len(trials):
-        return _why_empty(record)
+        return "No trial has ended."
     begun = pd.to_datetime(trials["started_at"])
     length = (pd.to_datetime(trials["ended_at"]) - begun).dt.total_seconds() * 1000
-    data = []
-    for state, (colour, _) in _LOOKS.items():
-        own = trials.index[trials["state"] == state]
-        if len(own):
-            data.append(
-                go.Bar(
-                    base=begun[own].dt.strftime("%Y-%m-%d %H:%M:%S.%f").tolist(),
-                    x=length[own].tolist(),
-                    y=trials.loc[own, "number"].tolist(),
-                    customdata=trials.loc[own, "number"].tolist(),
-                    meta=HOVERED,
-                    textposition="none",
-                    name=state,
-                    orientation="h",
-                    marker_color=colour,
-                    hovertemplate="%{text}<extra></extra>",
-                )
-            )
-    x = {"type": "date", "title": "UTC"}
-    return _figure(data, y="trial", xaxis=x, barmode="overlay")
+    data = [
+        go.Bar(
+            base=begun[own].dt.strftime("%Y-%m-%d %H:%M:%S.%f").tolist(), x=length[own].tolist(),
+            y=trials.loc[own, "number"].tolist(), orientation="h", name=state,
+            customdata=trials.loc[own, "number"].tolist(), meta=HOVERED, textposition="none",
+            marker_color=_LOOKS[str(state)][0], hovertemplate="%{text}<extra></extra>",
+        )
+        for state, own in trials.groupby("state").groups.items()
+    ]  # fmt: skip
+    return _figure(data, "UTC", "trial", xaxis_type="date", barmode="overlay")
 
 
 @plot(
@@ -533,9 +458,9 @@ def timeline(record: SearchRecord) -> go.Figure | str:
     "frozen layers saved is not part of the whole.",
     "wide",
 )
-def where_the_time_went(record: SearchRecord) -> go.Figure | str:
+def where_the_time_went(record: SearchRecord) -> Figure:
     """Draw the time that trials spent on data, training and evaluation."""
-    whole = float(record.trials["duration_s"].fillna(0.0).sum())
+    whole = float(record.trials["duration_s"].sum())
     sums = record.epochs[["data_s", "train_s", "eval_s", "saved_s"]].sum()
     if whole <= 0:
         return "No trial has ended."

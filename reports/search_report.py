@@ -1,25 +1,23 @@
 """Write the report of a search: an interactive page that needs no network, and trials as CSV."""
 
 import json
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from reports.intervals import Interval, difference_interval, wilson_interval
 from reports.page import plotly_js, render_template
-from reports.pruning import audit_of, audited_grid, rank_grid
+from reports.pruning import audit_of, audited_grid
 from reports.publish import Grid
 from reports.record import SearchRecord, read_record
 from reports.search_plots import MOST_DRAWN, PLOTS, drawn, hovers
-from reports.trials import is_copy, rank_of
+from reports.trials import MOST_FITTED, count_states, is_copy, rank_of
 from reports.words import (
     config_words,
     count,
@@ -39,7 +37,6 @@ from study.record.record import Record
 _MOST_FINDINGS = 5
 # Keys of the database, of no meaning outside it, and lists.
 _INNER = ("id", "study_id", "run_id", "without_effect")
-_STORAGE = "studies.db"  # where the command line looks without --storage
 _NEAR = 0.7  # a trial that took less than this share of the best one's time is worth naming
 
 
@@ -54,23 +51,6 @@ class ReportPaths:
 
     html: Path
     csv: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading of the page with its figures and tables.
-
-    Attributes:
-        title: The heading.
-        figures: Key, title, caption, size, and the figure as JSON or why there is none.
-        sentences: Findings below them.
-        grids: Tables below those.
-    """
-
-    title: str
-    figures: list[Mapping[str, Any]]
-    sentences: list[str]
-    grids: list[Grid]
 
 
 def write_report(
@@ -96,8 +76,8 @@ def write_report(
         RecordError: There is no such study.
     """
     record = read_record(store, study_name)
-    others = [read_record(store, name) for name in beside]
-    contents = _contents(record, others) | {"refresh_s": refresh_s}
+    studies = studies_grid([record, *(read_record(store, name) for name in beside)])
+    contents = _contents(record) | {"studies": studies, "refresh_s": refresh_s}
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(html=out_dir / "report.html", csv=out_dir / "trials.csv")
     part = out_dir / ".report.html"  # a browser that reads meanwhile finds a whole page
@@ -108,9 +88,9 @@ def write_report(
     return paths
 
 
-def _contents(record: SearchRecord, others: Sequence[SearchRecord]) -> dict[str, Any]:
+def _contents(record: SearchRecord) -> dict[str, Any]:
     """Collect what the template shows."""
-    sections = {section.title: section for section in _sections(record)}
+    sections = _sections(record)
     n_drawn, n = len(drawn(record)), len(record.trials)
     thinned = ""
     if n > MOST_DRAWN:
@@ -118,21 +98,19 @@ def _contents(record: SearchRecord, others: Sequence[SearchRecord]) -> dict[str,
             f"Figures and table show {n_drawn:,} of {n:,} trials: the best ones, and evenly "
             "spaced others. trials.csv has all."
         )
+    config = record.best.config if record.best else {}
     return {
         "study": record.study,
         "record": record,
         "cards": cards(record),
         "findings": findings(record)[:_MOST_FINDINGS],
         "test_line": _test_line(record),
-        "next_commands": _next_commands(record),
-        "warnings": [str(warning) for warning in record.study.data.get("warnings", [])],
-        "best_section": sections.pop("Best trial"),
-        "sections": list(sections.values()),
-        "others": _others(record, others),
+        "warnings": record.study.data.get("warnings", []),
+        "best_figures": sections.pop("Best trial")["figures"],
+        "sections": sections,
         "best": _best_facts(record),
-        "best_config": _json(record.best.config) if record.best else "",
+        "best_config": json.dumps(config, indent=2, ensure_ascii=False, default=str),
         "confused": confused_grid(record),
-        "epochs": epochs_grid(record),
         "tests": tests_grid(record),
         "trials": trials_rows(record),
         "thinned": thinned,
@@ -140,38 +118,35 @@ def _contents(record: SearchRecord, others: Sequence[SearchRecord]) -> dict[str,
         "runs": _runs_grid(record),
         "space": [(name, _dimension_words(dim)) for name, dim in record.dims.items()],
         "config": config_words(record.study.config),
-        "hovers": json.dumps(hovers(record)).replace("</", "<\\/"),
+        "hovers": json.dumps(hovers(record)),
         "plotly": plotly_js(),
         "written": moment(datetime.now(UTC)),
     }
 
 
-def _sections(record: SearchRecord) -> Iterator[Section]:
-    """Draw all figures, by heading."""
-    found: dict[str, Section] = {}
+def _sections(record: SearchRecord) -> dict[str, dict[str, list[Any]]]:
+    """Make the figures, sentences and tables under each heading of the page, in this order."""
+    found: dict[str, dict[str, list[Any]]] = {}
     for plot in PLOTS:
-        section = found.setdefault(plot.section, Section(plot.section, [], [], []))
+        section = found.setdefault(plot.section, {"figures": [], "sentences": [], "grids": []})
         for k, (key, figure) in enumerate(plot.draw(record)):
-            why, text = figure, ""
-            if isinstance(figure, go.Figure):  # "</" would end the script that holds it
-                why, text = "", str(figure.to_json()).replace("</", "<\\/")
-            section.figures.append(
+            text = str(figure.to_json()) if isinstance(figure, go.Figure) else ""
+            section["figures"].append(
                 {
-                    "key": f"{plot.name}-{len(section.figures)}",
+                    "key": f"{plot.name}-{k}",
                     "title": plot.title or key,
-                    "caption": plot.caption if k == 0 else "",
+                    "caption": "" if k else plot.caption,
                     "size": plot.size,
                     "json": text,
-                    "why_empty": why,
+                    "why_empty": "" if text else figure,
                 }
             )
     for title, make in TABLES:
         if (grid := make(record)).rows:
-            found[title].grids.append(grid)
-    audit = audit_of(record)
-    if audit.n_pruned:
-        found["Learning curves and pruning"].sentences.extend(audit.findings)
-    yield from found.values()
+            found[title]["grids"].append(grid)
+    found["Importance"]["sentences"] = _importance_basis(record)
+    found["Learning curves and pruning"]["sentences"] = audit_of(record).findings
+    return found
 
 
 # Cards and findings.
@@ -180,11 +155,10 @@ def _sections(record: SearchRecord) -> Iterator[Section]:
 def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     """Return name, figure and a few words of what a reader looks for first."""
     trials, accuracy = record.trials, _validation(record)
-    best: tuple[str, str] = ("–", "no trial has one")
-    if record.best is not None:
-        ends = f"{percent_range(accuracy.low, accuracy.high)} · " if accuracy else ""
-        share = accuracy.estimate if accuracy else record.best.value
-        best = percent(share), f"{ends}trial {record.best.number}"
+    best = "–", "no trial has one"
+    if record.best is not None and accuracy is not None:
+        ends = percent_range(accuracy.low, accuracy.high)
+        best = percent(accuracy.estimate), f"{ends} · trial {record.best.number}"
     found = [("Validation accuracy", *best)]
     if record.model:
         members = ", ".join(map(str, record.model.get("trials", [])))
@@ -198,23 +172,15 @@ def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     else:
         text = f"{count(record.n_test)} images kept apart" if record.n_test else "no test split"
         found.append(("Test accuracy", "not read" if record.n_test else "none", text))
-    found.append(("Trials", f"{len(trials):,}", _states(trials)))
-    spent = duration(trials["duration_s"].sum()) if len(trials) else "–"
-    found.append(("Time", spent, "in which trials ran"))
+    found.append(("Trials", f"{len(trials):,}", count_states(trials)))
+    found.append(("Time", duration(trials["duration_s"].sum()), "in which trials ran"))
     return found
 
 
-def _states(trials: pd.DataFrame) -> str:
-    counts = trials["state"].value_counts()
-    names = ("complete", "pruned", "failed", *UNFINISHED)
-    parts = [f"{counts[state]} {state}" for state in names if counts.get(state)]
-    return ", ".join(parts) or "no trials yet"
-
-
 def _validation(record: SearchRecord) -> Interval | None:
-    if record.best is None or record.best.value is None or not record.n_val:
+    if record.best is None:
         return None
-    return wilson_interval(round(record.best.value * record.n_val), record.n_val)
+    return wilson_interval(round((record.best.value or 0.0) * record.n_val), record.n_val)
 
 
 def findings(record: SearchRecord) -> list[str]:
@@ -231,25 +197,21 @@ def findings(record: SearchRecord) -> list[str]:
 
 
 def _best_finding(record: SearchRecord) -> str:
-    best = record.best
-    if best is None:
-        return f"No trial has an accuracy ({_states(record.trials)})."
-    among = int((record.trials["state"] == "complete").sum())
+    best, trials, accuracy = record.best, record.trials, _validation(record)
+    if best is None or accuracy is None:
+        return f"No trial has an accuracy ({count_states(trials)})."
+    among = int((trials["state"] == "complete").sum())
     where = f"the best of {among} complete trials" if among > 1 else "the only complete trial"
     if best.state == "pruned":
         where = "the best pruned trial; none is complete"
-    text = f"Trial {best.number} is {where}"
-    if accuracy := _validation(record):
-        text += (
-            f": it classifies {percent(accuracy.estimate)} of the {count(record.n_val)} "
-            "validation images correctly (95 % interval "
-            f"{percent_range(accuracy.low, accuracy.high)})."
-        )
-    else:
-        text += f": {percent(best.value)} validation accuracy."
-    trials = record.trials
+    value = best.value or 0.0
+    text = (
+        f"Trial {best.number} is {where}: it classifies {percent(accuracy.estimate)} of the "
+        f"{count(record.n_val)} validation images correctly (95 % interval "
+        f"{percent_range(accuracy.low, accuracy.high)})."
+    )
     top_value = trials.loc[trials["state"] == "complete", "value"].max()
-    if best.value is not None and top_value > best.value:
+    if top_value > value:
         first = trials.loc[trials["value"] == top_value, "number"].iloc[0]
         text += (
             f" It has the lowest {best.chosen_by}, by which trials are ranked; the highest "
@@ -263,7 +225,7 @@ def _best_finding(record: SearchRecord) -> str:
     name = str(top["origin"]).removeprefix("recipe:")
     if int(top["number"]) == best.number:
         return f"{text} It is a plain recipe ({name}); no trial that was searched is better."
-    gain = 100 * ((best.value or 0.0) - float(top["value"]))
+    gain = 100 * (value - float(top["value"]))
     words = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'}"
     return f"{text} That is {words} than the best plain recipe ({name}, trial {top['number']})."
 
@@ -276,15 +238,11 @@ def _model_finding(record: SearchRecord) -> str | None:
     what = f"is trial {numbers[0]}"
     if len(numbers) > 1:
         what = f"averages the predictions of trials {', '.join(map(str, numbers))}"
-    fitted = (
-        ", fitted again on all images but the test split"
-        if any(record.model.get("refitted", []))
-        else ""
-    )
-    accuracy = percent(record.model.get("val_acc"))
+    if any(record.model.get("refitted", [])):
+        what += ", fitted again on all images but the test split"
     return (
-        f"The model to use is in {record.study.output / MODEL_FOLDER}: it {what}{fitted}, and "
-        f"classifies {accuracy} of the validation images correctly."
+        f"The model to use is in {record.study.output / MODEL_FOLDER}: it {what}, and classifies "
+        f"{percent(record.model.get('val_acc'))} of the validation images correctly."
     )
 
 
@@ -315,7 +273,7 @@ def _rivals_finding(record: SearchRecord) -> str | None:
 
 def _optimism(record: SearchRecord, test: Test) -> Interval | None:
     """Return validation minus test accuracy with its interval."""
-    if test.val_acc is None or not record.n_val:
+    if test.val_acc is None:
         return None
     promised = wilson_interval(round(test.val_acc * record.n_val), record.n_val)
     return difference_interval(promised, Interval(test.accuracy, test.low, test.high))
@@ -389,21 +347,6 @@ def _test_line(record: SearchRecord) -> str:
     )
 
 
-def _next_commands(record: SearchRecord) -> list[str]:
-    name, settings = shlex.quote(record.study.name), record.study.config.get("study", {})
-    storage = str(settings.get("storage", _STORAGE))
-    if storage != _STORAGE:
-        name += f" --storage {shlex.quote(hide_password(storage))}"
-    commands = []
-    if record.best is not None:
-        if record.best.state == "complete" and record.n_test and not record.tests:
-            commands.append(f"python -m study test {name}  # reads the test split, once")
-        commands.append(f"python -m study ablate {name} --dry-run  # what would settings change")
-    done, asked = int(record.trials["ended_at"].notna().sum()), settings.get("trials")
-    more = "" if asked is None else f" --trials {asked if done < asked else done + 20}"
-    return [*commands, f"python -m study resume {name}{more}  # search on"]
-
-
 # Tables.
 
 
@@ -416,35 +359,36 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
     if len(trials) > MOST_DRAWN:
         kept = set(drawn(record)["number"])
         trials = trials[trials["number"].isin(kept) | trials["state"].isin(UNFINISHED)]
-    is_scored = trials["score"].notna() & (trials["score"] != trials["value"])
-    names = record.varied  # what is the same in all trials stands under Provenance
+    has_scores = bool((trials["score"].notna() & (trials["score"] != trials["value"])).any())
     best = -1 if record.best is None else record.best.number
     rows = []
     for row in trials.to_dict("records"):
-        cells = [(row["number"], str(row["number"])), (row["state"], row["state"])]
-        cells.append(_number(row["value"], percent(row["value"])))
-        if is_scored.any():
-            text = "–" if is_missing(row["score"]) else f"{row['score']:.4f}"
-            cells.append(_number(row["score"], text))
+        cells = [
+            (row["number"], str(row["number"])),
+            (row["state"], row["state"]),
+            _cell(row["value"], percent(row["value"])),
+        ]
+        if has_scores:
+            cells.append(_cell(row["score"], f"{row['score']:.4f}"))
         cells.append((row["epochs_done"], count(row["epochs_done"])))
-        cells.append(_number(row["duration_s"], duration(row["duration_s"])))
-        for name in names:
-            value = row.get(f"params_{name}")
-            is_idle = is_missing(value) or row["number"] in record.idle[name]
-            value, text = (None, "–") if is_idle else (value, setting(value))
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            cells.append(_number(value, text) if is_number else (text, text))
-        reason = "" if is_missing(row["reason"]) else str(row["reason"])
-        cells += [(str(row["origin"]), str(row["origin"])), (reason, reason)]
+        cells.append(_cell(row["duration_s"], duration(row["duration_s"])))
+        for name in record.varied:  # what is the same in all trials stands under Provenance
+            value = None if row["number"] in record.idle[name] else row[f"params_{name}"]
+            cells.append(_cell(value, setting(value)))
+        reason = "" if is_missing(row["reason"]) else row["reason"]
+        cells += [(row["origin"], row["origin"]), (reason, reason)]
         state = f"{row['state']} best" if row["number"] == best else row["state"]
         rows.append({"state": state, "cells": cells})
-    score = ("score",) if is_scored.any() else ()
-    header = ("trial", "state", "accuracy", *score, "epochs", "time", *names, "from", "reason")
+    score = ("score",) if has_scores else ()
+    settings = record.varied
+    header = ("trial", "state", "accuracy", *score, "epochs", "time", *settings, "from", "reason")
     return {"header": header, "rows": rows, "n_text": 2}
 
 
-def _number(value: Any, text: str) -> tuple[Any, str]:
-    return ("" if is_missing(value) else value), text
+def _cell(value: Any, text: str) -> tuple[Any, str]:
+    if is_missing(value):
+        return "", "–"
+    return text if isinstance(value, bool) else value, text
 
 
 def _best_facts(record: SearchRecord) -> list[tuple[str, str]]:
@@ -476,39 +420,16 @@ def _best_facts(record: SearchRecord) -> list[tuple[str, str]]:
 def confused_grid(record: SearchRecord, n_pairs: int = 8) -> Grid:
     """List the most frequent mistakes of the best trial."""
     rows = []
-    if record.confusion is not None and len(record.classes) == len(record.confusion):
-        errors = np.array(record.confusion, dtype=float)
-        np.fill_diagonal(errors, 0)
+    if record.confusion is not None:
+        totals = record.confusion.sum(axis=1)
+        errors = record.confusion - np.diag(np.diag(record.confusion))
         order = np.argsort(-errors, axis=None, kind="stable")[:n_pairs]
         for truth, guess in zip(*np.unravel_index(order, errors.shape), strict=True):
             if n := int(errors[truth, guess]):
-                share = percent(n / float(record.confusion[truth].sum()), 0)
-                rows.append((record.classes[truth], record.classes[guess], str(n), share))
+                names = record.classes[truth], record.classes[guess]
+                rows.append((*names, str(n), percent(n / totals[truth], 0)))
     header = ("True class", "Predicted", "Images", "Of the class")
     return Grid("confused", "Most confused pairs", header, tuple(rows), n_text=2)
-
-
-def epochs_grid(record: SearchRecord) -> Grid:
-    """List the best trial's epochs."""
-    header = ("Epoch", "Accuracy", "Balanced", "Macro-F1", "Validation loss", "Training loss",
-              "Base LR", "Images/s")  # fmt: skip
-    number = -1 if record.best is None else record.best.number
-    rows = [
-        (
-            str(row["epoch"]),
-            *(percent(row[key]) for key in ("val_acc", "val_balanced_acc", "val_macro_f1")),
-            *(f"{row[key]:.3f}" for key in ("val_loss", "train_loss")),
-            f"{row['base_lr']:.2e}",
-            f"{row['images_per_s']:,.0f}",
-        )
-        for row in record.epochs[record.epochs["number"] == number].to_dict("records")
-    ]
-    note = (
-        "On the validation split. A solved head's score, by which trials are ranked, is of all "
-        "images but the test split, each predicted by folds without it, and of calibrated "
-        "probabilities."
-    )
-    return Grid("epochs", "Epochs", header, tuple(rows), n_text=0, note=note)
 
 
 def tests_grid(record: SearchRecord) -> Grid:
@@ -529,78 +450,61 @@ def tests_grid(record: SearchRecord) -> Grid:
     return Grid("tests", "Test split", header, tuple(rows), n_text=2)
 
 
-def importance_grid(record: SearchRecord) -> Grid:
-    """List the importances and the trials that they rest on."""
-    found = record.importance
-    rows = [
-        (row["setting"], percent(row["share"], 0), percent_range(row["low"], row["high"], 0))
-        for row in found.shares.to_dict("records")
-    ]
-    words = {"complete": "complete", "pruned": "pruned (final accuracy estimated)",
-             "failed": "diverged (as the worst)"}  # fmt: skip
-    parts = ", ".join(f"{found.counts[key]} {text}" for key, text in words.items()
-                      if found.counts.get(key))  # fmt: skip
-    note = (
-        f"Variance of each setting's main effect over the space, by a forest that has seen "
-        f"{sum(found.counts.values())} trials: {parts}. Optuna's dashboard counts "
-        "complete trials alone, which a pruner has selected."
-    )
-    header = ("Setting", "Importance", "95 % interval")
-    return Grid("importance", "Importance", header, tuple(rows), note=note)
-
-
 TABLES: tuple[tuple[str, Callable[[SearchRecord], Grid]], ...] = (
-    ("Importance", importance_grid),
-    ("Learning curves and pruning", lambda record: rank_grid(audit_of(record))),
     ("Learning curves and pruning", lambda record: audited_grid(audit_of(record))),
 )
 """The tables below the figures, each with the heading under which it stands."""
 
 
+def _importance_basis(record: SearchRecord) -> list[str]:
+    """Say which trials the importances rest on."""
+    counts = record.importance.counts
+    if record.importance.why_empty:
+        return []
+    words = {"complete": "complete", "pruned": "pruned (final accuracy estimated)",
+             "failed": "diverged (as the worst)"}  # fmt: skip
+    parts = ", ".join(f"{counts[key]} {text}" for key, text in words.items() if counts.get(key))
+    n = sum(counts.values())
+    drawn_of = f"{MOST_FITTED:,} of " if n > MOST_FITTED else ""
+    return [
+        "Variance of each setting's main effect over the space, by a forest that has seen "
+        f"{drawn_of}{n:,} trials: {parts}. Optuna's dashboard counts complete trials alone, which "
+        "a pruner has selected."
+    ]
+
+
+def studies_grid(records: Sequence[SearchRecord]) -> Grid:
+    """List several studies side by side."""
+    header = ("Study", "Images", "Fingerprint", "Trials", "Time", "Best", "Backbone",
+              "Freeze depth", "Test")  # fmt: skip
+    rows = []
+    for record in records:
+        best, data = record.best, record.study.data
+        images = f"{data['source']}, {count(data['n_train'])} training"
+        whole = duration(record.trials["duration_s"].sum())
+        rows.append(
+            (
+                *(record.study.name, images, data["fingerprint"][:12]),
+                *(str(len(record.trials)), whole, percent(best.value if best else None)),
+                *((best.backbone, str(best.freeze_depth)) if best else ("–", "–")),
+                percent(record.tests[0].accuracy) if record.tests else "–",
+            )
+        )
+    differ = len({record.study.data["fingerprint"] for record in records}) > 1
+    note = "Their images or splits differ, so that accuracies do not compare." if differ else ""
+    return Grid("studies", "Studies", header, tuple(rows), n_text=3, note=note)
+
+
 def _runs_grid(record: SearchRecord) -> Grid:
-    header = ("Began", "Ended", "Outcome", "Host", "Device", "Command")
+    header = ("Began", "Ended", "Because", "Host", "Device", "Command")
     rows = tuple(
         (
-            *(moment(run.started_at), moment(run.ended_at), _outcome(run.outcome)),
+            *(moment(run.started_at), moment(run.ended_at), run.outcome or "–"),
             *(run.host, run.device, hide_password(run.command)),
         )
         for run in record.runs
     )
     return Grid("runs", "Runs", header, rows, n_text=len(header))
-
-
-def _outcome(because: str | None) -> str:
-    words = {
-        "no gain": "nothing that was not tried promised a gain",
-        "no time": "nothing more fitted into the time",
-        "trials": "all trials done",
-        "timeout": "the time was up",
-    }
-    return words.get(because or "", because or "–")
-
-
-def _others(record: SearchRecord, others: Sequence[SearchRecord]) -> Grid:
-    """List several studies side by side."""
-    header = ("Study", "Images", "Trials", "Time", "Best", "Backbone", "Freeze depth", "Test")
-    rows = []
-    for each in (record, *others):
-        best, data = each.best, each.study.data
-        rows.append(
-            (
-                each.study.name,
-                f"{data.get('source', '–')}, {count(data.get('n_train'))} training",
-                str(len(each.trials)),
-                duration(each.trials["duration_s"].sum()),
-                percent(best.value if best else None),
-                best.backbone if best else "–",
-                str(best.freeze_depth) if best else "–",
-                percent(each.tests[0].accuracy) if each.tests else "–",
-            )
-        )
-    own = record.study.data.get("fingerprint")
-    is_same = all(each.study.data.get("fingerprint") == own for each in others)
-    note = "" if is_same else "Their images or splits differ, so that accuracies do not compare."
-    return Grid("others", "Studies", header, tuple(rows) if others else (), n_text=2, note=note)
 
 
 # Provenance.
@@ -610,12 +514,12 @@ def _data_facts(record: SearchRecord) -> list[tuple[str, str]]:
     study, data = record.study, record.study.data
     versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
     return [
-        ("images", str(data.get("source", "–"))),
-        ("training", count(data.get("n_train"))),
-        ("validation", count(data.get("n_val"))),
-        ("test", count(data.get("n_test")) if data.get("n_test") else "none"),
+        ("images", data["source"]),
+        ("training", count(data["n_train"])),
+        ("validation", count(record.n_val)),
+        ("test", count(record.n_test) if record.n_test else "none"),
         ("classes", f"{len(record.classes)}: {', '.join(record.classes)}"),
-        ("fingerprint", str(data.get("fingerprint", "–"))),
+        ("fingerprint", data["fingerprint"]),
         ("study began", moment(study.created_at)),
         ("seed", str(study.config.get("study", {}).get("seed", "–"))),
         ("devices", ", ".join(dict.fromkeys(record.trials["device"].astype(str))) or "–"),
@@ -628,9 +532,4 @@ def _dimension_words(dim: BaseDistribution) -> str:
     if isinstance(dim, CategoricalDistribution):
         return ", ".join(setting(choice) for choice in dim.choices)
     own = vars(dim)
-    log = ", logarithmic" if getattr(dim, "log", False) else ""
-    return f"{own['low']:g} to {own['high']:g}{log}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return f"{own['low']:g} to {own['high']:g}{', logarithmic' if own['log'] else ''}"

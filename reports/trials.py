@@ -1,7 +1,7 @@
 """What a search's trials say together: final accuracies of the pruned ones, and importances."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,11 @@ import numpy as np
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.isotonic import IsotonicRegression
+
+from study.record.models import UNFINISHED
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -20,8 +22,8 @@ MIN_TRIALS = 8
 """Fewer trials with an accuracy say nothing about importance. Assumption."""
 # Trees of the forest; points of the space, and values of each setting, at which it is asked.
 _TREES, _POINTS, _GRID = 64, 128, 10
-# Of more trials so many are drawn for the forest. Assumption.
-_MOST_FITTED = 1_000
+MOST_FITTED = 1_000
+"""Of more trials so many are drawn for the forest. Assumption."""
 _RESAMPLES = 20
 
 
@@ -30,27 +32,18 @@ def is_copy(trials: pd.DataFrame) -> "pd.Series[bool]":
     return trials["origin"].astype(str).str.startswith("same as")
 
 
-def is_diverged(trials: pd.DataFrame) -> "pd.Series[bool]":
-    """Say which trials failed because their training diverged, by the reason recorded."""
-    reasons = trials["reason"].fillna("").astype(str)
-    return (trials["state"] == "failed") & reasons.str.startswith("diverged")
+def count_states(trials: pd.DataFrame) -> str:
+    """Say how many trials ended how."""
+    counts = trials["state"].value_counts()
+    names = ("complete", "pruned", "failed", *UNFINISHED)
+    parts = [f"{counts[state]} {state}" for state in names if counts.get(state)]
+    return ", ".join(parts) or "no trials yet"
 
 
 def rank_of(frame: pd.DataFrame, accuracy: str) -> "pd.Series[float]":
     """Give what trials or epochs are ranked by: the score, or the accuracy where there is none."""
     known = frame[accuracy].astype(float)
     return frame["score"].astype(float).fillna(known) if "score" in frame else known
-
-
-def best_number(trials: pd.DataFrame) -> int | None:
-    """Name the best trial: highest score, earliest on a tie; pruned ones only if none finished."""
-    for state in ("complete", "pruned"):
-        scored = trials[(trials["state"] == state) & trials["value"].notna()]
-        if len(scored):
-            ranked = scored.assign(rank=rank_of(scored, "value"))
-            ordered = ranked.sort_values(["rank", "number"], ascending=[False, True])
-            return int(ordered["number"].iloc[0])
-    return None
 
 
 def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[float]":
@@ -93,7 +86,8 @@ def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[f
             below = np.maximum(known.min() - estimates, 0.0)
             estimates = np.maximum(fit.predict(estimates) - below, 0.0)
         found.update(zip(stopped.index, estimates.tolist(), strict=True))
-    diverged = own.index[is_diverged(own)]
+    reasons = own["reason"].fillna("").astype(str)
+    diverged = own.index[(own["state"] == "failed") & reasons.str.startswith("diverged")]
     found.update(dict.fromkeys(diverged, min(found.values(), default=0.0)))
     return pd.Series(found, dtype=float).sort_index()
 
@@ -113,21 +107,17 @@ def as_optuna_study(
 
     Optuna's plots leave pruned trials out, and so the settings that a pruner stopped.
     """
-    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(direction="maximize")
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-    for trial in trials:
-        if trial.number in final.index:
-            copy = optuna.trial.create_trial(
-                value=float(final[trial.number]),
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={"trial": trial.number, "state": trial.state.name.lower()},
-            )
-            study.add_trial(copy)
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        create_trial(
+            value=float(final[trial.number]),
+            params=trial.params,
+            distributions=trial.distributions,
+        )
+        for trial in trials
+        if trial.number in final.index
+    )
     return study
 
 
@@ -138,7 +128,7 @@ def dimensions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
 
 def varied(trials: Sequence[FrozenTrial]) -> list[str]:
     """List the settings of which trials had more than one value."""
-    seen: dict[str, set[Any]] = {name: set() for name in dimensions(trials)}
+    seen: defaultdict[str, set[Any]] = defaultdict(set)
     for trial in trials:
         for name, value in trial.params.items():
             seen[name].add(value)
@@ -211,8 +201,8 @@ def _shares(
     trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str], seed: int
 ) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    if len(trials) > _MOST_FITTED:
-        kept = np.sort(rng.choice(len(trials), _MOST_FITTED, replace=False))
+    if len(trials) > MOST_FITTED:
+        kept = np.sort(rng.choice(len(trials), MOST_FITTED, replace=False))
         trials = [trials[i] for i in kept]
     known = dimensions(trials)
     dims = [known[name] for name in names]
@@ -250,7 +240,7 @@ def _place(value: Any, dim: BaseDistribution) -> float:
 
 
 def _main_effects(x: Array, y: Array, dims: Sequence[BaseDistribution], seed: int) -> Array:
-    """Return each setting's share of the variance that a forest sees over the whole space.
+    """Return each setting's share of the variance that a forest sees over the whole space, (D,).
 
     Args:
         x: Places of the trials, (N, D).
@@ -279,19 +269,3 @@ def _columns(x: Array, sizes: Sequence[int]) -> Array:
         x[:, [k]] if size == 0 else x[:, [k]] == np.arange(size) for k, size in enumerate(sizes)
     ]
     return np.concatenate(columns, axis=1).astype(np.float64)
-
-
-def is_on_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray[Any, Any]:
-    """Mark the points that no other beats: cheaper and at least as good; of equal ones the first.
-
-    Args:
-        cost: (N,), less is better.
-        value: (N,), more is better.
-    """
-    front = np.zeros(len(cost), dtype=bool)
-    best = -math.inf
-    for i in np.lexsort((-np.asarray(value, dtype=float), np.asarray(cost, dtype=float))):
-        if value[i] > best:
-            front[i] = True
-            best = value[i]
-    return front

@@ -7,9 +7,15 @@ const look = () => ({
   "hoverlabel.bgcolor": colour("--card"), "hoverlabel.font.color": colour("--ink"),
   "hoverlabel.align": "left",
 });
-const axes = (layout) => Object.fromEntries([...(layout.annotations ?? []).map((_, i) => [`annotations[${i}].font.color`, colour("--ink")]), ...Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))
-  .flatMap((key) => [[`${key}.gridcolor`, colour("--line")], [`${key}.linecolor`, colour("--soft")],
-    [`${key}.zerolinecolor`, colour("--line")]])]);
+const axes = (layout) => {
+  const found = {};
+  (layout.annotations ?? []).forEach((_, i) => { found[`annotations[${i}].font.color`] = colour("--ink"); });
+  Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)).forEach((key) => {
+    found[`${key}.gridcolor`] = found[`${key}.zerolinecolor`] = colour("--line");
+    found[`${key}.linecolor`] = colour("--soft");
+  });
+  return found;
+};
 
 const hovers = JSON.parse(document.getElementById("hovers").textContent);
 

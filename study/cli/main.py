@@ -401,7 +401,7 @@ def ablate(
 @_json
 def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> int:
     """Audit a search's pruner: train a sample of its pruned trials."""
-    from reports.pruning import audited_grid, rank_grid, read_audit
+    from reports.pruning import audited_grid, read_audit
     from study.cli.views import grid_table, print_json, print_view
     from study.search.audit import audit_study
 
@@ -417,13 +417,13 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
     if as_json:
         print_json(found)
         return 0
-    for grid in (rank_grid(found), audited_grid(found)):
-        if grid.rows:
-            print_view(grid.title)
-            print_view(grid_table(grid))
-            print(f"{grid.note}\n")
-    none = "" if found.n_pruned else "No trial of this study was pruned; nothing to audit."
-    print(*filter(None, (found.early.why_empty, none, *found.findings)), sep="\n")
+    grid = audited_grid(found)
+    if grid.rows:
+        print_view(grid.title)
+        print_view(grid_table(grid))
+        print(f"{grid.note}\n")
+    none = ["No trial of this study was pruned; nothing to audit."]
+    print(*(found.findings or none), sep="\n")
     return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
 
 

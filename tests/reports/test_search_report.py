@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 
-from reports.record import SearchRecord, read_record
-from reports.search_plots import PLOTS, plot
+from reports.record import read_record
+from reports.search_plots import PLOTS, accuracy_over_minutes, history
 from reports.search_report import ReportPaths, trials_rows, write_report
 from study.record.database import RecordError
 from study.record.record import Record
@@ -138,20 +137,6 @@ def test_rare_studies_have_a_report_that_says_what_is_missing(case: str, tmp_pat
     assert len(pd.read_csv(paths.csv)) == len(RARE[case])
 
 
-def test_a_new_plot_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reports.search_plots.PLOTS", own := [*PLOTS])
-    monkeypatch.setattr("reports.search_report.PLOTS", own)
-
-    @plot("Cost", "Epochs", "How long trials were trained.")
-    def n_epochs(record: SearchRecord) -> go.Figure | str:
-        return go.Figure(go.Histogram(x=record.trials["epochs_done"].tolist()))
-
-    store = make_study(tmp_path / "s.db", [finished()], space=SMALL)
-    page = report(store, tmp_path)[1]
-    assert [key for key in page.figures if key.startswith("n_epochs")]
-    assert "How long trials were trained." in page.text
-
-
 def test_many_trials_are_thinned_and_the_page_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +147,15 @@ def test_many_trials_are_thinned_and_the_page_says_so(
     assert "show 20 of 30 trials" in page.text and len(pd.read_csv(paths.csv)) == 30
     table = next(table for table in page.tables if table[0][:2] == ["trial", "state"])
     assert {row[0] for row in table[1:]} > {"25", "26", "27", "28", "29"} and len(table) == 21
+
+
+def test_the_best_so_far_never_falls_in_what_trials_are_ranked_by(tmp_path: Path) -> None:
+    reached = [(0.8, 0.4), (0.7, 0.5), (0.9, 0.45)]
+    plans = [Plan(PARAMS, [value], score=score) for value, score in reached]
+    with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
+        record = read_record(store, "pets")
+    lines = [draw(record).data[-1].y for draw in (history, accuracy_over_minutes)]
+    assert lines == [(0.4, 0.5, 0.5), (0.8, 0.7, 0.7)]
 
 
 def test_studies_are_shown_side_by_side(tmp_path: Path) -> None:

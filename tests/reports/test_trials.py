@@ -17,10 +17,8 @@ from reports.trials import (
     MIN_TRIALS,
     Importance,
     as_optuna_study,
-    best_number,
     final_accuracies,
     importances,
-    is_on_front,
 )
 
 DIMS: dict[str, BaseDistribution] = {n: FloatDistribution(0, 1) for n in ("f1", "f2", "f3")}
@@ -96,7 +94,6 @@ def test_the_view_has_pruned_trials_at_their_final_accuracy() -> None:
     view = as_optuna_study(frozen_of(trials, DIMS), final).get_trials()
     assert [t.value for t in view] == pytest.approx(final.tolist())
     assert {t.state for t in view} == {TrialState.COMPLETE}
-    assert [t.user_attrs["state"] for t in view] == trials["state"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -164,21 +161,3 @@ def test_choices_and_whole_numbers_are_judged_too() -> None:
         "f3": DIMS["f3"],
     }
     assert estimate(trials, epochs, dims).shares["setting"].iloc[0] == "f1"
-
-
-def test_the_best_is_the_earliest_of_the_highest_finished() -> None:
-    rows: list[dict[str, object]] = [
-        {"value": 0.99, "state": "pruned"},
-        {"value": 0.8},
-        {"value": 0.9},
-        {"value": 0.9},
-    ]
-    assert best_number(trials_of(rows)) == 2
-    assert best_number(trials_of([row | {"score": 1 - i} for i, row in enumerate(rows)])) == 1
-    assert best_number(trials_of(rows[:1])) == 0
-    assert best_number(trials_of([{"value": None, "state": "failed"}])) is None
-
-
-def test_the_front_has_what_nothing_beats() -> None:
-    cost, value = [3.0, 1.0, 2.0, 2.0, 4.0], [0.9, 0.5, 0.7, 0.7, 0.8]
-    assert is_on_front(cost, value).tolist() == [True, True, True, False, False]
