@@ -263,7 +263,7 @@ def test_ablation_finds_planted_effects_after_a_kill(tmp_path: Path) -> None:
     assert found == whole
     assert open_trials(tmp_path, "cut") == []
     verdicts = {label.split(" = ")[0]: row["verdict"] for label, row in found.items()}
-    assert verdicts["base_lr"] == "hurts"  # nothing is learned
+    assert verdicts["base_lr"] == "degrades"  # nothing is learned
     assert verdicts["step_gamma"] == "identical"  # another schedule's
     assert verdicts["clip_norm"] == "identical"  # larger than any gradient
     assert all(row["low"] <= row["difference"] <= row["high"] for row in found.values())

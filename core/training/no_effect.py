@@ -3,7 +3,7 @@
 from core.config import MAX_FREEZE_DEPTH, TrainConfig, fields_of
 
 _OF_NETWORK = ("backbone", "weights", "image_size", "normalize", "freeze_depth", "amp")
-_OF_SOLVED_HEAD = ("head_solver", "features", "mirrored", "head_decay")
+_OF_SOLVED_HEAD = ("train_fraction", "head_solver", "features", "mirrored", "head_decay")
 
 
 def without_effect(config: TrainConfig) -> set[str]:

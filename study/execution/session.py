@@ -326,7 +326,8 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
         network = build(alike[0], data.classes)
         for train in alike:
             try:
-                check_batches(train, network, len(data.train))
+                n_train = len(data.with_share(train.train_fraction).train)
+                check_batches(train, network, n_train)
             except ValueError as err:
                 raise ConfigError(str(err)) from err
         solved = next((t for t in alike if t.is_solved or t.head_init == "solved"), None)

@@ -33,6 +33,7 @@ CHANGES: dict[str, Any] = {
     "features": "last",
     "mirrored": True,
     "head_decay": 0.5,
+    "train_fraction": 0.5,
     "epochs": 3,
     "batch_size": 6,
     "micro_batch_size": 3,

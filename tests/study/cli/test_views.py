@@ -55,7 +55,7 @@ def test_the_selection_bias_is_at_least_that_of_equally_good_trials(
     best = np.random.default_rng(0).binomial(n, p, (1000, k)).max(axis=1) / n
     reported = np.mean([selection_bias(value, n, k) for value in best])
     assert best.mean() - p - 0.002 <= reported < best.mean() - p + 0.03
-    assert selection_bias(0.9, n, 1) == views.selection_bias(0.0, n, 5) == 0
+    assert selection_bias(0.9, n, 1) == selection_bias(0.0, n, 5) == 0
 
 
 def test_a_test_has_its_interval_and_says_whether_it_is_the_only_one() -> None:
