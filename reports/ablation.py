@@ -86,7 +86,7 @@ class Runs:
         numbers: Trial by replicate, (R,); None where it was not run.
         val_correct: By replicate, what was classified correctly; None where it is not known.
         test_correct: The same on the test split.
-        seconds: Mean duration of a finished run; NaN without one.
+        seconds: Median duration of a finished run; NaN without one.
         parameters: Parameters that are trained; None where no run says so.
         is_solved: Whether its replicates cannot differ: a solved head has no seed.
     """
@@ -189,7 +189,8 @@ class Ablation:
         """Count the images that the runs are judged by: of one split, or of all folds."""
         data = self.study.data
         if self.n_folds > 1:
-            return int(data.get("n_train") or 0) + int(data.get("n_val") or 0)
+            whole = int(data.get("n_train") or 0) + int(data.get("n_val") or 0)
+            return round(whole * min(1.0, self.replicates / self.n_folds))
         return int(data.get("n_val") or 0)
 
     @property
@@ -305,7 +306,7 @@ def _runs_of(
         numbers=tuple(row.number if row else None for row in rows),
         val_correct=tuple(correct["val"].get(row.number) if row else None for row in complete),
         test_correct=tuple(correct["test"].get(row.number) if row else None for row in complete),
-        seconds=float(np.mean(took)) if took else math.nan,
+        seconds=float(np.median(took)) if took else math.nan,
         parameters=done[0].trained_parameters if done else None,
         is_solved=is_solved,
     )

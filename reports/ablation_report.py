@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reports.ablation import Ablation, Runs, Split, read_ablations
+from reports.ablation import BASELINE, Ablation, Runs, Split, read_ablations
 from reports.ablation_plots import (
     Plot,
     plot_forest,
@@ -273,6 +273,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         "Verdict",
     )  # fmt: skip
     rows, groups = [], []
+    own = {str(f["name"]): str(f["baseline"]) for f in ablation.spec["factors"]}
     if ablation.baseline is not None:
         values = _values(ablation.baseline, split)
         n = sum(map(math.isfinite, values))
@@ -284,7 +285,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         added = [ablation.runs[k] for k, w in contrast.weights.items() if w == 1]
         rows.append(
             (
-                contrast.factor if groups[-1:] != [contrast.factor] else "",
+                _factor_words(contrast.factor, own) if groups[-1:] != [contrast.factor] else "",
                 contrast.level,
                 mean_words(_values(added[0], split)) if added else "",
                 difference_words(effect.difference),
@@ -298,10 +299,12 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     scope = scope_words(ablation, split)
     is_wider = ablation.kind == "path" or sum(len(a.looks) for a in ablation.analyses(split)) > 1
     wider = " (wider than 95 %, for repeated analyses or selected steps)" if is_wider else ""
+    alpha = ablation.rules.alpha
     how = "for the candidates of all steps" if ablation.kind == "path" else "by Holm's method"
     note = (
-        f"Accuracy: mean ± SD over replicates. p: corrected {how} and for the analyses made so "
-        f"far. Intervals, each for itself{wider}, generalise over {scope}"
+        f"Accuracy: mean ± SD over replicates. In brackets: the baseline's own level. p: "
+        f"corrected {how} and for the analyses made so far (compare with {alpha:g}). "
+        f"Intervals, each for itself{wider}, generalise over {scope}"
     )
     if split == "test":
         title = "The same runs on the test split"
@@ -311,6 +314,10 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     return Grid(
         name, title, header, tuple(rows), tuple(groups), n_text=2, is_last_text=True, note=note
     )
+
+
+def _factor_words(name: str, own: Mapping[str, str]) -> str:
+    return f"{name} ({own[name]})" if own.get(name, BASELINE) != BASELINE else name
 
 
 def _values(runs: Runs, split: Split) -> list[float]:
@@ -365,8 +372,8 @@ def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
     margin = ablation.rules.margin
     yield Plot(
         "forest", "Differences",
-        "Each difference with its 95 % interval; the shape is the verdict after correction, the "
-        "band the margin of what does not matter.",
+        "Each difference with its 95 % interval, not corrected for the others; the shape is the "
+        "verdict after correction, the band the margin of what does not matter.",
         lambda ax: plot_forest(effects, margin, ax), max(4, len(effects)),
     )  # fmt: skip
     runs = sorted(ablation.runs, key=lambda each: bool(each.levels))

@@ -78,6 +78,7 @@ def disagreements(
     both = both[both["size"] < 0].sort_values("size", kind="stable").head(_CANDIDATES)
     thumbnails = read_thumbnails(store, ablation.study.id, list(both.index))
     both["unseen"] = [path not in thumbnails for path in both.index]
+    both = both[~both["unseen"] | (both["n"] > 1)]  # of one run each, a name says nothing
     both = both.sort_values(["size", "unseen"], kind="stable").head(_MOST_IMAGES)
     images = [
         Image(

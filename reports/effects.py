@@ -307,12 +307,19 @@ def _effect(
     verdict = _verdict(effect, rules, is_identical=is_identical, is_tested=tested.n_looks > 0)
     if verdict != "inconclusive" or not inference.parts:
         return replace(effect, verdict=verdict)
-    level = rules.alpha * tested.share / (contrast.n_tests * ablation.n_tests)
+    level = rules.alpha * _next_share(ablation) / (contrast.n_tests * ablation.n_tests)
     images = None
     needed = replicates_needed(inference, level, rules.margin)
     if needed is None and inference.estimate:
         images = images_needed(inference, level)
     return replace(effect, verdict=verdict, n_needed=needed, images_needed=images)
+
+
+def _next_share(ablation: Ablation) -> float:
+    """Return the share of the error that more replicates would be tested with."""
+    if ablation.is_adaptive:
+        return ablation.analyses("val")[-1].looks[-1].share
+    return float(0.5 ** (ablation.n_analyses + 1))
 
 
 def _verdict(effect: Effect, rules: Rules, *, is_identical: bool, is_tested: bool) -> Verdict:

@@ -23,11 +23,10 @@ def scope_words(ablation: Ablation, split: Split = "val") -> str:
     """Say over what a design's intervals and verdicts generalise, as the end of a sentence."""
     n = ablation.replicates
     if split == "val" and ablation.n_folds > 1:
-        n_images = round(ablation.n_images * min(1.0, n / ablation.n_folds))
         return (
             f"other seeds, other training images and other validation images of the same kind "
-            f"({plural(n, 'replicate')} of a {ablation.n_folds}-fold cross-validation, "
-            f"{n_images} images; corrected resampled t-test)."
+            f"({plural(n, 'replicate')}, each one fold of a {ablation.n_folds}-fold "
+            f"cross-validation, {ablation.n_images} images in all; corrected resampled t-test)."
         )
     n_images = int(ablation.study.data.get("n_test" if split == "test" else "n_val") or 0)
     if all(runs.is_solved for runs in ablation.runs):
@@ -92,7 +91,7 @@ def methods_paragraph(ablation: Ablation) -> str:
     if ablation.n_folds > 1:
         parts.append(
             f"Replicates validate on the folds of a {ablation.n_folds}-fold cross-validation of "
-            f"all images but the test split, {ablation.n_images} in all. Differences are means "
+            f"all images but the test split, on {ablation.n_images} in all. Differences are means "
             "over replicates with intervals and p values of the corrected resampled t-test "
             "(Nadeau and Bengio 2003)."
         )
