@@ -163,6 +163,7 @@ def test_classes_and_the_images_that_two_settings_disagree_on_are_shown(folder: 
 # What is said in every state of every design
 
 SIMULATED = simulate(TRUTH)
+FALLEN = ("freeze = 3", 2)
 ADAPTED = simulate({"augment = none": -0.1, "augment = mixup": 0.1, "head = zero": 0.004})
 PLANTED = simulate({"augment = on": 0.05, "augment = on, freeze = on": 0.06})
 COSTLY = simulate({"augment = on": -0.03, "freeze = on": -0.12})  # what is still `on` costs
@@ -197,6 +198,7 @@ STATES: dict[str, tuple[Design, Simulator, list[dict[str, Any]], dict[str, Any]]
     ),
     "folds": (AUGMENTS, SIMULATED, [analysis(1, 5), analysis(2, 10)], {"n_folds": 5}),
     "failures": (OFAT, lambda c, r: FAILED.get((c.label, r)) or SIMULATED(c, r), [], {}),
+    "fallen": (OFAT, lambda c, r: 0.6 if (c.label, r) == FALLEN else SIMULATED(c, r), [], {}),
     "unfinished": (OFAT, only(half, SIMULATED), [], {}),
     "adaptive": (
         *(OFAT, only(lambda c, r: r < (5 if "augment" in c.label else 8), ADAPTED)),
