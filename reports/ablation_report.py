@@ -257,7 +257,7 @@ def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
         words = [f"median {100 * np.median(done):.1f} %, lowest {100 * done.min():.1f} %"]
         if base is not None and runs is not base:
             n, n_lost = int(np.isfinite(base.values).sum()), len(fallen(base))
-            counts = [[lost, len(done) - lost], [n_lost, n - n_lost]]
+            counts = np.array([[lost, len(done) - lost], [n_lost, n - n_lost]])
             words.append(f"baseline {n_lost} of {n}, {p_equals(fisher_exact(counts).pvalue)}")
         texts.append(
             f"{runs.label}: {lost} of {len(done)} replicates fell by more than 5 points "
