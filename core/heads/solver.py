@@ -126,6 +126,18 @@ def _by_class(labels: Tensor) -> Tensor:
     return shuffled[labels[shuffled].argsort(stable=True)]
 
 
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors; in float64 where float32 does not converge.
+
+    A network on images far smaller than it was made for gives many features that are nearly equal.
+    """
+    try:
+        found = torch.linalg.eigh(gram)
+    except RuntimeError:  # LinAlgError, which torch does not export by its name
+        found = torch.linalg.eigh(gram.double())
+    return found[0].to(gram.dtype), found[1].to(gram.dtype)
+
+
 class _Basis:
     """Features standardised, in the eigenbasis of the Gram matrix of some of them.
 
@@ -159,7 +171,7 @@ class _Basis:
             for where in torch.split(picked, _CHUNK_ROWS):
                 part = standardised(features[where])
                 gram.addmm_(part.t(), part)
-        values, turn = torch.linalg.eigh(gram / len(picked))
+        values, turn = _eigh(gram / len(picked))
         self._vectors = turn if span is None else span @ turn
         rank, width = len(values), 16 * (len(values) // 16 + 1)
         self.rows = torch.zeros(n, width, dtype=dtype, device=features.device)

@@ -7,8 +7,8 @@ import safetensors.torch
 import torch
 
 from core.cache import ArrayCache
-from core.config import TrainConfig
-from core.data.splits import ImageData
+from core.config import DataConfig, TrainConfig
+from core.data.splits import ImageData, load_data
 from core.fit import fit
 from core.models.sources import create
 from core.training.batches import Views
@@ -78,3 +78,11 @@ def test_a_trained_head_starts_from_the_solved_one(
     [started] = fit(replace(trained, head_init="solved"), data)
     assert started.val_loss == pytest.approx(solved.val_loss, abs=1e-3)
     assert default.val_loss > started.val_loss + 0.05
+
+
+def test_a_head_is_solved_on_images_far_smaller_than_the_network_was_made_for(
+    tmp_path: Path,
+) -> None:
+    data = load_data(DataConfig(cache_dir=str(tmp_path)), 40)  # the digits, packaged weights
+    (metrics,) = fit(TrainConfig(image_size=32, freeze_depth=5, features="last"), data)
+    assert metrics.val_acc > 0.8
