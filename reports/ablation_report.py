@@ -198,6 +198,10 @@ def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding
             yield Finding(head, "nothing, by the corrected test.")
     if not effects:
         yield Finding("Not finished:", "no comparison has its runs yet.")
+    failed = [runs for runs in ablation.runs if runs.n_failed]
+    if failed and not any(effect.verdict == "fails" for effect in effects):
+        text = "; ".join(f"{r.label} ({r.n_failed} of {r.n_run} runs)" for r in failed)
+        yield Finding(_HEADS["fails"], f"{text}.")
     yield from _fallen_findings(ablation)
     if ablation.kind == "factorial":
         yield Finding("Design:", f"{ablation.spec['construction']}.")
