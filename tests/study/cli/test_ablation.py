@@ -74,7 +74,8 @@ def test_ablate_prints_plan_results_and_next_commands(bees: Bees) -> None:
     assert ["head_lr_mult", "10", "1"] in rows
     baseline, *effects = [line.split()[:3] for line in results.splitlines()[2:5]]
     assert baseline[0] == "baseline"
-    assert [words[:2] for words in effects] == [["augment", "none"], ["head_lr_mult", "1"]]
+    wanted = [["augment", "(standard)", "none"], ["head_lr_mult", "(10)", "1"]]
+    assert [words[:3] for words in effects] == wanted
     assert "Generalises over: " in results and "Analyses: 1 analysis " in results
     report = bees.home / "runs" / "bees-ablation" / "ablation" / "ablation.html"
     assert f"Report: {report}" in results
