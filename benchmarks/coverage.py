@@ -210,8 +210,9 @@ def study_of(
         "looks": list(analyses[-1][2]),
         "analyses": [{"split": s, "order": o, "replicates": list(r)} for s, o, r in analyses],
     }
+    study: Any = _Plain()
     design: Any = _Plain(kind=kind, spec=spec)
-    return Ablation(_Plain(), design, tuple(runs), Rules(ALPHA, MARGIN), len(analyses))  # type: ignore[arg-type]
+    return Ablation(study, design, tuple(runs), Rules(ALPHA, MARGIN), len(analyses))
 
 
 class _Plain:

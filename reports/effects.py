@@ -190,10 +190,9 @@ def judge(ablation: Ablation, split: Split = "val") -> list[Effect]:
     """
     contrasts = contrasts_of(ablation)
     found = [_tested(ablation, contrast, split) for contrast in contrasts]
-    if ablation.kind == "path":  # its p values are multiplied by all candidates instead
-        family, equal, seeds = ([getattr(f, key) for f in found] for key in _P_VALUES)
-    else:
-        family, equal, seeds = (holm([getattr(f, key) for f in found]) for key in _P_VALUES)
+    family, equal, seeds = (
+        _corrected([getattr(f, key) for f in found], ablation, split) for key in _P_VALUES
+    )
     effects = [
         _effect(ablation, tested, p, p_equal, p_seeds, split)
         for tested, p, p_equal, p_seeds in zip(found, family, equal, seeds, strict=True)
@@ -202,6 +201,15 @@ def judge(ablation: Ablation, split: Split = "val") -> list[Effect]:
 
 
 _P_VALUES = ("p", "p_equivalence", "p_seeds")
+
+
+def _corrected(values: Sequence[float], ablation: Ablation, split: Split) -> list[float]:
+    """Correct p values by Holm's method; comparisons whose runs are still missing count, too."""
+    if ablation.kind == "path":  # multiplied by all candidates instead
+        return list(values)
+    open_p = math.nan if split == "test" else 1.0  # what was not tested there never will be
+    family = holm([open_p if math.isnan(p) else p for p in values])
+    return [p if math.isnan(p) else q for p, q in zip(values, family, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

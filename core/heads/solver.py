@@ -133,7 +133,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         found = torch.linalg.eigh(gram)
-    except RuntimeError:  # LinAlgError, which torch does not export by its name
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing in torch's types
         found = torch.linalg.eigh(gram.double())
     return found[0].to(gram.dtype), found[1].to(gram.dtype)
 

@@ -232,7 +232,8 @@ class _Ablation:
 
     def run(self, command: str, decide: Decide, begin: float) -> str:
         """Run what is missing; return why it ended."""
-        write_splits(self.session.data, self.session.output, map(self._fold, self._replicates))
+        if self.n_folds > 1:
+            write_splits(self.session.data, self.session.output, map(self._fold, self._replicates))
         continued = recover(self.engine)
         for row in self.record.trials(self.study_id):
             if is_settled(row):

@@ -67,7 +67,7 @@ def read_misclassified(store: Record, name: str, number: int) -> list[Misclassif
 
 
 def read_thumbnails(store: Record, study_id: int, paths: Sequence[str]) -> dict[str, bytes]:
-    """Read pictures of images that a trial of a study classified wrongly; path -> JPEG."""
+    """Read thumbnails of images that a trial of a study classified wrongly; path -> JPEG."""
     query = (
         select(Misclassified.path, Misclassified.thumbnail)
         .join(Trial, Trial.id == Misclassified.trial_id)

@@ -109,6 +109,11 @@ def run_search(
     as `time.monotonic` does, or from now. With `plan`, a file that another study left, a study
     that has not begun runs its trials and ends.
     """
+    if config.data.judged_by != "val":
+        raise ConfigError(
+            "data.judged_by must be val in a search, which must not see the images that "
+            f"data.ablation_fraction keeps apart, but got {config.data.judged_by}. Remove the key."
+        )
     begin = time.monotonic() if begin is None else begin
     replayed = None if plan is None else read_plan(plan, config)
     seconds = config.study.seconds

@@ -134,7 +134,7 @@ def test_the_csv_files_are_unrounded(folder: Path, levels: Report) -> None:
 
 
 def test_classes_and_the_images_that_two_settings_disagree_on_are_shown(folder: Path) -> None:
-    # 20 of 400 images, all dogs, are right in the level's runs alone; of one there is a picture.
+    # 20 of 400 images, all dogs, are right in the level's runs alone; of one there is a thumbnail.
     own = np.ones(400)
     own[1:41:2] = 0
     found = {"baseline": own, "augment = on": np.ones(400)}

@@ -109,7 +109,7 @@ def test_fingerprint_follows_images_and_seed(photos: Path, tmp_path: Path) -> No
 def test_each_image_of_development_is_validated_on_once_and_none_of_the_test_split(
     photos: Path, tmp_path: Path, is_given: bool
 ) -> None:
-    if is_given:  # a given val/ is divided anew with train/
+    if is_given:  # a given val/ is divided again with train/
         for k, part in enumerate(("train", "val", "test")):
             make_folder(tmp_path / "photos" / part, {"a": 10 + k, "b": 6 + k}, seed=k)
     data = _load(tmp_path / "photos" if is_given else photos)

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import signal
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,3 +218,24 @@ def test_an_adaptive_ablation_stops_by_the_rules_of_its_report(
     assert Path(last["report"]).is_file()
     assert effect["verdict"] in ("inconclusive", "identical")
     assert (effect["n"], last["n_done"], last["n_planned"]) == (4, 8, 8)
+
+
+def test_an_archive_renders_the_same_tables_elsewhere(
+    bees: Bees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bees.zip"
+    command = ["archive", "bees-ablation", *bees.storage, "--out", str(file)]
+    assert main(["report", "bees-ablation", *bees.storage]) == 0
+    assert main(command) == 0
+    assert main(command) == 2
+    assert f"--out must name a new file, but {file} exists." in capsys.readouterr().err
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(tmp_path / "other")
+    monkeypatch.chdir(tmp_path / "other")
+    with Record("studies.db") as store:
+        assert [study.name for study in store.studies()] == ["bees-ablation"]
+    csv = Path("frostline-runs/bees-ablation/ablation/ofat-effects.csv")
+    csv.unlink()
+    assert main(["report", "bees-ablation"]) == 0
+    assert csv.read_bytes() == (bees.home / "runs" / Path(*csv.parts[1:])).read_bytes()
+    assert main(["ablate", "study.toml", "--data", str(bees.home / "photos"), "--dry-run"]) == 0
