@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from reports.ablation import Ablation, Rules, Runs
 from reports.effects import Effect, fallen, judge
+from reports.intervals import selection_bias, simulated_bias
 
 Array = NDArray[np.float64]
 TABLE = Path(__file__).parent / "tables" / "predictions.npz"
@@ -500,6 +501,22 @@ def winners(n: int, n_trials: int, how: str) -> Row:
     return Row(f"winner of {n_trials} as baseline, judged by {how}", n, calls / n, more=more)
 
 
+def best_of_many(n: int, n_trials: int, alike: float) -> Row:
+    """How much too high the best of equal trials is, and what is said of it; `alike` in [0, 1]."""
+    rng = np.random.default_rng(61)
+    sums = np.zeros(3)
+    for _ in range(n):
+        common = math.sqrt(alike) * rng.standard_normal(N_IMAGES)
+        own = math.sqrt(1 - alike) * rng.standard_normal((n_trials, N_IMAGES))
+        correct = (common + own < 1.28).astype(np.float64)  # nine of ten
+        best = float(correct.mean(axis=1).max())
+        bound = selection_bias(best, N_IMAGES, n_trials)
+        sums += best - 0.9, simulated_bias(correct), bound
+    true, said, most = 100 * sums / n
+    more = f"too high by {true:.1f} points; said: about {said:.1f}, at most {most:.1f}"
+    return Row(f"best of {n_trials} equal trials, correlation {alike:g}", n, math.nan, more=more)
+
+
 def folds(n: int, n_images: int, reps: int = 1, train: float = 0.05) -> Row:
     """Equal recipes, cross-fitted; training sets that overlap shift all folds alike."""
     rng = np.random.default_rng(59 + n_images)
@@ -605,6 +622,8 @@ def rows_of(n: int, old: Old) -> Iterator[Row]:
     for how in ("split", "folds", "apart"):
         for n_trials in (10, 30, 100):
             yield winners(n, n_trials, how)
+    for n_trials in (10, 30, 100):
+        yield from (best_of_many(n // 4, n_trials, alike) for alike in (0.0, 0.5, 0.9))
     yield from power(n // 2, old)
 
 

@@ -376,7 +376,9 @@ _SEED_SCATTER = 0.01
 _LARGE = 0.05
 
 
-def foresee(n: int, n_tests: int, n_images: int, n_folds: int, rules: Rules) -> str:
+def foresee(
+    n: int, n_tests: int, n_images: int, n_folds: int, rules: Rules, order: int = 1
+) -> str:
     """Say, before a run, what it could decide.
 
     Args:
@@ -385,11 +387,12 @@ def foresee(n: int, n_tests: int, n_images: int, n_folds: int, rules: Rules) -> 
         n_images: Images by which runs are judged, of all folds.
         n_folds: Folds; 1 where all replicates share one split.
         rules: How they will be judged.
+        order: Which analysis of the ablation it will be, from 1.
 
     Returns:
         A sentence; one that begins with `warning:` names a run that could decide little.
     """
-    level = rules.alpha / 2 / n_tests  # the first analysis spends half of it
+    level = rules.alpha / 2**order / n_tests
     if n < 2:
         return (
             "warning: one replicate cannot be tested (but for solved heads, which have no seed): "

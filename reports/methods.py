@@ -48,12 +48,14 @@ def bias_words(ablation: Ablation) -> str:
     if ablation.study.config["data"].get("judged_by") == "ablation":
         return "The search that found the baseline saw none of these images."
     bias = selection_bias(chosen["value"], int(chosen["n_val"]), int(chosen["epochs"]))
-    points = 100 * bias * min(1.0, chosen["n_val"] / ablation.n_images)
+    scale = 100 * min(1.0, chosen["n_val"] / ablation.n_images)
     part = "some" if ablation.n_folds > 1 else "all"
     return (
-        f"A search chose the baseline by {part} of these images, so that levels may look up to "
-        f"{points:.1f} points worse than they are (the best of {int(chosen['epochs'])} epochs on "
-        f"{int(chosen['n_val'])} images); data.ablation_fraction keeps images apart against that."
+        f"A search chose the baseline by {part} of these images, so that levels look worse than "
+        f"they are: by about {scale * chosen['bias']:.1f} points (simulated from its trials' "
+        f"predictions, as if all were equally good), by {scale * bias:.1f} at most (the best of "
+        f"{int(chosen['epochs'])} epochs on {int(chosen['n_val'])} images); "
+        "data.ablation_fraction keeps images apart against that."
     )
 
 
@@ -80,13 +82,15 @@ def methods_paragraph(ablation: Ablation) -> str:
     factors = ", ".join(str(factor["name"]) for factor in spec["factors"])
     first, n = int(spec["first_seed"]), ablation.replicates
     seeds = f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
+    is_once = ablation.n_folds == 1 and any(runs.is_solved for runs in ablation.runs)
+    once = " (solved heads once, for they have no seed)" if is_once and n > 1 else ""
     most = "at most " if ablation.is_adaptive or ablation.n_missing else ""
     parts = [
         f"We ablated {spec['origin']} ({train['backbone']}, weights {train['weights']}, "
         f"{train['epochs']} epochs, batch size {train['batch_size']}) on {data_words(ablation)}. "
         f"Design: {spec['construction']}; factors: {factors}. Every setting was trained with "
-        f"{most}{plural(n, 'replicate')}{f' ({seeds})' if n else ''}, the same for all settings, "
-        "so that differences are paired."
+        f"{most}{plural(n, 'replicate')}{f' ({seeds})' if n else ''}, the same for all settings"
+        f"{once}, so that differences are paired."
     ]
     if ablation.n_folds > 1:
         parts.append(

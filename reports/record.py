@@ -14,6 +14,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
+from reports.intervals import simulated_bias
 from reports.trials import (
     Importance,
     dimensions,
@@ -21,12 +22,19 @@ from reports.trials import (
     importances,
     varied,
 )
-from study.record.frames import read_confusion, read_epochs, read_misclassified, read_trials
+from study.record.frames import (
+    read_confusion,
+    read_epochs,
+    read_misclassified,
+    read_predictions,
+    read_trials,
+)
 from study.record.models import MODEL_FOLDER, Misclassified, Run, Study, Test, Trial
 from study.record.record import Record
 
 _AUDIT_SUFFIX = "-audit"
 _AUDIT_FACTOR = "audit"
+_MOST_SIMULATED = 500  # trials: worse ones could not have been chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +165,16 @@ def read_record(store: Record, name: str) -> SearchRecord:
         audited=_audited(store, study, rows),
         model=model,
     )
+
+
+def optimism(store: Record, name: str) -> float:
+    """Return how far a study's best accuracy is too high, simulated from its predictions."""
+    found = [
+        (labels == guess).astype(float) for labels, guess in read_predictions(store, name).values()
+    ]
+    found = [row for row in found if len(row) == len(found[-1])]  # the images may have changed
+    best = sorted(found, key=np.mean)[-_MOST_SIMULATED:]
+    return simulated_bias(np.stack(best)) if best else 0.0
 
 
 def _best_of(rows: Sequence[Trial]) -> Trial | None:

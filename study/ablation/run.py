@@ -148,8 +148,11 @@ def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
     return config
 
 
-def check_begun(plan: Plan) -> None:
+def check_begun(plan: Plan) -> int:
     """Refuse, before a run, what the database has under the ablation's name, if it is another.
+
+    Returns:
+        Which analysis of the ablation the next one is, from 1.
 
     Raises:
         ConfigError: The study of this name is a search, or has another baseline.
@@ -157,7 +160,8 @@ def check_begun(plan: Plan) -> None:
     storage = plan.baseline.config.study.storage
     if "://" in storage or Path(storage).is_file():
         with Record(storage) as store:
-            settled_config(plan, store)
+            return next_order(store, settled_config(plan, store).study.name)
+    return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +187,14 @@ def run_ablation(
     progress: Progress,
     command: str,
     decide: Decide,
-    announce: Callable[[ImageData, int], None],
+    announce: Callable[[ImageData, int, int], None],
     take_over: bool = False,
 ) -> AblationOutcome:
     """Run or continue an ablation; it raises what `open_session` does, with the same arguments.
 
     `decide` says which cells are still open; it is asked by adaptive ablations only. `announce` is
-    called with the images and the folds before the first run.
+    called before the first run with the images, the folds, and which analysis of the ablation this
+    will be.
 
     Raises:
         ConfigError: The ablation of this name has another baseline.
@@ -208,7 +213,7 @@ def run_ablation(
             take_over=take_over,
         ) as session:
             ablation = _Ablation(plan, session)
-            announce(session.data, ablation.n_folds)
+            announce(session.data, ablation.n_folds, next_order(store, name))
             session.because = ablation.run(command, decide, begin)
             n_done, duration_s = len(ablation.done_rows()), time.monotonic() - begin
             return AblationOutcome(session.because, n_done, plan.n_runs, duration_s)
@@ -290,6 +295,8 @@ class _Ablation:
 
     def _train(self, cell: Cell, replicate: int) -> TrainConfig:
         train = apply_params(self.config.train, cell.overrides)
+        if train.is_solved and self.n_folds == 1:  # it has no seed: one run is all replicates
+            return train
         return dataclasses.replace(train, seed=train.seed + replicate)
 
     @property
@@ -358,6 +365,13 @@ class _Ablation:
             order = 1 + sum(len(each.spec["analyses"]) for each in designs)
             known = [*known, {"split": "val", "order": order, "replicates": looks}]
         return known
+
+
+def next_order(record: Record, name: str) -> int:
+    """Return which analysis of an ablation the next one is, from 1."""
+    study = record.find_study(name)
+    designs = record.designs(study.id) if study else []
+    return 1 + sum(len(design.spec["analyses"]) for design in designs)
 
 
 def record_test(record: Record, study_id: int) -> None:

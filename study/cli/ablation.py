@@ -1,5 +1,6 @@
 """What the commands about ablations do: plan, run, describe, report and test."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from core.data.splits import ImageData
 from reports.ablation import Rules, read_ablations
 from reports.ablation_report import describe_ablation, write_ablation
 from reports.effects import foresee, open_cells
+from reports.record import optimism
 from study.ablation.baseline import find_baseline, read_flags
 from study.ablation.designs import BASELINE, cell_label
 from study.ablation.run import (
@@ -55,6 +57,10 @@ def plan_ablation(
     if levels:
         flags = {**flags, "ablation.factors": levels}
     baseline = find_baseline(base, which, overrides, flags)
+    if baseline.source is not None:
+        with Record(baseline.config.study.storage) as store:
+            chosen = {**baseline.chosen, "bias": optimism(store, base)}
+        baseline = dataclasses.replace(baseline, chosen=chosen)
     plan = make_plan(baseline)
     check_inputs(baseline.config)
     return plan
@@ -82,8 +88,8 @@ def print_plan(plan: Plan) -> None:
     sys.stdout.flush()
 
 
-def foresee_plan(plan: Plan, data: ImageData, n_folds: int) -> list[str]:
-    """Say before a run what its replicates and images can decide."""
+def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[str]:
+    """Say before a run what its replicates and images can decide, as `foresee` does."""
     n = plan.looks[-1]
     judged = data.val if n_folds == 1 else data.development
     texts = []
@@ -93,8 +99,10 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int) -> list[str]:
             "the test split (ablation.folds = 1: on the validation split)."
         )
     if all(config.is_solved for config in plan.configs()):
-        texts.append("Solved heads have no seed: images alone decide about them.")
-    return [*texts, foresee(n, plan.design.n_tests, len(judged), n_folds, _rules(plan))]
+        once = "; on one split each is trained once." if n_folds == 1 else "."
+        texts.append(f"Solved heads have no seed: images alone decide about them{once}")
+    n_tests = plan.design.n_tests
+    return [*texts, foresee(n, n_tests, len(judged), n_folds, _rules(plan), order)]
 
 
 def _rules(plan: Plan) -> Rules:
@@ -106,8 +114,8 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     """Print the runs of an ablation and what they would cost."""
     data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
-    check_begun(plan)
-    for text in foresee_plan(plan, data, choose_folds(plan.baseline, len(data.val))):
+    order, n_folds = check_begun(plan), choose_folds(plan.baseline, len(data.val))
+    for text in foresee_plan(plan, data, n_folds, order):
         progress.emit(Note(text))
     n_kept = plan.n_runs if plan.baseline.settings.keep_checkpoints else 0
     found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
@@ -132,8 +140,8 @@ def run_plan(
         with Record(study.storage) as store:
             return open_cells(read_ablations(store, study.name)[0])
 
-    def announce(data: ImageData, n_folds: int) -> None:
-        for text in foresee_plan(plan, data, n_folds):
+    def announce(data: ImageData, n_folds: int, order: int) -> None:
+        for text in foresee_plan(plan, data, n_folds, order):
             progress.emit(Note(text))
 
     outcome = run_ablation(

@@ -313,7 +313,11 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
 
     name, storage, report = config.study.name, config.study.storage, None
     if not _given("as_json"):
-        views.print_view(views.summary_view(outcome, config.study))
+        from reports.record import optimism
+
+        with _open(storage) as store:
+            bias = optimism(store, name)
+        views.print_view(views.summary_view(outcome, config.study, bias))
     if outcome.stopped_because != "interrupted":  # drawing takes seconds
         from reports.search_report import write_report
 

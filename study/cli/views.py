@@ -255,8 +255,13 @@ def _epochs_table(epochs: Sequence[EpochMetrics]) -> Table:
 # The end of a run.
 
 
-def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableType:
-    """Show how a run ended: the best trials, and how far to trust the best one."""
+def summary_view(
+    outcome: "SearchOutcome", study: "StudySection", optimism: float
+) -> RenderableType:
+    """Show how a run ended: the best trials, and how far to trust the best one.
+
+    Its accuracy is too high by `optimism` on average, as simulated from the trials' predictions.
+    """
     counts = outcome.counts
     of = f" of {study.trials}" if study.trials else ""
     head = Text(
@@ -277,8 +282,10 @@ def summary_view(outcome: "SearchOutcome", study: "StudySection") -> RenderableT
     bias = selection_bias(best[0].value or 0.0, outcome.n_val, n_epochs)
     if bias > 0:
         lines.append(
-            f"Selected from {n_epochs} epochs on {outcome.n_val} validation images, the best "
-            f"accuracy may be up to {100 * bias:.1f} points too high. The test split decides."
+            f"The best accuracy of {counts.complete} trials on {outcome.n_val} validation images "
+            f"is about {100 * optimism:.1f} points too high if they are equally good (simulated "
+            f"from their predictions), at most {100 * bias:.1f} counting all {n_epochs} epochs. "
+            "The test split decides."
         )
     if outcome.model is not None:
         lines.append(_model_words(outcome, outcome.model))

@@ -245,7 +245,9 @@ def spec_of(
     settings = AblationSection(replicates=looks[0], margin=margin, design=design.kind)
     return design.to_record() | {
         "origin": origin,
-        "chosen": {"epochs": 60, "value": 0.8, "n_val": 400} if origin.startswith("trial") else {},
+        "chosen": {"epochs": 60, "value": 0.8, "n_val": 400, "bias": 0.02}
+        if origin.startswith("trial")
+        else {},
         "settings": dataclasses.asdict(settings),
         "looks": looks,
         "n_folds": n_folds,

@@ -300,3 +300,5 @@ def test_foresight_warns_of_what_cannot_decide() -> None:
     assert all(text.startswith("warning: ") for text in few)
     assert "5 replicates on 2000 images in all find" in foresee(5, 3, 2000, 1, Rules())
     assert not foresee(5, 3, 2000, 5, Rules()).startswith("warning: ")
+    # A third analysis has a quarter of the first one's share.
+    assert foresee(5, 4, 2000, 1, Rules()) != foresee(5, 4, 2000, 1, Rules(), order=3)

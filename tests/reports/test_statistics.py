@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.intervals import difference_interval, wilson_interval
+from reports.intervals import difference_interval, simulated_bias, wilson_interval
 from reports.statistics import (
     Array,
     Inference,
@@ -206,3 +206,17 @@ def test_intervals_of_shares_match_newcombes_tables() -> None:
     for n_correct in (0, 10):
         found = wilson_interval(n_correct, 10)
         assert 0 <= found.low < found.high <= 1
+
+
+@pytest.mark.parametrize(("alike", "n_trials"), [(0.0, 30), (0.9, 30), (0.5, 5)])
+def test_simulated_bias_is_that_of_equal_trials(alike: float, n_trials: int) -> None:
+    rng = np.random.default_rng(0)
+    true, said = [], []
+    for _ in range(60):
+        common = math.sqrt(alike) * rng.standard_normal(80)
+        own = math.sqrt(1 - alike) * rng.standard_normal((n_trials, 80))
+        correct = (common + own < stats.norm.ppf(0.9)).astype(np.float64)
+        true.append(correct.mean(axis=1).max() - 0.9)
+        said.append(simulated_bias(correct))
+    assert np.mean(said) == pytest.approx(np.mean(true), rel=0.2)
+    assert simulated_bias(correct[:1]) == simulated_bias(correct[[0, 0]]) == 0

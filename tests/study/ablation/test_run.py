@@ -71,7 +71,7 @@ def _no_looks() -> set[int]:
 
 
 def _run(plan: Plan, progress: QuietProgress | None = None) -> AblationOutcome:
-    def announce(data: ImageData, n_folds: int) -> None:
+    def announce(data: ImageData, n_folds: int, order: int) -> None:
         assert n_folds == choose_folds(plan.baseline, len(data.val))
 
     progress = progress or QuietProgress()
@@ -167,6 +167,13 @@ def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Pa
     assert [design.kind for design in designs] == ["ofat", "factorial"]
     assert set(designs[0].spec["runs"][0]) == set(designs[1].spec["runs"][0])
     assert list(map(_analyses, designs)) == [[(1, [3])], [(2, [3])]]
+
+
+def test_solved_heads_are_trained_once_on_one_split(photos: Path, tmp_path: Path) -> None:
+    heads = ("train.freeze_depth=5", "train.head_solver=logistic")
+    plan = _plan(photos, tmp_path, *heads, "ablation.folds=1", factors={"features": ["last"]})
+    assert (_run(plan).n_done, len(rows_of(tmp_path, "tiny"))) == (4, 2)
+    assert [runs.numbers for runs in _ablation(tmp_path).runs] == [(0, 0), (1, 1)]
 
 
 def test_levels_that_train_the_same_share_their_runs(photos: Path, tmp_path: Path) -> None:
