@@ -30,8 +30,8 @@ from reports.words import (
     points,
     setting,
 )
-from study.config.formatting import hide_password
-from study.record.models import MODEL_FOLDER, UNFINISHED, Test
+from study.config.formatting import hide_password, short_backbone
+from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test
 from study.record.record import Record
 
 _MOST_FINDINGS = 5
@@ -496,11 +496,12 @@ def studies_grid(records: Sequence[SearchRecord]) -> Grid:
 
 
 def _runs_grid(record: SearchRecord) -> Grid:
-    header = ("Began", "Ended", "Because", "Host", "Device", "Command")
+    header = ("Began", "Ended", "Because", "Host", "Device", "Git commit", "Command")
     rows = tuple(
         (
             *(moment(run.started_at), moment(run.ended_at), run.outcome or "–"),
-            *(run.host, run.device, hide_password(run.command)),
+            *(run.host, run.device, run.versions.get(COMMIT, "–")[:12]),
+            hide_password(run.command),
         )
         for run in record.runs
     )
@@ -513,6 +514,12 @@ def _runs_grid(record: SearchRecord) -> Grid:
 def _data_facts(record: SearchRecord) -> list[tuple[str, str]]:
     study, data = record.study, record.study.data
     versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
+    used = {key: value for run in record.runs for key, value in run.versions.items()}
+    weights = (
+        f"{short_backbone(key.removeprefix(WEIGHTS_OF))} {value[:12]}"
+        for key, value in used.items()
+        if key.startswith(WEIGHTS_OF)
+    )
     return [
         ("images", data["source"]),
         ("training", count(data["n_train"])),
@@ -524,7 +531,8 @@ def _data_facts(record: SearchRecord) -> list[tuple[str, str]]:
         ("seed", str(study.config.get("study", {}).get("seed", "–"))),
         ("devices", ", ".join(dict.fromkeys(record.trials["device"].astype(str))) or "–"),
         ("versions", versions),
-        ("weights of the best trial", (record.best and record.best.weights_hash) or "–"),
+        ("pretrained weights, SHA-256", ", ".join(weights) or "–"),
+        ("weights of the best trial, SHA-256", (record.best and record.best.weights_hash) or "–"),
     ]
 
 

@@ -71,12 +71,8 @@ def imagenet_tag(weights: str) -> str | None:
     return (tag or "DEFAULT") if kind == "imagenet" else None
 
 
-def fingerprint(backbone: str, weights: str) -> Hashable | None:
-    """Identify the file of resolved weights, and its state, since it may be replaced.
-
-    Returns:
-        None where there is no such file (yet).
-    """
+def weights_file(backbone: str, weights: str) -> Path | None:
+    """Return the file of resolved weights; None where there is none (yet)."""
     tag = imagenet_tag(weights)
     if tag is not None:
         source, name = find_source(backbone)
@@ -84,7 +80,17 @@ def fingerprint(backbone: str, weights: str) -> Hashable | None:
         path = entry.cached if entry else None
     else:
         path = packaged_file(backbone) if weights == "packaged" else Path(weights).expanduser()
-    if path is None or not path.is_file():
+    return path if path is not None and path.is_file() else None
+
+
+def fingerprint(backbone: str, weights: str) -> Hashable | None:
+    """Identify the file of resolved weights, and its state, since it may be replaced.
+
+    Returns:
+        None where there is no such file (yet).
+    """
+    path = weights_file(backbone, weights)
+    if path is None:
         return None
     state = path.stat()
     return weights, str(path), state.st_mtime_ns, state.st_size

@@ -6,7 +6,7 @@ from core.config import TrainConfig
 from core.training.resume import epochs_in_state
 from study.execution.progress import Note
 from study.execution.trial_engine import FOLD, TrialEngine, TrialRequest, training_s
-from study.record.models import REASON_KILLED, Trial
+from study.record.models import COMMIT, REASON_KILLED, Trial
 from study.record.record import params_of
 
 MOST_RERUNS = 3
@@ -70,7 +70,7 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
     data = session.images(request.fold)
     file = engine.files.state(row.number)
     n_done = epochs_in_state(file, request.config, data.classes, data.fingerprint)
-    versions = {run.id: run.versions for run in runs}
+    versions = {run.id: {**run.versions, COMMIT: ""} for run in runs}
     is_repeatable = session.same_images and versions[row.run_id] == versions[session.run_id]
     if n_done is None and not was_killed and (is_repeatable or not row.epochs_done):
         n_done = 0  # nothing was saved, or the disk was full: the same epochs again

@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import hashlib
 import itertools
 import operator
 import os
 import platform
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,14 +33,14 @@ from core.device import choose_device, describe_device
 from core.models.builder import build, input_of
 from core.models.partition import cut_head
 from core.models.sources import library_versions
-from core.models.weights import fingerprint, resolve
+from core.models.weights import resolve, weights_file
 from core.training.trainer import check_batches
 from study.config.errors import ConfigError
 from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
 from study.record.database import failure
-from study.record.models import SPLITS_FILE, Study, folds_column
+from study.record.models import COMMIT, SPLITS_FILE, WEIGHTS_OF, Study, folds_column
 from study.record.record import Record
 
 # Images are stored this much larger than a network's input, so that random crops of them still
@@ -153,7 +155,7 @@ def open_session(
         is_same = _has_same_images(stored, described, allow_changes)
     device = describe_device(choose_device(config.train.device))
     run_id = record.begin_run(
-        study_id, command=command, device=device, versions=versions(), take_over=take_over
+        study_id, command=command, device=device, versions=made_with(trains), take_over=take_over
     )
     if stored is not None:  # only now: a process that was refused must not have changed it
         record.update_study(stored, settings, described)
@@ -338,7 +340,7 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
 def is_on_this_machine(train: TrainConfig) -> bool:
     """Return whether a run's pretrained weights need not be downloaded."""
     weights = resolve(train.backbone, train.weights)
-    return weights == "none" or fingerprint(train.backbone, weights) is not None
+    return weights == "none" or weights_file(train.backbone, weights) is not None
 
 
 def without_weights(train: TrainConfig) -> TrainConfig:
@@ -352,6 +354,21 @@ def versions() -> dict[str, str]:
     """Return the versions that decide a study's numbers, for the record."""
     ours = {name: version(name) for name in ("frostline", "optuna", "numpy", "pillow")}
     return {"python": platform.python_version(), **library_versions(), **ours}
+
+
+def made_with(trains: Iterable[TrainConfig]) -> dict[str, str]:
+    """Return the versions, the SHA-256 of pretrained weights, and the working folder's commit."""
+    found = versions()
+    for backbone, weights in dict.fromkeys((train.backbone, train.weights) for train in trains):
+        if file := weights_file(backbone, resolve(backbone, weights)):
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found[f"{WEIGHTS_OF}{backbone}"] = digest
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[COMMIT] = said.stdout.strip()
+    return found
 
 
 def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> None:

@@ -39,6 +39,10 @@ MODEL_FOLDER = "model"
 """Name of the model's folder in that of its study."""
 ARTIFACTS_FOLDER = "optuna-artifacts"
 """Next to the studies' folders: one for all studies, as Optuna's dashboard wants it."""
+COMMIT = "git commit"
+"""What a run's versions call the commit of the working folder."""
+WEIGHTS_OF = "weights of "
+"""How the names of the pretrained weights' hashes begin in a run's versions."""
 SPLITS_FILE = "splits.csv"
 """Name of the file that says which image is in which split."""
 
@@ -105,6 +109,7 @@ class Run(Base, kw_only=True):
         pid_started: Seconds since 1970: distinguishes it from a later process of the same `pid`.
         ended_at: When it signed off; None while it runs, or after a kill.
         outcome: Why it ended.
+        versions: Of the libraries; the weights' hashes, and the working folder's commit.
     """
 
     __tablename__ = f"{PREFIX}runs"

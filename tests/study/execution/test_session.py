@@ -1,5 +1,7 @@
 import dataclasses
+import hashlib
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from study.execution.session import (
     StudyHalted,
     corner_configs,
     load_images,
+    made_with,
     open_session,
     preflight,
     stored_side,
@@ -261,3 +264,22 @@ def test_a_fold_has_the_same_images_and_test_split(home: Path, record: Record) -
     assert both[0] == both[1]
     assert other.test is not None and session.data.test is not None
     assert other.test.paths == session.data.test.paths
+
+
+def test_a_run_keeps_the_commit_and_the_hash_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    file = tmp_path / "own.pth"
+    file.write_bytes(b"weights")
+    train = TrainConfig(backbone="resnet18", weights=str(file), normalize="none")
+    found = made_with([train, train])
+    assert found["weights of resnet18"] == hashlib.sha256(b"weights").hexdigest()
+    assert "git commit" not in found
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "first")):
+        subprocess.run([*git, *command], check=True)
+    clean = made_with([])["git commit"]
+    file.write_bytes(b"others")
+    assert len(clean) == 40 and made_with([])["git commit"] == f"{clean}-dirty"
