@@ -10,6 +10,7 @@ from typing import Any
 
 from core.config import TrainConfig
 from core.data.splits import ImageData
+from core.training.no_effect import without_effect
 from study.ablation.baseline import Baseline, factors_of
 from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
 from study.config.errors import ConfigError
@@ -295,7 +296,7 @@ class _Ablation:
 
     def _train(self, cell: Cell, replicate: int) -> TrainConfig:
         train = apply_params(self.config.train, cell.overrides)
-        if train.is_solved and self.n_folds == 1:  # it has no seed: one run is all replicates
+        if self.n_folds == 1 and "seed" in without_effect(train):  # one run is all replicates
             return train
         return dataclasses.replace(train, seed=train.seed + replicate)
 
@@ -339,7 +340,7 @@ class _Ablation:
             "n_folds": self.n_folds,
             "first_seed": self.config.train.seed,
             "runs": [self._identities(cell) for cell in self.design.cells],
-            "solved": [self._train(cell, 0).is_solved for cell in self.design.cells],
+            "solved": ["seed" in without_effect(self._train(c, 0)) for c in self.design.cells],
         }
         if spec == self._recorded:
             return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import filesize
 
 from core.data.splits import ImageData
+from core.training.no_effect import without_effect
 from reports.ablation import Rules, read_ablations
 from reports.ablation_report import describe_ablation, write_ablation
 from reports.effects import foresee, open_cells
@@ -98,7 +99,7 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[
             f"Each replicate validates on one of {n_folds} folds of all {len(judged)} images but "
             "the test split (ablation.folds = 1: on the validation split)."
         )
-    if all(config.is_solved for config in plan.configs()):
+    if all("seed" in without_effect(config) for config in plan.configs()):
         once = "; on one split each is trained once." if n_folds == 1 else "."
         texts.append(f"Solved heads have no seed: images alone decide about them{once}")
     n_tests = plan.design.n_tests

@@ -170,10 +170,18 @@ def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Pa
 
 
 def test_solved_heads_are_trained_once_on_one_split(photos: Path, tmp_path: Path) -> None:
-    heads = ("train.freeze_depth=5", "train.head_solver=logistic")
-    plan = _plan(photos, tmp_path, *heads, "ablation.folds=1", factors={"features": ["last"]})
-    assert (_run(plan).n_done, len(rows_of(tmp_path, "tiny"))) == (4, 2)
-    assert [runs.numbers for runs in _ablation(tmp_path).runs] == [(0, 0), (1, 1)]
+    heads = ["train.freeze_depth=5", "train.head_solver=logistic", "train.weights=packaged"]
+    heads += ["train.backbone=timm:tf_efficientnet_lite0", "train.features=several"]
+    factors = {"features": ["last"], "weights": ["none"]}
+    plan = _plan(photos, tmp_path, *heads, "ablation.folds=1", factors=factors)
+    assert (_run(plan).n_done, len(rows_of(tmp_path, "tiny"))) == (6, 4)
+    found = {runs.label: (runs.numbers, runs.is_solved) for runs in _ablation(tmp_path).runs}
+    # From scratch, the seed draws the frozen layers.
+    assert found == {
+        "baseline": ((0, 0), True),
+        "features = last": ((1, 1), True),
+        "weights = none": ((2, 3), False),
+    }
 
 
 def test_levels_that_train_the_same_share_their_runs(photos: Path, tmp_path: Path) -> None:
