@@ -14,7 +14,7 @@ def data_words(ablation: Ablation) -> str:
     counts = [f"{data.get('n_train', 0)} training", f"{data.get('n_val', 0)} validation"]
     if data.get("n_test"):
         counts.append(f"{data['n_test']} test")
-    classes = plural(len(data.get("classes", [])), "class").replace("classs", "classes")
+    classes = plural(len(data.get("classes", [])), "class", "classes")
     mark = str(data.get("fingerprint", ""))[:8]
     return f"{source}: {', '.join(counts)} images, {classes}, fingerprint {mark}"
 
@@ -65,7 +65,7 @@ def analyses_words(ablation: Ablation) -> str:
     own = [*ablation.analyses("val"), *ablation.analyses("test")]
     shares = ", ".join(f"{alpha / 2**e.order:.2g} ({_SPLITS[e.split]})" for e in own)
     text = (
-        f"{plural(n, 'analysis').replace('analysiss', 'analyses')} of this ablation so far (all "
+        f"{plural(n, 'analysis', 'analyses')} of this ablation so far (all "
         f"designs, the test split and later additions); the k-th tests at {alpha:g} / 2^k, so "
         f"that together they err with at most {100 * alpha:g} %. Of this design: {shares}"
     )

@@ -54,9 +54,9 @@ def moment(value: Any) -> str:
     return "–" if is_missing(value) else f"{value:%Y-%m-%d %H:%M} UTC"
 
 
-def plural(n: int, noun: str) -> str:
-    """Write a number with its noun."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+def plural(n: int, noun: str, many: str = "") -> str:
+    """Write a number with its noun, whose plural ends in s unless it is given."""
+    return f"{n} {noun}" if n == 1 else f"{n} {many or noun + 's'}"
 
 
 def shorten(text: str, limit: int) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import filesize
@@ -93,7 +93,7 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[
     """Say before a run what its replicates and images can decide, as `foresee` does."""
     n = plan.looks[-1]
     judged = data.val if n_folds == 1 else data.development
-    texts = []
+    texts = list(_idle_words(plan))
     if n_folds > 1:
         texts.append(
             f"Each replicate validates on one of {n_folds} folds of all {len(judged)} images but "
@@ -104,6 +104,15 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[
         texts.append(f"Solved heads have no seed: images alone decide about them{once}")
     n_tests = plan.design.n_tests
     return [*texts, foresee(n, n_tests, len(judged), n_folds, _rules(plan), order)]
+
+
+def _idle_words(plan: Plan) -> Iterator[str]:
+    """Name settings of single levels that change nothing there: they would not be compared."""
+    for cell, train in zip(plan.design.cells, plan.configs(), strict=True):
+        idle = [key for key in cell.overrides if key in without_effect(train)]
+        if idle and len(cell.levels) == 1:
+            why = "; its head is solved (head_solver = sgd trains it)" if train.is_solved else ""
+            yield f"warning: {cell.label}: without effect are {', '.join(idle)}{why}."
 
 
 def _rules(plan: Plan) -> Rules:

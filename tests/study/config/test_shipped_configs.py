@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from core.config import TrainConfig
+from core.training.no_effect import without_effect
+from study.ablation.baseline import find_baseline
+from study.ablation.run import make_plan
 from study.config.load import load_config, parse_config
 from study.config.study_config import StudyConfig
 from study.config.toml import config_text, demo_text
@@ -50,6 +53,14 @@ def test_a_recipe_depends_on_no_default_that_moves(path: Path) -> None:
     config = load_config(path)
     assert config.train.views is None
     assert config.space.keys() <= {"seed"}
+
+
+def test_no_level_of_a_shipped_ablation_sets_what_has_no_effect() -> None:
+    baseline = find_baseline(str(CONFIGS / "ablation-d2l-hotdog.toml"), "best", (), {})
+    plan = make_plan(baseline)
+    for cell, train in zip(plan.design.cells, plan.configs(), strict=True):
+        assert not cell.overrides.keys() & without_effect(train)
+        assert not train.is_solved
 
 
 def test_recipes_with_seeds_are_three_trials() -> None:
