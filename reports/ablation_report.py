@@ -254,13 +254,14 @@ def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
     texts = []
     base = ablation.baseline
     for runs in ablation.runs:
-        lost = len(fallen(runs))
+        lost = len(fallen(runs, ablation.n_folds))
         if not lost:
             continue
         done = runs.values[np.isfinite(runs.values)]
         words = [f"median {100 * np.median(done):.1f} %, lowest {100 * done.min():.1f} %"]
         if base is not None and runs is not base:
-            n, n_lost = int(np.isfinite(base.values).sum()), len(fallen(base))
+            n = int(np.isfinite(base.values).sum())
+            n_lost = len(fallen(base, ablation.n_folds))
             counts = np.array([[lost, len(done) - lost], [n_lost, n - n_lost]])
             words.append(f"baseline {n_lost} of {n}, {p_equals(fisher_exact(counts).pvalue)}")
         texts.append(

@@ -40,6 +40,7 @@ Verdict = Literal[
 # the scatter of the others. Assumptions; in simulations they flag 9 of 10 such settings.
 _FALL = 0.05
 _FALL_SCATTER = 2 * 1.4826  # median absolute deviations, as standard deviations
+_FALL_IMAGES = 2.5  # standard errors of a fold's images
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,13 +358,19 @@ def open_cells(ablation: Ablation) -> set[int]:
     return found
 
 
-def fallen(runs: Runs) -> list[int]:
-    """Return the replicates whose accuracy fell far below those of the same setting."""
+def fallen(runs: Runs, n_folds: int = 1) -> list[int]:
+    """Return the replicates whose accuracy fell far below those of the same setting.
+
+    Folds have different images, whose difference alone may be this large where they are few.
+    """
     done = runs.values[np.isfinite(runs.values)]
     if len(done) < 3:
         return []
     middle = float(np.median(done))
     scatter = _FALL_SCATTER * float(np.median(np.abs(done - middle)))
+    sizes = [len(correct) for correct in runs.val_correct if correct is not None]
+    if n_folds > 1 and sizes:
+        scatter = max(scatter, _FALL_IMAGES * math.sqrt(middle * (1 - middle) / min(sizes)))
     return [int(r) for r in np.flatnonzero(runs.values < middle - max(_FALL, scatter))]
 
 

@@ -1,5 +1,6 @@
 """What a design's runs show: contrasts, verdicts, repeated analyses, failed and missing runs."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -293,6 +294,10 @@ def test_runs_that_fall_far_below_the_others_are_flagged() -> None:
     assert lost(0.8, 0.81, 0.76, 0.8) == []  # less than 5 points
     assert lost(0.5, 0.9, 0.7, 0.8, 0.6) == []  # as the others scatter
     assert lost(0.8, 0.5) == []
+    runs = in_memory(ONE, [planted(0.8, 0.81, 0.5, 0.8), STEADY]).runs[0]
+    rows = (row[:10] for row in runs.val_correct if row is not None)
+    few = dataclasses.replace(runs, val_correct=tuple(rows))
+    assert (fallen(runs, 5), fallen(few, 5)) == ([2], [])
 
 
 def test_foresight_warns_of_what_cannot_decide() -> None:
