@@ -8,9 +8,9 @@ import contextlib
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,43 +19,60 @@ from unittest import mock
 
 import optuna
 
-ROOT = Path(__file__).resolve().parents[1]
+from study.cli.main import main
+from support import ROOT, classic_settings
+
+CUT_SHORT = {"killed", "interrupted", "running"}
 FIGURES = ("train_loss", "val_loss", "val_acc", "val_macro_f1")
-_CUT_SHORT = ("killed", "interrupted")
+DIGITS: dict[str, object] = {
+    "data.limit": 60,
+    "data.val_fraction": 0.05,
+    "data.cache_dir": "cache",
+    "train.image_size": 32,
+    "train.batch_size": 16,
+    "train.epochs": 2,
+    "train.device": "cpu",
+}
+PRETRAINED: dict[str, object] = {"train.backbone": "timm:tf_efficientnet_lite0"}
+VIT: dict[str, object] = {
+    "train.backbone": "timm:test_vit",
+    "train.weights": "none",
+    "train.optimizer": "adamw",
+    "train.base_lr": 1e-3,
+    "train.head_lr_mult": 1,
+}
 
 
 def study(home: Path, *args: str) -> str:
-    """Run `python -m study` in this process and a folder; return what it printed.
-
-    Args:
-        home: Working folder: the database, checkpoints and reports lie here.
-        args: The command and its flags; it must end with status 0.
-    """
+    """Run `python -m study` in this process and a folder, with success; return what it printed."""
     out, err = io.StringIO(), io.StringIO()
-    known, argv = sys.modules.pop("study.__main__", None), sys.argv
-    sys.argv = ["study", *args]
-    code: Any = 0
-    try:
-        with (
-            contextlib.chdir(home),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            runpy.run_module("study", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = argv
-        if known is not None:
-            sys.modules["study.__main__"] = known
+    with contextlib.chdir(home), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(args)
     assert code == 0, f"study {' '.join(args)} ended with {code}:\n{err.getvalue()}"
     return out.getvalue()
 
 
+def search(
+    home: Path, name: str, space: str, trials: int, more: Mapping[str, object]
+) -> list[str]:
+    """Write a classic search; return its command, on digits where no other images are named."""
+    (home / f"{name}.toml").write_text(f"[space]\n{space}")
+    searched = {f"train.{key}" for key in tomllib.loads(space)}
+    own = classic_settings() | DIGITS | more
+    given = _settings({key: value for key, value in own.items() if key not in searched})
+    return ["run", "--config", f"{name}.toml", "--name", name, "--trials", str(trials), *given]
+
+
+def ablation(home: Path, more: Mapping[str, object], *factors: str) -> list[str]:
+    """Write a file that searches nothing; return the command that varies factors around it."""
+    (home / "baseline.toml").write_text("[space]\n")
+    varied = [word for factor in factors for word in ("--factor", factor)]
+    return ["ablate", "baseline.toml", *varied, *_settings(classic_settings() | DIGITS | more)]
+
+
 @contextlib.contextmanager
 def without_figures() -> Iterator[None]:
-    """Let reports draw nothing: their figures take most of the time of a small study."""
-    # Not a Mock: pyplot, which Optuna's plots import, copies the function's name.
+    """Let an ablation's report save no figures: they take most of the time of a small one."""
     with mock.patch("matplotlib.figure.Figure.savefig", lambda *how, **more: None):
         yield
 
@@ -84,7 +101,7 @@ def kill_after_epoch(process: subprocess.Popen[str], trial: int) -> None:
     process.communicate()
 
 
-def settings(values: Mapping[str, object]) -> list[str]:
+def _settings(values: Mapping[str, object]) -> list[str]:
     """Write keys and values as --set flags."""
     return [
         word
@@ -98,14 +115,7 @@ class Run:
     """A trial as the user sees it.
 
     Attributes:
-        number: Its number.
-        state: `complete`, `pruned` or `failed`.
-        params: Values of the searched settings.
-        config: Its whole training configuration.
-        value: Validation accuracy of its best epoch.
         reported: What was reported to Optuna, by epochs done.
-        epochs: `FIGURES` of each epoch.
-        checkpoint: Its folder, where one is kept.
         level: An ablation's level, or the trial that an audit trained.
     """
 
@@ -119,41 +129,32 @@ class Run:
     checkpoint: Path | None
     level: str | None
 
-    @property
-    def key(self) -> str:
-        """Its settings as a text, to find its like in another study."""
-        return json.dumps(self.params, sort_keys=True)
-
 
 def read_runs(home: Path, name: str) -> list[Run]:
     """Read a study's trials that came to an end of their own, by number.
 
     The trials of a killed or stopped process are left out: their settings are run again.
     """
-    known = optuna.load_study(study_name=name, storage=f"sqlite:///{home / 'studies.db'}").trials
+    known = _optuna_trials(home, name)
     runs = []
     for row in shown(home, name)["trials"]:
-        if row["reason"] in _CUT_SHORT or row["state"] in ("running", "interrupted"):
+        if {row["reason"], row["state"]} & CUT_SHORT:
             continue
-        trial = known[row["number"]]
-        state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
-        params = trial.user_attrs.get("levels", trial.params)  # of an ablation, of a search
-        assert (state, params) == (row["state"], row["params"]), "two records, two truths"
         found = shown(home, name, "--trial", str(row["number"]))
         runs.append(
             Run(
-                number=trial.number,
-                state=state,
-                params=params,
+                **{key: row[key] for key in ("number", "state", "params", "value", "level")},
                 config=found["config"],
-                value=row["value"],
-                reported=trial.intermediate_values,
+                reported=known[row["number"]].intermediate_values,
                 epochs=[{key: epoch[key] for key in FIGURES} for epoch in found["epochs"]],
                 checkpoint=home / row["checkpoint"] if row["checkpoint"] else None,
-                level=row["level"],
             )
         )
     return runs
+
+
+def _optuna_trials(home: Path, name: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{home / 'studies.db'}").trials
 
 
 def shown(home: Path, name: str, *args: str) -> dict[str, Any]:
@@ -170,16 +171,16 @@ def best(home: Path, name: str) -> tuple[int, float]:
 
 def open_trials(home: Path, name: str) -> list[int]:
     """Return the numbers of the trials that Optuna holds for running."""
-    found = optuna.load_study(study_name=name, storage=f"sqlite:///{home / 'studies.db'}")
-    return [t.number for t in found.trials if t.state is optuna.trial.TrialState.RUNNING]
+    running = optuna.trial.TrialState.RUNNING
+    return [trial.number for trial in _optuna_trials(home, name) if trial.state is running]
 
 
 def figures(runs: list[Run]) -> list[tuple[str, str, list[dict[str, float]]]]:
     """Return what must be equal where two studies trained the same, in the settings' order."""
-    return sorted((run.key, run.state, run.epochs) for run in runs)
+    return sorted((json.dumps(r.params, sort_keys=True), r.state, r.epochs) for r in runs)
 
 
-def effects(home: Path, *args: str) -> dict[str, dict[str, Any]]:
-    """Run `ablate --json`; return each level's effect by `factor = level`."""
-    last = json.loads(study(home, "ablate", *args, "--json").splitlines()[-1])
+def effects(home: Path, *command: str) -> dict[str, dict[str, Any]]:
+    """Run an ablation; return each level's effect by `factor = level`."""
+    last = json.loads(study(home, *command, "--json").splitlines()[-1])
     return {f"{row['factor']} = {row['level']}": row for row in last["effects"]}

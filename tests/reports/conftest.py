@@ -1,14 +1,16 @@
-from typing import BinaryIO
-
 import pytest
-from matplotlib.figure import Figure
+
+from reports.search_report import ReportPaths, write_report
+from tests.reports.studies import add_results, add_test, make_study, searched_plans
 
 
-@pytest.fixture
-def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw every figure and save none, which takes nine tenths of the time."""
-
-    def save(figure: Figure, file: BinaryIO, **how: object) -> None:
-        file.write(b"<svg></svg>")
-
-    monkeypatch.setattr(Figure, "savefig", save)
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
+    """The report of a search like a real one."""
+    folder = tmp_path_factory.mktemp("searched")
+    classes = [f"class-{i}" for i in range(10)]
+    with make_study(folder / "s.db", searched_plans(), classes=classes, n_val=200) as store:
+        number = store.best_trial(store.study("pets")).number
+        add_results(store, "pets", number, classes, 23)
+        add_test(store, "pets", number, 0.88, 0.935)
+        return write_report(store, "pets", folder / "report")

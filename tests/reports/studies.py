@@ -1,7 +1,4 @@
-"""Studies for the reports' tests: made with the real store and the real designs, nothing trained.
-
-`make_study` enters a search into a store and `make_ablation` an ablation.
-"""
+"""Studies for the reports' tests, in the real store and of the real designs: nothing trained."""
 
 import dataclasses
 import io
@@ -9,7 +6,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +28,7 @@ DATA = {
     "source": "folder:pets", "classes": ["cat", "dog"], "n_train": 1360, "n_val": 400,
     "n_test": 400, "fingerprint": "9f2c" * 16, "warnings": [],
 }  # fmt: skip
+NOTHING: Mapping[str, Any] = {}
 TRAIN = dataclasses.asdict(TrainConfig(backbone="resnet18", freeze_depth=0, seed=7))
 SPACE: dict[str, Any] = {
     "backbone": {"choices": ["resnet18", "mobilenet_v3_large", "timm:tf_efficientnet_lite0"]},
@@ -93,9 +90,6 @@ def enter(
     return row
 
 
-# Searches
-
-
 def make_study(
     path: Path,
     plans: Sequence[Plan],
@@ -105,16 +99,9 @@ def make_study(
     **data: Any,
 ) -> Record:
     """Enter the planned trials one after the other, as a run would have; `data` as in `DATA`."""
-    config = {
-        "study": {
-            "name": name,
-            "trials": len(plans),
-            "seed": 7,
-            "storage": "studies.db",
-            "output": "frostline-runs",
-        },
-        "space": SPACE if space is None else space,
-    }
+    places = {"storage": "studies.db", "output": "frostline-runs"}
+    own = {"name": name, "trials": len(plans), "seed": 7} | places
+    config = {"study": own, "space": SPACE if space is None else space}
     command = f"python -m study run --data pets --name {name}"
     store, study_id, run_id = _begin(path, name, config, data, command)
     dimensions = distributions_of(*(plan.params for plan in plans))
@@ -193,9 +180,6 @@ def add_test(store: Record, name: str, number: int, accuracy: float, val_acc: fl
     store.save(test)
 
 
-# Ablations
-
-
 Score = Correct | float | str | None
 """What a run classified correctly, or its accuracy; why it failed; None where it was not run."""
 Simulator = Callable[[Cell, int], Score]
@@ -243,11 +227,10 @@ def spec_of(
     """Write a design as an ablation does; the last analysis of the validation split is planned."""
     looks = [each["replicates"] for each in analyses if each["split"] == "val"][-1]
     settings = AblationSection(replicates=looks[0], margin=margin, design=design.kind)
+    best = {"epochs": 60, "value": 0.8, "n_val": 400, "bias": 0.02}
     return design.to_record() | {
         "origin": origin,
-        "chosen": {"epochs": 60, "value": 0.8, "n_val": 400, "bias": 0.02}
-        if origin.startswith("trial")
-        else {},
+        "chosen": best if origin.startswith("trial") else {},
         "settings": dataclasses.asdict(settings),
         "looks": looks,
         "n_folds": n_folds,
@@ -266,8 +249,8 @@ def make_ablation(
     name: str = "pets-ablation",
     test: Callable[[Cell, int], float | None] = lambda cell, replicate: None,
     command: str = "python -m study ablate pets",
-    train: Mapping[str, Any] = MappingProxyType({}),
-    data: Mapping[str, Any] = MappingProxyType({}),
+    train: Mapping[str, Any] = NOTHING,
+    data: Mapping[str, Any] = NOTHING,
     **spec: Any,
 ) -> Record:
     """Enter a simulated ablation, replicate by replicate, as a run would have; add to a database.

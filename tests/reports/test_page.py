@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from reports.search_report import write_report
-from tests.reports.studies import add_results, make_study, searched_plans
+from reports.search_report import ReportPaths
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -28,29 +27,20 @@ def browser() -> "Iterator[Browser]":
         found.close()
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page")
-    classes = [f"class-{i}" for i in range(10)]
-    with make_study(folder / "s.db", searched_plans(), classes=classes, n_val=200) as store:
-        number = store.best_trial(store.study("pets")).number
-        add_results(store, "pets", number, classes, 23)
-        return write_report(store, "pets", folder / "report").html
-
-
 @pytest.fixture
-def page(browser: "Browser", report: Path) -> "Iterator[Page]":
+def page(browser: "Browser", searched: ReportPaths) -> "Iterator[Page]":
     """Show the page with all figures drawn; whatever it asks of a network or logs fails."""
     shown = browser.new_page(viewport={"width": 1280, "height": 900})
+    address = searched.html.as_uri()
     wrong: list[str] = []
     shown.on("pageerror", lambda error: wrong.append(str(error)))
     shown.on("console", lambda message: wrong.append(message.text))
     shown.on("request", lambda request: wrong.append(request.url))
-    shown.goto(report.as_uri())
+    shown.goto(address)
     shown.evaluate("boxes.forEach(draw)")
     wait_until(shown, "document.querySelectorAll('.figure .main-svg').length > 10")
     yield shown
-    inner = ("data:", "blob:", report.as_uri())
+    inner = ("data:", "blob:", address)
     assert [text for text in wrong if not text.startswith(inner)] == []
     shown.close()
 

@@ -7,22 +7,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from reports.ablation_report import describe_ablation, write_ablation
 from reports.record import read_record
 from reports.search_plots import PLOTS, accuracy_over_minutes, history
 from reports.search_report import ReportPaths, trials_rows, write_report
 from study.record.database import RecordError
 from study.record.record import Record
 from tests.reports.pages import Page
-from tests.reports.studies import SPACE, Plan, add_results, add_test, make_study, searched_plans
+from tests.reports.studies import SPACE, Plan, add_results, add_test, make_study
 
 TRAPS = ("<script>alert(1)</script>|*x*", "a$b$", "ordinary", "_under_", "日本 🐱", "x" * 90)
 PARAMS = {"freeze_depth": 2, "base_lr": 0.01}
 SMALL = {name: SPACE[name] for name in PARAMS}
-DIVERGED = Plan(PARAMS, [], "failed", "diverged: the loss is nan")
-Report = tuple[ReportPaths, Page]
 
 
-def report(store: Record, folder: Path, name: str = "pets") -> Report:
+def report(store: Record, folder: Path, name: str = "pets") -> tuple[ReportPaths, Page]:
     with store:
         paths = write_report(store, name, folder / "report")
     return paths, Page(paths.html)
@@ -32,20 +31,8 @@ def finished(final: float = 0.9, **more: object) -> Plan:
     return Plan(PARAMS | more, [final - 0.3, final - 0.1, final])
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The report of a search like a real one."""
-    folder = tmp_path_factory.mktemp("searched")
-    classes = [f"class-{i}" for i in range(10)]
-    store = make_study(folder / "s.db", searched_plans(), classes=classes, n_val=200)
-    number = store.best_trial(store.study("pets")).number
-    add_results(store, "pets", number, classes, 23)
-    add_test(store, "pets", number, 0.88, 0.935)
-    return report(store, folder)
-
-
-def test_the_report_says_what_was_found(searched: Report) -> None:
-    _, page = searched
+def test_the_report_says_what_was_found(searched: ReportPaths) -> None:
+    page = Page(searched.html)
     page.says_as_recorded("search")
     table = next(table for table in page.tables if table[0][:2] == ["trial", "state"])
     assert sum(row[1] in ("complete", "pruned", "failed") for row in table) == 40
@@ -53,8 +40,8 @@ def test_the_report_says_what_was_found(searched: Report) -> None:
         assert part in page.text
 
 
-def test_the_page_is_complete_in_itself_and_the_csv_has_every_trial(searched: Report) -> None:
-    paths, page = searched
+def test_the_page_is_complete_in_itself_and_so_is_the_csv(searched: ReportPaths) -> None:
+    page = Page(searched.html)
     assert "Content-Security-Policy" in page.source
     for source in page.sources:
         assert source.startswith("data:") or f'id="{source[1:]}"' in page.source
@@ -62,19 +49,23 @@ def test_the_page_is_complete_in_itself_and_the_csv_has_every_trial(searched: Re
     figures = {key: json.loads(text) for key, text in page.figures.items() if "-" in key}
     assert {plot.name for plot in PLOTS} == {key.rpartition("-")[0] for key in figures}
     assert all(figure["data"] for figure in figures.values())
-    frame = pd.read_csv(paths.csv)
+    frame = pd.read_csv(searched.csv)
     assert frame["number"].tolist() == list(range(40)) and frame["value"].max() < 1
     assert {f"params_{name}" for name in SPACE} <= set(frame.columns)
 
 
-def test_trials_show_their_score_where_that_is_not_the_accuracy(tmp_path: Path) -> None:
-    plans = [Plan(PARAMS, [0.8], score=score) for score in (0.41, 0.47, 0.52)]
+def test_trials_are_ranked_by_their_score_and_the_best_so_far_never_falls(tmp_path: Path) -> None:
+    reached = [(0.8, 0.4), (0.7, 0.5), (0.9, 0.45)]
+    plans = [Plan(PARAMS, [value], score=score) for value, score in reached]
     with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
-        table = trials_rows(read_record(store, "pets"))
+        record = read_record(store, "pets")
+    table = trials_rows(record)
     column = table["header"].index("score")
     shown = [row["cells"][column] for row in table["rows"]]
-    assert shown == [(0.41, "0.4100"), (0.47, "0.4700"), (0.52, "0.5200")]
-    assert [row["state"] for row in table["rows"]] == ["complete", "complete", "complete best"]
+    assert shown == [(0.4, "0.4000"), (0.5, "0.5000"), (0.45, "0.4500")]
+    assert [row["state"] for row in table["rows"]] == ["complete", "complete best", "complete"]
+    lines = [draw(record).data[-1].y for draw in (history, accuracy_over_minutes)]
+    assert lines == [(0.4, 0.5, 0.5), (0.8, 0.7, 0.7)]
 
 
 def test_the_same_record_gives_the_same_report(tmp_path: Path) -> None:
@@ -108,29 +99,30 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
 
 
 RATES = [{"base_lr": 10 ** (-4 + i / 6)} for i in range(12)]
-PRUNED = [
-    Plan(PARAMS | rate, [0.4, 0.5 + 0.02 * i], "pruned", "pruned after epoch 2")
-    for i, rate in enumerate(RATES)
-]
 MANY = [finished(0.5 + 0.01 * i, **rate) for i, rate in enumerate(RATES)]
-COPY = Plan(PARAMS, [], "complete", "same settings", "same as 3", score=0.5)
 RARE: dict[str, list[Plan]] = {
     "empty": [],
-    "one-finished": [finished()],
+    "one-finished": [Plan(PARAMS, [1.0])],
     "one-interrupted": [Plan(PARAMS, [], "running")],
-    "failed": [DIVERGED] * 3,
-    "pruned": PRUNED,
+    "failed": [Plan(PARAMS, [], "failed", "diverged: the loss is nan")] * 3,
+    "pruned": [
+        Plan(PARAMS | rate, [0.4, 0.5 + 0.02 * i], "pruned", "pruned after epoch 2")
+        for i, rate in enumerate(RATES)
+    ],
     "equal": [Plan(PARAMS | rate, [0.5, 0.9]) for rate in RATES],
-    "perfect": [Plan(PARAMS, [1.0])],
     "one-choice": [Plan({"backbone": "resnet18"}, [0.7, 0.7 + 0.01 * i]) for i in range(10)],
-    "copies": [*MANY, COPY],
+    "tested-twice": [*MANY, Plan(PARAMS, [], "complete", "same settings", "same as 3", score=0.5)],
 }
 
 
 @pytest.mark.parametrize("case", RARE)
 def test_rare_studies_have_a_report_that_says_what_is_missing(case: str, tmp_path: Path) -> None:
     space = {"backbone": {"choices": ["resnet18"]}} if case == "one-choice" else SMALL
-    store = make_study(tmp_path / "s.db", RARE[case], space=space, n_test=0)
+    n_test = 400 if case == "tested-twice" else 0
+    store = make_study(tmp_path / "s.db", RARE[case], space=space, n_test=n_test)
+    if n_test:
+        add_test(store, "pets", 11, 0.75, 0.61)
+        add_test(store, "pets", 10, 0.5, 0.6)
     paths, page = report(store, tmp_path)
     page.says_as_recorded(f"search-{case}")
     assert not re.search(r"\b(?:nan|None|NaT)\b", page.text.replace("loss is nan", ""))
@@ -149,15 +141,6 @@ def test_many_trials_are_thinned_and_the_page_says_so(
     assert {row[0] for row in table[1:]} > {"25", "26", "27", "28", "29"} and len(table) == 21
 
 
-def test_the_best_so_far_never_falls_in_what_trials_are_ranked_by(tmp_path: Path) -> None:
-    reached = [(0.8, 0.4), (0.7, 0.5), (0.9, 0.45)]
-    plans = [Plan(PARAMS, [value], score=score) for value, score in reached]
-    with make_study(tmp_path / "s.db", plans, space=SMALL) as store:
-        record = read_record(store, "pets")
-    lines = [draw(record).data[-1].y for draw in (history, accuracy_over_minutes)]
-    assert lines == [(0.4, 0.5, 0.5), (0.8, 0.7, 0.7)]
-
-
 def test_studies_are_shown_side_by_side(tmp_path: Path) -> None:
     with make_study(tmp_path / "s.db", [finished()], space=SMALL):
         store = make_study(tmp_path / "s.db", [finished(0.8)], name="dogs", fingerprint="other")
@@ -169,14 +152,12 @@ def test_studies_are_shown_side_by_side(tmp_path: Path) -> None:
     assert "accuracies do not compare" in page.text and page.figures["refresh"] == "5"
 
 
-def test_repeated_readings_of_the_test_split_are_listed(tmp_path: Path) -> None:
-    store = make_study(tmp_path / "s.db", [finished(), finished(0.8)])
-    add_test(store, "pets", 0, 0.95, 0.9)
-    add_test(store, "pets", 1, 0.75, 0.9)
-    report(store, tmp_path)[1].says_as_recorded("search-tested-twice")
-
-
-def test_a_missing_study_leaves_no_folder(tmp_path: Path) -> None:
-    with make_study(tmp_path / "s.db", []) as store, pytest.raises(RecordError, match="pest"):
-        write_report(store, "pest", tmp_path / "report")
+def test_what_is_not_there_leaves_no_folder(tmp_path: Path) -> None:
+    with make_study(tmp_path / "s.db", []) as store:
+        with pytest.raises(RecordError, match="pest"):
+            write_report(store, "pest", tmp_path / "report")
+        with pytest.raises(RecordError, match="no ablation.*python -m study ablate pets"):
+            write_ablation(store, "pets", tmp_path / "report")
+        with pytest.raises(RecordError, match="pest"):
+            describe_ablation(store, "pest")
     assert not (tmp_path / "report").exists()

@@ -31,9 +31,6 @@ def drawn(n_seeds: int, n_images: int, seed: int = 0) -> Array:
     return np.round(np.clip(hard + 0.5 * rng.normal(size=(n_seeds, n_images)), -1, 1))
 
 
-# Seeds crossed with images
-
-
 @pytest.mark.parametrize(("n_seeds", "n_images"), [(2, 7), (5, 40), (12, 30)])
 def test_variance_is_that_of_two_crossed_samples(n_seeds: int, n_images: int) -> None:
     rows = drawn(n_seeds, n_images, n_seeds)
@@ -56,6 +53,9 @@ def test_variance_is_that_of_two_crossed_samples(n_seeds: int, n_images: int) ->
     half = stats.t.ppf(0.995, df) * math.sqrt(variance)
     ends = found.interval(0.99)
     assert (ends.low, ends.high) == pytest.approx((rows.mean() - half, rows.mean() + half))
+    for margin in (0.01, 0.2):  # equivalence is two one-sided tests
+        sides = np.array([margin + rows.mean(), margin - rows.mean()]) / math.sqrt(variance)
+        assert found.equivalence_p(margin) == pytest.approx(max(stats.t.sf(sides, df)))
 
 
 def test_a_negative_component_counts_as_zero() -> None:
@@ -83,9 +83,6 @@ def test_one_seed_has_no_test_and_equal_rows_no_scatter() -> None:
     same, all_differ = crossed(np.zeros((4, 9))), crossed(np.ones((4, 9)))
     assert (same.p, same.equivalence_p(0.01), same.equivalence_p(0.0)) == (1, 0, 0.5)
     assert (all_differ.p, all_differ.equivalence_p(0.01)) == (0, 1)
-    # The same images in every seed: they alone are uncertain.
-    repeated = np.repeat(drawn(1, 50), 4, axis=0)
-    assert crossed(repeated).p == pytest.approx(stats.ttest_1samp(repeated[0], 0).pvalue)
 
 
 def test_seeds_alone_are_a_t_test_with_at_least_the_scatter_of_rounding() -> None:
@@ -108,9 +105,6 @@ def test_recipes_that_are_equal_but_for_images_are_told_apart_by_seeds_alone_onl
     found, alone = (np.array(ps) <= 0.05).mean(axis=0)
     assert 0.005 < found < 0.05 + 3 * math.sqrt(0.05 * 0.95 / n_studies)
     assert alone > 0.3
-
-
-# Folds of a cross-validation
 
 
 def test_few_folds_have_the_corrected_resampled_t_test() -> None:
@@ -139,24 +133,12 @@ def test_many_folds_have_the_scatter_of_images_and_what_folds_scatter_beyond(shi
     assert found.scatter() == pytest.approx((math.sqrt(variance), df))
 
 
-# Corrections, equivalence, planning
-
-
 def test_holm_is_that_of_his_paper_and_skips_what_was_not_tested() -> None:
     # The smallest times how many there are, the next times one fewer, and none below one before.
     found = holm([0.01, NAN, 0.04, 0.03, 0.005, 0.9])
     assert found == pytest.approx([0.04, NAN, 0.09, 0.09, 0.025, 0.9], nan_ok=True)
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([NAN]) == pytest.approx([NAN], nan_ok=True) and holm([]) == []
-
-
-def test_equivalence_is_two_one_sided_tests() -> None:
-    rows = drawn(6, 40)
-    found = crossed(rows)
-    error, df = found.scatter()
-    for margin in (0.01, 0.2):
-        sides = [(margin + found.estimate) / error, (margin - found.estimate) / error]
-        assert found.equivalence_p(margin) == pytest.approx(max(stats.t.sf(sides, df)))
 
 
 @pytest.mark.parametrize(
