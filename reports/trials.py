@@ -187,7 +187,10 @@ def importances(
             "settings; study ablate compares them."
         )
     elif len(used) < MIN_TRIALS:
-        why = f"This needs at least {MIN_TRIALS} trials with an accuracy; there are {len(used)}."
+        why = (
+            f"This needs at least {MIN_TRIALS} complete, pruned or diverged trials, but has "
+            f"{len(used)}."
+        )
     elif not names:
         why = "No setting had more than one value."
     elif final[[trial.number for trial in used]].nunique() == 1:

@@ -20,7 +20,7 @@ SHORTER = {
     "run --config": f"--data photos --name configured {SMALL}",
     "run --data": f"{SMALL} --set space.freeze_depth=3",
     # Its three minutes count from the start of the process, which ran other tests before.
-    "study run": f"{SMALL} --set data.limit=60 --time 1h",
+    "study run": f"{SMALL} --set data.limit=60",
     "--factor": "--replicates 1 --folds 1",
     "ablate photos-ablation": "",
     "ablate study.toml": "--dry-run --name from-a-file",

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong := [text for text in given if re.search("[\0\ud800-\udfff]", text)]:
             return _refuse(f"arguments must be UTF-8 without NUL, but got {ascii(wrong[0])}.")
         os.getcwd()  # the folder that we stand in may have been removed
-        with cli.make_context("python -m study", given, obj=given) as context:
+        with cli.make_context("python -m study", given, obj=(given, argv is None)) as context:
             status: int | None = cli.invoke(context)
         sys.stdout.flush()
         return status or 0
@@ -126,7 +126,7 @@ def _command_line() -> str:
     """Return the command line, for the record: without passwords."""
     from study.config.formatting import hide_password
 
-    given = click.get_current_context().find_root().obj
+    given, _ = click.get_current_context().find_root().obj
     return shlex.join(["python", "-m", "study", *map(hide_password, given)])
 
 
@@ -267,6 +267,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     from study.search.search import run_search
 
+    _, is_own_process = click.get_current_context().find_root().obj
     with _progress() as progress:
         _say_downloads(config, progress)
         outcome = run_search(
@@ -275,7 +276,7 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
             command=_command_line(),
             allow_changes=_given("allow_changes"),
             take_over=_given("take_over"),
-            begin=_process_begin(),
+            begin=_process_begin() if is_own_process else None,
             plan=plan,
         )
     _print_outcome(config, outcome)
