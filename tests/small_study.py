@@ -1,13 +1,15 @@
 """A study of small images and a small network that runs in seconds, and what it leaves."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 
 from core.metrics import MEASURED, EpochMetrics
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
-from study.execution.progress import Event, QuietProgress
+from study.execution.progress import Event, Note, QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
 from study.search.search import SearchOutcome, run_search
@@ -42,6 +44,25 @@ class Listener(QuietProgress):
     def emit(self, event: Event) -> None:
         self.events.append(event)
 
+    @property
+    def notes(self) -> list[str]:
+        """Return the texts of the notes."""
+        return [event.text for event in self.events if isinstance(event, Note)]
+
+
+class Reacts(Listener):
+    """Acts once, at the first event of a kind."""
+
+    def __init__(self, is_meant: Callable[[Event], bool], act: Callable[[], None]) -> None:
+        super().__init__()
+        self.is_meant, self.act = is_meant, act
+
+    def emit(self, event: Event) -> None:
+        was_there = any(map(self.is_meant, self.events))
+        super().emit(event)
+        if self.is_meant(event) and not was_there:
+            self.act()
+
 
 def make_home(home: Path, space: str = HEADS, n: int = 16) -> Path:
     """Write a folder of images and a configuration."""
@@ -72,9 +93,17 @@ def run(config: StudyConfig, **options: object) -> SearchOutcome:
     return run_search(config, **({"progress": Listener(), "command": "test"} | options))
 
 
-def rows_of(home: Path, name: str = "photos") -> list[Trial]:
+def bare_trial(number: int, config: dict[str, Any], origin: str = "plan") -> Trial:
+    """Return a trial that is in no record."""
+    return Trial(
+        study_id=1, number=number, run_id=1, origin=origin, config=config, config_hash="",
+        device="cpu",
+    )  # fmt: skip
+
+
+def rows_of(home: Path, name: str = "photos", database: str = "s.db") -> list[Trial]:
     """Return the trials in our record."""
-    with Record(str(home / "s.db")) as record:
+    with Record(str(home / database)) as record:
         return record.trials(record.study(name).id)
 
 

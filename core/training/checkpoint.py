@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
         safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
     except safetensors.SafetensorError as err:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{partial} cannot be written: {err}") from err
+        found = re.search(r"os error (\d+)", str(err))  # a full disk's or a quota's
+        number = (int(found[1]),) if found else ()
+        raise OSError(*number, f"{partial} cannot be written: {err}") from err
     os.replace(partial, path)
 
 

@@ -62,42 +62,29 @@ BASELINES = st.fixed_dictionaries({key: st.sampled_from(v) for key, v in _SOME.i
 BASELINES = BASELINES.filter(_is_allowed).map(lambda values: TrainConfig(**values))
 
 
-def test_a_training_key_takes_one_value_or_a_list() -> None:
-    raw = tomllib.loads('augment = "none"\nhead_lr_mult = [1, 100]\nclip_norm = ["none", 0.5]')
-    levels, faults = parse_factors(raw)
-    assert faults == []
-    assert {key: [level.label for level in found] for key, found in levels.items()} == {
-        "augment": ["none"],
-        "head_lr_mult": ["1", "100"],
-        "clip_norm": ["none", "0.5"],
-    }
-    assert levels["clip_norm"][0].overrides == {"clip_norm": None}
-    assert isinstance(levels["head_lr_mult"][0].overrides["head_lr_mult"], float)
-
-
-def test_a_name_of_ones_own_takes_tables_of_training_keys() -> None:
+def test_a_training_key_takes_values_and_a_name_of_ones_own_tables_of_keys() -> None:
     raw = tomllib.loads(
-        '[recipe."frozen extractor"]\nfreeze_depth = 5\nhead_init = "zero"\n'
-        "[recipe.plain]\naugment = 'none'"
+        'augment = "none"\nhead_lr_mult = [1, 100]\nclip_norm = ["none", 0.5]\n'
+        '[recipe."frozen extractor"]\nfreeze_depth = 5\nhead_init = "zero"'
     )
     levels, faults = parse_factors(raw)
     assert faults == []
-    assert levels["recipe"] == [
-        Level("frozen extractor", {"freeze_depth": 5, "head_init": "zero"}),
-        Level("plain", {"augment": "none"}),
-    ]
-    (factor,), faults = make_factors(PLAIN, levels)
-    assert faults == []
-    assert factor.baseline == "baseline"
-    assert factor.overrides("plain") == {"augment": "none"}
-    assert factor.overrides("baseline") == {}
+    assert levels == {
+        "augment": [Level("none", {"augment": "none"})],
+        "head_lr_mult": [Level(text, {"head_lr_mult": float(text)}) for text in ("1", "100")],
+        "clip_norm": [Level("none", {"clip_norm": None}), Level("0.5", {"clip_norm": 0.5})],
+        "recipe": [Level("frozen extractor", {"freeze_depth": 5, "head_init": "zero"})],
+    }
+    assert isinstance(levels["head_lr_mult"][0].overrides["head_lr_mult"], float)
+    (*_, recipe), faults = make_factors(PLAIN, levels)
+    assert (faults, recipe.baseline, recipe.overrides("baseline")) == ([], "baseline", {})
+    assert recipe.overrides("frozen extractor") == levels["recipe"][0].overrides
 
 
 @pytest.mark.parametrize(
     ("raw", "shown"),
     [
         ({"augmnt": ["none"]}, ["no training key", "Did you mean augment?"]),
-        ({"head_lr_mult": ["a"]}, ["head_lr_mult='a'"]),
         ({"freeze_depth": [9]}, ["less than or equal to 5", "freeze_depth=9"]),
         ({"augment": ["nnoe"]}, ["augment='nnoe'", "Did you mean none?"]),
         ({"augment": []}, ["at least one level", "[]"]),
@@ -105,52 +92,36 @@ def test_a_name_of_ones_own_takes_tables_of_training_keys() -> None:
         ({"recipe": {"plain": {"augmnt": "none"}}}, ["level plain: augmnt", "mean augment?"]),
         ({"recipe": {"plain": 3}}, ["level plain must be a table", "got 3"]),
         ({"recipe": {}}, ["at least one level"]),
+        # With the baseline's mixup = 0.2 and warmup_epochs = 3
+        ({"mixup": [0.2]}, ["a level other than the baseline's, but got 0.2 only"]),
+        ({"cutmix": [1.0]}, ["level 1: mixup and cutmix must not both be on"]),
+        ({"short": {"two": {"epochs": 2}}}, ["level two: warmup_epochs must"]),
     ],
 )
 def test_a_wrong_level_is_reported_with_key_and_value(
     raw: dict[str, object], shown: list[str]
 ) -> None:
-    (fault,) = parse_factors(raw)[1]
+    levels, faults = parse_factors(raw)
+    faults = faults or make_factors(TrainConfig(mixup=0.2, warmup_epochs=3.0), levels)[1]
+    (fault,) = faults
     assert fault.key == f"factors.{next(iter(raw))}"
     assert all(part in fault.text for part in shown), fault.text
 
 
 @pytest.mark.parametrize(
-    ("baseline", "raw", "shown"),
+    ("base_lr", "raw"),
     [
-        ({"mixup": 0.2}, {"cutmix": [1.0]}, "level 1: mixup and cutmix must not both be on"),
-        (
-            {"warmup_epochs": 3.0},
-            {"short": {"two": {"epochs": 2}}},
-            "level two: warmup_epochs must",
-        ),
+        (0.0123456, {"base_lr": [0.0123, 0.1]}),
+        (0.01, {"recipe": {"baseline": {"augment": "none"}, "other": {"freeze_depth": 5}}}),
     ],
 )
-def test_a_level_that_breaks_a_rule_with_the_baseline_is_told(
-    baseline: dict[str, Any], raw: dict[str, object], shown: str
-) -> None:
-    (fault,) = make_factors(TrainConfig(**baseline), parse_factors(raw)[0])[1]
-    assert fault.key == f"factors.{next(iter(raw))}"
-    assert fault.text.startswith(shown)
-
-
-@pytest.mark.parametrize(
-    ("baseline", "raw"),
-    [
-        (TrainConfig(base_lr=0.0123456), {"base_lr": [0.0123, 0.1]}),
-        (PLAIN, {"recipe": {"baseline": {"augment": "none"}, "other": {"freeze_depth": 5}}}),
-    ],
-)
-def test_a_level_is_never_called_like_the_baselines_own(
-    baseline: TrainConfig, raw: dict[str, object]
-) -> None:
+def test_a_level_is_never_called_like_the_baselines_own(base_lr: float, raw: Any) -> None:
+    baseline = TrainConfig(base_lr=base_lr)
     (factor,), faults = make_factors(baseline, parse_factors(raw)[0])
     assert faults == []
     assert factor.baseline not in [level.label for level in factor.levels]
-    design = Factorial([factor])
-    settings = [apply_params(baseline, cell.overrides) for cell in design.cells]
-    assert len(set(settings)) == 3
-    assert settings[0] == baseline
+    first, *others = [apply_params(baseline, cell.overrides) for cell in Factorial([factor]).cells]
+    assert first == baseline and len({first, *others}) == 3
 
 
 @given(BASELINES)

@@ -2,14 +2,13 @@ import contextlib
 import dataclasses
 import signal
 import sqlite3
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from optuna.trial import TrialState
-from small_study import SETTINGS, optuna_trials, rows_of
+from small_study import SETTINGS, Reacts, optuna_trials, rows_of
 
 from core.data.splits import ImageData, load_data
 from reports.ablation import Ablation, read_ablations
@@ -25,7 +24,7 @@ from study.ablation.run import (
     settled_config,
 )
 from study.config.errors import ConfigError
-from study.execution.progress import EpochEnded, Event, QuietProgress
+from study.execution.progress import EpochEnded, QuietProgress
 from study.record.frames import read_predictions
 from study.record.models import SPLITS_FILE, Design
 from study.record.record import Record
@@ -117,24 +116,20 @@ def home(finished: Path, tmp_path: Path) -> Path:
 
 def test_every_cell_and_replicate_is_run_once_with_paired_seeds(finished: Path) -> None:
     rows = rows_of(finished, "tiny")
-    assert Counter((row.factor, row.level, row.replicate, row.seed) for row in rows) == Counter(
-        (*cell, replicate, 7 + replicate)
-        for cell in (("baseline", None), ("base_lr", "0.001"), ("augment", "none"))
-        for replicate in range(3)
-    )
-    assert [row.state for row in rows] == ["complete"] * 9
     # A whole replicate after the other, so that a stop leaves whole pairs.
-    assert [row.replicate for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
-    for row in rows:
-        own = {"base_lr": 0.01, "augment": "standard", "seed": 7 + row.replicate}
-        own |= {"base_lr": {"base_lr": 0.001}, "augment": {"augment": "none"}}.get(row.factor, {})
-        assert row.config | own == row.config
+    cells = (("baseline", None), ("base_lr", "0.001"), ("augment", "none"))
+    assert [(row.replicate, row.seed, row.factor, row.level) for row in rows] == [
+        (replicate, 7 + replicate, *cell) for replicate in range(3) for cell in cells
+    ]
     for trial, row in zip(optuna_trials(finished, "tiny"), rows, strict=True):
-        assert (trial.state, trial.number) == (TrialState.COMPLETE, row.number)
-        assert trial.intermediate_values == {1: row.value} == {1: trial.value}
+        own = {"base_lr": {"base_lr": 0.001}, "augment": {"augment": "none"}}.get(row.factor, {})
+        own = {"base_lr": 0.01, "augment": "standard", "seed": 7 + row.replicate} | own
+        assert row.config | own == row.config
         levels = {} if row.factor == "baseline" else {row.factor: row.level}
         levels = {"base_lr": "0.01", "augment": "standard"} | levels
         assert trial.user_attrs["levels"] == row.params == levels
+        assert (trial.state, trial.number) == (TrialState.COMPLETE, row.number)
+        assert trial.intermediate_values == {1: row.value} == {1: trial.value}
 
 
 def test_only_what_is_missing_is_run(home: Path, photos: Path) -> None:
@@ -169,28 +164,21 @@ def test_another_design_of_the_same_ablation_shares_cells(home: Path, photos: Pa
     assert list(map(_analyses, designs)) == [[(1, [3])], [(2, [3])]]
 
 
-def test_solved_heads_are_trained_once_on_one_split(photos: Path, tmp_path: Path) -> None:
-    heads = ["train.freeze_depth=5", "train.head_solver=logistic", "train.weights=packaged"]
-    heads += ["train.backbone=timm:tf_efficientnet_lite0", "train.features=several"]
-    factors = {"features": ["last"], "weights": ["none"]}
-    plan = _plan(photos, tmp_path, *heads, "ablation.folds=1", factors=factors)
-    assert (_run(plan).n_done, len(rows_of(tmp_path, "tiny"))) == (6, 4)
-    found = {runs.label: (runs.numbers, runs.is_solved) for runs in _ablation(tmp_path).runs}
+def test_solved_heads_of_one_split_and_levels_that_train_the_same_share_their_runs(
+    photos: Path, tmp_path: Path
+) -> None:
+    heads = ["train.head_solver=logistic", "train.weights=packaged", "train.features=several"]
+    heads += ["train.backbone=timm:tf_efficientnet_lite0", "ablation.folds=1"]
+    factors = {"features": ["last"], "view": {"plain": {"features": "last"}}, "weights": ["none"]}
+    assert _run(_plan(photos, tmp_path, *heads, factors=factors)).n_done == 8
+    assert len(rows_of(tmp_path, "tiny")) == 4
     # From scratch, the seed draws the frozen layers.
-    assert found == {
+    assert {runs.label: (runs.numbers, runs.is_solved) for runs in _ablation(tmp_path).runs} == {
         "baseline": ((0, 0), True),
         "features = last": ((1, 1), True),
+        "view = plain": ((1, 1), True),
         "weights = none": ((2, 3), False),
     }
-
-
-def test_levels_that_train_the_same_share_their_runs(photos: Path, tmp_path: Path) -> None:
-    factors = {"augment": ["none"], "view": {"plain": {"augment": "none"}}}
-    outcome = _run(_plan(photos, tmp_path, factors=factors))
-    assert (outcome.n_done, len(rows_of(tmp_path, "tiny"))) == (6, 4)
-    _, *others = _ablation(tmp_path).runs
-    assert [runs.label for runs in others] == ["augment = none", "view = plain"]
-    assert others[0].numbers == others[1].numbers
 
 
 def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
@@ -208,19 +196,6 @@ def test_a_diverging_level_is_a_result(home: Path, photos: Path) -> None:
     assert list((home / "runs").rglob("trial-*")) == []
 
 
-class _Interrupts(QuietProgress):
-    """Presses Ctrl-C when a trial reaches its first epoch."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-    def emit(self, event: Event) -> None:
-        is_epoch = isinstance(event, EpochEnded) and event.trial == self.number
-        if is_epoch and event.metrics.epoch == 1:
-            signal.raise_signal(signal.SIGINT)
-
-
 def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +204,12 @@ def test_an_interrupted_path_takes_the_steps_of_an_uninterrupted_one(
         (tmp_path / name).mkdir()
         plans.append(_plan(photos, tmp_path / name, "train.epochs=2", design="path"))
     assert _run(plans[0]).stopped_because == "complete"
-    outcome = _run(plans[1], _Interrupts(5))  # the last replicate of the second candidate
+    # At the last replicate of the second candidate.
+    at = Reacts(
+        lambda event: isinstance(event, EpochEnded) and event.trial == 5,
+        lambda: signal.raise_signal(signal.SIGINT),
+    )
+    outcome = _run(plans[1], at)
     assert (outcome.stopped_because, outcome.n_done) == ("interrupted", 5)
     assert rows_of(tmp_path / "cut", "tiny")[5].ended_at is None
     assert [design.spec["steps"] for design in _designs(tmp_path / "cut")] == [[]]
@@ -274,9 +254,9 @@ def test_replicates_validate_on_folds_which_splits_csv_names(photos: Path, tmp_p
     with Record(str(tmp_path / "s.db")) as store:
         alone, folded = describe_ablation(store, "tiny")
     assert (alone.name, folded.name) == ("ofat-2", "ofat")
-    assert alone.disagreement is not None and folded.disagreement is not None
-    seen = [len(part.disagreement.frames[0]) for part in (alone, folded)]
-    assert seen == [len(data.val), len(data.development)]
+    for part, images in ((alone, data.val), (folded, data.development)):
+        assert part.disagreement is not None
+        assert len(part.disagreement.frames[0]) == len(images)
 
 
 def _images(data: ImageData, split: str) -> list[tuple[str, str]]:
@@ -306,19 +286,17 @@ def test_the_share_of_training_images_is_a_factor(photos: Path, tmp_path: Path) 
     assert plot.render("svg").startswith(b"<?xml")
 
 
-@pytest.mark.parametrize(
-    ("first", "most", "looks"),
-    [(5, 20, (5, 8, 12, 20)), (2, 4, (2, 4)), (2, 3, (2, 3)), (1, 20, None), (4, 4, None)],
-)
 def test_an_adaptive_ablation_looks_after_half_as_many_replicates_again(
-    first: int, most: int, looks: tuple[int, ...] | None, photos: Path, tmp_path: Path
+    photos: Path, tmp_path: Path
 ) -> None:
-    adaptive = ("ablation.adaptive=true", f"ablation.max_replicates={most}")
-    if looks is None:
+    def looks(first: int, most: int) -> tuple[int, ...]:
+        adaptive = ("ablation.adaptive=true", f"ablation.max_replicates={most}")
+        return _plan(photos, tmp_path, *adaptive, replicates=first).looks
+
+    assert [looks(5, 20), looks(2, 4), looks(2, 3)] == [(5, 8, 12, 20), (2, 4), (2, 3)]
+    for first, most in ((1, 20), (4, 4)):
         with pytest.raises(ConfigError, match=f"got {first} and {most}"):
-            _plan(photos, tmp_path, *adaptive, replicates=first)
-    else:
-        assert _plan(photos, tmp_path, *adaptive, replicates=first).looks == looks
+            looks(first, most)
 
 
 def test_checkpoints_are_kept_or_leave_no_folder(
@@ -359,11 +337,7 @@ def test_the_size_of_images_does_not_depend_on_later_designs(photos: Path, tmp_p
 @pytest.mark.parametrize(
     ("design", "factors", "rule"),
     [
-        (
-            "factorial",
-            {"mixup": [0.2], "cutmix": [1.0]},
-            "^mixup = 0.2, cutmix = 1: mixup and",
-        ),
+        ("factorial", {"mixup": [0.2], "cutmix": [1.0]}, "^mixup = 0.2, cutmix = 1: mixup and"),
         ("ofat", {"train_fraction": [0.1]}, "train.batch_size must be <= the number of training"),
     ],
 )

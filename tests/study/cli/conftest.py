@@ -11,16 +11,10 @@ from study.cli.main import DEFAULT_STORAGE, main
 from study.config.study_config import StudyConfig
 from study.record.record import Record
 from support import distributions_of
+from tests.reports.studies import DATA as PETS
 from tests.reports.studies import Plan, enter
 
-DATA = {
-    "source": "digits",
-    "classes": ["0", "1"],
-    "n_train": 8,
-    "n_val": 4,
-    "n_test": 0,
-    "fingerprint": "f",
-}
+DATA = PETS | {"source": "digits", "n_train": 8, "n_val": 4, "n_test": 0}
 ENDS = [
     ("complete", 0.5, None),
     ("complete", 0.75, None),

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import optuna
@@ -47,7 +46,7 @@ def test_waiting_threads_are_passive_unless_the_user_says_otherwise(
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> None:
+def test_help_of_every_command_loads_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from study.cli.main import cli, main\n"
@@ -61,13 +60,6 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
     assert tuple(cli.commands) == COMMANDS
     assert shown.splitlines()[-1] == "[]"
     assert all(f"python -m study {name} " in shown for name in COMMANDS)
-    documented = (
-        "--data --config --name --trials --timeout --set --cache --dry-run "
-        "--allow-changes --take-over --quiet --json --storage --from --design --factor "
-        "--replicates --folds --adaptive --sample --trial --levels --out --beside "
-        "--yes --force --watch --port"
-    )
-    assert set(documented.split()) <= set(shown.split())
 
 
 @pytest.mark.parametrize(
@@ -76,32 +68,18 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         ("", ["Missing command", "python -m study --help"]),
         ("rum", ["'rum'", "'run'"]),
         ("run --trails 3", ["'--trails'", "'--trials'", "python -m study run --help"]),
-        ("run --trials many", ["--trials", "'many'"]),
-        ("run photos", ["photos"]),
-        ("show", ["STUDY"]),
-        ("audit ants --sample -1", ["--sample", "-1"]),
-        ("run --config no.toml", ["no.toml"]),
-        ("run --set epoch=3", ["--set: epoch", "epochs?"]),
+        ("run --config no.toml", ["no.toml: there is no such file", "python -m study init"]),
         ("run --trials 0", ["--trials: study.trials"]),
         ("run --timeout soon", ["--time: study.time"]),
-        ("run --name a/b", ["--name: study.name"]),
         ("run --data nowhere", ["data.source", "nowhere"]),
-        ("run --data nowhere --dry-run", ["data.source", "nowhere"]),
-        ("run --data=", ["--data: data.source"]),
-        ("run --set backbone=resnet19", ["train.backbone", "resnet18"]),
         ("list", ["no database studies.db"]),
-        ("resume ants", ["no database studies.db"]),
         ("ablate ants", ["no database studies.db"]),
-        ("report ants", ["no database studies.db"]),
-        ("test ants --levels all", ["no database studies.db"]),
-        ("show ants --storage other.db", ["no database other.db"]),
         ("list --storage postgresql+no://me:hunter2@db/x", ["postgresql+no://me:***@db"]),
         ("backbones resnte18", ["Near: "]),
         ("show \udcff", ["UTF-8", "'\\udcff'"]),
         ("show a\0b", ["NUL", "'a\\x00b'"]),
         ("show ants --trial 9223372036854775808", ["--trial", "9223372036854775807"]),
         (f"list --storage {'x' * 256}", ["xxx: File name too long"]),
-        (f"init {'x' * 256}", ["xxx: File name too long"]),
         (f"run --name {'x' * 241}", ["--name: study.name", "at most 240 bytes, but has 241"]),
         ("run --set space.epochs=0", ["--set: space.epochs: must be", "epochs=0"]),
         ("run --set train.seed=9223372036854775808", ["--set: train.seed", "64 bits"]),
@@ -111,7 +89,6 @@ def test_help_of_every_command_names_its_options_and_loads_nothing_heavy() -> No
         (f"run --set epochs={'[' * 9}{']' * 9}", ["--set: train.epochs", "at most 8 deep"]),
         ('run --set data.root="a\\u001bb"', ["--set: data.root", "a control char", "a\\x1bb"]),
         ("run --set base_lr=1e400", ["--set: train.base_lr", "finite"]),
-        ("run --set train.base_lr=nan", ["--set: train.base_lr", "finite"]),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line_and_changes_nothing(
@@ -123,19 +100,11 @@ def test_a_users_mistake_is_told_in_one_line_and_changes_nothing(
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("line", "part"),
-    [
-        ("show ant", "There is: ants"),
-        ("show ants --trial 7", "no trial 7"),
-        ("report ants --out studies.db/report", "studies.db"),
-        ("delete ants", "--yes"),  # there is no terminal
-    ],
-)
-def test_what_a_record_does_not_allow_is_refused(
-    line: str, part: str, recorded: Path, refused: Callable[..., str]
+def test_a_report_into_no_folder_and_an_unconfirmed_deletion_are_refused(
+    recorded: Path, refused: Callable[..., str]
 ) -> None:
-    assert part in refused(*line.split())
+    assert "studies.db" in refused("report", "ants", "--out", "studies.db/report")
+    assert "--yes" in refused("delete", "ants")  # there is no terminal
     assert (recorded / "frostline-runs/ants/trial-0001").is_dir()
 
 
@@ -198,7 +167,10 @@ def test_init_writes_a_study_that_loads(
     config = load_config(Path("study.toml"))
     assert config.study.storage == DEFAULT_STORAGE
     assert (config.data.source, config.study.name) == ("folder:photos", "photos")
-    assert "--force" in refused("init")
+    assert "study.toml: there is such a file already; --force" in refused("init")
+    answered("init", "--force")
+    assert load_config(Path("study.toml")).data.source == "digits"
+    assert "cannot be written: No such file or directory" in refused("init", "no/study.toml")
 
 
 def test_backbones_are_listed_by_a_part_of_their_name(answered: Callable[..., str]) -> None:
@@ -212,20 +184,19 @@ def test_backbones_are_listed_by_a_part_of_their_name(answered: Callable[..., st
 
 
 def test_list_and_show_read_the_record(recorded: Path, answered: Callable[..., str]) -> None:
-    def lines_of(*args: str) -> list[list[str]]:
-        return [line.split() for line in answered(*args).splitlines()]
+    def lines_of(*args: str) -> list[str]:
+        return [" ".join(line.split()) for line in answered(*args).splitlines()]
 
-    assert lines_of("list")[1][:8] == ["ants", "75.0", "%", "1", "2", "1", "1", "0"]
-    study = answered("show", "ants")
-    assert "digits: 8 train, 4 val, 0 test, 2 classes" in study
+    assert lines_of("list")[1].startswith("ants 75.0 % 1 2 1 1 0")
+    study = lines_of("show", "ants")
+    assert any("digits: 8 train, 4 val, 0 test, 2 classes" in line for line in study)
     assert "Best trial: 1, 75.0 %." in study
-    rows = lines_of("show", "ants")
-    assert ["1", "75.0", "%", "2.0", "s", "complete", "sampler:", "base_lr=0.01"] in rows
-    assert ["3", "-", "1.0", "s", "failed", "sampler:", "base_lr=0.0001"] in rows
-    pruned = answered("show", "ants", "--trial", "2")
+    assert "1 75.0 % 2.0 s complete sampler: base_lr=0.01" in study
+    assert "3 - 1.0 s failed sampler: base_lr=0.0001" in study
+    pruned = lines_of("show", "ants", "--trial", "2")
     for part in ("pruned: hopeless", "5,130 of 11,181,642", "25.0 % (validation, epoch 1)"):
-        assert part in pruned
-    assert ["clip_norm", "none"] in lines_of("show", "ants", "--trial", "2")
+        assert part in "\n".join(pruned)
+    assert "clip_norm none" in pruned
     assert "failed: diverged [bad]" in answered("show", "ants", "--trial", "3")
 
 
@@ -256,17 +227,14 @@ def test_the_dashboard_gets_the_figures_of_the_report(recorded: Path) -> None:
 
 
 def test_json_has_the_documented_fields(recorded: Path, answered: Callable[..., str]) -> None:
-    def read(*args: str) -> Any:
-        return json.loads(answered(*args, "--json"))
-
-    (summary,) = read("list")
+    (summary,) = json.loads(answered("list", "--json"))
     assert (summary["name"], summary["best_value"]) == ("ants", 0.75)
     assert summary["counts"]["complete"] == 2
-    study = read("show", "ants")
+    study = json.loads(answered("show", "ants", "--json"))
     assert set(study) == {
         *("id", "name", "created_at", "config", "data", "versions", "trials", "tests")
     }
-    trial = read("show", "ants", "--trial", "1")
+    trial = json.loads(answered("show", "ants", "--trial", "1", "--json"))
     assert trial == {**study["trials"][1], "epochs": trial["epochs"]}
     assert set(trial) == {
         *("id", "study_id", "number", "run_id", "state", "reason", "origin", "params", "config"),
@@ -295,33 +263,29 @@ def test_delete_does_what_is_answered(
 def test_delete_leaves_and_names_what_another_study_wrote(
     recorded: Path, answered: Callable[..., str]
 ) -> None:
-    folder = recorded / "frostline-runs" / "ants"
-    theirs, link, state = (
-        folder / name for name in ("trial-0001", "trial-0002", "state/trial-0003.pt")
-    )
+    folder = Path("frostline-runs/ants")
+    theirs, link, state = folder / "trial-0001", folder / "trial-0002", folder / "state"
     (theirs / "model.safetensors").write_text("weights of another study")
     link.symlink_to(recorded)
-    state.parent.mkdir()
-    state.touch()
+    state.mkdir()
+    (state / "trial-0003.pt").touch()
     shown = answered("delete", "ants", "--yes")
     assert "4 trials, 0 checkpoints" in shown
-    assert {str(path.relative_to(recorded)) for path in (theirs, link, state)} <= set(
-        shown.split()
-    )
-    assert all(path.exists() for path in (theirs, link, state, recorded / DEFAULT_STORAGE))
+    left = (theirs, link, state / "trial-0003.pt")
+    assert {str(path) for path in left} <= set(shown.split())
+    assert all(path.exists() for path in (*left, Path(DEFAULT_STORAGE)))
 
 
-@pytest.mark.parametrize(
-    ("weights", "part"), [("of another study", "holds other weights"), (None, "cannot be read")]
-)
 def test_test_refuses_weights_that_are_not_the_trials(
-    weights: str | None, part: str, recorded: Path, refused: Callable[..., str]
+    recorded: Path, refused: Callable[..., str]
 ) -> None:
-    file = recorded / "frostline-runs" / "ants" / "trial-0001" / "model.safetensors"
-    file.unlink() if weights is None else file.write_text(weights)
+    folder = Path("frostline-runs/ants/trial-0001")
+    (folder / "model.safetensors").write_text("of another study")
     message = refused("test", "ants", "--trial", "1")
-    assert part in message
-    assert "frostline-runs/ants/trial-0001" in message
+    assert "holds other weights" in message and str(folder) in message
+    (folder / "model.safetensors").unlink()
+    message = refused("test", "ants", "--trial", "1")
+    assert "cannot be read" in message and str(folder) in message
 
 
 SECRET = "hunter2"
@@ -391,18 +355,15 @@ def test_a_dry_run_prints_the_cost_and_keeps_nothing(
 def test_run_resume_and_test_report_what_they_did(
     photos: list[str], no_figures: None, answered: Callable[..., str]
 ) -> None:
-    run = ["run", *photos, "--set", "search.recipes=false", "--quiet", "--trials", "1"]
-    shown = answered(*run)
+    shown = answered("run", *photos, "--set", "search.recipes=false", "--quiet", "--trials", "1")
     report = Path("frostline-runs/photos/report/report.html")
-    assert f"Report: {report}" in shown
-    assert report.is_file()
+    assert f"Report: {report}" in shown and report.is_file()
     assert "1 of 1 trials" in shown
     assert "Model: trial 0" in shown and "frostline-runs/photos/model" in shown
     assert shown.index("-m study show photos") < shown.index("-m study test photos")
     *events, last = map(json.loads, answered("resume", "photos", "--json").splitlines())
     assert all("event" in event for event in events)
     assert set(last) == {"event", "study", "stopped_because", "counts", "best", "model", "report"}
-    assert last["counts"]["complete"] == 1
     first = json.loads(answered("test", "photos", "--json").splitlines()[-1])
     assert {"trial_number", "n", "accuracy", "low", "high", "val_acc", "confusion"} <= set(first)
     assert "From the record" in answered("test", "photos")
@@ -412,9 +373,9 @@ def test_run_resume_and_test_report_what_they_did(
 def test_a_search_without_a_complete_trial_is_status_1(
     photos: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    diverging = ["search.recipes=false", "train.base_lr=1e30", "train.freeze_depth=0"]
-    settings = [word for text in diverging for word in ("--set", text)]
-    assert main(["run", *photos, *settings, "--quiet", "--trials", "1"]) == 1
+    sets = ["--set", "train.base_lr=1e30", "--set", "train.freeze_depth=0"]
+    words = ["--set", "search.recipes=false", "--quiet", "--trials", "1"]
+    assert main(["run", *photos, *sets, *words]) == 1
     shown = capsys.readouterr().out
     assert "No trial is complete. The last one failed: diverged: " in shown
     assert "-m study test" not in shown

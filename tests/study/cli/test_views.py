@@ -5,21 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console, RenderableType
+from small_study import rows_of
 
 from core.metrics import EpochMetrics
 from reports.intervals import selection_bias
 from study.cli import views
 from study.config.study_config import StudySection
 from study.record.models import Test, Trial
-from study.record.record import Record
 from study.search.search import SearchOutcome
-
-
-@pytest.fixture
-def trials(recorded: Path) -> list[Trial]:
-    """Two complete trials, a pruned one and a failed one."""
-    with Record("studies.db") as store:
-        return store.trials(store.study("ants").id)
 
 
 def text_of(view: RenderableType) -> str:
@@ -27,6 +20,12 @@ def text_of(view: RenderableType) -> str:
     with console.capture() as capture:
         console.print(view)
     return capture.get()
+
+
+@pytest.fixture
+def trials(recorded: Path) -> list[Trial]:
+    """Two complete trials, a pruned one and a failed one."""
+    return rows_of(recorded, "ants", "studies.db")
 
 
 def test_a_trial_shows_what_the_cache_saved(trials: list[Trial]) -> None:
@@ -60,14 +59,10 @@ def test_the_selection_bias_is_at_least_that_of_equally_good_trials(
 
 
 def test_a_test_has_its_interval_and_says_whether_it_is_the_only_one() -> None:
-    made = datetime(2026, 3, 4, 5, 6)
-    first, second = (
-        Test(
-            id=1, study_id=1, trial_number=number, created_at=made, n=100, n_correct=80,
-            balanced_acc=0.8, macro_f1=0.8, val_acc=val_acc, confusion=[], command="c",
-        )
-        for number, val_acc in ((1, 0.85), (7, None))
-    )  # fmt: skip
+    figures = {"n": 100, "n_correct": 80, "balanced_acc": 0.8, "macro_f1": 0.8, "confusion": []}
+    ids = {"study_id": 1, "command": "c", "created_at": datetime(2026, 3, 4, 5, 6)}
+    first = Test(id=1, trial_number=1, val_acc=0.85, **figures, **ids)
+    second = Test(id=2, trial_number=7, val_acc=None, **figures, **ids)
     alone = views.describe_use(first, [first], is_new=True)
     assert "80.0 % on 100 images (95 % interval 71.1 % to 86.7 %)" in alone
     assert "85.0 %, 5.0 points higher" in alone

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 from study.config.formatting import (
@@ -21,20 +20,8 @@ def test_passwords_are_not_passed_on() -> None:
     assert json_text({"a": ["pg://me:p@h/d?q=1", 2]}) == '{"a": ["pg://me:***@h/d?***", 2]}'
 
 
-def test_missing_values_are_a_dash() -> None:
-    assert format_accuracy(None) == format_accuracy(math.nan) == format_duration(None) == "-"
-
-
-def test_durations_and_params_are_short() -> None:
+def test_figures_are_short_and_missing_ones_a_dash() -> None:
     assert [format_duration(s) for s in (0.04, 61, 7322)] == ["0.0 s", "1 min 01 s", "2 h 02 min"]
+    assert format_accuracy(None) == format_accuracy(math.nan) == format_duration(None) == "-"
     text = format_params({"base_lr": 0.00123456, "clip_norm": None})
     assert text == "base_lr=0.00123, clip_norm=none"
-
-
-def test_json_has_no_numbers_that_json_lacks() -> None:
-    @dataclasses.dataclass
-    class Row:
-        loss: float
-        names: tuple[str, ...]
-
-    assert json_text(Row(math.inf, ("a",))) == '{"loss": null, "names": ["a"]}'

@@ -26,7 +26,6 @@ def faults_of(text: str, folder: Path, *overrides: str) -> tuple[str, ...]:
 def test_load_reads_keys_of_every_section(tmp_path: Path) -> None:
     text = """
         [study]
-        name = "ants"
         time = "1h30m"
         cache = "1.5GB"
         [data]
@@ -34,13 +33,10 @@ def test_load_reads_keys_of_every_section(tmp_path: Path) -> None:
         [train]
         epochs = 3
         clip_norm = "none"
-        weight_decay = 0
         [search]
-        sampler = "random"
         recipes = false
         [space]
         base_lr = {low = 1e-4, high = 1, log = true}
-        batch_size = [16, 32]
         ema_decay = ["none", 0.99]
         momentum = 0.8
     """
@@ -49,11 +45,8 @@ def test_load_reads_keys_of_every_section(tmp_path: Path) -> None:
     assert config.data.source == "folder:images/ants"
     assert (config.train.epochs, config.train.momentum, config.train.clip_norm) == (3, 0.8, None)
     assert not config.search.has_recipes
-    assert config.space == {
-        "base_lr": Range(1e-4, 1.0, log=True),
-        "batch_size": Choices((16, 32)),
-        "ema_decay": Choices((None, 0.99)),
-    }
+    space = {"base_lr": Range(1e-4, 1.0, log=True), "ema_decay": Choices((None, 0.99))}
+    assert config.space == space
 
 
 def test_load_reports_all_faults_at_once_with_origin_and_key(tmp_path: Path) -> None:
@@ -72,21 +65,20 @@ def test_load_reports_all_faults_at_once_with_origin_and_key(tmp_path: Path) -> 
         sampler = "tpo"
         recipes = ["all"]
         [space]
-        base_lr = {low = 0.1, high = 0.01}
         freeze_dept = [1, 2]
     """
     malformed, *faults = faults_of(text, tmp_path, "epochs", "alpha=2")
     keys = """
         study.trials study.cache data.val_fraction data.source train.epoch train.optimizer
-        train.weight_decay search.sampler search.recipes space.base_lr space.freeze_dept
+        train.weight_decay search.sampler search.recipes space.freeze_dept
     """
     expected = [*(f"FILE: {key}" for key in keys.split()), "--set: ablation.alpha"]
     assert malformed.startswith("--set: must be section.key=value, but got 'epochs'; for example")
     assert sorted(": ".join(fault.split(": ")[:2]) for fault in faults) == sorted(expected)
-    assert "FILE: train.epoch: is no known key. Did you mean epochs?" in faults
-    sampler = next(fault for fault in faults if "sampler" in fault)
-    assert sampler.endswith("but got sampler='tpo'. Did you mean tpe?")
-    assert any("freeze_dept" in fault and "mean freeze_depth?" in fault for fault in faults)
+    found = "\n".join(faults)
+    assert "FILE: train.epoch: is no known key. Did you mean epochs?\n" in found
+    assert "but got sampler='tpo'. Did you mean tpe?" in found
+    assert "Did you mean freeze_depth?" in found
 
 
 @pytest.mark.parametrize(
@@ -97,9 +89,7 @@ def test_load_reports_all_faults_at_once_with_origin_and_key(tmp_path: Path) -> 
         ("weight_decay = {low = 0.0, high = 0.1, log = true}", "low must be > 0 where log = true"),
         ("base_lr = {low = 0.1}", "high must be given"),
         ("base_lr = {low = 0.1, high = 1.0, setp = 1}", "setp is no known key. Did you mean step"),
-        ("base_lr = {low = 0.1, high = 1.0, log = 1}", "must be a valid boolean, but got log=1"),
         ("base_lr = {low = 0.1, high = 1.0, step = 2.0}", "step must be <= high - low"),
-        ("base_lr = {low = 0.1, high = 1.0, step = 0}", "must be greater than 0, but got step=0"),
         ("epochs = {low = 1, high = 9, step = 0.5}", "step must be a whole number"),
         ("epochs = {low = 1, high = 9, step = 2, log = true}", "log = true and step"),
         ("epochs = {low = 1.5, high = 9}", "must be a valid integer, but got low=1.5"),
@@ -108,9 +98,7 @@ def test_load_reports_all_faults_at_once_with_origin_and_key(tmp_path: Path) -> 
         ("backbone = {choices = []}", "at least 1 item"),
         ('backbone = ["resnet18", "resnet18"]', "choices must differ"),
         ('backbone = {choices = ["resnet18", "vgg11"], low = 1}', "low is no known key"),
-        ("head_decay = ['auto', -1]", "must be 'auto' or greater than 0"),
         ("augment = ['none', 'strong']", "must be 'none', 'standard', 'trivial' or 'rand'"),
-        ("epochs = [3, 'x']", "must be a valid integer, but got epochs='x'"),
         ("monitor = ['val_loss', 'val_acc']", "set train.monitor"),
     ],
 )
@@ -123,7 +111,6 @@ def test_load_refuses_a_wrong_dimension(line: str, message: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[train]\nmixup = 0.2\ncutmix = 1.0", "train: mixup and cutmix must not both be on"),
         ("[study]\nname = '../x'", "study.name: must begin and end with a letter or digit"),
         ("[study]\ntime = '2 hours'", 'study.time: must be seconds or a text like "2h"'),
         ("[search]\nsampler = 'grid'", "search.sampler: grid visits every setting"),
@@ -146,11 +133,6 @@ def test_load_refuses_broken_rules_and_misplaced_keys(
     assert message in fault
 
 
-def test_load_of_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no\.toml: there is no such file; `python -m study"):
-        load_config(tmp_path / "no.toml")
-
-
 def test_overrides_win_over_the_file_and_flags_over_both(tmp_path: Path) -> None:
     path = write(tmp_path, "[study]\ntrials = 5\n[train]\nepochs = 4\nbatch_size = 8")
     config = load_config(path, ["train.epochs=6", "trials=7"], {"study.trials": 9})
@@ -171,20 +153,17 @@ def test_an_override_changes_fixes_or_empties_dimensions() -> None:
     assert load_config(overrides=["space.seed=[0,1]", "train.seed=0"]).space["seed"].n_points == 2
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("seed=1", "--set: seed: is in the wrong section or in none; say study.seed or train."),
-        ("epoch=1", "--set: epoch: is no section or key. Did you mean epochs?"),
-        ("tran.epochs=1", "--set: tran.epochs: is in the wrong section or in none; say train.ep"),
-        ("train.epochs=x", "--set: train.epochs: must be a valid integer, but got epochs='x'"),
-        ("data.seed=4", "--set: data.seed: is in the wrong section or in none; say study.seed "),
-    ],
-)
-def test_a_wrong_override_is_reported_as_such(override: str, message: str) -> None:
+def test_wrong_overrides_are_reported_as_such() -> None:
+    wrong = {
+        "epoch=1": "is no section or key. Did you mean epochs?",
+        "seed=1": "is in the wrong section or in none; say study.seed or train.seed.",
+        "train.epochs=x": "must be a valid integer, but got epochs='x'.",
+        "tran.epochs=1": "is in the wrong section or in none; say train.epochs.",
+    }
     with pytest.raises(ConfigError) as caught:
-        load_config(overrides=[override])
-    assert str(caught.value).startswith(message)
+        load_config(overrides=list(wrong))
+    for fault, (text, rule) in zip(sorted(caught.value.faults), wrong.items(), strict=True):
+        assert fault.startswith(f"--set: {text.split('=')[0]}: {rule}")
 
 
 def test_a_rule_between_keys_is_reported_where_the_last_of_them_was_given(tmp_path: Path) -> None:

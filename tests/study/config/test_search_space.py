@@ -35,33 +35,13 @@ def test_optuna_draws_every_dimension_inside_its_bounds() -> None:
         assert not fits({"base_lr": SPACE["base_lr"]}, params)
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"base_rl": 0.5}, r"^base_rl is no known key\. Did you mean base_lr\?"),
-        ({"epochs": 0}, r"^must be greater than or equal to 1, but got epochs=0\.$"),
-        ({"mixup": 1.0, "cutmix": 1.0}, r"^mixup and cutmix must not both be on"),
-    ],
-)
-def test_apply_params_refuses(params: dict[str, ParamValue], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        apply_params(TrainConfig(), params)
-
-
-@pytest.mark.parametrize(
-    ("space", "n"),
-    [
-        ({}, 1),
-        ({"seed": Choices((0, 1, 2))}, 3),
-        ({"freeze_depth": Range(0, 5)}, 6),
-        ({"freeze_depth": Range(0, 5, step=2)}, 3),
-        ({"momentum": Range(0.0, 0.9, step=0.3)}, 4),
-        ({"seed": Choices((0, 1)), "freeze_depth": Range(0, 5)}, 12),
-        ({"seed": Choices((0, 1)), "base_lr": Range(0.1, 1.0)}, None),
-    ],
-)
-def test_points_of_a_space_are_counted(space: dict[str, Range | Choices], n: int | None) -> None:
-    assert n_points(space) == n
+def test_points_of_a_space_are_counted() -> None:
+    depth, seed = Range(0, 5), Choices((0, 1))
+    dimensions = [depth, Range(0, 5, step=2), Range(0.0, 0.9, step=0.3), seed, Range(0.1, 1.0)]
+    assert [dimension.n_points for dimension in dimensions] == [6, 3, 4, 2, None]
+    assert n_points({}) == 1
+    assert n_points({"seed": seed, "freeze_depth": depth}) == 12
+    assert n_points({"seed": seed, "base_lr": Range(0.1, 1.0)}) is None
 
 
 @given(st.floats(-10, 10), st.floats(0.01, 3), st.integers(1, 20))
@@ -124,9 +104,7 @@ def test_the_default_space_has_every_recipe() -> None:
         ),
         ({"freeze_depth": Range(1, 4)}, 0, {"fine-tune-half": {"freeze_depth": 3}}),
         ({"base_lr": Range(1e-3, 1e-1)}, 5, {"linear-probe": {"base_lr": 1e-3}}),
-        ({"base_lr": Range(1e-3, 1e-1)}, 2, {}),
         ({"seed": Choices((0, 1))}, 5, {}),
-        ({}, 5, {}),
     ],
 )
 def test_recipes_are_what_a_space_can_express(

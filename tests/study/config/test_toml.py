@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -6,12 +7,14 @@ import pytest
 from core.config import fields_of
 from study.config.errors import ConfigError
 from study.config.load import load_config
-from study.config.study_config import SECTIONS
-from study.config.toml import config_text, write_new
+from study.config.study_config import SECTIONS, StudyConfig
+from study.config.toml import config_text
 
 OVERRIDES = [
     "space.ema_decay=['none', 0.99]",
+    "space.epochs={low=20, high=30}",
     "train.clip_norm=1.0",
+    "cache=1GB",
     "recipes=false",
     "study.time=90m",
     "name='other \u00fc'",
@@ -20,12 +23,15 @@ OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize("with_help", [True, False])
-def test_config_text_reads_back_to_the_same(with_help: bool, tmp_path: Path) -> None:
+def test_a_configuration_reads_back_from_its_text_and_its_record(tmp_path: Path) -> None:
     config = load_config(overrides=OVERRIDES)
     path = tmp_path / "study.toml"
-    path.write_text(config_text(config, with_help=with_help), encoding="utf-8")
-    assert load_config(path) == config
+    for with_help in (True, False):
+        path.write_text(config_text(config, with_help=with_help), encoding="utf-8")
+        assert load_config(path) == config
+    record = json.loads(json.dumps(config.to_record()))
+    assert StudyConfig.from_record(record) == config
+    assert "base_lr" not in record["train"]  # which is searched
 
 
 def test_template_gives_each_key_its_meaning() -> None:
@@ -69,14 +75,3 @@ def test_what_is_no_configuration_is_refused(
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_bytes(b"\xef\xbb\xbf[study]\ntrials = 7\n")
     assert load_config(tmp_path / "study.toml").study.trials == 7
-
-
-def test_write_new_replaces_a_file_only_when_asked(tmp_path: Path) -> None:
-    path = tmp_path / "study.toml"
-    write_new(path, "a", may_replace=False)
-    with pytest.raises(ConfigError, match=r"study\.toml: there is such a file already; --force"):
-        write_new(path, "b", may_replace=False)
-    write_new(path, "b", may_replace=True)
-    assert path.read_text() == "b"
-    with pytest.raises(ConfigError, match=r"cannot be written: No such file or directory"):
-        write_new(tmp_path / "no" / "study.toml", "a", may_replace=False)

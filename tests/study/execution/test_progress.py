@@ -84,34 +84,25 @@ def test_a_long_trial_shows_where_it_is_in_a_log(monkeypatch: pytest.MonkeyPatch
     assert "epoch 5/8   50%" in out.getvalue().splitlines()[-1]
 
 
-@pytest.fixture
-def live() -> LiveProgress:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-    return LiveProgress(console)
-
-
-def test_a_terminal_shows_images_decoded_then_the_trial_and_the_study(live: LiveProgress) -> None:
+def test_a_terminal_shows_what_runs_and_ended_trials_scroll_away_above_it() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    live = LiveProgress(console)
+    live.close()  # unused, and again at the end of the study
     live.emit(EVENTS[0])
     assert live.render().plain == "decoding images: 5 of 10"
     for event in (*EVENTS[1:6], StepDone(2, 1.5)):
         live.emit(event)
-    shown = live.render().plain
-    live.close()
-    assert shown.splitlines() == [
+    assert live.render().plain.splitlines() == [
         "trial   2  recipe:linear-probe: base_lr=0.00123, level 5",
         "━━━━━━━━━━━━──────────── epoch 2/2   50%  accuracy 70.0 %, loss 0.400, 123 imag",
         "study ants  0:00 of 15:00 · 2 of 6 trials · best 80.0 %",
     ]
-
-
-def test_ended_trials_scroll_away_above_the_running_one(live: LiveProgress) -> None:
-    live.close()  # unused, and again at the end of the study
-    play(live)
-    assert isinstance(live.console.file, io.StringIO)
-    text = live.console.file.getvalue()
-    assert "3 files are no images [ignored]" in text
-    assert "trial   2   90.0 %      4.2 s  recipe:linear-probe: base_lr=0.00123" in text
-    assert "trial   4        -  1 h 01 min  failed  sampler  (diverged)" in text
+    for event in EVENTS[6:]:
+        live.emit(event)
+    live.close()
+    assert "3 files are no images [ignored]" in out.getvalue()
+    assert "trial   4        -  1 h 01 min  failed  sampler  (diverged)" in out.getvalue()
     assert live.render().plain.splitlines()[-1].startswith("study ants  0:00 of 15:00 · 5 of 6")
 
 
@@ -120,25 +111,21 @@ def test_json_lines_hold_the_fields_of_each_event_and_no_number_that_json_lacks(
     progress = JsonProgress(out)
     play(progress)
     progress.emit(EpochEnded(9, metrics(1, 0.5, train_loss=float("nan"))))
-    events = [json.loads(line) for line in out.getvalue().splitlines()]
-    trial = ["trial_started", "epoch", "epoch", "trial_ended"]
-    assert [event["event"] for event in events] == [
-        *("note", "study", *trial, "study", trial[0], *trial[2:]),
-        *(*(trial[0], trial[3]) * 2, "study", "epoch"),
-    ]  # fmt: skip
+    note, state, started, epoch, *_, last = map(json.loads, out.getvalue().splitlines())
+    assert note == {"event": "note", "text": "3 files are no images [ignored]"}
     others = ("pruned", "failed", "running", "interrupted", "cut_short")
-    counts = {"complete": 2} | dict.fromkeys(others, 0)
-    assert events[1] == {
-        "event": "study", "study": "ants", "target": 6, "counts": counts, "best": 0.8,
-        "best_score": 0.8, "spent_s": 0.0, "time_s": 900.0,
+    assert state == {
+        "event": "study", "study": "ants", "target": 6, "best": 0.8, "best_score": 0.8,
+        "counts": {"complete": 2} | dict.fromkeys(others, 0), "spent_s": 0.0, "time_s": 900.0,
     }  # fmt: skip
-    assert events[2]["params"] == {"base_lr": 0.00123, "freeze_depth": 5}
-    assert (events[4]["trial"], events[4]["val_acc"], events[4]["epoch"]) == (2, 0.9, 2)
-    assert events[5] == {
+    assert started["params"] == {"base_lr": 0.00123, "freeze_depth": 5}
+    assert (epoch["trial"], epoch["val_acc"], epoch["epoch"]) == (2, 0.7, 1)
+    assert (last["event"], last["train_loss"]) == ("epoch", None)
+    ended = json.dumps({
         "event": "trial_ended", "trial": 2, "state": "complete", "value": 0.9, "reason": None,
         "duration_s": 4.25,
-    }  # fmt: skip
-    assert events[-1]["train_loss"] is None
+    })  # fmt: skip
+    assert ended in out.getvalue().splitlines()
 
 
 def test_quiet_prints_notes_only(capsys: pytest.CaptureFixture[str]) -> None:

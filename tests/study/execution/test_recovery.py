@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from small_study import (
     SETTINGS,
     Listener,
+    Reacts,
     config_of,
     figures_of,
     make_home,
@@ -23,10 +24,9 @@ from small_study import (
 )
 
 from command_line import start
-from core.fit import fit
 from study.config.study_config import StudyConfig
 from study.execution import trial_engine
-from study.execution.progress import Note
+from study.execution.progress import StepDone
 from study.record.record import Record
 
 EPOCHS = "train.epochs=4"
@@ -55,11 +55,6 @@ run(config_of(home, 2, "train.epochs=4"))
 """
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a home where the study was not interrupted."""
@@ -70,15 +65,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _assert_equal_studies(home: Path, other: Path) -> None:
     """Assert that two studies have the same trials, epochs and reported values."""
-    for a, b in zip(rows_of(home), rows_of(other), strict=True):
-        assert (a.number, a.state, a.params, a.value, a.origin, a.epochs_done) == (
-            b.number, b.state, b.params, b.value, b.origin, b.epochs_done,
-        )  # fmt: skip
-        assert figures_of(home, a.number) == figures_of(other, b.number)
-    ours, theirs = optuna_trials(home), optuna_trials(other)
-    assert [(t.state, t.value, t.intermediate_values) for t in ours] == [
-        (t.state, t.value, t.intermediate_values) for t in theirs
-    ]
+
+    def found(home: Path) -> list[tuple[object, ...]]:
+        return [
+            (row.number, row.state, row.params, row.value, row.origin, row.epochs_done,
+             figures_of(home, row.number), trial.state, trial.value, trial.intermediate_values)
+            for row, trial in zip(rows_of(home), optuna_trials(home), strict=True)
+        ]  # fmt: skip
+
+    assert found(home) == found(other)
 
 
 @pytest.mark.slow
@@ -96,7 +91,7 @@ def test_a_trial_killed_in_an_epoch_is_continued_and_equals_the_uninterrupted_on
     listener = Listener()
     outcome = run(config_of(home, 2, EPOCHS), progress=listener)
     assert outcome.counts.finished == 2
-    assert any("continued after epoch" in e.text for e in listener.events if isinstance(e, Note))
+    assert any("continued after epoch" in text for text in listener.notes)
     _assert_equal_studies(home, whole)
     assert not list((home / "runs" / "photos" / "state").iterdir())
 
@@ -153,7 +148,7 @@ def test_a_trial_without_a_state_is_failed_and_its_settings_run_again(
     first, again = optuna_trials(home)
     assert (first.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE)
     assert (again.params, again.user_attrs["origin"]) == (first.params, "retry of 0")
-    assert Note("The settings of trial 0 run again.") in listener.events
+    assert "The settings of trial 0 run again." in listener.notes
     assert [path.name for path in (home / "runs" / "photos").glob("trial-*")] == ["trial-0001"]
 
 
@@ -176,8 +171,8 @@ def test_settings_that_a_changed_space_lacks_are_dropped_and_named(
     assert [trial.state.name for trial in optuna_trials(home)] == ["FAIL", "COMPLETE"]
     (row,) = rows_of(home)
     assert (row.origin, 0.2 <= row.params["base_lr"] <= 0.5) == ("sampler", True)
-    notes = [event.text for event in listener.events if isinstance(event, Note)]
-    assert any("Dropped are the settings of trial 0: they lie outside" in text for text in notes)
+    dropped = "Dropped are the settings of trial 0: they lie outside"
+    assert any(text.startswith(dropped) for text in listener.notes)
 
 
 def test_settings_that_kill_the_process_run_three_more_times_at_most(
@@ -190,29 +185,17 @@ def test_settings_that_kill_the_process_run_three_more_times_at_most(
     assert [params.count(text) for text in dict.fromkeys(params)] == [4, 2]
 
 
-def test_a_stopped_trial_is_continued_under_its_number(
-    home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = 0
-
-    def fit_until_told(*args: object, **options: object):
-        def should_stop() -> bool:
-            nonlocal asked
-            asked += 1
-            if asked == 20:
-                os.kill(os.getpid(), signal.SIGINT)
-            return options["should_stop"]()
-
-        return fit(*args, **{**options, "should_stop": should_stop})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trial_engine, "fit", fit_until_told)
-        outcome = run(config_of(home, 2, EPOCHS))
-    assert outcome.stopped_because == "interrupted"
-    paused = optuna_trials(home)[outcome.counts.finished]
+def test_a_stopped_trial_is_continued_under_its_number(home: Path, whole: Path) -> None:
+    in_an_epoch = Reacts(
+        lambda event: isinstance(event, StepDone) and event.epochs > 1 and event.epochs % 1 > 0,
+        lambda: signal.raise_signal(signal.SIGINT),
+    )
+    outcome = run(config_of(home, 2, EPOCHS), progress=in_an_epoch)
+    assert (outcome.stopped_because, outcome.counts.finished) == ("interrupted", 0)
+    (paused,) = optuna_trials(home)
     assert (paused.state, paused.user_attrs["paused"]) == (TrialState.RUNNING, True)
     assert run(config_of(home, 2, EPOCHS)).counts.finished == 2
-    assert optuna_trials(home)[paused.number].user_attrs["paused"] is False
+    assert optuna_trials(home)[0].user_attrs["paused"] is False
     _assert_equal_studies(home, whole)
 
 

@@ -1,11 +1,10 @@
 import contextlib
 import dataclasses
 import os
-import resource
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -23,11 +22,11 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import Base, Counts, Misclassified, Test, Trial
+from study.record.models import Base, Counts, Misclassified, Trial
 from study.record.record import Record
 from support import distributions_of
+from tests.reports.studies import Plan, enter
 
-CONFIG = {"seed": 3, "backbone": "resnet18", "freeze_depth": 2}
 DATA = {"source": "folder:x", "classes": ["a", "b"], "fingerprint": "f", "n_train": 8}
 
 
@@ -42,29 +41,11 @@ def _study(store: Record, name: str = "photos") -> tuple[int, int]:
     return study, store.begin_run(study, command="test", device="cpu", versions={})
 
 
-def _trial(store: Record, study: int, run: int, number: int) -> Trial:
-    params = {"base_lr": 0.1 * (number + 1), "backbone": "resnet18"}
-    trial = store.start_trial(study, params, distributions_of(params))
-    assert trial.number == number
-    row = Trial(
-        study_id=study, number=number, run_id=run, origin="sampler", config=CONFIG,
-        config_hash=f"hash{number}", device="cpu",
-    )  # fmt: skip
-    store.save(row)
-    return row
-
-
-def _epochs(store: Record, row: Trial, *values: float) -> None:
-    """Enter epochs, in both tables."""
-    for epoch, value in enumerate(values, start=1):
-        is_best = value > max(values[: epoch - 1], default=-1)
-        store.add_epoch(row, _epoch(epoch, value, is_best=is_best), float(epoch))
-        store.take_up_trial(row.study_id, row.number).report(value, epoch)
-
-
-def _end(store: Record, row: Trial, state: str, value: float | None) -> None:
-    row.value, row.reason = value, None if state == "complete" else state
-    store.end_trial(row, state)
+def _enter(
+    store: Record, study: int, run: int, *curve: float, state: str = "running", lr: float = 0.1
+) -> Trial:
+    plan = Plan({"base_lr": lr, "backbone": "resnet18"}, curve, state, config_hash="h")
+    return enter(store, study, run, plan, distributions_of(plan.params))
 
 
 @pytest.fixture
@@ -74,18 +55,17 @@ def store(tmp_path: Path) -> Record:
 
 def test_record_returns_what_was_written_joined_with_optuna(store: Record) -> None:
     study, run = _study(store)
-    trial = _trial(store, study, run, 0)
-    _epochs(store, trial, 0.8, 0.5)
+    trial = _enter(store, study, run, 0.8)
+    store.add_epoch(trial, _epoch(2, 0.5, is_best=False), 2.0)
     running = store.trial(study, 0)
     assert (running.state, running.value, running.epochs_done) == ("running", 0.8, 2)
-    assert (running.seed, running.backbone, running.freeze_depth) == (3, "resnet18", 2)
+    assert (running.seed, running.backbone, running.freeze_depth) == (7, "resnet18", 0)
     store.end_trial(trial, "complete")
     row = store.trial(study, 0)
     assert (row.state, row.value, row.best_epoch) == ("complete", 0.8, 1)
     assert row.params == {"base_lr": 0.1, "backbone": "resnet18"}
-    assert row.ended_at is not None
-    assert row.ended_at >= row.started_at
-    assert store.epochs(trial.id) == [_epoch(1, 0.8), _epoch(2, 0.5, is_best=False)]
+    assert row.ended_at is not None and row.ended_at >= row.started_at
+    assert store.epochs(trial.id)[1] == _epoch(2, 0.5, is_best=False)
     assert store.study("photos").data == DATA
 
 
@@ -94,7 +74,7 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
     assert read_trials(store, "photos").empty
     assert "val_acc" in read_epochs(store, "photos").columns
     for number in range(3):
-        _epochs(store, _trial(store, study, run, number), *[0.5] * (number + 1))
+        _enter(store, study, run, *[0.5] * (number + 1), lr=0.1 * (number + 1))
     trials, epochs = read_trials(store, "photos"), read_epochs(store, "photos")
     assert trials["number"].tolist() == [0, 1, 2]
     assert trials["params_base_lr"].tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -106,10 +86,9 @@ def test_frames_have_a_row_per_trial_and_per_epoch(store: Record) -> None:
 
 def test_trials_are_counted_by_state(store: Record) -> None:
     study, run = _study(store)
-    ends = [("complete", 0.5), ("complete", 0.9), ("pruned", 0.95), ("failed", None)]
-    for number, (state, value) in enumerate(ends):
-        _end(store, _trial(store, study, run, number), state, value)
-    _trial(store, study, run, 4)
+    for state, *curve in (("complete", 0.5), ("complete", 0.9), ("pruned", 0.95), ("failed",)):
+        _enter(store, study, run, *curve, state=state)
+    _enter(store, study, run)
     _study(store, "empty")
     newest, oldest = store.studies()
     assert (newest.name, newest.best_value, newest.counts) == ("empty", None, Counts())
@@ -120,7 +99,7 @@ def test_trials_are_counted_by_state(store: Record) -> None:
 
 def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     study, run = _study(store)
-    trial = _trial(store, study, run, 0).id
+    trial = _enter(store, study, run).id
     row = Misclassified(
         trial_id=trial, split="val", rank=0, path="a/1.jpg", label="a", predicted="b",
         probability=0.1, thumbnail=b"jpeg",
@@ -138,24 +117,9 @@ def test_predictions_of_a_trial_replace_earlier_ones(store: Record) -> None:
     assert confusion.tolist() == [[0, 1], [2, 0]]
 
 
-def test_a_test_has_its_wilson_interval(store: Record) -> None:
-    study, _ = _study(store)
-    test = Test(
-        study_id=study, trial_number=3, n=200, n_correct=170, balanced_acc=0.85, macro_f1=0.85,
-        val_acc=0.9, confusion=[[85, 15], [15, 85]], command="test",
-    )  # fmt: skip
-    store.save(test)
-    (row,) = store.tests(study)
-    # Wilson's formula by hand: centre (k + z^2/2) / (n + z^2), z = 1.959964.
-    assert row.accuracy == 0.85
-    assert row.low == pytest.approx(0.7939, abs=1e-4)
-    assert row.high == pytest.approx(0.8928, abs=1e-4)
-
-
 def test_delete_study_removes_all_of_it_and_nothing_else(store: Record) -> None:
     for name in ("photos", "other"):
-        trial = _trial(store, *_study(store, name), 0)
-        _epochs(store, trial, 0.5)
+        trial = _enter(store, *_study(store, name), 0.5)
         store.add_predictions(trial.id, "val", [0], [0])
     store.delete_study("photos")
     assert [row.name for row in store.studies()] == ["other"]
@@ -174,7 +138,7 @@ def test_taken_and_missing_names_and_numbers_are_refused(store: Record) -> None:
         store.study("photo")
     with pytest.raises(RecordError, match="it has none yet"):
         store.trial(study, 5)
-    _trial(store, study, run, 0)
+    _enter(store, study, run)
     with pytest.raises(RecordError, match="they go from 0 to 0"):
         store.trial(study, 5)
 
@@ -201,7 +165,7 @@ def test_begin_run_lets_one_of_many_processes_in(store: Record) -> None:
 
 def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(store: Record) -> None:
     study, run = _study(store)
-    _trial(store, study, run, 0)
+    _enter(store, study, run)
     with store.engine.begin() as connection:  # another process has its number now
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET pid_started = 1"))
     assert [row.state for row in store.trials(study)] == ["interrupted"]
@@ -218,19 +182,6 @@ def test_begin_run_takes_over_another_machine_only_when_asked(store: Record) -> 
     with pytest.raises(RecordError, match="If that machine is gone, add --take-over"):
         store.begin_run(study, command="x", device="cpu", versions={})
     assert store.begin_run(study, command="x", device="cpu", versions={}, take_over=True) > run
-
-
-def _file(path: Path, kind: str) -> None:
-    newer = "CREATE TABLE frostline_schema AS SELECT 99 AS number"
-    older = "CREATE TABLE frostline_info (key TEXT, value TEXT)"
-    scripts = {"foreign": "CREATE TABLE photos (id INTEGER)", "newer": newer, "older": older}
-    if kind == "text":
-        path.write_text("this is no database, but it is long enough")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind in scripts:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.executescript(scripts[kind])
 
 
 def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Path) -> None:
@@ -252,61 +203,56 @@ def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Pat
         assert "second" in names_elsewhere()
 
 
+NEWER = "CREATE TABLE frostline_schema AS SELECT 99 AS number"
+OLDER = "CREATE TABLE frostline_info (key TEXT, value TEXT)"
+
+
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("storage", "content", "message"),
     [
-        ("text", "file is not a database"),
-        ("folder", "must be a file, but .* is a folder"),
-        ("foreign", r"belongs to another program \(tables photos\)"),
-        ("newer", "written by a newer version of Frostline, .* another with --storage"),
-        ("older", "written by an older version of Frostline, .* another with --storage"),
-        ("missing", "there is no database"),
+        ("s.db", "this is no database, but it is long enough", "file is not a database"),
+        ("s.db", "CREATE TABLE photos (id INTEGER)", r"to another program \(tables photos\)"),
+        ("s.db", NEWER, "written by a newer version of Frostline, .* another with --storage"),
+        ("s.db", OLDER, "written by an older version of Frostline, .* another with --storage"),
+        (".", None, "must be a file, but .* is a folder"),
+        ("nowhere/s.db", None, "must lie in a folder that exists"),
+        ("sqlite://", None, "must be a file, but got an SQLite database in memory"),
+        ("nonsense://x", None, "cannot be opened: Can't load plugin"),
     ],
 )
 def test_open_refuses_what_is_not_ours_and_leaves_it_unchanged(
-    tmp_path: Path, kind: str, message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
+    content: str | None,
+    message: str,
 ) -> None:
-    path = tmp_path / "s.db"
-    _file(path, kind)
-    before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(RecordError, match=message):
-        Record(str(path), create=kind != "missing")
-    assert (path.read_bytes() if path.is_file() else None) == before
-
-
-@pytest.mark.parametrize(
-    ("storage", "message"),
-    [
-        ("nowhere/s.db", "must lie in a folder that exists"),
-        ("sqlite://", "must be a file, but got an SQLite database in memory"),
-        ("nonsense://x", "cannot be opened: Can't load plugin"),
-    ],
-)
-def test_open_refuses_a_storage_that_cannot_be(storage: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("s.db")
+    if content and content.startswith("CREATE"):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executescript(content)
+    elif content:
+        path.write_text(content)
+    before = content and path.read_bytes()
     with pytest.raises(RecordError, match=message):
         Record(storage, create=True)
+    assert (path.read_bytes() if path.exists() else None) == before
 
 
-@contextlib.contextmanager
-def _full_disk(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "s.db"
-    with Record(str(path), create=True) as store:
+def test_a_full_disk_is_named_and_loses_nothing(
+    tmp_path: Path, limit_files: Callable[[int], None]
+) -> None:
+    path = str(tmp_path / "s.db")
+    with Record(path, create=True) as store:
         _study(store, "first")
+    limit_files(300_000)
     words = r"s\.db cannot be written: .* Free space on its disk"
-    with _full_disk(300_000), pytest.raises(RecordError, match=words), Record(str(path)) as store:
+    with pytest.raises(RecordError, match=words), Record(path) as store:
         for number in range(1000):
             _study(store, f"study {number}")
-    with Record(str(path)) as store:
+    limit_files(-1)
+    with Record(path) as store:
         assert store.study("study 0").data == DATA
         _study(store, "last")
 
@@ -319,25 +265,19 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
         ("UPDATE alembic_version SET version_num = 'x'", "cannot be read: The runtime optuna"),
     ],
 )
-def test_a_damaged_database_is_named(tmp_path: Path, damage: str, message: str) -> None:
-    path = tmp_path / "s.db"
-    with Record(str(path), create=True) as store:
-        _study(store)
+def test_a_damaged_database_is_named(store: Record, damage: str, message: str) -> None:
+    _study(store)
+    store.close()
+    path = str(store.engine.url.database)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript(damage)
-    with pytest.raises(RecordError, match=message), Record(str(path)) as store:
-        store.trials(store.study("photos").id)
+    with pytest.raises(RecordError, match=message), Record(path) as damaged:
+        damaged.trials(damaged.study("photos").id)
 
 
 def test_an_error_that_is_not_the_databases_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="ours"), Record(str(tmp_path / "s.db"), create=True):
         raise KeyError("ours")
-
-
-def _journal(path: Path) -> tuple[str, int]:
-    with Record(str(path), create=True) as store, store.engine.connect() as connection:
-        mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-        return mode, connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
 
 
 @pytest.mark.parametrize(
@@ -349,15 +289,18 @@ def test_journal_mode_suits_the_file_system(
     mounts = [SimpleNamespace(mountpoint="/", fstype="ext4")]
     mounts += [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: mounts)
-    assert _journal(tmp_path / "s.db") == settings
+    path = str(tmp_path / "s.db")
+    with Record(path, create=True) as store, store.engine.connect() as connection:
+        pragmas = [f"PRAGMA {name}" for name in ("journal_mode", "synchronous")]
+        found = [connection.exec_driver_sql(text).scalar_one() for text in pragmas]
+    assert tuple(found) == settings
 
 
-@pytest.mark.parametrize("kind", ["path", "url"])
 def test_paths_begin_in_the_databases_folder_wherever_one_stands_or_it_is_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def paths(storage: str) -> list[str]:
-        with Record(storage if kind == "path" else f"sqlite:///{storage}") as store:
+        with Record(storage) as store:
             row = store.study("photos")
             data = row.config["data"]
             places = [str(row.output), data["source"].removeprefix("folder:"), data["root"]]
@@ -372,13 +315,13 @@ def test_paths_begin_in_the_databases_folder_wherever_one_stands_or_it_is_moved(
     with Record("s.db", create=True) as store:
         study = store.create_study("photos", config, DATA, {})
         run = store.begin_run(study, command="c", device="cpu", versions={})
-        row = _trial(store, study, run, 0)
+        row = _enter(store, study, run, 0.5)
         row.weights_hash = "abc"
-        _end(store, row, "complete", 0.5)
+        store.end_trial(row, "complete")
         assert store.trials(study)[0].checkpoint == "runs/photos/trial-0000"
     expected = ["proj/runs/photos", "proj/images", "../sets", "proj/runs/photos/trial-0000"]
-    assert paths("s.db") == expected
-    for where, storage in (("sub", "../s.db"), ("..", "proj/s.db")):
+    assert paths("s.db") == paths("sqlite:///s.db") == expected
+    for where, storage in (("sub", "sqlite:///../s.db"), ("..", "proj/s.db")):
         monkeypatch.chdir(project / where)
         assert paths(storage) == expected
         with Record(storage) as store:  # as `resume` does

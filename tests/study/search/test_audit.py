@@ -1,17 +1,12 @@
 import json
 from pathlib import Path
 
-import optuna
 import pytest
-from small_study import Listener, config_of, make_home, run
+from small_study import Listener, config_of, make_home, optuna_trials, run
 
-from core.config import TrainConfig
-from core.fit import fit
 from reports.pruning import read_audit
 from reports.search_report import write_report
 from study.cli.main import main
-from study.config.study_config import StudyConfig
-from study.execution.session import load_images
 from study.record.record import Record
 from study.search.audit import audit_study
 
@@ -59,40 +54,26 @@ def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home:
             seen = [m.val_acc for m in store.epochs(row.id)]
             before = [m.val_acc for m in store.epochs(original.id)]
             assert seen[: len(before)] == before
-        study = optuna.load_study(study_name="photos-audit", storage=f"sqlite:///{home}/s.db")
-        assert [t.value for t in study.trials] == [row.value for row in rows]
-        config = StudyConfig.from_record(store.study("photos-audit").config)
-        data = load_images(config, Listener())
-        alone = [m.val_acc for m in fit(TrainConfig(**rows[0].config), data)]
-        assert [m.val_acc for m in store.epochs(rows[0].id)] == alone
+    assert [t.value for t in optuna_trials(home, "photos-audit")] == [row.value for row in rows]
 
 
 def test_the_share_that_would_have_won_is_counted_against_the_best_and_reported(
-    home: Path,
-) -> None:
-    with Record(str(home / "s.db")) as store:
-        _audit(store, 3)
-        found = read_audit(store, "photos")
-        rows = store.trials(store.study("photos-audit").id)
-        page = write_report(store, "photos", home / "report").html.read_text()
-    best = found.best_score
-    assert best is not None
-    assert found.n_won == sum((row.ranked_by or 0) > best for row in rows)
-    assert found.share_won is not None
-    assert found.share_won.low <= found.n_won / 3 <= found.share_won.high
-    assert len(found.trials) == 3
-    assert "Of 3 pruned trials trained to the end" in page
-
-
-def test_the_command_tells_the_audit_and_refuses_what_is_no_search(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = ["--storage", str(home / "s.db")]
     assert main(["audit", "photos", "--sample", "3", "--quiet", *storage]) == 0
     shown = capsys.readouterr().out
-    assert "Of 3 pruned trials trained to the end" in shown
     assert "Pruned trials trained to the end" in shown
+    with Record(str(home / "s.db")) as store:
+        found = read_audit(store, "photos")
+        rows = store.trials(store.study("photos-audit").id)
+        page = write_report(store, "photos", home / "report").html.read_text()
+    best, share = found.best_score, found.share_won
+    assert best is not None and share is not None
+    assert found.n_won == sum((row.ranked_by or 0) > best for row in rows)
+    assert share.low <= found.n_won / 3 <= share.high
+    assert all("Of 3 pruned trials trained to the end" in text for text in (shown, page))
     assert main(["audit", "photos", "--sample", "0", "--json", *storage]) == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == len(found.trials) == 3
     assert main(["audit", "photos-audit", *storage]) == 2
     assert "photos-audit is no search" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from small_study import config_of, make_home, rows_of, run
+from small_study import bare_trial, config_of, make_home, rows_of, run
 
 from core.config import TrainConfig
 from core.metrics import Evaluation, Reference
@@ -61,10 +61,11 @@ def test_a_plan_solves_heads_thaws_and_ends_with_a_model_that_is_refitted(done: 
 
 
 def test_a_refit_has_other_weights_than_its_trial_and_the_model_has_them(done: Path) -> None:
+    folder = done / "runs" / "photos"
     for member, number in zip(_model(done)["members"], _model(done)["trials"], strict=True):
-        folder = done / "runs" / "photos"
-        own = safetensors.torch.load_file(folder / f"trial-{number:04d}" / "model.safetensors")
-        refit = safetensors.torch.load_file(folder / f"trial-{number:04d}" / "refit.safetensors")
+        trial = folder / f"trial-{number:04d}"
+        files = trial / "model.safetensors", trial / "refit.safetensors"
+        own, refit = map(safetensors.torch.load_file, files)
         found = safetensors.torch.load_file(
             folder / "model" / member["folder"] / "model.safetensors"
         )
@@ -97,60 +98,53 @@ def test_a_trial_that_meets_the_deadline_is_continued_and_gives_what_it_would_ha
     assert [row.state for row in rows_of(cut)] == ["interrupted"]
     for home in (cut, whole):
         assert run(config_of(home, 1, *settings)).stopped_because == "trials"
-    one, two = rows_of(cut), rows_of(whole)
-    assert [(row.number, row.score, row.weights_hash) for row in one] == [
-        (row.number, row.score, row.weights_hash) for row in two
-    ]
+    one, two = (
+        [(row.number, row.score, row.weights_hash) for row in rows_of(home)]
+        for home in (cut, whole)
+    )
+    assert one == two
 
 
-def _trial(
-    folder: Path, number: int, backbone: str, probabilities: Any, freeze_depth: int = 5
-) -> Trial:
+def _trial(folder: Path, number: int, backbone: str, first: Any, freeze_depth: int = 5) -> Trial:
+    """Make a trial that gives the first of two classes these probabilities."""
     folder = folder / f"trial-{number:04d}"
     folder.mkdir()
-    labels = np.arange(len(probabilities)) // 2 % 2
+    labels = np.arange(len(first)) // 2 % 2
     paths = [f"{i}.png" for i in range(len(labels))]
-    evaluation = Evaluation(labels, np.log(probabilities))
+    evaluation = Evaluation(labels, np.log(np.stack([first, 1 - first], axis=1)))
     rest = evaluation if freeze_depth == 5 else None
     write_predictions(folder, evaluation, paths, rest)
-    score = Reference().score(Evaluation(labels, np.log(probabilities)), "val_loss")
+    score = Reference().score(evaluation, "val_loss")
     config = {**asdict(TrainConfig()), "backbone": backbone, "freeze_depth": freeze_depth}
-    row = Trial(study_id=1, number=number, run_id=1, origin="plan", config=config, config_hash="",
-                device="cpu", score=score)  # fmt: skip
-    row.state, row.value, row.checkpoint = "complete", score, str(folder)
+    row = bare_trial(number, config)
+    row.state, row.score, row.value, row.checkpoint = "complete", score, score, str(folder)
     return row
 
 
-@pytest.mark.parametrize(("finish", "n_members"), [("ensemble", 2), ("single", 1)])
-def test_trials_that_err_on_different_images_are_averaged(
-    tmp_path: Path, finish: str, n_members: int
-) -> None:
-    rng = np.random.default_rng(0)
-    labels = np.arange(400) // 2 % 2
+def _drawn(folder: Path, seed: int, n: int, *members: tuple[int, float]) -> list[Trial]:
+    """Make trials of levels and skills, each of which errs on images of its own."""
+    rng = np.random.default_rng(seed)
     rows = []
-    for number, backbone in enumerate(("a", "b")):
-        right = np.where(rng.random(400) < 0.85, 0.85, 0.15)
-        first = np.where(labels == 0, right, 1 - right)
-        probabilities = np.stack([first, 1 - first], axis=1)
-        rows.append(_trial(tmp_path, number, backbone, probabilities))
-    found = choose(rows, finish, "val_loss")
-    assert len(found.trials) == n_members
+    for number, (level, skill) in enumerate(members):
+        right = np.where(rng.random(n) < skill, skill, 1 - skill)
+        first = np.where(np.arange(n) // 2 % 2 == 0, right, 1 - right)
+        rows.append(_trial(folder, number, "abc"[number], first, level))
+    return rows
+
+
+def test_trials_that_err_on_different_images_are_averaged(tmp_path: Path) -> None:
+    rows = _drawn(tmp_path, 0, 400, (5, 0.85), (5, 0.85))
     best = max(row.score or 0 for row in rows)
-    assert found.score == pytest.approx(best) if n_members == 1 else found.score > best
+    alone, both = (choose(rows, finish, "val_loss") for finish in ("single", "ensemble"))
+    assert (len(alone.trials), alone.score) == (1, pytest.approx(best))
+    assert len(both.trials) == 2 and both.score > best
 
 
 @pytest.mark.parametrize(("skill", "n_members"), [(0.9, 3), (0.72, 2)])
 def test_a_thawed_trial_joins_the_heads_where_it_lowers_their_loss_beyond_doubt(
     tmp_path: Path, skill: float, n_members: int
 ) -> None:
-    rng = np.random.default_rng(1)
-    labels = np.arange(300) // 2 % 2
-    rows = []
-    for number, (level, own) in enumerate(((5, 0.85), (5, 0.85), (3, skill))):
-        right = np.where(rng.random(300) < own, own, 1 - own)
-        first = np.where(labels == 0, right, 1 - right)
-        probabilities = np.stack([first, 1 - first], axis=1)
-        rows.append(_trial(tmp_path, number, "abc"[number], probabilities, level))
+    rows = _drawn(tmp_path, 1, 300, (5, 0.85), (5, 0.85), (3, skill))
     heads, found = (choose(part, "ensemble", "val_loss") for part in (rows[:2], rows))
     assert len(found.trials) == n_members
     assert sum(found.weights) == pytest.approx(1)
@@ -163,9 +157,8 @@ def test_a_thawed_trial_of_a_high_score_alone_does_not_replace_the_heads(
 ) -> None:
     labels = np.arange(60) // 2 % 2
     first = np.where(labels == np.where(np.arange(60) % 7 == 0, 1, 0), 0.85, 0.15)
-    probabilities = np.stack([first, 1 - first], axis=1)
-    rows = [_trial(tmp_path, n, "ab"[n], probabilities) for n in range(n_heads)]
-    rows.append(_trial(tmp_path, 2, "b", probabilities, freeze_depth=3))
+    rows = [_trial(tmp_path, n, "ab"[n], first) for n in range(n_heads)]
+    rows.append(_trial(tmp_path, 2, "b", first, freeze_depth=3))
     rows[-1].score = 0.99  # one fold is more difficult for its own head than for the others
     assert 2 not in [row.number for row in choose(rows, "ensemble", "val_loss").trials]
     assert [row.number for row in choose(rows, "single", "val_loss").trials] == [2]
@@ -175,15 +168,17 @@ def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
     done: Path, tmp_path: Path
 ) -> None:
     home = make_home(tmp_path, SPACE, n=40)
-    plan = done / "runs" / "photos" / "plan.json"
-    outcome = run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=plan)
+    config, plan = config_of(home, 30, *SETTINGS, **NETWORKS), home / "plan.json"
+    outcome = run(config, plan=done / "runs" / "photos" / "plan.json")
     assert outcome.stopped_because == "plan"
-    figures = [[(row.params, row.score, row.state) for row in rows_of(h)] for h in (done, home)]
-    assert figures[0] == figures[1]
-    untried = {**figures[0][0][0], "freeze_depth": 3, "features": "last"}
-    (home / "plan.json").write_text(json.dumps([{"params": untried}]))
+    first, again = (
+        [(row.params, row.score, row.state) for row in rows_of(place)] for place in (done, home)
+    )
+    assert first == again
+    untried = {**first[0][0], "freeze_depth": 3, "features": "last"}
+    plan.write_text(json.dumps([{"params": untried}]))
     with pytest.raises(ConfigError, match="has other trials"):
-        run(config_of(home, 30, *SETTINGS, **NETWORKS), plan=home / "plan.json")
+        run(config, plan=plan)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '[{"params": {"freeze_depth": 9}}]'])
@@ -198,17 +193,18 @@ def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None
 def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
     home = make_home(tmp_path, SPACE, n=40)
     config = {**NETWORKS, "study.refit": False, "study.finish": "single"}
-    own = home / "runs" / "photos" / "model" / "member-mine"
+    folder = home / "runs" / "photos"
+    own = folder / "model" / "member-mine"
     own.mkdir(parents=True)  # a user's folder stays, whatever it is called
     run(config_of(home, 2, *SETTINGS, **config))
     (number,), (member,) = _model(home)["trials"], _model(home)["members"]
-    trial = home / "runs" / "photos" / f"trial-{number:04d}" / "model.safetensors"
-    model = home / "runs" / "photos" / "model" / member["folder"] / "model.safetensors"
+    trial = folder / f"trial-{number:04d}" / "model.safetensors"
+    model = folder / "model" / member["folder"] / "model.safetensors"
     assert model.read_bytes() == trial.read_bytes() and own.is_dir()
     # A later process knows what is there, and a refit makes it another.
-    before = (home / "runs" / "photos" / "model" / "model.json").read_bytes()
+    before = _model(home)
     run(config_of(home, 2, *SETTINGS, **config))
-    assert (home / "runs" / "photos" / "model" / "model.json").read_bytes() == before
+    assert _model(home) == before
     run(config_of(home, 2, *SETTINGS, **config | {"study.refit": True}))
     assert _model(home)["refitted"] == [True]
 
@@ -238,7 +234,5 @@ def _fail(*_: object, **__: object) -> Any:
 @pytest.mark.parametrize("n_second", [100, 99], ids=["equal", "on other images"])
 def test_trials_that_add_nothing_are_not_averaged(tmp_path: Path, n_second: int) -> None:
     first = np.where(np.arange(100) // 2 % 2 == 0, 0.8, 0.3)
-    probabilities = np.stack([first, 1 - first], axis=1)
-    sizes = (100, n_second)
-    rows = [_trial(tmp_path, k, "ab"[k], probabilities[: sizes[k]]) for k in range(2)]
+    rows = [_trial(tmp_path, k, "ab"[k], first[:n]) for k, n in enumerate((100, n_second))]
     assert len(choose(rows, "ensemble", "val_loss").trials) == 1

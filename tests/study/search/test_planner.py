@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
+from small_study import bare_trial
 
 from core.config import TrainConfig
 from study.config.search_space import DEFAULT_SPACE, Choices, Range, apply_params, parse_space
@@ -15,6 +16,7 @@ SPACE = {name: dim for name, dim in SIZES.items() if name != "image_size"}
 LITE0, LITE1, LITE2 = SPACE["backbone"].ends
 FROZEN = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 KEPT = (False, False, True, True, True, True)
+PLAIN = TrainConfig()
 # Two CPU cores.
 COSTS = {
     (name,): NetworkCost(forward_s, FROZEN, KEPT, 2560)
@@ -23,26 +25,32 @@ COSTS = {
 
 
 def _planner(**changes: object) -> Planner:
-    own = {"space": SPACE, "base": TrainConfig(), "costs": COSTS}
+    own = {"space": SPACE, "base": PLAIN, "costs": COSTS}
     return Planner(**own | changes, n_train=1600, n_val=400, n_classes=5)
+
+
+def _row(
+    step: Step, config: TrainConfig, score: float | None, number: int = 0, origin: str = "plan"
+) -> Trial:
+    """Return a trial that lasted as forecast; it was pruned where it has no score."""
+    row = bare_trial(number, asdict(config), origin)
+    row.params, row.duration_s, row.score = step.params, step.forecast_s, score
+    row.state = "complete" if score is not None else "pruned"
+    return row
 
 
 def _play(
     planner: Planner, score: Callable[[TrainConfig], float | None], total_s: float | None = None
 ) -> tuple[list[Step], str]:
-    """Run a plan: trials score so, or are pruned where that is None, and last as forecast."""
+    """Run a plan to its end."""
     steps: list[Step] = []
     rows: list[Trial] = []
     left = total_s
     while isinstance(step := planner.next(rows, left, total_s), Step):
         steps.append(step)
-        config = apply_params(planner._base, step.params)
+        config = apply_params(PLAIN, step.params)
         origin = SAMPLED if step.is_sampled else "plan"
-        row = Trial(study_id=1, number=len(rows), run_id=1, origin=origin, config=asdict(config),
-                    config_hash="", device="cpu")  # fmt: skip
-        row.params, row.duration_s, row.score = step.params, step.forecast_s, score(config)
-        row.state = "complete" if row.score is not None else "pruned"
-        rows.append(row)
+        rows.append(_row(step, config, score(config), number=len(rows), origin=origin))
         left = left and left - step.forecast_s
         assert len(rows) < 60
     return steps, step
@@ -97,19 +105,21 @@ def test_larger_images_are_tried_and_trained_on_where_their_head_scores_higher(
     assert sum(p["mirrored"] for p in large if p["freeze_depth"] == 5) == (gain > 0)
 
 
-def test_one_level_that_scores_lower_does_not_end_thawing_but_two_do() -> None:
-    by_level = {5: 0.7, 4: 0.74, 3: 0.73, 2: 0.76, 1: 0.75, 0: 0.9}
-    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
-    assert [level for name, level in _courses(steps)[3:9] if name == LITE0][1:] == [4, 3, 2, 1, 0]
-    by_level |= {3: 0.73, 2: 0.72}
-    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
-    assert min(level for _, level in _courses(steps)) == 2
-
-
-def test_thawing_continues_below_the_heads_score_as_long_as_it_rises() -> None:
-    by_level = {5: 0.7, 4: 0.5, 3: 0.6, 2: 0.65, 1: 0.8, 0: 0.9}
-    steps, _ = _play(_planner(), lambda config: by_level[config.freeze_depth])
-    assert [level for name, level in _courses(steps)[4:9] if name == LITE0] == [4, 3, 2, 1, 0]
+@pytest.mark.parametrize(
+    ("scores", "tried"),  # of levels 0 to 5
+    [
+        ((0.9, 0.75, 0.76, 0.73, 0.74, 0.7), [4, 3, 2, 1, 0]),  # one that is lower
+        ((0.9, 0.75, 0.72, 0.73, 0.74, 0.7), [4, 3, 2]),  # two
+        ((0.9, 0.8, 0.65, 0.6, 0.5, 0.7), [4, 3, 2, 1, 0]),  # below the head's, and rising
+    ],
+)
+def test_thawing_ends_at_two_levels_in_a_row_that_score_lower(
+    scores: tuple[float, ...], tried: list[int]
+) -> None:
+    steps, _ = _play(_planner(), lambda config: scores[config.freeze_depth])
+    levels = [level for name, level in _courses(steps) if name == LITE0 and level != 5]
+    assert levels[: len(tried)] == tried
+    assert min(levels) == tried[-1]
 
 
 def test_a_thawed_trial_that_was_stopped_is_tried_at_a_third_of_its_rate() -> None:
@@ -121,9 +131,12 @@ def test_a_thawed_trial_that_was_stopped_is_tried_at_a_third_of_its_rate() -> No
     assert rates[:2] == pytest.approx([1e-3, 1e-3 / 3])
 
 
-@pytest.mark.parametrize("total_s", [60.0, 300.0, 900.0, 7200.0])
-def test_no_trial_takes_more_than_its_share_of_what_is_left(total_s: float) -> None:
+@pytest.mark.parametrize("total_s", [1.0, 60.0, 300.0, 900.0, 7200.0])
+def test_no_trial_but_the_first_head_takes_more_than_its_share_of_what_is_left(
+    total_s: float,
+) -> None:
     steps, why = _play(_planner(), lambda config: 1 - config.freeze_depth / 10, total_s)
+    assert steps, "the first head is solved however short the time is"
     left = total_s
     for number, step in enumerate(steps):
         is_head = step.params["freeze_depth"] == 5
@@ -133,19 +146,11 @@ def test_no_trial_takes_more_than_its_share_of_what_is_left(total_s: float) -> N
     assert why in ("no time", "no gain")
 
 
-def test_the_first_head_is_solved_however_short_the_time_is() -> None:
-    assert isinstance(_planner().next([], 1.0, 1.0), Step)
-
-
 def test_trials_that_take_longer_than_forecast_make_the_next_forecasts_longer() -> None:
     planner = _planner()
     first = planner.next([], None, None)
     assert isinstance(first, Step)
-    config = apply_params(TrainConfig(), first.params)
-    row = Trial(study_id=1, number=0, run_id=1, origin="plan", config=asdict(config),
-                config_hash="", device="cpu")  # fmt: skip
-    row.params, row.state, row.score = first.params, "complete", 0.7
-    found = []
+    row, found = _row(first, apply_params(PLAIN, first.params), 0.7), []
     for factor in (1, 3):
         row.duration_s = factor * first.forecast_s
         step = planner.next([row], None, None)
@@ -175,9 +180,8 @@ def test_a_gpu_reaches_full_fine_tuning_at_full_size() -> None:
 
 
 def test_a_space_without_levels_or_networks_is_planned_too() -> None:
-    base = replace(TrainConfig(), freeze_depth=4)
-    space = {"base_lr": Range(3e-5, 3e-3, log=True)}
-    steps, _ = _play(Planner(space, base, {(): COSTS[LITE0,]}, 1600, 400, 5), lambda _: 0.8)
+    own = {"space": {"base_lr": Range(3e-5, 3e-3, log=True)}, "costs": {(): COSTS[LITE0,]}}
+    steps, _ = _play(_planner(**own, base=replace(PLAIN, freeze_depth=4)), lambda _: 0.8)
     assert [step.is_sampled for step in steps] == [False] + [True] * 4
 
 

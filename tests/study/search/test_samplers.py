@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -50,12 +53,20 @@ def test_grid_of_lists_every_value_of_a_dimension() -> None:
         "step": FloatDistribution(0.0, 0.3, step=0.1),
     }
     grid = grid_of(space)
-    assert grid["step"] == pytest.approx([0, 0.1, 0.2, 0.3])
-    assert (grid["choice"], grid["int"], grid["log int"]) == (
-        ["a", None],
-        [0, 2, 4, 6],
-        [1, 2, 3, 4],
-    )
+    assert grid.pop("step") == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert grid == {"choice": ["a", None], "int": [0, 2, 4, 6], "log int": [1, 2, 3, 4]}
+
+
+def _is_pruned(study: optuna.Study, space: dict[str, Any], scores: Sequence[float]) -> bool:
+    """Run a trial that scores so after each epoch; say whether it was pruned."""
+    trial = study.ask(space)
+    for epoch, score in enumerate(scores, start=1):
+        trial.report(score, epoch)
+        if epoch < len(scores) and trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return True
+    study.tell(trial, scores[-1])
+    return False
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -71,15 +82,10 @@ def test_every_pruner_but_none_stops_hopeless_trials_and_hardly_hopeful_ones(
         # Wilcoxon's test is slow, and needs no more: it compares with the best trial alone.
         for number in range(10 if name == "wilcoxon" else 40):
             is_good = number % 2 == 0
-            trial, level = study.ask(NUMBERS), 0.9 if is_good else 0.1
-            for step in range(1, epochs + 1):
-                trial.report(level + 0.001 * step + 1e-5 * ((number * 7 + step) % 5), step)
-                if step < epochs and trial.should_prune():
-                    n_pruned[is_good] += 1
-                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                    break
-            else:
-                study.tell(trial, level)
+            level = 0.9 if is_good else 0.1
+            steps = range(1, epochs + 1)
+            scores = [level + 0.001 * k + 1e-5 * ((number * 7 + k) % 5) for k in steps]
+            n_pruned[is_good] += _is_pruned(study, NUMBERS, scores)
     if name == "none" or epochs == 1:
         assert n_pruned == {True: 0, False: 0}
     else:
@@ -91,28 +97,20 @@ def test_every_pruner_but_none_stops_hopeless_trials_and_hardly_hopeful_ones(
 @pytest.mark.parametrize("name", ["median", "hyperband", "halving", "wilcoxon"])
 def test_trials_are_compared_with_those_of_their_own_level_alone(name: str) -> None:
     storage = optuna.storages.InMemoryStorage()
-    n_pruned = {0: 0, 5: 0}
+    pruned = []
     with quiet_experiments():
-        pruner = WithinLevel(make_pruner(name, 10), storage)
-        sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.create_study(
-            storage=storage, direction="maximize", sampler=sampler, pruner=pruner,
+            storage=storage, direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0),
+            pruner=WithinLevel(make_pruner(name, 10), storage),
             study_name="photos",  # brackets follow the name; "levels" would compare no two
         )  # fmt: skip
-        space = {"freeze_depth": optuna.distributions.CategoricalDistribution([0, 5])}
         for number in range(16):
-            level = (5, 0)[number % 2]  # half of them score far higher than the others
+            level, is_last = (5, 0)[number % 2], number >= 14
             study.enqueue_trial({"freeze_depth": level})
-            trial, is_last = study.ask(space), number >= 14
-            for step in range(1, 11):
-                score = (0.9 if level else 0.5) + 0.001 * number - (0.3 if is_last else 0)
-                trial.report(score, step)
-                if trial.should_prune():
-                    n_pruned[level] += is_last
-                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                    break
-            else:
-                study.tell(trial, score)
-    assert n_pruned == {0: 1, 5: 1}  # the last of each level, which fell behind its own
-    pruned = [t.number for t in study.get_trials() if t.state.name == "PRUNED"]
+            # Half of them score far higher; the last of each level falls behind its own.
+            start = (0.9 if level else 0.5) + 0.001 * number - (0.3 if is_last else 0)
+            space = {"freeze_depth": CategoricalDistribution([0, 5])}
+            if _is_pruned(study, space, [start] * 10):
+                pruned.append(number)
+    assert {14, 15} <= set(pruned)
     assert name in ("hyperband", "halving") or pruned == [14, 15]

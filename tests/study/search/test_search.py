@@ -44,10 +44,6 @@ def home(tmp_path: Path) -> Path:
     return make_home(tmp_path, SPACE)
 
 
-def _figures(rows: list[Trial]) -> list[tuple[object, ...]]:
-    return [(row.number, row.state, row.origin, row.value, row.params) for row in rows]
-
-
 @pytest.mark.parametrize("monitor", ["val_loss", "val_acc"])
 def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     home: Path, monitor: str
@@ -55,28 +51,19 @@ def test_the_best_trial_and_its_best_epoch_are_those_of_the_monitor(
     outcome = run(_config(home, 4, f"train.monitor={monitor}"))
     with Record(str(home / "s.db")) as store:
         trials = store.trials(store.study("photos").id)
-        epochs = {row.number: store.epochs(row.id) for row in trials}
+        epochs = [store.epochs(row.id) for row in trials]
         (summary,) = store.studies()
-    for row in trials:
-        assert row.best_epoch is not None
-        best = epochs[row.number][row.best_epoch - 1]
-        assert best.score == max(epoch.score or 0.0 for epoch in epochs[row.number]) == row.score
+    for row, own in zip(trials, epochs, strict=True):
+        best = own[(row.best_epoch or 0) - 1]
+        assert best.score == max(epoch.score or 0.0 for epoch in own) == row.score
         assert (row.value, best.is_best) == (best.val_acc, True)
         assert monitor == "val_loss" or row.score == row.value
     complete = [row for row in trials if row.state == "complete"]
     first = max(complete, key=lambda row: (row.score or 0.0, -row.number))
     assert outcome.best == first
     assert (summary.best_number, summary.best_value) == (first.number, first.value)
-    assert [path.parent for path in (home / "runs").glob("photos/trial-*/model.safetensors")] == [
-        Path(str(first.checkpoint))
-    ]
-
-
-def test_stopping_and_resuming_gives_the_same_study(done: Path) -> None:
-    for n in (2, 5, N_TRIALS):
-        outcome = run(_config(done, n, **{"study.name": "cut"}))
-    assert outcome.counts.finished == N_TRIALS
-    assert _figures(rows_of(done, "cut")) == _figures(rows_of(done))
+    (kept,) = (home / "runs" / "photos").glob("trial-*/model.safetensors")
+    assert str(kept.parent) == first.checkpoint
 
 
 def test_recipes_that_wait_are_dropped_where_a_changed_space_lacks_them(home: Path) -> None:
@@ -100,21 +87,20 @@ def test_optunas_tables_agree_with_the_record_and_the_dashboard_reads_them(done:
     rows, trials = rows_of(done), optuna_trials(done)
     assert [row.origin.partition(":")[0] for row in rows[:4]] == ["recipe"] * 3 + ["sampler"]
     assert "pruned" in [row.state for row in rows[3:]]
-    names = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
     with Record(str(done / "s.db")) as store:
-        epochs = [store.epochs(row.id) for row in rows]
-    for row, trial, own in zip(rows, trials, epochs, strict=True):
-        assert (trial.number, trial.params) == (row.number, row.params)
-        assert trial.state.name == names[row.state]
-        assert trial.intermediate_values == {m.epoch: m.val_acc for m in own}
+        curves = [{m.epoch: m.val_acc for m in store.epochs(row.id)} for row in rows]
+    states = [trial.state.name for trial in trials]
+    assert [(trial.number, trial.params, trial.intermediate_values) for trial in trials] == [
+        (row.number, row.params, curve) for row, curve in zip(rows, curves, strict=True)
+    ]
+    assert states == [row.state.upper() for row in rows]
     storage = optuna.storages.RDBStorage(f"sqlite:///{done}/s.db")
     answer: list[str] = []
     environ: dict[str, Any] = {"PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0"}
     setup_testing_defaults(environ)
     body = b"".join(wsgi(storage)(environ, lambda *head: answer.append(head[0])))
     assert answer == ["200 OK"]
-    shown = [trial["state"].upper() for trial in json.loads(body)["trials"]]
-    assert shown == [trial.state.name for trial in trials]
+    assert [trial["state"].upper() for trial in json.loads(body)["trials"]] == states
 
 
 def test_the_test_split_is_read_once_and_needs_the_trials_checkpoint(done: Path) -> None:
@@ -135,15 +121,16 @@ def test_the_test_split_is_read_once_and_needs_the_trials_checkpoint(done: Path)
 
 def _repeated(home: Path) -> list[Trial]:
     """Check the copies of a study, and return its other trials."""
-    rows = rows_of(home)
+    rows, own = rows_of(home), []
     for row in rows:
-        if row.origin.startswith("same as "):
-            equal = rows[int(row.origin.removeprefix("same as "))]
-            assert equal.epochs_done > 0
-            assert (row.epochs_done, row.duration_s) == (0, 0.0)
-            for name in ("config_hash", "state", "value", "score"):
-                assert getattr(row, name) == getattr(equal, name)
-    own = [row for row in rows if not row.origin.startswith("same as ")]
+        if not row.origin.startswith("same as "):
+            own.append(row)
+            continue
+        equal = rows[int(row.origin.removeprefix("same as "))]
+        assert equal.epochs_done > 0
+        assert (row.epochs_done, row.duration_s) == (0, 0.0)
+        for name in ("config_hash", "state", "value", "score"):
+            assert getattr(row, name) == getattr(equal, name)
     assert len({row.config_hash for row in own}) == len(own)
     return own
 
@@ -160,22 +147,22 @@ def test_a_solved_head_that_is_proposed_again_is_no_trial_of_the_target(home: Pa
 
 
 @pytest.mark.parametrize(
-    ("space", "sampler", "n_own", "n_all"),
+    ("sampler", "base_lr", "n_all"),
     [
-        ("{freeze_depth=[5], base_lr=[0.1, 0.2, 0.3]}", "random", 1, None),
-        ("{freeze_depth=[5], base_lr=[0.1, 0.2, 0.3]}", "grid", 1, 3),
-        ("{freeze_depth=[5], base_lr={low=0.1, high=1.0}}", "tpe", 1, 8),  # 7 copies in a row
+        ("random", "[0.1, 0.2, 0.3]", None),
+        ("grid", "[0.1, 0.2, 0.3]", 3),
+        ("tpe", "{low=0.1, high=1.0}", 8),  # 7 copies in a row
     ],
 )
 def test_a_study_ends_where_no_setting_is_new(
-    space: str, sampler: str, n_own: int, n_all: int | None, home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    sampler: str, base_lr: str, n_all: int | None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("study.search.search._MOST_COPIES", 7 if sampler == "tpe" else 100)
     settings = ('train.head_solver="logistic"', f'search.sampler="{sampler}"')
-    outcome = run(_config(home, 50, *settings, "search.recipes=false", f"space={space}"))
+    space = f"space={{freeze_depth=[5], base_lr={base_lr}}}"
+    outcome = run(_config(home, 50, *settings, "search.recipes=false", space))
     assert outcome.stopped_because == "space exhausted"
-    assert (outcome.counts.finished, len(_repeated(home))) == (n_own, n_own)
+    assert outcome.counts.finished == len(_repeated(home)) == 1
     assert n_all is None or len(rows_of(home)) == n_all
 
 
