@@ -91,7 +91,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["resnet18", "timm:vit_tiny_patch16_224"])
 def test_offline_error_names_the_file_and_its_place(name: str, offline: Path) -> None:
     with pytest.raises(WeightsError, match=r"cannot be downloaded .* Put .* into") as error:
-        read_state(name, "imagenet", 224)
+        _built("imagenet", name, image_size=224)
     assert str(offline) in str(error.value)
 
 
