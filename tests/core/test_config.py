@@ -13,7 +13,6 @@ from core.config import DataConfig, TrainConfig, fields_of
         ({"epochs": 0}, "epochs"),
         ({"epochs": 2.0}, "epochs"),
         ({"base_lr": float("nan")}, "base_lr"),
-        ({"image_size": True}, "image_size"),
         ({"optimizer": "lion"}, "optimizer"),
     ],
 )

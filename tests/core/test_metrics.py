@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics
+from torch import nn
 
 from core.metrics import Evaluation, Reference
+from core.training.trainer import evaluate
 
 
 def _of_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
@@ -27,6 +29,13 @@ def test_a_class_that_does_not_occur_counts_in_no_mean() -> None:
     result = _of_logits(np.eye(4)[labels], labels)
     assert result.balanced_acc == 1
     assert result.macro_f1 == 1
+
+
+def test_evaluate_goes_over_all_batches_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Dropout(0.9), nn.Linear(3, 2)).train()
+    images = torch.randn(7, 3)
+    result = evaluate(model, images.split(3), np.array([0, 1, 0, 1, 0, 1, 1]))
+    assert result.predicted.tolist() == model[1](images).argmax(1).tolist()
 
 
 def test_the_loss_is_calibrated_on_other_images() -> None:
