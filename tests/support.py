@@ -15,7 +15,6 @@ from core.config import TrainConfig
 from core.metrics import MEASURED, EpochMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 CLASSIC: dict[str, Any] = {
     "optimizer": "sgd",
     "base_lr": 0.01,
@@ -50,18 +49,11 @@ def classic_settings(text: str = "") -> dict[str, object]:
     }
 
 
-def shared_data(name: str) -> Path:
-    """Return a photo set's folder beside the project, or skip the test."""
-    folder = SHARED / "data" / name
-    if not folder.is_dir():
-        pytest.skip(f"the photo set {name} is not beside the project (shared/data)")
-    return folder
-
-
 def some_photos() -> Path:
     """Return a few photos: those that benchmarks/gpu_kit.py took along, else a shared set."""
-    taken = ROOT / "gpu-kit" / "data" / "hotdog"
-    return taken if taken.is_dir() else shared_data("hotdog")
+    folders = (ROOT / "gpu-kit" / "data" / "hotdog", ROOT.parent / "shared" / "data" / "hotdog")
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    return found or pytest.skip("the photo set hotdog is not beside the project (shared/data)")
 
 
 def make_folder(

@@ -10,17 +10,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from core.data.splits import ImageData
 from core.fit import fit
-from core.metrics import EpochMetrics, TrainingDiverged
-from core.models.builder import build
-from core.models.sources import create
+from core.metrics import TrainingDiverged
 from core.models.weights import WeightsError
-from core.training import trainer
-from core.training.batches import Views
 from core.training.checkpoint import (
     PREDICTIONS_FILE,
     load_checkpoint,
@@ -28,42 +23,28 @@ from core.training.checkpoint import (
     remove_checkpoint,
     weights_hash,
 )
-from support import TINY
+from support import TINY, figures
+from tests.core.runs import small_memory, train, weights_of
 
 
-def _numbers(epochs: list[EpochMetrics]) -> list[tuple[float, ...]]:
-    return [(m.train_loss, m.val_loss, m.val_acc, m.val_macro_f1) for m in epochs]
-
-
-@pytest.fixture(scope="module")
-def alone(data: ImageData) -> list[tuple[float, ...]]:
-    return _numbers(list(fit(TINY, data)))
-
-
-def test_the_seed_alone_decides_the_numbers(
-    data: ImageData, alone: list[tuple[float, ...]]
-) -> None:
+def test_the_seed_alone_decides_the_numbers(data: ImageData) -> None:
+    alone = train(TINY, data)
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
-    assert alone == _numbers(list(fit(replace(TINY, workers=1), data)))
+    assert alone == train(replace(TINY, workers=1), data)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert alone != _numbers(list(fit(replace(TINY, seed=1), data)))
-
-
-def test_other_runs_in_between_change_nothing(
-    data: ImageData, alone: list[tuple[float, ...]]
-) -> None:
+    assert alone != train(replace(TINY, seed=1), data)
     mixed = []
     other = fit(replace(TINY, seed=9, freeze_depth=3), data)
     for metrics in fit(TINY, data):
-        next(other, None)
-        mixed.append(metrics)
-    assert alone == _numbers(mixed)
+        next(other)
+        mixed.append(figures(metrics))
+    assert alone == mixed
 
 
 def test_a_share_of_the_training_images_is_all_that_is_trained_on(data: ImageData) -> None:
-    half = _numbers(list(fit(TINY, data.with_share(0.5))))
-    assert _numbers(list(fit(replace(TINY, train_fraction=0.5), data))) == half
+    half = train(TINY, data.with_share(0.5))
+    assert train(replace(TINY, train_fraction=0.5), data) == half
 
 
 def test_a_learnable_task_is_learned(data: ImageData) -> None:
@@ -89,61 +70,45 @@ def test_sum_reduction_is_the_mean_at_a_rate_times_the_batch(data: ImageData) ->
     assert summed.val_loss == pytest.approx(mean.val_loss, rel=1e-3)
 
 
-def test_frozen_statistics_stay_the_sources_to_the_bit(data: ImageData, tmp_path: Path) -> None:
-    source = create("timm:test_resnet", 32, 2, is_pretrained=True).model.state_dict()
-    safetensors.torch.save_file(source, tmp_path / "w.safetensors")
-    config = replace(TINY, weights=str(tmp_path / "w.safetensors"))
+def test_frozen_statistics_stay_the_sources_to_the_bit(
+    data: ImageData, weights_file: Path, tmp_path: Path
+) -> None:
+    source = safetensors.torch.load_file(weights_file)
     for batch_norm, is_kept in (("auto", True), ("train", False)):
-        folder = tmp_path / batch_norm
-        list(fit(replace(config, batch_norm=batch_norm), data, checkpoint_dir=folder))
-        trained = safetensors.torch.load_file(folder / "model.safetensors")
+        config = replace(TINY, weights=str(weights_file), batch_norm=batch_norm)
+        train(config, data, checkpoint_dir=tmp_path)
+        trained = weights_of(tmp_path)
         assert torch.equal(trained["bn1.running_mean"], source["bn1.running_mean"]) is is_kept
         assert not torch.equal(trained["bn1.weight"], source["bn1.weight"])
 
 
 def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
-    epochs = fit(replace(TINY, base_lr=1e30, momentum=0, schedule="constant"), data)
+    config = replace(TINY, base_lr=1e30, momentum=0, schedule="constant")
     with pytest.raises(TrainingDiverged, match="no longer finite at epoch 1"):
-        list(epochs)
+        train(config, data)
 
 
 def test_a_network_that_breaks_only_in_evaluation_has_diverged(
-    data: ImageData, tmp_path: Path
+    data: ImageData, weights_file: Path, tmp_path: Path
 ) -> None:
     # Training normalises by the batch; evaluation reads the running statistics, which are NaN.
-    state = create("timm:test_resnet", 32, 2, is_pretrained=True).model.state_dict()
+    state = safetensors.torch.load_file(weights_file)
     state["bn1.running_mean"].fill_(float("nan"))
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     config = replace(TINY, weights=str(tmp_path / "w.safetensors"), batch_norm="train")
     with pytest.raises(TrainingDiverged, match="validation loss is no longer finite at epoch 1"):
-        list(fit(config, data))
+        train(config, data)
 
 
-def _small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
-    """Let a loss of more images than that run out of memory; returns how many were tried."""
-    real, sizes = cross_entropy, []
-
-    def limited(logits: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        sizes.append(len(logits))
-        if len(logits) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(logits, *args, **kwargs)
-
-    monkeypatch.setattr(trainer, "cross_entropy", limited)
-    return sizes
-
-
-def test_batch_norms_are_never_trained_by_one_image(
-    data: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_norms_are_never_trained_by_one_image(data: ImageData) -> None:
     config = replace(TINY, epochs=1, batch_size=11, micro_batch_size=5)
-    sizes = _small_memory(monkeypatch, 5)
-    next(fit(config, data))
-    assert sizes[:3] == [4, 4, 3]
-    _small_memory(monkeypatch, 1)
-    with pytest.raises(torch.OutOfMemoryError, match="even 3 of 11 images at a time"):
+    with small_memory(5) as seen:
         next(fit(config, data))
-    assert next(fit(replace(config, batch_norm="frozen"), data)).micro_batch_size == 1
+    assert 1 not in seen and max(seen) == 4  # 11 as 4, 4 and 3
+    with small_memory(1):
+        with pytest.raises(torch.OutOfMemoryError, match="even 3 of 11 images at a time"):
+            next(fit(config, data))
+        assert next(fit(replace(config, batch_norm="frozen"), data)).micro_batch_size == 1
 
 
 def test_memory_of_the_optimizer_ends_the_run_with_a_remedy(data: ImageData) -> None:
@@ -167,16 +132,15 @@ def test_memory_of_the_optimizer_ends_the_run_with_a_remedy(data: ImageData) -> 
         ({"batch_size": 1, "batch_norm": "frozen"}, None),
         ({"batch_size": 1, "freeze_depth": 5}, None),
         ({"batch_size": 1, "backbone": "timm:test_vit"}, None),  # has no batch norm
+        ({"batch_size": 500, "freeze_depth": 5, "head_solver": "logistic"}, None),
     ],
     ids=str,
 )
 def test_batches_that_cannot_be_trained_on_are_refused(
     data: ImageData, settings: dict[str, Any], message: str | None
 ) -> None:
-    config = replace(TINY, **settings)
-    network = build(config, data.classes)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
-        trainer.check_batches(config, network, len(data.train))
+        next(fit(replace(TINY, **settings), data))
 
 
 def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
@@ -193,13 +157,7 @@ def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
     assert card.data["fingerprint"] == data.fingerprint
     assert card.preprocessing.grey_range == (0, 4095)
     plain = timm.create_model("test_resnet", num_classes=2)
-    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
-    model, card = load_checkpoint(tmp_path)
-    views = Views(config, card.preprocessing, data, torch.device("cpu"))
-    with torch.no_grad():
-        logits = torch.cat([model(images) for images in views.val()])
-    acc = (logits.argmax(1).numpy() == data.val.labels).mean()
-    assert acc == pytest.approx(best.val_acc)
+    plain.load_state_dict(weights_of(tmp_path))
     bits = (tmp_path / "model.safetensors").read_bytes()
     assert weights_hash(tmp_path) == hashlib.sha256(bits).hexdigest()
 
@@ -241,10 +199,6 @@ def test_a_users_files_stay_where_a_checkpoint_is_removed(data: ImageData, tmp_p
     (folder / "note.txt").unlink()
     remove_checkpoint(folder)
     assert not folder.exists()
-
-
-def test_a_solved_head_has_no_batch(data: ImageData) -> None:
-    assert list(fit(replace(TINY, batch_size=500, freeze_depth=5, head_solver="logistic"), data))
 
 
 def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: Path) -> None:

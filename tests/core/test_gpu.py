@@ -8,27 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from small_study import config_of, make_home, rows_of, run
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from core.cache import ArrayCache
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
-from core.fit import Interrupted, fit
+from core.fit import fit
 from core.models.builder import build
 from core.models.weights import packaged_file
-from core.training import resume
 from core.training.batches import Views
-from support import CLASSIC, figures, make_folder
+from support import CLASSIC, make_folder
+from tests.core.runs import are_equal, small_memory, train, train_in_pieces, weights_of
 
 FAMILIES = {
     "resnet": {"cpu": "timm:test_resnet", "cuda": "resnet18"},
     "efficientnet": {"cpu": "timm:test_efficientnet", "cuda": "timm:tf_efficientnet_lite0"},
     "vit": {"cpu": "timm:test_vit", "cuda": "timm:vit_small_patch16_224"},
 }
-Trained = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
 
 
 def _config(device: torch.device, family: str = "resnet", **settings: Any) -> TrainConfig:
@@ -42,47 +39,26 @@ def _config(device: torch.device, family: str = "resnet", **settings: Any) -> Tr
     )
 
 
-def _trained(config: TrainConfig, data: ImageData, folder: Path, **options: Any) -> Trained:
-    found = [figures(m) for m in fit(config, data, checkpoint_dir=folder, **options)]
-    return found, safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def _in_pieces(config: TrainConfig, data: ImageData, folder: Path) -> Trained:
-    """Train with a stop in the second epoch, and go on from the state file alone."""
-    asked, file = iter(range(100)), folder / "state.pt"
-    epochs = fit(config, data, state_file=file, should_stop=lambda: next(asked) > 3)
-    first = [figures(next(epochs))]
-    with pytest.raises(Interrupted):
-        next(epochs)
-    rest, weights = _trained(config, data, folder, state_file=file)
-    return first + rest, weights
-
-
+@pytest.mark.usefixtures("is_state_free")
 @pytest.mark.parametrize("way", ["again", "from kept arrays", "continued"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_gives_the_same_bits(
-    data: ImageData,
-    tmp_path: Path,
-    device: torch.device,
-    family: str,
-    way: str,
-    monkeypatch: pytest.MonkeyPatch,
+    data: ImageData, tmp_path: Path, device: torch.device, family: str, way: str
 ) -> None:
-    monkeypatch.setattr(resume, "_MOST_SHARE", float("inf"))  # writing a state costs nothing
     config = _config(device, family, freeze_depth=5 if way == "from kept arrays" else 0)
-    first = _trained(config, data, tmp_path / "first")
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = train(config, data, checkpoint_dir=one)
     if way == "again":
-        second = _trained(config, data, tmp_path / way)
+        second = train(config, data, checkpoint_dir=two)
     elif way == "continued":
-        second = _in_pieces(config, data, tmp_path / way)
+        second = train_in_pieces(config, data, tmp_path / "state.pt", 4, checkpoint_dir=two)
     else:
-        for folder in ("cold", "warm"):
+        for _ in ("cold", "warm"):
             cache = ArrayCache(tmp_path / "arrays", 1 << 30)
-            second = _trained(config, data, tmp_path / folder, cache=cache)
+            second = train(config, data, cache=cache, checkpoint_dir=two)
         assert cache.hits and not cache.misses
-    assert second[0] == first[0]
-    assert second[1].keys() == first[1].keys()
-    assert all(torch.equal(second[1][name], first[1][name]) for name in first[1])
+    assert second == first
+    assert are_equal(weights_of(two), weights_of(one))
 
 
 @pytest.mark.parametrize("augment", ["none", "standard", "trivial"])
@@ -134,20 +110,9 @@ def _small_memory(device: torch.device, peak: int, phase: str) -> Iterator[Calla
             yield lambda: torch.cuda.memory_stats(device)["num_ooms"] - before
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return
-    n_refused = 0
-
-    def refuse(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal n_refused
-        if PHASES[phase][1]() and len(inputs[0]) > 9:
-            n_refused += 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    hook = register_module_forward_pre_hook(refuse)
-    try:
-        yield lambda: n_refused
-    finally:
-        hook.remove()
+    else:
+        with small_memory(9, PHASES[phase][1]) as seen:
+            yield lambda: sum(n > 9 for n in seen)
 
 
 @pytest.mark.parametrize("phase", ["step", "evaluation", "frozen layers"])

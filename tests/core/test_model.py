@@ -9,7 +9,7 @@ from core.fit import fit
 from core.metrics import FloatArray
 from core.model import load_model, save_model
 from core.models.weights import WeightsError
-from core.training.checkpoint import PREDICTIONS_FILE, REFIT_FILE
+from core.training.checkpoint import PREDICTIONS_FILE, REFIT_FILE, read_card
 from support import TINY
 
 HEAD = replace(TINY, freeze_depth=5, head_solver="logistic")
@@ -40,12 +40,14 @@ def _probabilities(folder: Path) -> FloatArray:
         return saved["probabilities"]
 
 
-def test_every_checkpoint_gives_the_recorded_predictions(
+def test_every_checkpoint_gives_the_recorded_predictions_and_accuracy(
     data: ImageData, checkpoints: list[Path]
 ) -> None:
     for folder in checkpoints:
         found = load_model(folder).predict(_photos(data))
         np.testing.assert_allclose(found, _probabilities(folder), atol=1e-4)
+        accuracy = (found.argmax(axis=1) == data.val.labels).mean()
+        assert accuracy == read_card(folder).metrics.val_acc
 
 
 def test_a_model_is_the_weighted_mean_of_its_members_and_replaces_another(

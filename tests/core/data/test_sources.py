@@ -1,4 +1,3 @@
-import errno
 import os
 import re
 import shutil
@@ -27,17 +26,29 @@ def test_digits_are_all_there() -> None:
     assert decode(found.images[0].raw, [64]).pixels[0].shape == (64, 64, 3)
 
 
-def test_images_carry_class_split_and_name(tmp_path: Path) -> None:
-    for k, split in enumerate(("train", "Valid", "test")):
-        make_folder(tmp_path / split, {"b": 1, "a": 1}, seed=k)
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "Valid", "test"),
+        ("Training", "validation", "TEST"),
+        ("train/train", "val", "test/test"),
+    ],
+)
+def test_images_carry_class_split_and_name(
+    tmp_path: Path, train: str, val: str, test: str
+) -> None:
+    splits = {"train": train, "val": val, "test": test}
+    for k, folder in enumerate(splits.values()):
+        make_folder(tmp_path / folder, {"b": 1, "a": 1}, seed=k)
     found = _find(tmp_path)
     assert found.classes == ("a", "b")
     assert {(i.path, i.label, i.split) for i in found.images} == {
         (f"{folder}/{label}/000.png", label, split)
-        for folder, split in (("train", "train"), ("Valid", "val"), ("test", "test"))
+        for split, folder in splits.items()
         for label in "ab"
     }
     assert len({image.content for image in found.images}) == 6
+    assert not found.warnings
 
 
 def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
@@ -48,12 +59,15 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     (root / "train" / "b" / "labels.csv").write_text("x")
     (root / "train" / "b" / ".DS_Store").write_text("x")
     (root / "train" / ".git").mkdir()
+    for folder in (root / "train", root / "train" / "a"):
+        os.mkfifo(folder / "pipe.png")
+    (root / "train" / "b" / "zero.jpg").symlink_to("/dev/zero")
     found = _find(root)
     assert len(found.images) == 4
     assert found.warnings == [
         f"{root}: extra lie beside train and are not read.",
         f"{root / 'train'}: 1 images lie beside the class folders, not read.",
-        "2 files are no images and are not read: 1 .txt, 1 .csv.",
+        "4 files are no images and are not read: 2 pipes, sockets or devices, 1 .txt, 1 .csv.",
     ]
 
 
@@ -65,22 +79,6 @@ def test_a_missing_folder_names_the_nearest_and_a_file_is_none(tmp_path: Path) -
         _find(tmp_path / "hotdog")
     with pytest.raises(DataError, match=r"hot.udcff must have a path in UTF-8"):
         _find(tmp_path / "hot\udcff")
-
-
-def test_a_class_folder_that_cannot_be_read_is_not_called_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    locked = make_folder(tmp_path, {"red": 3, "blue": 3}) / "blue"
-    scan = os.scandir  # root may read everything, so the mode alone would prove nothing
-
-    def refuse(path: str) -> object:
-        if Path(path) == locked:
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"blue must be readable, but is not: Permission denied"):
-        _find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,21 +110,13 @@ def test_folders_that_cannot_be_read_in_one_way_are_refused(
         (("JPEGImages",), "Annotations/1.xml", r"segmentation \(Annotations/1.xml\)"),
         (("VOC2012/JPEGImages",), "VOC2012/Annotations/1.xml", "is for detection or segmentation"),
         (("train2017", "val2017"), "annotations/val.json", "is for detection or segmentation"),
-        (("images",), "labels/1.txt", "is for detection or segmentation"),
         (("images/train", "images/val"), "labels/train/1.txt", "is for detection or segmentation"),
-        (
-            ("train/images", "valid/images"),
-            "train/labels/1.txt",
-            r"\(train/labels/1.txt\)",
-        ),
+        (("train/images", "valid/images"), "train/labels/1.txt", r"\(train/labels/1.txt\)"),
         (("images", "masks"), "README", r"segmentation \(masks/000.png\)"),
         ((".",), "labels.csv", r"labels in a table \(labels.csv\); multi-label, regression"),
-        (("photos",), "labels.tsv", r"labels in a table \(labels.tsv\)"),
         (("train_images", "test_images"), "train.csv", r"labels in a table \(train.csv\)"),
-        (("train", "valid"), "train/_annotations.json", r"labels in a table"),
         (("images/a", "images/b", "labels"), "labels/1.txt", None),
         (("cat", "dog"), "labels.csv", None),
-        (("train/cat", "train/dog"), "train/labels.csv", None),
     ],
 )
 def test_data_of_other_tasks_are_refused_by_name(
@@ -139,27 +129,6 @@ def test_data_of_other_tasks_are_refused_by_name(
         check_folder(tmp_path)
 
 
-def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="class folder .*b must hold images, but has none"):
-        _find(make_folder(tmp_path, {"a": 5, "b": 0}))
-
-
-@pytest.mark.parametrize(
-    ("train", "val", "test"),
-    [
-        ("Training", "validation", "TEST"),
-        ("train/train", "val", "test/test"),
-    ],
-)
-def test_splits_are_known_by_their_names(tmp_path: Path, train: str, val: str, test: str) -> None:
-    for k, folder in enumerate((train, val, test)):
-        make_folder(tmp_path / folder, {"ants": 3 - k, "bees": 3 - k}, seed=k)
-    found = _find(tmp_path)
-    assert found.classes == ("ants", "bees")
-    assert Counter(image.split for image in found.images) == {"train": 6, "val": 4, "test": 2}
-    assert not found.warnings
-
-
 @pytest.mark.parametrize(
     ("folders", "classes", "notes"),
     [
@@ -167,7 +136,6 @@ def test_splits_are_known_by_their_names(tmp_path: Path, train: str, val: str, t
         (("steam_train", "bullet_train"), "bullet_train steam_train", ""),
         (("test_tube", "jar"), "jar test_tube", ""),
         (("train/a", "train/b", "test"), "a b", "test: no class folders .* not read"),
-        (("train/a", "train/b", "unlabeled"), "a b", "unlabeled lie beside train and are not"),
         (("a", "b", "__MACOSX/a", "a/@eaDir", ".ipynb_checkpoints"), "a b", ""),
         (("pets/cat", "pets/dog", "car"), "car pets", "pets: images lie in inner folders only"),
     ],
@@ -203,7 +171,6 @@ def test_links_to_images_are_read_and_links_to_folders_inside_a_class_are_not(
 @pytest.mark.parametrize(
     ("link", "target", "message"),
     [
-        ("c", "nowhere", "c must be readable, but is not: No such file"),
         ("a/one.png", "nowhere", "one.png must be readable, but is not: No such file"),
         ("c", "c", "c must be readable, but is not: Too many levels"),
     ],
@@ -217,23 +184,13 @@ def test_links_that_lead_nowhere_are_refused(
         _find(root)
 
 
-def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
-    root = make_folder(tmp_path, {"a": 1, "b": 1})
-    os.mkfifo(root / "a" / "pipe.png")
-    os.mkfifo(root / "loose.png")
-    (root / "b" / "zero.jpg").symlink_to("/dev/zero")
-    found = _find(root)
-    assert [image.path for image in found.images] == ["a/000.png", "b/000.png"]
-    assert "not read: 2 pipes, sockets or devices." in found.warnings[0]
-
-
 def test_names_are_shown_without_control_characters_and_stay_apart(tmp_path: Path) -> None:
     names = ("a", "\x1b[31mred", "\u202egnp", "\udcff", "\udcfe")  # the last two are bytes
     try:
         root = make_folder(tmp_path, {**dict.fromkeys(names, 1), "c\n": 0})
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(DataError, match=r"class folder .*/c\\n must hold images"):
+    with pytest.raises(DataError, match=r"class folder .*/c\\n must hold images, but has none"):
         _find(root)
     (root / "c\n").rmdir()
     found = _find(root)
@@ -269,11 +226,7 @@ def test_a_torchvision_dataset_with_splits_is_read(tmp_path: Path) -> None:
     found = find_images(DataConfig(source="torchvision:DTD", root=str(tmp_path)))
     assert found.classes == ("banded", "dotted")
     assert Counter(i.split for i in found.images) == {"train": 6, "val": 6, "test": 6}
-    for image in found.images:
-        # make_folder brightens channel 0 of its first class (dotted), 1 of its second (banded).
-        assert isinstance(image.raw, Path)
-        brightest = decode(image.raw, [40]).pixels[0].mean((0, 1))[:2].argmax()
-        assert ("dotted", "banded")[brightest] == image.label
+    assert all(Path(str(image.raw)).parent.name == image.label for image in found.images)
 
 
 def test_a_torchvision_dataset_in_one_file_is_decoded(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from core.config import Preprocessing, TrainConfig
-from core.data.decode import eval_view
 from core.data.draws import IntArray, batch_positions, epoch_order, view_draws
 from core.data.splits import ImageData
-from core.data.views import Loader, eval_views, train_views
+from core.data.views import Loader, train_views
 
 
 def _batches(data: ImageData, epoch: int, size: int) -> list[IntArray]:
@@ -64,13 +62,3 @@ def test_views_leave_the_global_generators_alone(
     for epoch in (0, 1):
         list(loader.epoch(epoch, _batches(data, epoch, 8)))
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_evaluation_views_are_those_of_the_whole_images(
-    data: ImageData, shown: Preprocessing
-) -> None:
-    views = eval_views(data, data.val, np.arange(len(data.val)), shown)
-    root = Path(data.source.removeprefix("folder:"))
-    for view, path in zip(views, data.val.paths, strict=True):
-        assert np.array_equal(view.permute(1, 2, 0), eval_view(root / path, shown))
-    assert views.is_contiguous(memory_format=torch.channels_last)

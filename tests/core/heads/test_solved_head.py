@@ -3,58 +3,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 
 from core.cache import ArrayCache
 from core.config import DataConfig, TrainConfig
 from core.data.splits import ImageData, load_data
 from core.fit import fit
-from core.models.sources import create
-from core.training.batches import Views
-from core.training.checkpoint import load_checkpoint
-from support import TINY, figures
+from support import TINY
+from tests.core.runs import train
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    file = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        source = create("timm:test_resnet", 32, 2, is_pretrained=True)
-    safetensors.torch.save_file(source.model.state_dict(), file)
-    return replace(TINY, weights=str(file), freeze_depth=5, head_solver="logistic")
-
-
-def _figures(
-    config: TrainConfig, data: ImageData, cache: ArrayCache | None = None
-) -> list[dict[str, Any]]:
-    return [figures(metrics) for metrics in fit(config, data, cache=cache)]
+def config(weights_file: Path) -> TrainConfig:
+    return replace(TINY, weights=str(weights_file), freeze_depth=5, head_solver="logistic")
 
 
 def test_cache_seed_and_options_of_training_change_no_bit(
     config: TrainConfig, data: ImageData, tmp_path: Path
 ) -> None:
-    alone = _figures(config, data)
+    alone = train(config, data)
     assert len(alone) == 1
     cache = ArrayCache(tmp_path, 1 << 30)
-    assert _figures(config, data, cache) == alone  # cold
+    assert train(config, data, cache=cache) == alone  # cold
     for change in ({}, {"seed": 1}, {"epochs": 3}, {"base_lr": 0.5, "augment": "rand"}):
-        assert _figures(replace(config, **change), data, cache) == alone, change
+        assert train(replace(config, **change), data, cache=cache) == alone, change
     assert (cache.hits, cache.misses) == (8, 2)
-    assert _figures(replace(config, head_decay=1.0), data, cache) != alone
-
-
-def test_the_checkpoint_loads_with_the_recorded_accuracy(
-    config: TrainConfig, data: ImageData, tmp_path: Path
-) -> None:
-    [metrics] = fit(config, data, checkpoint_dir=tmp_path)
-    model, card = load_checkpoint(tmp_path)
-    assert card.metrics == metrics
-    views = Views(config, card.preprocessing, data, torch.device("cpu"))
-    with torch.no_grad():
-        predicted = torch.cat([model(images) for images in views.val()]).argmax(1).numpy()
-    assert (predicted == data.val.labels).mean() == metrics.val_acc > 0.5
+    train(replace(config, features="last"), data, cache=cache)  # a part of what several give
+    assert (cache.hits, cache.misses) == (10, 2)
+    train(replace(config, mirrored=True), data, cache=cache)
+    assert (cache.hits, cache.misses) == (12, 4)
+    assert train(replace(config, head_decay=1.0), data, cache=cache) != alone
 
 
 @pytest.mark.parametrize("settings", [{}, {"freeze_depth": 3, "head_init": "solved"}], ids=str)

@@ -78,13 +78,6 @@ def test_solve_head_bias_is_not_penalised() -> None:
     np.testing.assert_allclose(head.bias.softmax(dim=0), [0.6, 0.3, 0.1], atol=1e-4)
 
 
-def test_solve_head_path_ends_where_the_loss_rises() -> None:
-    x, y = make_data(100, 30, 3, 0.05)
-    losses = list(solve_head(x, y, 3, folds(y)).oof_log_loss.values())
-    assert losses[-1] > 1.01 * min(losses)
-    assert all(loss <= 1.01 * min(losses[:k]) for k, loss in enumerate(losses[:-1]) if k)
-
-
 def test_solve_head_takes_a_class_smaller_than_the_folds() -> None:
     x, y = make_data(60, 8, 3, 0.5)
     y[y == 2] = 0
@@ -104,33 +97,25 @@ def test_solve_head_chooses_on_a_subset_and_keeps_c(monkeypatch: pytest.MonkeyPa
     assert head.oof_log_probs.shape == (300, 3)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_solve_head_refuses_features_that_are_not_finite(bad: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "n_folds", "message"),
+    [(float("nan"), 5, "finite"), (float("inf"), 5, "finite"), (0.0, 1, "1 folds")],
+)
+def test_solve_head_refuses_what_cannot_be_fitted(
+    value: float, n_folds: int, message: str
+) -> None:
     x, y = make_data(30, 4, 3, 0.5)
-    x[4, 2] = bad
-    with pytest.raises(ValueError, match="finite"):
-        solve_head(x, y, 3, folds(y))
-
-
-def test_solve_head_refuses_folds_that_leave_nothing_to_fit() -> None:
-    x, y = make_data(30, 4, 3, 0.5)
-    with pytest.raises(ValueError, match="1 folds"):
-        solve_head(x, y, 3, folds(y, 1))
+    x[4, 2] = value
+    with pytest.raises(ValueError, match=message):
+        solve_head(x, y, 3, folds(y, n_folds))
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_solve_head_has_no_term_that_all_classes_share(n_classes: int) -> None:
     # It changes no probability; rounding once drove it to logits of millions on 318 images.
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, n_classes, 100)
-    features = rng.normal(size=(100, 400)) + 3 * np.eye(n_classes, 400)[labels]
-    found = solve_head(
-        torch.from_numpy(features).float(),
-        torch.from_numpy(labels),
-        n_classes,
-        torch.arange(100) % 5,
-        [1e-3],
-    )
+    y = torch.arange(100) % n_classes
+    noise = torch.randn(100, 400, generator=torch.Generator().manual_seed(0))
+    found = solve_head(noise + 3 * torch.eye(n_classes, 400)[y], y, n_classes, folds(y), [1e-3])
     assert found.converged
     assert float(found.weight.sum(dim=0).abs().max()) < 1e-5
     assert float(found.bias.sum().abs()) < 1e-5

@@ -6,8 +6,9 @@ import safetensors.torch
 import torch
 
 from core.config import TrainConfig
-from core.models.builder import Network, build, count_parameters, init_head, matching_rows
-from core.models.sources import BackboneError, Classifier, State, create, imagenet_classes
+from core.models.builder import Network, build, count_parameters, init_head
+from core.models.sources import BackboneError, Classifier, create, imagenet_classes
+from tests.core.runs import are_equal
 
 
 def _classifier() -> Classifier:
@@ -17,20 +18,8 @@ def _classifier() -> Classifier:
 def _build(
     weights: object = "none", classes: tuple[str, ...] = ("a", "b"), **more: object
 ) -> Network:
-    settings = {"backbone": "mobilenet_v3_small", "weights": str(weights), "image_size": 64} | more
+    settings = {"backbone": "timm:test_resnet", "weights": str(weights), "image_size": 64} | more
     return build(TrainConfig(**settings), classes)
-
-
-def _equal(one: State, two: State) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    network = create("mobilenet_v3_small", 64, 1000, is_pretrained=False)
-    safetensors.torch.save_file(network.model.state_dict(), path)
-    return path
 
 
 def test_xavier_keeps_its_bounds_and_zero_is_zero() -> None:
@@ -57,10 +46,6 @@ def test_source_classes_copies_the_rows_of_equal_names_and_else_is_default() -> 
         assert torch.equal(copied[0], others[0][0])
 
 
-def test_names_match_whatever_their_case_and_separators() -> None:
-    assert matching_rows(("Hot Dog", "cat"), ("tench", "hotdog", "hotdog")) == {0: 1}
-
-
 @pytest.mark.parametrize("is_file", [False, True])
 def test_networks_built_alike_are_equal_and_share_no_tensor(
     weights_file: Path, is_file: bool
@@ -71,7 +56,7 @@ def test_networks_built_alike_are_equal_and_share_no_tensor(
     before = {name: tensor.clone() for name, tensor in first.items()}
     for tensor in first.values():
         tensor.add_(1)
-    assert _equal(_build(weights, **settings).model.state_dict(), before)
+    assert are_equal(_build(weights, **settings).model.state_dict(), before)
 
 
 def test_seed_decides_a_network_from_scratch_but_only_the_head_of_a_pretrained_one(
@@ -81,12 +66,12 @@ def test_seed_decides_a_network_from_scratch_but_only_the_head_of_a_pretrained_o
     for weights in ("none", weights_file):
         one, two = (_build(weights, seed=seed).model.state_dict() for seed in (3, 4))
         changed[weights] = {name for name in one if not torch.equal(one[name], two[name])}
-    assert "features.0.0.weight" in changed["none"]
-    assert changed[weights_file] == {"classifier.3.weight", "classifier.3.bias"}
+    assert "conv1.0.weight" in changed["none"]
+    assert changed[weights_file] == {"fc.weight", "fc.bias"}
 
 
 def test_weights_that_were_replaced_are_read_again(tmp_path: Path, weights_file: Path) -> None:
-    path, name = tmp_path / "w.safetensors", "features.0.0.weight"
+    path, name = tmp_path / "w.safetensors", "conv1.0.weight"
     state = safetensors.torch.load_file(weights_file)
     for value in (1.0, 2.0):
         state[name] = torch.full_like(state[name], value)
@@ -99,7 +84,7 @@ def test_parameters_are_counted_with_the_runs_own_classes() -> None:
     built = _build(classes=("a", "b", "c"))
     head = built.model.get_submodule(built.head[0])
     total, last = (sum(p.numel() for p in part.parameters()) for part in (built.model, head))
-    config = TrainConfig(backbone="mobilenet_v3_small", weights="none", image_size=64)
+    config = TrainConfig(backbone="timm:test_resnet", weights="none", image_size=64)
     assert count_parameters(config, 3) == (total, total)
     assert count_parameters(replace(config, freeze_depth=5), 3) == (last, total)
 

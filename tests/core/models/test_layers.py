@@ -23,16 +23,13 @@ def test_features_are_the_means_over_positions_of_layers_and_then_what_the_head_
     model, size = network.model.eval(), network.preprocessing.image_size
     images = torch.randn(2, 3, size, size)
     seen: dict[str, Tensor] = {}
-
-    def keep(name: str, value: Tensor) -> None:
-        seen[name] = value
-
     model.get_submodule(network.head[0]).register_forward_pre_hook(
-        lambda _, given: keep("last", given[0])
+        lambda _, given: seen.update(last=given[0])
     )
     for name in outputs:
-        module = model.get_submodule(name)
-        module.register_forward_hook(lambda _, __, value, name=name: keep(name, value))
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, value, name=name: seen.update({name: value})
+        )
     layers = find_layers(network)
     with torch.no_grad():
         model(images)

@@ -2,43 +2,15 @@ import math
 
 import pytest
 import timm
-from torch import nn
 
-from core.config import Preprocessing, TrainConfig
-from core.models import sources
-from core.models.builder import build, input_of
-from core.models.sources import BackboneError, Classifier, backbone_names, create, find_source
-
-
-class _Tiny:
-    """A library of one backbone, without pretrained weights."""
-
-    def has(self, name: str) -> bool:
-        return name == "net"
-
-    def preprocessing(self, name: str, tag: str) -> Preprocessing:
-        return Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3, "bilinear")
-
-    def create(
-        self, name: str, image_size: int, n_classes: int, is_pretrained: bool
-    ) -> Classifier:
-        layers = [nn.Conv2d(3, 3, 2, stride=2) for _ in range(4)]
-        return Classifier(
-            nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, n_classes)), ("6",)
-        )
+from core.models.builder import input_of
+from core.models.sources import BackboneError, backbone_names, create, find_source
 
 
 def test_names_of_both_libraries_are_listed() -> None:
     names = backbone_names()
     assert {"resnet18", "timm:tf_efficientnet_lite0"} <= set(names)
     assert "fcn_resnet50" not in names  # it segments
-
-
-def test_a_further_source_needs_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources.SOURCES, "tiny:", _Tiny())  # type: ignore[arg-type]
-    built = build(TrainConfig(backbone="tiny:net", weights="none"), ("a", "b"))
-    assert (built.head, built.preprocessing.image_size) == (("6",), 16)
-    assert len(built.model.get_parameter("6.weight")) == 2
 
 
 def test_unknown_backbone_names_the_nearest() -> None:

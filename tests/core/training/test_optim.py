@@ -42,6 +42,9 @@ def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
     assert all(p.ndim >= 2 for p in named["backbone"]["params"])
     assert [tuple(p.shape) for p in named["head"]["params"]] == [(2, 512)]
     assert {group["weight_decay"] for group in _groups(0, decay_all=True)[0]} == {1e-3}
+    optimizer = make_optimizer(groups, TrainConfig(), torch.device("cpu"))
+    set_lr(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.005, 0.05}
 
 
 @pytest.mark.parametrize(
@@ -49,9 +52,7 @@ def test_head_learns_faster_and_norms_and_biases_are_not_decayed() -> None:
     [
         ("convnext_tiny", 32, ("features.1.0.layer_scale",)),  # (C, 1, 1)
         ("vit_b_32", 32, ("class_token", "encoder.pos_embedding")),
-        ("swin_t", 32, ("features.1.0.attn.relative_position_bias_table",)),
         ("swin_v2_t", 32, ("features.1.0.attn.logit_scale",)),
-        ("timm:test_convnext", 32, ("stages.0.blocks.0.gamma",)),
         ("timm:test_vit", 160, ("cls_token", "pos_embed")),
         ("timm:fastvit_t8", 32, ("stages.0.blocks.0.token_mixer.layer_scale.gamma",)),
         ("timm:swinv2_tiny_window8_256", 256, ("layers.0.blocks.0.attn.cpb_mlp.0.weight",)),
@@ -116,10 +117,3 @@ def test_factor_is_always_between_zero_and_one(
     config = TrainConfig(epochs=epochs, schedule=schedule, warmup_epochs=warmup)
     step = min(epochs * per_epoch - 1, int(share * epochs * per_epoch))
     assert 0 <= lr_factor(config, step, per_epoch) <= 1
-
-
-def test_set_lr_scales_each_groups_own_peak() -> None:
-    groups, _ = _groups(0)
-    optimizer = make_optimizer(groups, TrainConfig(), torch.device("cpu"))
-    set_lr(optimizer, 0.5)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.005, 0.05}

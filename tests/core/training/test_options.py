@@ -1,24 +1,21 @@
 """Each option of a run changes what is trained, is refused, or is known to do nothing."""
 
 import dataclasses
-import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from core.cache import ArrayCache
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.splits import ImageData
-from core.fit import fit
-from core.models.sources import create
 from core.training.no_effect import without_effect
 from core.training.trainer import Trainer
 from support import TINY
+from tests.core.runs import Weights, train, weights_of
 
 BASE = replace(TINY, augment="rand", head_solver="logistic")
 # Another value of each field; one that does something wherever the field can.
@@ -73,39 +70,30 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ArrayCache:
     return ArrayCache(tmp_path_factory.mktemp("arrays"), 1 << 30)
 
 
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        state = create("timm:test_resnet", 32, 2, is_pretrained=True).model.state_dict()
-    safetensors.torch.save_file(state, path)
-    return path
-
-
-def _trained(
-    config: TrainConfig, data: ImageData, cache: ArrayCache, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Tensor]:
-    """Return what was trained, after the last epoch."""
-    kept: dict[str, Tensor] = {}
-    end_epoch = Trainer.end_epoch
+@pytest.fixture
+def trained(
+    data: ImageData, cache: ArrayCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[TrainConfig], Weights]:
+    """Give what returns the weights that a configuration trains, after the last epoch."""
+    end_epoch, last = Trainer.end_epoch, dict[str, Weights]()
 
     def keep(trainer: Trainer) -> None:
-        kept.update(trainer.snapshot())
+        last["epoch"] = trainer.snapshot()
         end_epoch(trainer)
 
-    with monkeypatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(Trainer, "end_epoch", keep)
-        list(fit(config, data, cache=cache, checkpoint_dir=Path(folder)))
-        return kept or safetensors.torch.load_file(Path(folder) / "model.safetensors")
+    def run(config: TrainConfig) -> Weights:
+        last.clear()
+        train(config, data, cache=cache, checkpoint_dir=tmp_path)
+        return last.get("epoch") or weights_of(tmp_path)  # no epochs: solved
+
+    monkeypatch.setattr(Trainer, "end_epoch", keep)
+    return run
 
 
-def _differ(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+def _differ(one: Weights, two: Weights) -> bool:
+    """Return whether tensors that both networks have differ, or there are none."""
     shared = one.keys() & two.keys()
-    return (
-        any(one[n].shape != two[n].shape or not torch.equal(one[n], two[n]) for n in shared)
-        or not shared
-    )
+    return not shared or any(not torch.equal(one[name], two[name]) for name in shared)
 
 
 def test_every_field_has_a_change() -> None:
@@ -118,16 +106,11 @@ def test_every_field_has_a_change() -> None:
     [(0, "logistic"), (4, "logistic"), (5, "logistic"), (5, "sgd")],
 )
 def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
-    data: ImageData,
-    cache: ArrayCache,
-    weights_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    depth: int,
-    head_solver: str,
+    trained: Callable[[TrainConfig], Weights], weights_file: Path, depth: int, head_solver: str
 ) -> None:
     base = replace(BASE, freeze_depth=depth, head_solver=head_solver)
-    plain = _trained(base, data, cache, monkeypatch)
-    assert not _differ(plain, _trained(base, data, cache, monkeypatch))
+    plain = trained(base)
+    assert not _differ(plain, trained(base))
     wrong = []
     for name, value in CHANGES.items():
         if name == "device":  # another one may not be there
@@ -140,7 +123,7 @@ def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
             config = replace(base, **{name: value})
         except ValueError:  # refused
             continue
-        changed = _differ(plain, _trained(config, data, cache, monkeypatch))
+        changed = _differ(plain, trained(config))
         expected = name not in without_effect(base) or name not in without_effect(config)
         if name == "mirrored" and not base.is_solved:  # what is predicted, not the weights
             expected = False
@@ -163,15 +146,8 @@ def test_each_option_changes_the_weights_or_is_refused_or_known_to_do_nothing(
     ids=str,
 )
 def test_what_an_option_does_beside_others_is_known(
-    data: ImageData,
-    cache: ArrayCache,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    name: str,
-    value: Any,
+    trained: Callable[[TrainConfig], Weights], settings: dict[str, Any], name: str, value: Any
 ) -> None:
     base = replace(BASE, freeze_depth=5, head_solver="sgd", **settings)
-    one, two = (
-        _trained(c, data, cache, monkeypatch) for c in (base, replace(base, **{name: value}))
-    )
-    assert _differ(one, two) is (name not in without_effect(base))
+    changed = replace(base, **{name: value})
+    assert _differ(trained(base), trained(changed)) is (name not in without_effect(base))
