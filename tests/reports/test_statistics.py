@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.intervals import difference_interval, simulated_bias, wilson_interval
+from reports.intervals import (
+    difference_interval,
+    selection_bias,
+    simulated_bias,
+    wilson_interval,
+)
 from reports.statistics import (
     Array,
     Inference,
@@ -190,15 +195,23 @@ def test_intervals_of_shares_match_newcombes_tables() -> None:
         assert 0 <= found.low < found.high <= 1
 
 
-@pytest.mark.parametrize(("alike", "n_trials"), [(0.0, 30), (0.9, 30), (0.5, 5)])
-def test_simulated_bias_is_that_of_equal_trials(alike: float, n_trials: int) -> None:
+@pytest.mark.parametrize(
+    ("alike", "n_trials", "p", "n"),
+    [(0.0, 30, 0.95, 80), (0.0, 100, 0.7, 200), (0.9, 30, 0.9, 80), (0.5, 5, 0.9, 80)],
+)
+def test_the_best_of_equal_trials_is_too_high_by_what_is_said(
+    alike: float, n_trials: int, p: float, n: int
+) -> None:
     rng = np.random.default_rng(0)
-    true, said = [], []
-    for _ in range(60):
-        common = math.sqrt(alike) * rng.standard_normal(80)
-        own = math.sqrt(1 - alike) * rng.standard_normal((n_trials, 80))
-        correct = (common + own < stats.norm.ppf(0.9)).astype(np.float64)
-        true.append(correct.mean(axis=1).max() - 0.9)
-        said.append(simulated_bias(correct))
-    assert np.mean(said) == pytest.approx(np.mean(true), rel=0.2)
-    assert simulated_bias(correct[:1]) == simulated_bias(correct[[0, 0]]) == 0
+    found = []
+    for _ in range(100):
+        common = math.sqrt(alike) * rng.standard_normal(n)
+        own = math.sqrt(1 - alike) * rng.standard_normal((n_trials, n))
+        correct = (common + own < stats.norm.ppf(p)).astype(np.float64)
+        best = float(correct.mean(axis=1).max())
+        found.append((best - p, simulated_bias(correct), selection_bias(best, n, n_trials)))
+    true, said, most = np.mean(found, axis=0)
+    assert said == pytest.approx(true, rel=0.2)
+    assert true - 0.002 <= most < true + (0.06 if alike else 0.03)
+    assert simulated_bias(correct[:1]) == pytest.approx(simulated_bias(correct[[0, 0]])) == 0
+    assert selection_bias(0.9, n, 1) == selection_bias(0.0, n, 5) == 0

@@ -1,4 +1,3 @@
-import dataclasses
 import tomllib
 from typing import Any
 
@@ -149,21 +148,6 @@ def test_components_are_what_the_baseline_has_and_can_do_without(baseline: Train
         assert without != baseline
         assert key in level.overrides
         assert key not in components(without)
-
-
-def test_the_components_of_known_baselines() -> None:
-    def found(**changes: object) -> dict[str, str]:
-        listed = components(dataclasses.replace(PLAIN, **changes))
-        return {key: level.label for key, (level,) in listed.items()}
-
-    bare = {"weight_decay": 0.0, "momentum": 0.0, "schedule": "constant", "weights": "none"}
-    bare |= {"augment": "none", "normalize": "none", "head_init": "default"}
-    # Nothing is left to take out, but the settings without which there is no training.
-    assert found(**bare) == {}
-    own = {"head_lr_mult": "1", "batch_norm": "train", "weight_decay": "0", "momentum": "0"}
-    assert found(head_lr_mult=10.0) == bare | own
-    head = found(weights="none", freeze_depth=5, head_solver="sgd", head_lr_mult=30.0)
-    assert head["freeze_depth"] == "0" and not {"head_lr_mult", "weights"} & set(head)
 
 
 def test_a_searched_setting_is_tried_at_its_recipe_default() -> None:

@@ -2,13 +2,11 @@ import dataclasses
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 from small_study import rows_of
 
 from core.metrics import EpochMetrics
-from reports.intervals import selection_bias
 from study.cli import views
 from study.config.study_config import StudySection
 from study.record.models import Test, Trial
@@ -46,16 +44,6 @@ def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial])
     assert "counting all 3 epochs" in text
     rows = [line.split() for line in text.splitlines()]
     assert [row[0] for row in rows if row and row[0].isdigit()] == ["1", "0"]
-
-
-@pytest.mark.parametrize(("p", "n", "k"), [(0.95, 80, 30), (0.7, 200, 100), (0.99, 400, 10)])
-def test_the_selection_bias_is_at_least_that_of_equally_good_trials(
-    p: float, n: int, k: int
-) -> None:
-    best = np.random.default_rng(0).binomial(n, p, (1000, k)).max(axis=1) / n
-    reported = np.mean([selection_bias(value, n, k) for value in best])
-    assert best.mean() - p - 0.002 <= reported < best.mean() - p + 0.03
-    assert selection_bias(0.9, n, 1) == selection_bias(0.0, n, 5) == 0
 
 
 def test_a_test_has_its_interval_and_says_whether_it_is_the_only_one() -> None:
