@@ -100,7 +100,7 @@ class Plot:
 
 def points_axis(axis: Any) -> None:
     """Write an axis of fractions as accuracy points with a sign."""
-    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     low, high = axis.get_view_interval()
     digits = 0 if high - low > 0.05 else 1
     axis.set_major_formatter(FuncFormatter(lambda x, _: signed(100 * x, digits)))
