@@ -49,6 +49,7 @@ from study.config.formatting import hide_password
 from study.record.record import Record
 
 _MOST_INTERACTIONS = 3
+_IN_REACH = 10  # times as many images as there are; of more nothing is said
 _HEADS = {
     "improves": "Improves:",
     "degrades": "Degrades:",
@@ -57,6 +58,7 @@ _HEADS = {
     "equivalent": "Equivalent, within ±{margin:g} points:",
     "identical": "Identical predictions in all replicates:",
     "fails": "Runs failed:",
+    "leaning": "Inconclusive, though its own interval excludes 0:",
     "inconclusive": "Inconclusive:",
     "unfinished": "Not finished, so not tested:",
 }
@@ -176,7 +178,8 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
     n_failed = sum(runs.n_failed for runs in ablation.runs)
     missing = f", {ablation.n_missing} missing" if ablation.n_missing else ""
     yield "Runs", str(sum(runs.n_run for runs in ablation.runs)), f"{n_failed} failed{missing}"
-    yield "Images", count(ablation.n_images), "by which runs are judged"
+    parts = f"{ablation.n_folds} folds, each judges one replicate" if ablation.n_folds > 1 else ""
+    yield "Images", count(ablation.n_images), parts or "by which all runs are judged"
     n_test = int(ablation.study.data.get("n_test") or 0)
     if ablation.n_tested:
         used = f"{plural(ablation.n_tested, 'run')} on {n_test} images"
@@ -189,10 +192,10 @@ def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding
     """Say what improves, what degrades and what is open, and over what that generalises."""
     is_tested = any(effect.verdict != "unfinished" for effect in effects)
     for verdict, head in _HEADS.items():
-        found = [effect for effect in effects if effect.verdict == verdict]
+        found = [effect for effect in effects if _heading(effect) == verdict]
         if found:
             found.sort(key=lambda effect: -abs(effect.difference.estimate))
-            text = "; ".join(map(_finding_words, found))
+            text = "; ".join(_finding_words(effect, ablation.n_images) for effect in found)
             yield Finding(head.format(margin=100 * ablation.rules.margin), f"{text}.")
         elif verdict in ("improves", "degrades") and is_tested:
             yield Finding(head, "nothing, by the corrected test.")
@@ -205,13 +208,37 @@ def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding
     yield from _fallen_findings(ablation)
     if ablation.kind == "factorial":
         yield Finding("Design:", f"{ablation.spec['construction']}.")
+    yield from _test_finding(ablation, effects)
     yield Finding("Generalises over:", scope_words(ablation))
     if bias := bias_words(ablation):
         yield Finding("The search's choice:", bias)
     yield Finding("Analyses:", analyses_words(ablation))
 
 
-def _finding_words(effect: Effect) -> str:
+def _heading(effect: Effect) -> str:
+    """Return under which heading an effect stands: its verdict, or that it leans to one side."""
+    found = effect.difference
+    leans = found.low > 0 or found.high < 0
+    return "leaning" if leans and effect.verdict == "inconclusive" else effect.verdict
+
+
+def _test_finding(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding]:
+    """Say whether the test split agrees with validation."""
+    base, on_test = ablation.baseline, judge(ablation, "test")
+    if not on_test or base is None:
+        return
+    known = {effect.contrast.label: effect.difference.estimate for effect in effects}
+    pairs = [(e.difference.estimate, known[e.contrast.label]) for e in on_test]
+    n_alike = sum(a * b > 0 for a, b in pairs)
+    yield Finding(
+        "Test split:",
+        f"the baseline has {mean_words(_values(base, 'test'))} % (in validation "
+        f"{mean_words(_values(base, 'val'))} %); {n_alike} of {plural(len(pairs), 'difference')} "
+        "have the sign that they have in validation.",
+    )
+
+
+def _finding_words(effect: Effect, n_images: int) -> str:
     label, points = effect.contrast.label, signed(100 * effect.difference.estimate, 1)
     if effect.verdict == "fails":
         return f"{label} ({effect.n_failed} of {effect.n_run} runs)"
@@ -226,21 +253,21 @@ def _finding_words(effect: Effect) -> str:
     if effect.verdict.endswith("these images"):
         return (
             f"{label} ({points} points, {p_equals(effect.p_seeds)} over seeds; "
-            f"{p_equals(effect.p_family)} with other images{_wanted(effect)})"
+            f"{p_equals(effect.p_family)} with other images{_wanted(effect, n_images)})"
         )
     if effect.verdict == "inconclusive":
         if not math.isfinite(effect.p):
             return f"{label} ({points} points; one replicate)"
-        return f"{label} ({points} points{_wanted(effect)})"
+        return f"{label} ({points} points{_wanted(effect, n_images)})"
     return f"{label} ({points} points, {p_equals(effect.p_family)})"
 
 
-def _wanted(effect: Effect) -> str:
+def _wanted(effect: Effect, n_images: int) -> str:
     """Say what would settle it, as far as the observed scatter lets one guess."""
     if effect.n_needed is not None:
         return f"; about {_roughly(effect.n_needed)} replicates might settle it"
-    if effect.images_needed is not None and effect.images_needed <= 10**6:
-        return f"; that would take some {_roughly(effect.images_needed):,} images"
+    if effect.images_needed is not None and effect.images_needed <= _IN_REACH * n_images:
+        return f"; some {_roughly(effect.images_needed):,} images would show such a difference"
     return ""
 
 
@@ -272,8 +299,9 @@ def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
         text = "; ".join(texts)
         yield Finding(
             "Single runs fell:",
-            f"{text}. Look at the replicates: a mean and its test do not describe such a setting. "
-            "(p: Fisher's exact test of how many fell, not corrected; medians are in the CSV.)",
+            f"{text}. That is also more than the other replicates' scatter and a fold's images "
+            "explain: look at the replicates, since a mean does not describe such a setting. (p: "
+            "Fisher's exact test of how many fell, not corrected; medians are in the CSV.)",
         )
 
 
@@ -316,9 +344,11 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     alpha = ablation.rules.alpha
     how = "for the candidates of all steps" if ablation.kind == "path" else "by Holm's method"
     note = (
-        f"Accuracy: mean ± SD over replicates. In brackets: the baseline's own level. p: "
+        f"Accuracy: mean ± SD over replicates, each at its best epoch by {ablation.chosen_by}, "
+        f"which favours settings with more epochs. In brackets: the baseline's own level. p: "
         f"corrected {how} and for the analyses made so far (compare with {alpha:g}). "
-        f"Intervals, each for itself{wider}, generalise over {scope}"
+        f"Intervals, each for itself{wider} (one that excludes 0 may be inconclusive after the "
+        f"correction), generalise over {scope}{_composed_words(ablation)}"
     )
     if split == "test":
         title = "The same runs on the test split"
@@ -328,6 +358,17 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     return Grid(
         name, title, header, tuple(rows), tuple(groups), n_text=2, is_last_text=True, note=note
     )
+
+
+def _composed_words(ablation: Ablation) -> str:
+    """Say what levels of several settings are made of."""
+    texts = []
+    for factor in ablation.spec["factors"]:
+        for level in factor["levels"]:
+            if len(level["overrides"]) > 1:
+                settings = ", ".join(f"{k} = {v}" for k, v in level["overrides"].items())
+                texts.append(f" {factor['name']} = {level['label']}: {settings}.")
+    return "".join(texts)
 
 
 def _factor_words(name: str, own: Mapping[str, str]) -> str:
@@ -387,7 +428,8 @@ def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
     yield Plot(
         "forest", "Differences",
         "Each difference with its 95 % interval, not corrected for the others; the shape is the "
-        "verdict after correction, the band the margin of what does not matter.",
+        f"verdict after correction; differences within the band, ±{100 * margin:g} points, do not "
+        "matter.",
         lambda ax: plot_forest(effects, margin, ax), max(4, len(effects)),
     )  # fmt: skip
     runs = sorted(ablation.runs, key=lambda each: bool(each.levels))

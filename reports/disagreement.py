@@ -136,7 +136,9 @@ def class_grid(ablation: Ablation, effects: Sequence[Effect], found: Disagreemen
     marks = [f"({letter})" for letter in "abcdef"][: len(shown)]
     names = "; ".join(f"{m} {e.contrast.label}" for m, e in zip(marks, shown, strict=True))
     left = f", the largest of {len(alone)}" if len(alone) > len(shown) else ""
-    what = "Difference to the baseline in points, mean over replicates, not tested"
+    what = (
+        "Validation images. Difference to the baseline in points, mean over replicates, not tested"
+    )
     note = f"{what}, of {names}{left}."
     header = ("Class", "Images", "Baseline, %", *marks)
     return Grid("classes", "By class", header, tuple(rows), note=note)

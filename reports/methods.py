@@ -29,6 +29,11 @@ def scope_words(ablation: Ablation, split: Split = "val") -> str:
             f"cross-validation, {ablation.n_images} images in all; corrected resampled t-test)."
         )
     n_images = int(ablation.study.data.get("n_test" if split == "test" else "n_val") or 0)
+    if ablation.n_folds > 1:  # of the test split
+        return (
+            f"other seeds and other test images of the same kind ({plural(n, 'replicate')}, whose "
+            f"training images overlap, crossed with {n_images} images), not other datasets."
+        )
     if all(runs.is_solved for runs in ablation.runs):
         return (
             f"other {_SPLITS[split]} images of the same kind ({n_images} were used). Solved heads "
@@ -72,7 +77,7 @@ def analyses_words(ablation: Ablation) -> str:
     if ablation.is_adaptive:
         looks = ", ".join(str(n) for n in ablation.spec["looks"])
         text += f", shared by interim analyses at {looks} replicates"
-    return f"{text}."
+    return f"{text}. Corrected p values include that: compare them with {alpha:g}."
 
 
 def methods_paragraph(ablation: Ablation) -> str:
@@ -97,7 +102,9 @@ def methods_paragraph(ablation: Ablation) -> str:
             f"Replicates validate on the folds of a {ablation.n_folds}-fold cross-validation of "
             f"all images but the test split, on {ablation.n_images} in all. Differences are means "
             "over replicates with intervals and p values of the corrected resampled t-test "
-            "(Nadeau and Bengio 2003)."
+            "(Nadeau and Bengio 2003), the variance of a fold being that of its images, estimated "
+            "from all of them, and what folds scatter beyond, with Satterthwaite's degrees of "
+            "freedom."
         )
     else:
         parts.append(

@@ -75,7 +75,7 @@ def signed(points: float, digits: int) -> str:
 
 def mean_words(values: Sequence[float]) -> str:
     """Write the mean of accuracies in per cent with their standard deviation, NaN left out."""
-    done = [100 * value for value in values if math.isfinite(value)]
+    done = [100 * value + 1e-9 for value in values if math.isfinite(value)]  # halves go up
     if not done:
         return "–"
     if len(done) == 1:
