@@ -14,7 +14,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from reports.intervals import simulated_bias
+from reports.intervals import selection_bias, simulated_bias
 from reports.trials import (
     Importance,
     dimensions,
@@ -72,6 +72,7 @@ class SearchRecord:
         images: What the best trial got wrong on the validation split, the worst first.
         audited: Pruned trials that an audit trained to the end, by number.
         model: What `model/` is made of, as its `model.json` says; empty where there is none.
+        optimism: How far the best accuracy is too high on average, and at most, fractions.
     """
 
     study: Study
@@ -85,6 +86,7 @@ class SearchRecord:
     images: list[Misclassified]
     audited: tuple[Audited, ...]
     model: Mapping[str, Any]
+    optimism: tuple[float, float]
 
     @functools.cached_property
     def idle(self) -> dict[str, set[int]]:
@@ -152,6 +154,8 @@ def read_record(store: Record, name: str) -> SearchRecord:
         trained = int(best.origin.removeprefix("same as ")) if is_copy else best.number
         confusion = read_confusion(store, name, trained)
         images = [row for row in read_misclassified(store, name, trained) if row.split == "val"]
+    n_epochs, value = sum(row.epochs_done for row in rows), best.value if best else None
+    bound = selection_bias(value or 0.0, int(study.data["n_val"]), n_epochs)
     return SearchRecord(
         study=study,
         trials=trials,
@@ -164,6 +168,7 @@ def read_record(store: Record, name: str) -> SearchRecord:
         images=images,
         audited=_audited(store, study, rows),
         model=model,
+        optimism=(optimism(store, name), bound),
     )
 
 

@@ -333,10 +333,12 @@ def _test_line(record: SearchRecord) -> str:
     if not record.n_test:
         return "There is no test split: only new images can show how optimistic validation is."
     if not record.tests:
+        about, most = (f"{100 * share:.1f} points" for share in record.optimism)
         return (
-            f"The test split ({count(record.n_test)} images) has not been read. Validation "
-            "accuracy is optimistic, since trials were selected by it; read the test split once, "
-            "at the end."
+            f"The test split ({count(record.n_test)} images) has not been read. The best "
+            f"validation accuracy is too high, since trials were selected by it: by about {about} "
+            f"if all are equally good (simulated from their predictions), by {most} at most, "
+            "counting all epochs. Read the test split once, at the end."
         )
     numbers = ", ".join(test.of for test in record.tests)
     if len(record.tests) == 1:

@@ -5,11 +5,13 @@ Long ones get options that shorten them; placeholders become names of the studie
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from command_line import study, without_figures
+from study.config.load import parse_config
 from support import ROOT, make_folder
 
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("usage", "reports", "ablation", "results")))
@@ -19,7 +21,6 @@ SMALL += "--set train.batch_size=8 --set space.backbone=timm:tf_efficientnet_lit
 SHORTER = {
     "run --config": f"--data photos --name configured {SMALL}",
     "run --data": f"{SMALL} --set space.freeze_depth=3",
-    # Its three minutes count from the start of the process, which ran other tests before.
     "study run": f"{SMALL} --set data.limit=60",
     "--factor": "--replicates 1 --folds 1",
     "ablate photos-ablation": "",
@@ -45,6 +46,12 @@ def commands() -> list[str]:
             found += [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
     texts = (" ".join(text.split()) for text in found)
     return [text for text in dict.fromkeys(texts) if "..." not in text and text != "ablate"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_configurations_of_the_documentation_load(page: str) -> None:
+    for block in re.findall("```toml\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S):
+        parse_config(tomllib.loads(block), page)
 
 
 @pytest.mark.slow
