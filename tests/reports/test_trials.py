@@ -72,7 +72,7 @@ def test_choices_and_whole_numbers_are_judged_too() -> None:
 
 def test_few_trials_and_those_that_a_plan_chose_give_a_reason_instead_of_a_figure() -> None:
     few = importances(*planted(MIN_TRIALS - 1))
-    assert not len(few.shares) and f"there are {MIN_TRIALS - 1}" in str(few.why_empty)
+    assert not len(few.shares) and f"has {MIN_TRIALS - 1}" in str(few.why_empty)
     frozen, final = planted()
     found = importances(frozen, final, planned=range(60))
     assert not len(found.shares) and "plan chose" in str(found.why_empty)
