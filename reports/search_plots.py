@@ -5,7 +5,7 @@ a sentence that says why there is none. Nothing else need be changed for a new o
 """
 
 import html
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -196,7 +196,8 @@ def learning_curve(record: SearchRecord) -> Figure:
     ]  # fmt: skip
     second = {"title": "loss", "overlaying": "y", "side": "right", "showgrid": False}
     second["rangemode"] = "tozero"
-    return _figure(data, "epoch", "accuracy", yaxis_tickformat=_PERCENT, yaxis2=second)
+    first = {"title": "accuracy", "tickformat": _PERCENT, "autorangeoptions": {"maxallowed": 1}}
+    return _figure(data, "epoch", yaxis=first, yaxis2=second)
 
 
 @plot(
@@ -342,6 +343,8 @@ def parallel(record: SearchRecord) -> Figure:
     if len(names) < 2 or record.final.nunique() < 2:
         return "This needs two settings that vary, and trials of different accuracy."
     figure = optuna.visualization.plot_parallel_coordinate(view, names, target_name="accuracy")
+    for tick in figure.layout.annotations:  # long names would cover the next axis
+        tick.text = _short(tick.text)
     return figure.update_layout(template="none", title=None)
 
 
@@ -355,7 +358,8 @@ def contour(record: SearchRecord) -> Figure:
     """Draw Optuna's contour of the two settings that a fine-tuning study turns on."""
     if record.importance.why_empty:
         return record.importance.why_empty
-    view, pair = _view(record), ["base_lr", "freeze_depth"]
+    pair = ["base_lr", "freeze_depth"]
+    view = _view(record, without=record.idle["base_lr"])  # solved heads have no rate
     missing = [name for name in pair if name not in varied(view.get_trials(deepcopy=False))]
     if missing:
         return f"This needs trials with several values of {' and '.join(missing)}."
@@ -363,9 +367,12 @@ def contour(record: SearchRecord) -> Figure:
     return figure.update_layout(template="none", title=None)
 
 
-def _view(record: SearchRecord, most: int | None = None) -> optuna.study.Study:
-    """Copy the trials that are drawn for Optuna's plots."""
+def _view(
+    record: SearchRecord, most: int | None = None, without: Collection[int] = ()
+) -> optuna.study.Study:
+    """Copy the trials that are drawn for Optuna's plots, but for some numbers."""
     is_drawn = record.final.index.isin(drawn(record, most)["number"])
+    is_drawn &= ~record.final.index.isin(list(without))
     return as_optuna_study(record.frozen, record.final[is_drawn])
 
 

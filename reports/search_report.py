@@ -37,6 +37,7 @@ from study.record.record import Record
 _MOST_FINDINGS = 5
 # Keys of the database, of no meaning outside it, and lists.
 _INNER = ("id", "study_id", "run_id", "without_effect")
+_LONG_S = 30.0  # of shorter trials it does not matter which one is faster
 _NEAR = 0.7  # a trial that took less than this share of the best one's time is worth naming
 
 
@@ -172,7 +173,10 @@ def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     else:
         text = f"{count(record.n_test)} images kept apart" if record.n_test else "no test split"
         found.append(("Test accuracy", "not read" if record.n_test else "none", text))
-    found.append(("Trials", f"{len(trials):,}", count_states(trials)))
+    trained = trials[~is_copy(trials)]
+    repeats = len(trials) - len(trained)
+    words = f"; {plural(repeats, 'repeat')} of an earlier one not trained" if repeats else ""
+    found.append(("Trials", f"{len(trained):,}", count_states(trained) + words))
     found.append(("Time", duration(trials["duration_s"].sum()), "in which trials ran"))
     return found
 
@@ -200,7 +204,7 @@ def _best_finding(record: SearchRecord) -> str:
     best, trials, accuracy = record.best, record.trials, _validation(record)
     if best is None or accuracy is None:
         return f"No trial has an accuracy ({count_states(trials)})."
-    among = int((trials["state"] == "complete").sum())
+    among = int(((trials["state"] == "complete") & ~is_copy(trials)).sum())
     where = f"the best of {among} complete trials" if among > 1 else "the only complete trial"
     if best.state == "pruned":
         where = "the best pruned trial; none is complete"
@@ -227,7 +231,10 @@ def _best_finding(record: SearchRecord) -> str:
         return f"{text} It is a plain recipe ({name}); no trial that was searched is better."
     gain = 100 * (value - float(top["value"]))
     words = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'}"
-    return f"{text} That is {words} than the best plain recipe ({name}, trial {top['number']})."
+    return (
+        f"{text} Trial {best.number} has {words} than the best plain recipe ({name}, trial "
+        f"{top['number']})."
+    )
 
 
 def _model_finding(record: SearchRecord) -> str | None:
@@ -238,12 +245,13 @@ def _model_finding(record: SearchRecord) -> str | None:
     what = f"is trial {numbers[0]}"
     if len(numbers) > 1:
         what = f"averages the predictions of trials {', '.join(map(str, numbers))}"
-    if any(record.model.get("refitted", [])):
-        what += ", fitted again on all images but the test split"
-    return (
-        f"The model to use is in {record.study.output / MODEL_FOLDER}: it {what}, and classifies "
-        f"{percent(record.model.get('val_acc'))} of the validation images correctly."
+    text = (
+        f"The model to use is in {record.study.output / MODEL_FOLDER}: it {what}, with "
+        f"{percent(record.model.get('val_acc'))} of the validation images right"
     )
+    if any(record.model.get("refitted", [])):
+        return f"{text} before it was fitted again on all images but the test split."
+    return f"{text}."
 
 
 def _rivals_finding(record: SearchRecord) -> str | None:
@@ -262,7 +270,7 @@ def _rivals_finding(record: SearchRecord) -> str | None:
         "images cannot separate them from the best."
     )
     quick = rivals[rivals["duration_s"] < _NEAR * (best.duration_s or 0.0)]
-    if len(quick):
+    if len(quick) and (best.duration_s or 0.0) > _LONG_S:
         row = quick.sort_values(["value", "duration_s"], ascending=[False, True]).iloc[0]
         text += (
             f" Much faster was trial {row['number']} ({percent(row['value'])}): it took "
@@ -308,11 +316,11 @@ def _importance_finding(record: SearchRecord) -> str | None:
         return None
     top = frame.iloc[0]
     text = (
-        f"{top['setting']} mattered most: {percent(top['share'], 0)} of the importance (95 % "
-        f"interval {percent_range(top['low'], top['high'], 0)})"
+        f"{top['setting']} has the largest share of the importance, {percent(top['share'], 0)} "
+        f"(95 % interval {percent_range(top['low'], top['high'], 0)})"
     )
     rivals = frame.loc[1:].loc[frame["high"] >= top["low"], "setting"]
-    return f"{text}, not clearly ahead of {', '.join(rivals)}." if len(rivals) else f"{text}."
+    return f"{text}; {', '.join(rivals)} may matter as much." if len(rivals) else f"{text}."
 
 
 def _failed_finding(record: SearchRecord) -> str | None:
@@ -335,10 +343,10 @@ def _test_line(record: SearchRecord) -> str:
     if not record.tests:
         about, most = (f"{100 * share:.1f} points" for share in record.optimism)
         return (
-            f"The test split ({count(record.n_test)} images) has not been read. The best "
-            f"validation accuracy is too high, since trials were selected by it: by about {about} "
-            f"if all are equally good (simulated from their predictions), by {most} at most, "
-            "counting all epochs. Read the test split once, at the end."
+            f"The test split ({count(record.n_test)} images) has not been read. The validation "
+            "accuracy of the best of many trials is too high: by about "
+            f"{about} if all are equally good (simulated from their predictions), by {most} at "
+            "most, if all epochs erred independently. Read the test split once, at the end."
         )
     numbers = ", ".join(test.of for test in record.tests)
     if len(record.tests) == 1:
@@ -422,7 +430,7 @@ def _best_facts(record: SearchRecord) -> list[tuple[str, str]]:
 def confused_grid(record: SearchRecord, n_pairs: int = 8) -> Grid:
     """List the most frequent mistakes of the best trial."""
     rows = []
-    if record.confusion is not None:
+    if record.confusion is not None and len(record.classes) > 2:  # else the matrix says it all
         totals = record.confusion.sum(axis=1)
         errors = record.confusion - np.diag(np.diag(record.confusion))
         order = np.argsort(-errors, axis=None, kind="stable")[:n_pairs]
