@@ -34,7 +34,7 @@ resume a --trials 1\ntest a --trial 0\ntest a --levels all\naudit a --sample 0\n
 list --json\nshow a\nshow a --trial 0 --json\nreport a --out out --beside a\nbackbones resnet
 backbones timm:test_vit\ninit new.toml --force\ninit --data digits"""
 # What a command ends with, so that none trains for as long as it asks for.
-LAST = {"run": ["--dry-run"], "ablate": ["--dry-run"], "resume": ["--timeout", "1"]}
+LAST = {"run": ["--dry-run"], "ablate": ["--dry-run"], "resume": ["--timeout", "1s"]}
 WORDS = """0 -1 1 2 3.5 1e400 -1e400 nan inf 1e-400 true none '' x [] {} [[[ ]]] { = , . - -- best
 9223372036854775807 9223372036854775808 -9223372036854775809 99999999 0x7fffffffffffffffff ä/b
 2000-01-01 07:32:00 1e5h 2h 8GB 9YB sqlite:// sqlite:///s.db postgresql://a:b@localhost:1/c x://

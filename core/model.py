@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from core.config import Preprocessing
-from core.data.decode import Raw, eval_view
+from core.data.decode import Raw, UInt8Array, eval_view
 from core.metrics import FloatArray
 from core.models.weights import WeightsError
 from core.training.batches import Normalizer, in_order
@@ -59,23 +59,36 @@ class Model:
     members: tuple[Member, ...]
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[Raw]) -> FloatArray:
+    def predict(self, images: Sequence[Raw | str]) -> FloatArray:
         """Return the probabilities of each class, (N, K), for files, their contents or images.
 
         Raises:
-            OSError: One is no image, or a damaged one.
+            OSError: One is no image, or a damaged one; says which.
+            TypeError: A single file is given instead of a list.
             ValueError: One has more than 8 bits, and no image of the training data had.
         """
+        if isinstance(images, (str, bytes, Path)):
+            raise TypeError("images must be a list, also of one file: predict([file])")
         found = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         for member in self.members:
             device = next(member.network.parameters()).device
             normalize = Normalizer(member.preprocessing, device)
             for positions in in_order(len(images), _BATCH):
-                views = [eval_view(images[i], member.preprocessing) for i in positions.tolist()]
+                views = [_view(images[i], member.preprocessing) for i in positions.tolist()]
                 inputs = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
                 logits = member.network(normalize(inputs)).float() / member.temperature
                 found[positions] += member.weight * logits.softmax(1).cpu().numpy()
         return found
+
+
+def _view(image: Raw | str, shown: Preprocessing) -> UInt8Array:
+    """Return an image's evaluation view; an error names the file."""
+    source = Path(image) if isinstance(image, str) else image
+    try:
+        return eval_view(source, shown)
+    except OSError as err:
+        name = source if isinstance(source, Path) else "an image"
+        raise OSError(f"{name} cannot be read as an image: {err}") from err
 
 
 def model_hash(folder: Path) -> str | None:
@@ -104,12 +117,13 @@ def remove_model(folder: Path) -> None:
         folder.rmdir()
 
 
-def load_model(folder: Path) -> Model:
+def load_model(folder: Path | str) -> Model:
     """Load a model, or a checkpoint as a model of one member, on the CPU.
 
     Raises:
         WeightsError: It is missing or damaged.
     """
+    folder = Path(folder)
     if not (folder / MODEL_FILE).exists() and (folder / CARD_FILE).exists():
         network, card = load_checkpoint(folder)
         return Model(card.classes, (Member(network, card.preprocessing),))

@@ -461,8 +461,8 @@ def timeline(record: SearchRecord) -> Figure:
 @plot(
     "Cost",
     "Where the time went",
-    "Of all trials. The rest is starting, solving heads and writing; what cached outputs of "
-    "frozen layers saved is not part of the whole.",
+    "Of all trials. Training holds what frozen layers compute and the solving of heads, the rest "
+    "starting and writing; what cached outputs of frozen layers saved is not part of the whole.",
     "wide",
 )
 def where_the_time_went(record: SearchRecord) -> Figure:

@@ -112,6 +112,7 @@ def _contents(record: SearchRecord) -> dict[str, Any]:
         "best": _best_facts(record),
         "best_config": json.dumps(config, indent=2, ensure_ascii=False, default=str),
         "confused": confused_grid(record),
+        "n_wrong": _n_wrong(record),
         "tests": tests_grid(record),
         "trials": trials_rows(record),
         "thinned": thinned,
@@ -160,11 +161,11 @@ def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     if record.best is not None and accuracy is not None:
         ends = percent_range(accuracy.low, accuracy.high)
         best = percent(accuracy.estimate), f"{ends} · trial {record.best.number}"
-    found = [("Validation accuracy", *best)]
+    found = [("Best trial, validation", *best)]
     if record.model:
         members = ", ".join(map(str, record.model.get("trials", [])))
         what = f"mean of trials {members}" if "," in members else f"trial {members}"
-        found.append(("Model", percent(record.model.get("val_acc")), f"in validation · {what}"))
+        found.insert(0, ("Model, validation", percent(record.model.get("val_acc")), what))
     if record.tests:
         first = record.tests[0]
         more = f" · first of {len(record.tests)} readings" if len(record.tests) > 1 else ""
@@ -194,6 +195,7 @@ def findings(record: SearchRecord) -> list[str]:
         _model_finding(record),
         _rivals_finding(record),
         _test_finding(record),
+        _next_finding(record),
         _importance_finding(record),
         _failed_finding(record),
     )
@@ -337,6 +339,17 @@ def _failed_finding(record: SearchRecord) -> str | None:
     return " ".join(found) or None
 
 
+def _next_finding(record: SearchRecord) -> str | None:
+    """Say how to continue a search whose time ended before its plan did."""
+    outcome = record.runs[-1].outcome if record.runs else None
+    if outcome not in ("no time", "timeout", "interrupted"):
+        return None
+    return (
+        f"The last run ended before all was tried ({outcome}); python -m study resume "
+        f"{record.study.name} --time 30m continues it."
+    )
+
+
 def _test_line(record: SearchRecord) -> str:
     if not record.n_test:
         return "There is no test split: only new images can show how optimistic validation is."
@@ -370,6 +383,7 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
         kept = set(drawn(record)["number"])
         trials = trials[trials["number"].isin(kept) | trials["state"].isin(UNFINISHED)]
     has_scores = bool((trials["score"].notna() & (trials["score"] != trials["value"])).any())
+    has_reasons = bool(trials["reason"].notna().any())
     best = -1 if record.best is None else record.best.number
     rows = []
     for row in trials.to_dict("records"):
@@ -385,13 +399,16 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
         for name in record.varied:  # what is the same in all trials stands under Provenance
             value = None if row["number"] in record.idle[name] else row[f"params_{name}"]
             cells.append(_cell(value, setting(value)))
-        reason = "" if is_missing(row["reason"]) else row["reason"]
-        cells += [(row["origin"], row["origin"]), (reason, reason)]
+        cells.append((row["origin"], row["origin"]))
+        if has_reasons:
+            reason = "" if is_missing(row["reason"]) else row["reason"]
+            cells.append((reason, reason))
         state = f"{row['state']} best" if row["number"] == best else row["state"]
         rows.append({"state": state, "cells": cells})
     score = ("score",) if has_scores else ()
     settings = record.varied
-    header = ("trial", "state", "accuracy", *score, "epochs", "time", *settings, "from", "reason")
+    last = ("from", "reason") if has_reasons else ("from",)
+    header = ("trial", "state", "accuracy", *score, "epochs", "time", *settings, *last)
     return {"header": header, "rows": rows, "n_text": 2}
 
 
@@ -440,6 +457,12 @@ def confused_grid(record: SearchRecord, n_pairs: int = 8) -> Grid:
                 rows.append((*names, str(n), percent(n / totals[truth], 0)))
     header = ("True class", "Predicted", "Images", "Of the class")
     return Grid("confused", "Most confused pairs", header, tuple(rows), n_text=2)
+
+
+def _n_wrong(record: SearchRecord) -> int:
+    """Count the best trial's mistakes on the validation split."""
+    counts = record.confusion
+    return 0 if counts is None else int(counts.sum() - np.trace(counts))
 
 
 def tests_grid(record: SearchRecord) -> Grid:

@@ -182,9 +182,8 @@ def importances(
     empty = pd.DataFrame(columns=["setting", "share", "low", "high"])
     if planned and len(used) < MIN_TRIALS:
         why = (
-            "The plan chose these settings, so that they do not vary independently: only the best "
-            "backbone was thawed, for example. Nothing can be concluded here about single "
-            "settings; study ablate compares them."
+            "The plan chose these settings, so that they do not vary independently. Nothing can "
+            "be concluded here about single settings; study ablate compares them."
         )
     elif len(used) < MIN_TRIALS:
         why = (

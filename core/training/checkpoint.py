@@ -123,8 +123,9 @@ def weights_hash(folder: Path) -> str:
         raise WeightsError(_unreadable(folder, err)) from err
 
 
-def load_checkpoint(folder: Path) -> tuple[nn.Module, Card]:
+def load_checkpoint(folder: Path | str) -> tuple[nn.Module, Card]:
     """Build a checkpoint's network, in eval mode, on the CPU; a bad one is a `WeightsError`."""
+    folder = Path(folder)
     card = read_card(folder)
     network = create(
         card.backbone,

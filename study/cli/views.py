@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from core.config import TrainConfig
 from core.metrics import EpochMetrics
 from study.config.formatting import (
     describe_trial,
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
 _SUMMARY_ROWS = 5
 # Above this many trials, `show` lists the best ones only.
 _SHOWN_TRIALS = 50
+_PIPE_WIDTH = 1000
 _STOPPED = {
     "trials": "All trials are done.",
     "timeout": "The time is up (study.time).",
     "no time": "No trial that may gain fits into the time that is left (study.time).",
     "plan": "All trials of the plan are done.",
-    "no gain": "The plan is at its end: nothing that was not tried promises a gain.",
+    "no gain": "All planned trials are done; no other one promises a gain.",
     "patience": "No improvement for study.patience trials.",
     "space exhausted": "The search space holds no setting that has not been tried.",
     "interrupted": "Interrupted; the record is complete up to here.",
@@ -55,7 +57,7 @@ _STOPPED = {
 def print_view(view: RenderableType) -> None:
     """Print a table or a text."""
     # A pipe gets whole lines, whatever the width that a terminal would have.
-    width = None if sys.stdout.isatty() else 200
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
     console = Console(width=width, highlight=False)
     with console.capture() as shown:  # rich would end the program where a pipe is closed
         console.print(view)
@@ -153,13 +155,16 @@ def status_text(name: str, trials: Sequence["Trial"], run: "Run | None") -> str:
     """Say whether a study is running, and where it stands."""
     best = best_of(trials)
     accuracy = format_accuracy(best.value if best else None)
-    text = f"{Counts.of(trials).finished} trials, best {accuracy}"
+    n = Counts.of(trials).finished
+    text = f"{n} trial{'' if n == 1 else 's'}, best {accuracy}"
     if run is None:
         return f"Study {name} is not running: {text}."
     since = (datetime.now(UTC).replace(tzinfo=None) - run.started_at).total_seconds()
     text = f"Study {name} has been running for {format_duration(since)}: {text}"
     for row in (trial for trial in trials if trial.state == "running"):
-        text += f"; trial {row.number} is after epoch {row.epochs_done} of {row.config['epochs']}"
+        config = TrainConfig(**row.config)
+        where = f"is after epoch {row.epochs_done} of {config.epochs}"
+        text += f"; trial {row.number} {'solves a head' if config.is_solved else where}"
     return f"{text} (process {run.pid} on {run.host})."
 
 

@@ -48,10 +48,8 @@ _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 def _seconds(value: object) -> object:
     if not isinstance(value, str):
         return value
-    if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
-    if not re.fullmatch(r"(?:\d+(?:\.\d+)?[hms])+", value):
-        raise ValueError('must be seconds or a text like "2h", "90m" or "1h30m"')
+    if not re.fullmatch(r"(?:\d+(?:\.\d+)?[hms])+", value):  # "2" may be meant as minutes
+        raise ValueError('must be a text like "2h", "90m", "1h30m" or "45s"')
     parts = re.findall(r"([\d.]+)([hms])", value)
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
