@@ -174,12 +174,10 @@ def read_record(store: Record, name: str) -> SearchRecord:
 
 def optimism(store: Record, name: str) -> float:
     """Return how far a study's best accuracy is too high, simulated from its predictions."""
-    found = [
-        (labels == guess).astype(float) for labels, guess in read_predictions(store, name).values()
-    ]
+    found = [labels == guess for labels, guess in read_predictions(store, name).values()]
     found = [row for row in found if len(row) == len(found[-1])]  # the images may have changed
     best = sorted(found, key=np.mean)[-_MOST_SIMULATED:]
-    return simulated_bias(np.stack(best)) if best else 0.0
+    return simulated_bias(np.stack(best).astype(np.float64)) if best else 0.0
 
 
 def _best_of(rows: Sequence[Trial]) -> Trial | None:
