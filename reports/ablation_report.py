@@ -158,7 +158,7 @@ def _section(store: Record, ablation: Ablation, name: str) -> Section:
         name=name,
         title=str(ablation.spec["title"]) + (f" ({number})" if number else ""),
         cards=tuple(_cards(ablation)),
-        findings=tuple(_findings(ablation, effects)),
+        findings=tuple(_findings(ablation, effects, on_test)),
         grids=tuple(replace(grid, name=f"{name}-{grid.name}") for grid in grids),
         plots=tuple(replace(p, name=f"{name}-{p.name}") for p in _plots(ablation, effects)),
         methods=methods_paragraph(ablation),
@@ -188,7 +188,9 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
     yield "Test split", "read" if ablation.n_tested else "not read", used
 
 
-def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding]:
+def _findings(
+    ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]
+) -> Iterator[Finding]:
     """Say what improves, what degrades and what is open, and over what that generalises."""
     is_tested = any(effect.verdict != "unfinished" for effect in effects)
     for verdict, head in _HEADS.items():
@@ -208,7 +210,7 @@ def _findings(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding
     yield from _fallen_findings(ablation)
     if ablation.kind == "factorial":
         yield Finding("Design:", f"{ablation.spec['construction']}.")
-    yield from _test_finding(ablation, effects)
+    yield from _test_finding(ablation, effects, on_test)
     yield Finding("Generalises over:", scope_words(ablation))
     if bias := bias_words(ablation):
         yield Finding("The search's choice:", bias)
@@ -222,9 +224,11 @@ def _heading(effect: Effect) -> str:
     return "leaning" if leans and effect.verdict == "inconclusive" else effect.verdict
 
 
-def _test_finding(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Finding]:
+def _test_finding(
+    ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]
+) -> Iterator[Finding]:
     """Say whether the test split agrees with validation."""
-    base, on_test = ablation.baseline, judge(ablation, "test")
+    base = ablation.baseline
     if not on_test or base is None:
         return
     known = {effect.contrast.label: effect.difference.estimate for effect in effects}

@@ -232,9 +232,9 @@ def _best_finding(record: SearchRecord) -> str:
     if int(top["number"]) == best.number:
         return f"{text} It is a plain recipe ({name}); no trial that was searched is better."
     gain = 100 * (value - float(top["value"]))
-    words = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'}"
+    words = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
     return (
-        f"{text} Trial {best.number} has {words} than the best plain recipe ({name}, trial "
+        f"{text} Trial {best.number} is {words} the best plain recipe ({name}, trial "
         f"{top['number']})."
     )
 
@@ -533,7 +533,7 @@ def _runs_grid(record: SearchRecord) -> Grid:
     rows = tuple(
         (
             *(moment(run.started_at), moment(run.ended_at), run.outcome or "–"),
-            *(run.host, run.device, run.versions.get(COMMIT, "–")[:12]),
+            *(run.host, run.device, run.versions.get(COMMIT, "–")),
             hide_password(run.command),
         )
         for run in record.runs

@@ -365,7 +365,7 @@ def made_with(trains: Iterable[TrainConfig]) -> dict[str, str]:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             found[f"{WEIGHTS_OF}{backbone}"] = digest
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         said = subprocess.run(command, check=True, capture_output=True, text=True)
         found[COMMIT] = said.stdout.strip()
     return found

@@ -24,7 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
 
-SCHEMA = 4
+SCHEMA = 5
 """Number of this layout. Another one is refused; there are no migrations."""
 PREFIX = "frostline_"
 

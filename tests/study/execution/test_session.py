@@ -227,4 +227,4 @@ def test_a_run_keeps_the_commit_and_the_hash_of_its_weights(
         subprocess.run([*git, *command], check=True)
     clean = made_with([])["git commit"]
     file.write_bytes(b"others")
-    assert len(clean) == 40 and made_with([])["git commit"] == f"{clean}-dirty"
+    assert len(clean) == 12 and made_with([])["git commit"] == f"{clean}-dirty"
