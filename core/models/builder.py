@@ -79,7 +79,7 @@ def build(config: TrainConfig, classes: tuple[str, ...]) -> Network:
     return Network(network.model, network.head, preprocessing, stages, weights)
 
 
-@functools.lru_cache(maxsize=2)  # a ViT-L takes 1.2 GB
+@functools.lru_cache(maxsize=4)  # a ViT-L takes 1.2 GB
 def _prototype(
     backbone: str, weights: str, image_size: int, n_classes: int, origin: Hashable
 ) -> tuple[Classifier, State]:

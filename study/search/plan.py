@@ -1,5 +1,6 @@
 """What a study would cost: time and disk, from measured passes of its networks."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -48,8 +49,8 @@ class Estimate:
     plan: tuple[Step, ...] = ()
 
 
-def make_planner(config: StudyConfig, data: ImageData) -> Planner:
-    """Measure the networks of a space, and make the planner of a study."""
+def make_planner(config: StudyConfig, data: ImageData, run_id: int = 0) -> Planner:
+    """Measure the networks of a space, and make the planner of a study, for one of its runs."""
     points = networks(config.space, config.train)
     costs = dict(zip(points, measure(points.values(), data), strict=True))
     at_first = {train.backbone: train for train in corner_configs(config)}
@@ -66,6 +67,7 @@ def make_planner(config: StudyConfig, data: ImageData) -> Planner:
         len(data.train),
         len(data.val),
         len(data.classes),
+        run_id,
     )
 
 
@@ -114,8 +116,8 @@ def estimate(
 def measure(trains: Iterable[TrainConfig], data: ImageData) -> list[NetworkCost]:
     """Measure the networks of some configurations; return each one's cost.
 
-    That is a forward pass of every backbone, to which other image sizes are in proportion, and a
-    training step of the cheapest.
+    That is a forward pass of every backbone, to which other image sizes are in proportion, and,
+    once it is asked for, a training step of the cheapest.
     """
     trains = list(trains)
     measured: dict[tuple[str, str], tuple[TrainConfig, NetworkCost]] = {}
@@ -123,7 +125,8 @@ def measure(trains: Iterable[TrainConfig], data: ImageData) -> list[NetworkCost]
         name = train.backbone, train.weights
         if name not in measured:
             measured[name] = train, _measured(train, data)
-    passes = _passes_of_step(*min(measured.values(), key=lambda found: found[1].forward_s), data)
+    cheapest = min(measured.values(), key=lambda found: found[1].forward_s)
+    passes = functools.cache(lambda: _passes_of_step(*cheapest, data))
     costs = []
     for train in trains:
         first, cost = measured[train.backbone, train.weights]

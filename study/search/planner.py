@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import statistics
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 _LARGEST_SHARE_OF_LAST = 0.6
 # A step of the last layers costs so many passes of the frozen network, whose norms are folded. On
 # EfficientNet-Lite0 and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores). A
-# step of all layers took 5.6 there; it is measured.
-_PASSES_OF_LAST_STEP = 2.5
+# step of all layers took 5.6 there; it is measured where more than the last ones are trained.
+_PASSES_OF_LAST_STEP, _LAST_LAYERS = 2.5, 0.3
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
 _SOLVER_S = 1.1e-7
 # Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
@@ -59,8 +59,8 @@ class NetworkCost:
         kept: Whether outputs of the frozen layers are kept, by freeze level.
         n_features: Of a solved head.
         weights_bytes: Size of a checkpoint.
-        step_passes: Forward passes that a training step of all layers takes; one of fewer layers
-            takes less, in proportion.
+        step_passes: Gives the forward passes that a training step of all layers takes; one of
+            fewer layers takes less, in proportion. It may measure them, and is not asked for the last ones.
     """
 
     forward_s: float
@@ -68,7 +68,7 @@ class NetworkCost:
     kept: tuple[bool, ...]
     n_features: int
     weights_bytes: int = 0
-    step_passes: float = _PASSES_OF_LAST_STEP
+    step_passes: Callable[[], float] = lambda: _PASSES_OF_LAST_STEP
 
     def seconds(
         self,
@@ -90,7 +90,9 @@ class NetworkCost:
             return passes_s + _SOLVER_S * n * n_features * n_classes + _OVERHEAD_S
         frozen = self.frozen[train.freeze_depth]
         trained = 1 - frozen
-        step = _PASSES_OF_LAST_STEP + (self.step_passes - _PASSES_OF_LAST_STEP) * trained
+        step = _PASSES_OF_LAST_STEP
+        if trained > _LAST_LAYERS:
+            step += (self.step_passes() - _PASSES_OF_LAST_STEP) * trained
         if self.kept[train.freeze_depth]:
             views = min(train.epochs, train.views or train.epochs)
             passes = views * frozen + train.epochs * step * trained
@@ -129,6 +131,8 @@ class Planner:
         n_train: Training images.
         n_val: Validation images.
         n_classes: Classes.
+        run_id: The process that the costs were measured in: how its trials' seconds differ from
+            the forecasts corrects these. Earlier ones ran on a machine that was busier, or less.
     """
 
     def __init__(
@@ -139,8 +143,9 @@ class Planner:
         n_train: int,
         n_val: int,
         n_classes: int,
+        run_id: int = 0,
     ) -> None:
-        self._space, self._base = space, base
+        self._space, self._base, self._run_id = space, base, run_id
         self._counts = n_train, n_val, n_classes
         self._costs = dict(sorted(costs.items(), key=lambda item: item[1].forward_s))
         self._depths = freeze_depths(space, base)
@@ -222,9 +227,9 @@ class Planner:
         return tuple(getattr(train, name) for name in network_keys(self._space))
 
     def _pace(self, rows: Sequence[Trial]) -> float:
-        """Return how much longer trials take than was forecast, by those that took longest."""
+        """Return how much longer trials take here than forecast, by those that took longest."""
         ratios = []
-        for row in rows:
+        for row in (row for row in rows if row.run_id == self._run_id):
             train = TrainConfig(**row.config)
             known = self.network_of(train) in self._costs
             if row.state == "complete" and known and row.duration_s:

@@ -224,7 +224,7 @@ class _Search:
     def _planned(self) -> Step | str:
         """Return the plan's next trial, or why there is none."""
         if self.planner is None:
-            self.planner = make_planner(self.config, self.session.data)
+            self.planner = make_planner(self.config, self.session.data, self.session.run_id)
         left = self._left_s()
         if left is not None:
             refits_s = sum(map(_refit_s, self.model.to_refit()))

@@ -151,12 +151,13 @@ def test_trials_that_take_longer_than_forecast_make_the_next_forecasts_longer() 
     first = planner.next([], None, None)
     assert isinstance(first, Step)
     row, found = _row(first, apply_params(PLAIN, first.params), 0.7), []
-    for factor in (1, 3):
-        row.duration_s = factor * first.forecast_s
+    for factor, run_id in ((1, 0), (3, 0), (3, 1)):
+        row.duration_s, row.run_id = factor * first.forecast_s, run_id
         step = planner.next([row], None, None)
         assert isinstance(step, Step)
         found.append(step.forecast_s)
     assert found[1] == pytest.approx(3 * found[0])
+    assert found[2] == found[0]  # an earlier run's pace says nothing about this one
 
 
 def test_a_gpu_reaches_full_fine_tuning_at_full_size() -> None:
@@ -185,8 +186,9 @@ def test_a_space_without_levels_or_networks_is_planned_too() -> None:
     assert [step.is_sampled for step in steps] == [False] + [True] * 4
 
 
-def test_a_step_of_all_layers_takes_the_measured_passes_and_one_of_the_last_fewer() -> None:
-    cost = replace(COSTS[LITE0,], step_passes=5.5, kept=(False,) * 6)
-    seconds = [cost.seconds(TrainConfig(freeze_depth=k, epochs=1), 1000, 0, 5) for k in (0, 4)]
-    # 6 ms a pass; at level 4 nine tenths are passed through, and 2.8 steps' worth of the rest.
-    assert seconds == pytest.approx([1.1 + 6 * 5.5, 1.1 + 6 * (0.9 + 0.1 * 2.8)])
+def test_a_step_of_all_layers_takes_the_measured_passes_and_one_of_fewer_fewer() -> None:
+    cost = replace(COSTS[LITE0,], step_passes=lambda: 5.5, kept=(False,) * 6)
+    seconds = [cost.seconds(TrainConfig(freeze_depth=k, epochs=1), 1000, 0, 5) for k in (0, 2, 4)]
+    # 6 ms a pass; at level 4 nine tenths are passed through, and 2.5 steps' worth of the rest.
+    passes = [5.5, 0.5 + 0.5 * 4, 0.9 + 0.1 * 2.5]
+    assert seconds == pytest.approx([1.1 + 6 * n for n in passes])
