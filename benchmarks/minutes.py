@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,17 @@ class PhotoSet:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One fold of a set as the test part; `train` and `test` are rows of the pooled images."""
+    """One fold of a set as the test part; `train` and `test` are rows of the pooled images.
+
+    An arm leaves in `facts` what it has to tell beyond its entries.
+    """
 
     photos: PhotoSet
     fold: int
     work: Path
     train: Array
     test: Array
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def inner_folds(self, parts: Sequence[float] | int) -> Array:
         """Divide the training part."""
@@ -164,22 +168,25 @@ def copy_model(model: Path, target: Path) -> None:
             shutil.copytree(model, target)
 
 
-def frostline(case: Case, minutes: int) -> list[Entry]:
+def frostline(case: Case, seconds: int) -> list[Entry]:
     """Run Frostline as it comes, and evaluate the copies afterwards."""
-    name = f"{case.photos.name}-{case.fold}-{minutes}m"
+    name = f"{case.photos.name}-{case.fold}-{seconds}s"
     folder = (case.work / "frostline" / name).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "study", "run", "--data", str(case.link())]
-    command += ["--time", f"{minutes}m", "--name", name, "--storage", str(folder / "studies.db")]
+    command += ["--time", f"{seconds}s", "--name", name, "--storage", str(folder / "studies.db")]
     command += ["--set", f'data.cache_dir="{folder / "cache"}"']
     model = folder / "frostline-runs" / name / "model"
-    seconds, code = watch(command, folder, model, 60 * minutes)
+    spent, code = watch(command, folder, model, seconds)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     if code != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {folder / 'log.txt'}")
     entries = []
-    for part, s in {f"at-{m}": float(m) for m in MOMENTS} | {"at-end": seconds}.items():
+    plan = json.loads((model.parent / "plan.json").read_text())
+    case.facts["trials"] = [[t["origin"], t["forecast_s"], t["duration_s"]] for t in plan]
+    case.facts["ended_s"] = spent
+    for part, s in {f"at-{m}": float(m) for m in MOMENTS} | {"at-end": spent}.items():
         if (folder / part).exists():
             entries.append(model_entry(case, s, folder / part))
             shutil.rmtree(folder / part)
@@ -500,8 +507,8 @@ def plain_optuna(case: Case) -> list[Entry]:
 
 
 ARMS: dict[str, Callable[[Case], list[Entry]]] = {
-    "frostline": functools.partial(frostline, minutes=15),
-    "frostline-1m": functools.partial(frostline, minutes=1),
+    "frostline": functools.partial(frostline, seconds=900),
+    "frostline-1m": functools.partial(frostline, seconds=60),
     "last-layer-best": functools.partial(heads, kind="best"),
     "last-layer-average": functools.partial(heads, kind="average"),
     "sixty-lines": functools.partial(heads, kind="sixty"),
@@ -509,6 +516,9 @@ ARMS: dict[str, Callable[[Case], list[Entry]]] = {
     "full-finetune": full,
     "plain-optuna": plain_optuna,
 }
+DEFAULT = list(ARMS)
+DEADLINES = (30, 45, 90, 120, 150, 200, 300, 420, 600)
+ARMS |= {f"frostline-{s}s": functools.partial(frostline, seconds=s) for s in DEADLINES}
 
 
 def run_cases(args: argparse.Namespace) -> bool:
@@ -523,6 +533,7 @@ def run_cases(args: argparse.Namespace) -> bool:
             case = Case(photos, fold, args.work, train, test)
             done = read_results(args.results)
             for arm in [a for a in args.only if (photos.name, fold, a) not in done]:
+                case.facts.clear()
                 try:
                     entries = ARMS[arm](case)
                 except Exception:  # one arm that fails must not end a night; it is run again
@@ -531,7 +542,7 @@ def run_cases(args: argparse.Namespace) -> bool:
                     continue
                 row = {"set": photos.name, "fold": fold, "arm": arm, "entries": entries}
                 row |= {"commit": commit, "guess": case.guess()[1:]}
-                row |= {"n_train": len(train), "n_test": len(test)}
+                row |= {"n_train": len(train), "n_test": len(test)} | case.facts
                 with open(args.results, "a", encoding="utf-8") as out:
                     out.write("\n" + json.dumps(row) + "\n")  # after a cut line
                 print(photos.name, fold, arm, np.round(entries, 3).tolist(), flush=True)
@@ -581,9 +592,9 @@ def corrected_interval(sets: Sequence[Sequence[float]]) -> tuple[float, float | 
 
 def show(rows: Rows) -> None:
     """Print accuracies in per cent by arm and set, and Frostline's differences in points."""
-    arms = list(dict.fromkeys(arm for *_, arm in rows))
+    arms = list(dict.fromkeys(arm for *_, arm in rows if arm in DEFAULT))
     for moment in MOMENTS:
-        cells = [(*key, accuracy_at(row, moment)) for key, row in rows.items()]
+        cells = [(*k, accuracy_at(row, moment)) for k, row in rows.items() if k[2] in DEFAULT]
         frame = pd.DataFrame(cells, columns=["set", "fold", "arm", "accuracy"])
         frame = frame.pivot(index=["set", "fold"], columns="arm", values="accuracy")
         print(f"\nafter {moment / 60:g} min: test accuracy, %")
@@ -599,6 +610,21 @@ def show(rows: Rows) -> None:
                 ends = "" if half is None else f" ± {100 * half:.1f}"
                 texts.append(f"{name} {100 * mean:+.1f}{ends} (n = {sum(map(len, sets))})")
             print(f"  {our} - {rival}: " + "; ".join(texts))
+
+
+def show_times(rows: Rows) -> None:
+    """Print how Frostline kept its deadlines, and how long trials took against their forecasts."""
+    known = {key: row for key, row in rows.items() if "ended_s" in row}
+    limits = {"frostline": 900, "frostline-1m": 60} | {f"frostline-{s}s": s for s in DEADLINES}
+    late = {key: row["ended_s"] - limits[key[2]] for key, row in known.items()}
+    print(f"\n{len(late)} deadlines, seconds after each (negative: before it):")
+    for name, fold, arm in sorted(late, key=lambda key: (limits[key[2]], key)):
+        print(f"  {limits[arm]} s, {name} {fold}: {late[name, fold, arm]:+.1f}")
+    for word in ("head", "thawed"):
+        trials = (trial for row in known.values() for trial in row["trials"])
+        ratios = [took / said for origin, said, took in trials if said and took and word in origin]
+        ends = np.quantile(ratios or [np.nan], (0, 0.05, 0.5, 0.95, 1)).round(2)
+        print(f"{word}: seconds per second of forecast, least to most (n = {len(ratios)}): {ends}")
 
 
 def draw(rows: Rows, file: Path) -> None:
@@ -636,7 +662,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", default=[])
     parser.add_argument("--work", type=Path, required=True, help="folder for results and features")
     parser.add_argument("--results", type=Path, help="file of results (WORK/results.jsonl)")
-    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=DEFAULT)
     parser.add_argument("--folds", type=int, nargs="+", default=range(N_FOLDS))
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--figure", type=Path, help="draw accuracy over time there")
@@ -646,6 +672,7 @@ def main() -> None:
     is_good = args.report or run_cases(args)
     if rows := read_results(args.results):
         show(rows)
+        show_times(rows)
         if args.figure:
             draw(rows, args.figure)
     sys.exit(not is_good)

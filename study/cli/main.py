@@ -332,7 +332,7 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     if report:
         print(f"Report: {report}")
     first = "resume" if outcome.stopped_because in HALTED else "show"
-    commands = [first, "test"] if outcome.best else [first]
+    commands = [first, "test"] if outcome.best and outcome.n_test else [first]
     lines = [views.study_command(command, name, storage) for command in commands]
     views.print_next([*lines, views.study_command("dashboard", "", storage)])
 

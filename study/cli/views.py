@@ -290,7 +290,7 @@ def summary_view(
             f"The best accuracy of {counts.complete} trials on {outcome.n_val} validation images "
             f"is about {100 * optimism:.1f} points too high if they are equally good (simulated "
             f"from their predictions), at most {100 * bias:.1f} counting all {n_epochs} epochs. "
-            "The test split decides."
+            + ("The test split decides." if outcome.n_test else "There is no test split to decide.")
         )
     if outcome.model is not None:
         lines.append(_model_words(outcome, outcome.model))

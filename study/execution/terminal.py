@@ -28,6 +28,7 @@ from study.record.models import Counts
 _EVERY_S = 30.0
 _REFRESH_PER_S = 2.0
 _BAR = 24
+_BEGINNING = "checking images and networks"
 
 
 def clock(seconds: float) -> str:
@@ -133,7 +134,7 @@ class LiveProgress(PlainProgress):
         """Draw on a console; None for standard output."""
         super().__init__()
         self.console = console or Console()
-        self._line = ""
+        self._line = _BEGINNING
         self._live = Live(
             console=self.console,
             get_renderable=self.render,
@@ -151,7 +152,7 @@ class LiveProgress(PlainProgress):
             case TrialEnded():
                 self._line = ""
             case DataProgress(done, total) if done == total:
-                self._line = ""
+                self._line = _BEGINNING
 
     def render(self) -> Text:
         """Return what the terminal shows now."""

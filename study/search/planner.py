@@ -60,7 +60,7 @@ class NetworkCost:
         n_features: Of a solved head.
         weights_bytes: Size of a checkpoint.
         step_passes: Gives the forward passes that a training step of all layers takes; one of
-            fewer layers takes less, in proportion. It may measure them, and is not asked for the last ones.
+            fewer layers takes less, in proportion. It may measure them; the last ones' is known.
     """
 
     forward_s: float

@@ -68,6 +68,7 @@ class SearchOutcome:
             `plan`, where a given one is done.
         trials: Those of the study.
         n_val: Images of the validation split.
+        n_test: Images of the test split; 0 without one.
         duration_s: Wall time of this run.
         model: What the study's model is made of, if there is one.
         output: Folder of the study's model, checkpoints and report.
@@ -77,6 +78,7 @@ class SearchOutcome:
     stopped_because: str
     trials: list[Trial]
     n_val: int
+    n_test: int
     duration_s: float
     model: Choice | None = None
     output: Path = Path()
@@ -146,6 +148,7 @@ def run_search(
             session.because,
             record.trials(session.study_id),
             len(session.data.val),
+            len(session.data.test or ()),
             time.monotonic() - begin,
             search.model.choice,
             session.output,

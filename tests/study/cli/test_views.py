@@ -36,7 +36,7 @@ def test_a_trial_shows_what_the_cache_saved(trials: list[Trial]) -> None:
 
 def test_the_summary_names_the_best_and_how_far_to_trust_it(trials: list[Trial]) -> None:
     section = StudySection(name="ants", trials=30)
-    view = views.summary_view(SearchOutcome("timeout", trials, 20, 65.0), section, 0.0125)
+    view = views.summary_view(SearchOutcome("timeout", trials, 20, 10, 65.0), section, 0.0125)
     text = text_of(view)
     for part in ("study.time", "4 of 30 trials, 2 complete"):
         assert part in text
