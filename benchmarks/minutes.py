@@ -186,7 +186,8 @@ def frostline(case: Case, seconds: int) -> list[Entry]:
     plan = json.loads((model.parent / "plan.json").read_text())
     case.facts["trials"] = [[t["origin"], t["forecast_s"], t["duration_s"]] for t in plan]
     case.facts["ended_s"] = spent
-    for part, s in {f"at-{m}": float(m) for m in MOMENTS} | {"at-end": spent}.items():
+    copies = {f"at-{m}": float(m) for m in MOMENTS} | {"at-end": spent}
+    for part, s in copies.items():
         if (folder / part).exists():
             entries.append(model_entry(case, s, folder / part))
             shutil.rmtree(folder / part)

@@ -290,8 +290,8 @@ def summary_view(
             f"The best accuracy of {counts.complete} trials on {outcome.n_val} validation images "
             f"is about {100 * optimism:.1f} points too high if they are equally good (simulated "
             f"from their predictions), at most {100 * bias:.1f} counting all {n_epochs} epochs. "
-            + ("The test split decides." if outcome.n_test else "There is no test split to decide.")
         )
+        lines[-1] += "The test split decides." if outcome.n_test else "There is no test split."
     if outcome.model is not None:
         lines.append(_model_words(outcome, outcome.model))
     return Group(head, trials_table(best), *(Text(line) for line in lines if line))
