@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import statistics
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ _PASSES_OF_LAST_STEP, _LAST_LAYERS = 2.5, 0.3
 _SOLVER_S = 1.1e-7
 # Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
 _OVERHEAD_S = 1.0
+_LEAST_PACE = 0.6  # of a forecast is what trials may be taken to need. Assumption.
 _MOST_SAMPLED = 4  # trials of the sampler in a row that were no better: nothing promises more
 _MOST_PREVIEWED = 30
 _RATES = {4: 1e-3, 3: 3e-4}
@@ -77,16 +78,13 @@ class NetworkCost:
         n_val: int,
         n_classes: int,
         *,
-        has_features: bool = False,
+        has_arrays: bool = False,
     ) -> float:
-        """Forecast the seconds of a trial whose networks' arrays are not cached.
-
-        With `has_features` those of a solved head are.
-        """
+        """Forecast a trial's seconds; with `has_arrays` its frozen layers' outputs are kept."""
         n = n_train + n_val
         if train.is_solved:
             n_features = self.n_features if train.features == "several" else self.n_features / 2
-            passes_s = 0.0 if has_features else n * self.forward_s
+            passes_s = 0.0 if has_arrays else n * self.forward_s
             return passes_s + _SOLVER_S * n * n_features * n_classes + _OVERHEAD_S
         frozen = self.frozen[train.freeze_depth]
         trained = 1 - frozen
@@ -94,9 +92,9 @@ class NetworkCost:
         if trained > _LAST_LAYERS:
             step += (self.step_passes() - _PASSES_OF_LAST_STEP) * trained
         if self.kept[train.freeze_depth]:
-            views = min(train.epochs, train.views or train.epochs)
+            views = 0 if has_arrays else min(train.epochs, train.views or train.epochs)
             passes = views * frozen + train.epochs * step * trained
-            evaluations = frozen + train.epochs * trained
+            evaluations = (0 if has_arrays else frozen) + train.epochs * trained
         else:
             passes = train.epochs * (frozen + step * trained)
             evaluations = float(train.epochs)
@@ -163,13 +161,13 @@ class Planner:
             total_s: Seconds of the whole run; None for no limit.
         """
         rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
-        pace = self._pace(rows)
+        pace, made = self._pace(rows)
         unfit: Step | None = None
         for params, reason, is_sampled in self._wanted(rows):
             if not is_sampled and self._find(rows, params):
                 continue
             config = apply_params(self._base, params)
-            forecast = pace * self._seconds(config, has_features=self._has_features(rows, config))
+            forecast = pace * self._seconds(config, made)
             is_head = params.get("freeze_depth", self._base.freeze_depth) == MAX_FREEZE_DEPTH
             is_short = total_s is not None and forecast <= _SHORT * total_s
             share = _LARGEST_SHARE_OF_SHORT if is_short else _LARGEST_SHARE
@@ -206,15 +204,16 @@ class Planner:
             left = left and left - step.forecast_s
         return found
 
-    def _has_features(self, rows: Sequence[Trial], train: TrainConfig) -> bool:
-        """Return whether what a head is solved on was computed before."""
-        configs = (TrainConfig(**row.config) for row in rows if row.state == "complete")
-        wanted = self.network_of(train), train.mirrored
-        return any(c.is_solved and (self.network_of(c), c.mirrored) == wanted for c in configs)
-
-    def _seconds(self, train: TrainConfig, *, has_features: bool = False) -> float:
+    def _seconds(self, train: TrainConfig, made: Set[Hashable]) -> float:
+        """Forecast a trial's seconds where these arrays are made."""
         cost = self._costs[self.network_of(train)]
-        return cost.seconds(train, *self._counts, has_features=has_features)
+        return cost.seconds(train, *self._counts, has_arrays=self._arrays_of(train) in made)
+
+    def _arrays_of(self, train: TrainConfig) -> Hashable:
+        """Return what decides the outputs of a trial's frozen layers."""
+        if train.is_solved:
+            return (*self.network_of(train), train.mirrored)
+        return tuple(value for key, value in asdict(train).items() if key not in RATES)
 
     def forward_s(self, row: Trial) -> float:
         """Return the seconds per image of what a trial trained."""
@@ -226,16 +225,21 @@ class Planner:
         """Return the values of the dimensions that make a network."""
         return tuple(getattr(train, name) for name in network_keys(self._space))
 
-    def _pace(self, rows: Sequence[Trial]) -> float:
-        """Return how much longer trials take here than forecast, by those that took longest."""
-        ratios = []
-        for row in (row for row in rows if row.run_id == self._run_id):
-            train = TrainConfig(**row.config)
-            known = self.network_of(train) in self._costs
+    def _pace(self, rows: Sequence[Trial]) -> tuple[float, Set[Hashable]]:
+        """Return how much longer trials take here than forecast, and the arrays that they made.
+
+        The pace is that of those that took longest: others may have found a study's arrays.
+        """
+        ratios, made = [], set[Hashable]()
+        for row in rows:
+            train, is_here = TrainConfig(**row.config), row.run_id == self._run_id
+            known = is_here and self.network_of(train) in self._costs
             if row.state == "complete" and known and row.duration_s:
-                ratios.append(row.duration_s / self._seconds(train))
-        # Trials that found their arrays cached took less, and say nothing about the others.
-        return max(1.0, statistics.median(sorted(ratios)[len(ratios) // 2 :])) if ratios else 1.0
+                ratios.append(row.duration_s / self._seconds(train, made))
+            if row.state != "failed":
+                made.add(self._arrays_of(train))
+        found = statistics.median(sorted(ratios)[len(ratios) // 2 :]) if ratios else 1.0
+        return max(_LEAST_PACE, found), made
 
     def _wanted(self, rows: Sequence[Trial]) -> Generator[_Wanted, None, None]:
         """List what may gain, the best for its seconds first; tried settings are among it."""

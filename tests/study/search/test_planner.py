@@ -151,13 +151,24 @@ def test_trials_that_take_longer_than_forecast_make_the_next_forecasts_longer() 
     first = planner.next([], None, None)
     assert isinstance(first, Step)
     row, found = _row(first, apply_params(PLAIN, first.params), 0.7), []
-    for factor, run_id in ((1, 0), (3, 0), (3, 1)):
+    for factor, run_id in ((1, 0), (3, 0), (3, 1), (0.01, 0)):
         row.duration_s, row.run_id = factor * first.forecast_s, run_id
         step = planner.next([row], None, None)
         assert isinstance(step, Step)
         found.append(step.forecast_s)
     assert found[1] == pytest.approx(3 * found[0])
     assert found[2] == found[0]  # an earlier run's pace says nothing about this one
+    assert found[3] == pytest.approx(0.6 * found[0])  # it may have found its arrays
+
+
+def test_trials_of_one_level_are_forecast_with_the_arrays_of_the_first() -> None:
+    steps, _ = _play(_planner(), lambda c: 0.7 if c.is_solved else 0.8 + c.freeze_depth / 100)
+    first = next(s for s in steps if s.params["freeze_depth"] == 4)
+    drawn = [step for step in steps if step.is_sampled]
+    assert drawn and all(step.params["freeze_depth"] == 4 for step in drawn)
+    own = COSTS[LITE0,].seconds(apply_params(PLAIN, first.params), 1600, 400, 5)
+    kept = COSTS[LITE0,].seconds(apply_params(PLAIN, first.params), 1600, 400, 5, has_arrays=True)
+    assert [s.forecast_s for s in (first, drawn[0])] == pytest.approx([own, kept])
 
 
 def test_a_gpu_reaches_full_fine_tuning_at_full_size() -> None:
