@@ -63,12 +63,10 @@ def test_a_plan_solves_heads_thaws_and_ends_with_a_model_that_is_refitted(done: 
 def test_a_refit_has_other_weights_than_its_trial_and_the_model_has_them(done: Path) -> None:
     folder = done / "runs" / "photos"
     for member, number in zip(_model(done)["members"], _model(done)["trials"], strict=True):
-        trial = folder / f"trial-{number:04d}"
-        files = trial / "model.safetensors", trial / "refit.safetensors"
-        own, refit = map(safetensors.torch.load_file, files)
-        found = safetensors.torch.load_file(
-            folder / "model" / member["folder"] / "model.safetensors"
-        )
+        trial, copy = folder / f"trial-{number:04d}", folder / "model" / member["folder"]
+        files = (trial / "model", trial / "refit", copy / "model")
+        paths = (file.with_suffix(".safetensors") for file in files)
+        own, refit, found = map(safetensors.torch.load_file, paths)
         assert found.keys() == own.keys() and refit.keys() <= own.keys()
         assert all((found[name] == refit[name]).all() for name in refit)
         assert any((own[name] != refit[name]).any() for name in refit)
@@ -112,8 +110,7 @@ def _trial(folder: Path, number: int, backbone: str, first: Any, freeze_depth: i
     labels = np.arange(len(first)) // 2 % 2
     paths = [f"{i}.png" for i in range(len(labels))]
     evaluation = Evaluation(labels, np.log(np.stack([first, 1 - first], axis=1)))
-    rest = evaluation if freeze_depth == 5 else None
-    write_predictions(folder, evaluation, paths, rest)
+    write_predictions(folder, evaluation, paths, evaluation if freeze_depth == 5 else None)
     score = Reference().score(evaluation, "val_loss")
     config = {**asdict(TrainConfig()), "backbone": backbone, "freeze_depth": freeze_depth}
     row = bare_trial(number, config)
@@ -176,7 +173,7 @@ def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
         [(row.params, row.score, row.state) for row in rows_of(place)] for place in (done, home)
     )
     assert first == again
-    untried = {**first[0][0], "freeze_depth": 3, "features": "last"}
+    untried = first[0][0] | {"freeze_depth": 3, "features": "last"}
     plan.write_text(json.dumps([{"params": untried}]))
     with pytest.raises(ConfigError, match="has other trials"):
         run(config, plan=plan)

@@ -88,7 +88,6 @@ def test_larger_images_are_tried_and_trained_on_where_their_head_scores_higher(
         for key, cost in COSTS.items()
         for size, factor in ((None, 1), (320, 2))
     }
-    planner = _planner(space=SIZES, costs=costs)
     is_large = {LITE0: gain, LITE1: -0.01, LITE2: -0.01}
     by_level = {5: 0.7, 4: 0.72, 3: 0.71, 2: 0.71, 1: 0.71, 0: 0.71}
 
@@ -96,7 +95,7 @@ def test_larger_images_are_tried_and_trained_on_where_their_head_scores_higher(
         larger = is_large[config.backbone] if config.image_size else 0.0
         return by_level[config.freeze_depth] + larger
 
-    steps, _ = _play(planner, score)
+    steps, _ = _play(_planner(space=SIZES, costs=costs), score)
     sizes = [step.params["image_size"] for step in steps]
     assert sizes[:7] == [None] * 3 + ([320, 320, None, None] if gain > 0 else [320] + [None] * 3)
     large = [step.params for step in steps if step.params["image_size"] == 320]
@@ -163,32 +162,24 @@ def test_trials_that_take_longer_than_forecast_make_the_next_forecasts_longer() 
 
 def test_trials_of_one_level_are_forecast_with_the_arrays_of_the_first() -> None:
     steps, _ = _play(_planner(), lambda c: 0.7 if c.is_solved else 0.8 + c.freeze_depth / 100)
-    first = next(s for s in steps if s.params["freeze_depth"] == 4)
-    drawn = [step for step in steps if step.is_sampled]
-    assert drawn and all(step.params["freeze_depth"] == 4 for step in drawn)
-    own = COSTS[LITE0,].seconds(apply_params(PLAIN, first.params), 1600, 400, 5)
-    kept = COSTS[LITE0,].seconds(apply_params(PLAIN, first.params), 1600, 400, 5, has_arrays=True)
-    assert [s.forecast_s for s in (first, drawn[0])] == pytest.approx([own, kept])
+    first, *_, drawn = (s for s in steps if _courses([s]) == [(LITE0, 4)])
+    config, cost = apply_params(PLAIN, first.params), COSTS[LITE0,]
+    both = [cost.seconds(config, 1600, 400, 5, has_arrays=kept) for kept in (False, True)]
+    assert [first.forecast_s, drawn.forecast_s] == pytest.approx(both)
 
 
 def test_a_gpu_reaches_full_fine_tuning_at_full_size() -> None:
     # Made up: an H100's forward pass of EfficientNet-Lite and ResNet-50 at two sizes.
-    sizes = (224, 384)
-    space = SPACE | {
-        "backbone": Choices((LITE0, "resnet50")),
-        "image_size": Choices(sizes),
-        "base_lr": Range(3e-5, 3e-3, log=True),
-    }
+    sizes, names = (224, 384), (LITE0, "resnet50")
+    space = SPACE | {"backbone": Choices(names), "image_size": Choices(sizes)}
     costs = {
         (name, size): NetworkCost(s * (size / 224) ** 2, FROZEN, KEPT, 2560)
         for name, s in ((LITE0, 1.2e-4), ("resnet50", 3e-4))
         for size in sizes
     }
     steps = _planner(space=space, costs=costs).preview(900.0)
-    points = {
-        tuple(step.params[k] for k in ("backbone", "image_size", "freeze_depth")) for step in steps
-    }
-    assert ("resnet50", 384, 0) in points
+    keys = ("backbone", "image_size", "freeze_depth")
+    assert ("resnet50", 384, 0) in [tuple(step.params[key] for key in keys) for step in steps]
 
 
 def test_a_space_without_levels_or_networks_is_planned_too() -> None:
