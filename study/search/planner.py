@@ -167,7 +167,8 @@ class Planner:
             if not is_sampled and self._find(rows, params):
                 continue
             config = apply_params(self._base, params)
-            forecast = pace * self._seconds(config, made)
+            own_pace = pace.get(config.is_solved, pace.get(True, 1.0))
+            forecast = own_pace * self._seconds(config, made)
             is_head = params.get("freeze_depth", self._base.freeze_depth) == MAX_FREEZE_DEPTH
             is_short = total_s is not None and forecast <= _SHORT * total_s
             share = _LARGEST_SHARE_OF_SHORT if is_short else _LARGEST_SHARE
@@ -225,21 +226,23 @@ class Planner:
         """Return the values of the dimensions that make a network."""
         return tuple(getattr(train, name) for name in network_keys(self._space))
 
-    def _pace(self, rows: Sequence[Trial]) -> tuple[float, Set[Hashable]]:
+    def _pace(self, rows: Sequence[Trial]) -> tuple[dict[bool, float], Set[Hashable]]:
         """Return how much longer trials take here than forecast, and the arrays that they made.
 
-        The pace is that of those that took longest: others may have found a study's arrays.
+        That of solved heads is at True, and of other trials at False, as far as there are some of
+        the kind. It is that of those that took longest: others may have found a study's arrays.
         """
-        ratios, made = [], set[Hashable]()
+        made, ratios = set[Hashable](), dict[bool, list[float]]()
         for row in rows:
             train, is_here = TrainConfig(**row.config), row.run_id == self._run_id
             known = is_here and self.network_of(train) in self._costs
             if row.state == "complete" and known and row.duration_s:
-                ratios.append(row.duration_s / self._seconds(train, made))
+                ratio = row.duration_s / self._seconds(train, made)
+                ratios.setdefault(train.is_solved, []).append(ratio)
             if row.state != "failed":
                 made.add(self._arrays_of(train))
-        found = statistics.median(sorted(ratios)[len(ratios) // 2 :]) if ratios else 1.0
-        return max(_LEAST_PACE, found), made
+        slow = {kind: statistics.median(sorted(r)[len(r) // 2 :]) for kind, r in ratios.items()}
+        return {kind: max(_LEAST_PACE, pace) for kind, pace in slow.items()}, made
 
     def _wanted(self, rows: Sequence[Trial]) -> Generator[_Wanted, None, None]:
         """List what may gain, the best for its seconds first; tried settings are among it."""
