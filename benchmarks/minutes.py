@@ -653,7 +653,7 @@ def draw(rows: Rows, file: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_xlabel(f"time, two CPU cores; mean of {len(cases)} cases")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc=(0.42, 0.14), frameon=False)
     figure.savefig(file, dpi=150)
 
 

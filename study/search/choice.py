@@ -108,8 +108,8 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     is_better = score >= single.score * (1 + _LEAST_GAIN)
     if heads and best in thawed:  # it is the best of several on one fold, so its score is too high
         val = known[best.number].val
-        own = _losses(val.labels, tempered(val.log_probs, val.temperature), monitor)
-        is_better = not _is_sure(_losses(val.labels, mean.val.log_probs, monitor) - own)
+        alone = _losses(val.labels, tempered(val.log_probs, val.temperature), monitor)
+        is_better = not _is_sure(_losses(val.labels, mean.val.log_probs, monitor) - alone)
     if not is_better:
         return single
     return Choice(
