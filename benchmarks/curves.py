@@ -202,7 +202,8 @@ def main() -> None:
             other = (table["set"] != photos.name) | (table["fold"] != fold)
             table = pd.concat([table[other], found])
             table.to_csv(file, index=False, float_format="%.6g")
-    report(table)
+    if len(table):
+        report(table)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from study.record.models import Counts
 _EVERY_S = 30.0
 _REFRESH_PER_S = 2.0
 _BAR = 24
-_BEGINNING = "checking images and networks"
+_BEGINNING = "reading images, building networks"
 
 
 def clock(seconds: float) -> str:

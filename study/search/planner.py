@@ -35,13 +35,14 @@ _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 _LARGEST_SHARE_OF_LAST = 0.6
 # A step of the last layers costs so many passes of the frozen network, whose norms are folded. On
 # EfficientNet-Lite0 and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores). A
-# step of all layers took 5.6 there; it is measured where more than the last ones are trained.
+# step of all layers took 5.6 there; it is measured once more than the last layers are trained, by
+# their share of the forward pass.
 _PASSES_OF_LAST_STEP, _LAST_LAYERS = 2.5, 0.3
 # Seconds of a solver for a row, a feature and a class; measured 2.8 s for 2,000 x 1,280 x 10.
 _SOLVER_S = 1.1e-7
 # Trained weights per second that a checkpoint and an epoch's bookkeeping take. Assumption.
 _OVERHEAD_S = 1.0
-_LEAST_PACE = 0.6  # of a forecast is what trials may be taken to need. Assumption.
+_LEAST_PACE = 0.6  # Faster trials shorten forecasts to this share at most. Assumption.
 _MOST_SAMPLED = 4  # trials of the sampler in a row that were no better: nothing promises more
 _MOST_PREVIEWED = 30
 _RATES = {4: 1e-3, 3: 3e-4}
@@ -60,8 +61,8 @@ class NetworkCost:
         kept: Whether outputs of the frozen layers are kept, by freeze level.
         n_features: Of a solved head.
         weights_bytes: Size of a checkpoint.
-        step_passes: Gives the forward passes that a training step of all layers takes; one of
-            fewer layers takes less, in proportion. It may measure them; the last ones' is known.
+        step_passes: Gives the forward passes that a training step of all layers takes, and may
+            measure them for it; one of fewer layers takes less, in proportion.
     """
 
     forward_s: float
@@ -129,8 +130,8 @@ class Planner:
         n_train: Training images.
         n_val: Validation images.
         n_classes: Classes.
-        run_id: The process that the costs were measured in: how its trials' seconds differ from
-            the forecasts corrects these. Earlier ones ran on a machine that was busier, or less.
+        run_id: The run that the costs were measured in. Its trials' seconds correct forecasts;
+            those of earlier runs do not, since the machine may have been busier then.
     """
 
     def __init__(
@@ -229,8 +230,9 @@ class Planner:
     def _pace(self, rows: Sequence[Trial]) -> tuple[dict[bool, float], Set[Hashable]]:
         """Return how much longer trials take here than forecast, and the arrays that they made.
 
-        That of solved heads is at True, and of other trials at False, as far as there are some of
-        the kind. It is that of those that took longest: others may have found a study's arrays.
+        The pace of solved heads is at True, that of trained networks at False; a kind without
+        trials is missing. It is that of the slower half: others may have found another study's
+        arrays.
         """
         made, ratios = set[Hashable](), dict[bool, list[float]]()
         for row in rows:
