@@ -25,7 +25,9 @@ from study.search.planner import NetworkCost, Planner, Step, freeze_depths, netw
 
 _MEASURED_PASSES = 4
 _MEASURED_STEPS = 2  # the first warms up
-_MEASURED_IMAGES = 8
+# A few images say what one takes, but small ones are quicker in larger numbers: at least eight,
+# and as many as have the pixels of eight at 224 px, up to a batch.
+_MEASURED_IMAGES, _MEASURED_PIXELS = 8, 8 * 224**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def _measured(train: TrainConfig, data: ImageData) -> NetworkCost:
     network, images = _prepared(train, data)
     model = fold_norms(tap(network.model, find_layers(network)))
     with torch.inference_mode():
-        forward_s = _seconds(lambda: model(images), train, _MEASURED_PASSES)
+        forward_s = _seconds(lambda: model(images), train, _MEASURED_PASSES) / len(images)
     levels = range(MAX_FREEZE_DEPTH + 1)
     head = network.model.get_submodule(network.head[0])
     return NetworkCost(
@@ -169,7 +171,7 @@ def _passes_of_step(train: TrainConfig, cost: NetworkCost, data: ImageData) -> f
     def step() -> None:
         torch.autograd.backward(network.model(images).float().square().mean())
 
-    return _seconds(step, train, _MEASURED_STEPS) / cost.forward_s
+    return _seconds(step, train, _MEASURED_STEPS) / len(images) / cost.forward_s
 
 
 def _prepared(train: TrainConfig, data: ImageData) -> tuple[Network, Tensor]:
@@ -180,12 +182,13 @@ def _prepared(train: TrainConfig, data: ImageData) -> tuple[Network, Tensor]:
         train = replace(without_weights(train), image_size=size)
     network = build(train, data.classes)
     network.model.to(device)
-    images = torch.randn(_MEASURED_IMAGES, 3, size, size, device=device)
+    n_images = min(train.batch_size, max(_MEASURED_IMAGES, _MEASURED_PIXELS // size**2))
+    images = torch.randn(n_images, 3, size, size, device=device)
     return network, images.to(memory_format=torch.channels_last)
 
 
 def _seconds(run: Callable[[], object], train: TrainConfig, n: int) -> float:
-    """Return the seconds per image of the quickest of `n` passes."""
+    """Return the seconds of the quickest of `n` passes."""
     device = choose_device(train.device)
     dtype = amp_dtype(train.amp, device)
     times = []
@@ -195,4 +198,4 @@ def _seconds(run: Callable[[], object], train: TrainConfig, n: int) -> float:
             run()
         synchronize(device)
         times.append(time.perf_counter() - begin)
-    return min(times) / _MEASURED_IMAGES
+    return min(times)
