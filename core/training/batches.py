@@ -47,8 +47,6 @@ class Views:
     ) -> None:
         self.shown, self.device = shown, device
         self.normalize = Normalizer(shown, device)
-        self.val_labels = data.val.labels
-        self.steps_per_epoch = len(batch_positions(np.arange(len(data.train)), config.batch_size))
         self.is_made_on_device = fits_device(data.train, config.augment, device)
         self._data, self._config = data, config
         self._labels = torch.from_numpy(data.train.labels)
