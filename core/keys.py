@@ -2,12 +2,14 @@
 
 A key that left out something that decides bits would serve wrong numbers, so keys hold contents
 (of images as decoded, of frozen weights), never paths or times alone, and all of them name the
-libraries, the processor and Frostline's own source.
+libraries, the processor and Frostline's own source. They are JSON, which refuses an object, whose
+text would differ between processes.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Callable, Hashable
@@ -29,22 +31,6 @@ from core.models.weights import fingerprint
 _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
 # Lines of /proc/cpuinfo by which libraries choose their kernels and block sizes.
 _CPU_LINES = ("model name", "flags", "Features", "cache size")
-
-
-def key_text(part: object) -> str:
-    """Write numbers, texts, None, and tuples and dataclasses of them as one text.
-
-    Raises:
-        TypeError: A part is something else, whose text would differ between processes.
-    """
-    if part is None or type(part) in (bool, int, float, str):
-        return repr(part)
-    if isinstance(part, tuple):
-        return f"({','.join(map(key_text, part))})"
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        named = [f"{f.name}={key_text(getattr(part, f.name))}" for f in dataclasses.fields(part)]
-        return f"{type(part).__name__}({','.join(named)})"
-    raise TypeError(f"a key must hold numbers and texts, but got a {type(part).__name__}.")
 
 
 def images_key(store: ImageStore, which: IntArray) -> str:
@@ -73,7 +59,8 @@ def prefix_key(
     if origin is not None:
         _DIGESTS[place] = digest
     computed = (config.amp, torch.get_num_threads(), kernels_of(device), surroundings())
-    return key_text((config.backbone, depth, layers, digest, shown, *computed))
+    view = dataclasses.astuple(shown)
+    return json.dumps((config.backbone, depth, layers, digest, view, computed))
 
 
 _DIGESTS: dict[Hashable, str] = {}
@@ -118,7 +105,7 @@ def surroundings() -> str:
     has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     capability = torch.backends.cpu.get_cpu_capability()
     found = (*libraries, np.__version__, capability, has_mkldnn, _processor(), *variables, SOURCE)
-    return key_text(found)
+    return json.dumps(found)
 
 
 def _processor() -> str:

@@ -94,7 +94,7 @@ def find_images(config: DataConfig) -> Found:
         return _find_digits()
     if kind == "torchvision":
         return _find_in_torchvision(name, Path(config.root), config.download)
-    return _find_in_folder(Path(name if kind == "folder" else config.source).expanduser())
+    return _find_in_folder(Path(name).expanduser())
 
 
 def check_folder(root: Path) -> None:
@@ -434,13 +434,8 @@ def _listed(dataset: Any) -> tuple[list[str], Sequence[Raw | Callable[[], Raw]],
 
 
 def _find_digits() -> Found:
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as err:
-        raise DataError(
-            'data.source = "digits" needs scikit-learn, which is not installed: '
-            'pip install "frostline[demo]". Or name your own images: --data PATH.'
-        ) from err
+    from sklearn.datasets import load_digits
+
     loaded = load_digits()
     names = tuple(str(k) for k in loaded.target_names)
     images = []

@@ -5,6 +5,7 @@ It is always computed in the same chunks, whatever the batch size and wherever t
 that equal settings give equal bits: cached or not, in any process, with any number of workers.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.draws import IntArray
 from core.data.splits import ImageData, Split
 from core.device import amp_dtype, in_parts
-from core.keys import images_key, key_text, prefix_key
+from core.keys import images_key, prefix_key
 from core.metrics import Interrupted
 from core.models.builder import Network
 from core.models.freeze_stages import Stages
@@ -166,7 +167,7 @@ class Activations:
     ) -> Callable[[Tensor], Tensor]:
         n = len(split)
         chunks = in_order(n, self._chunk)
-        key = f"{key_text(view)} {self._key}"
+        key = json.dumps((view, self._key))
         array = self._run.cache.get(key, n, lambda: self._computed(inputs(chunks)))
         if array is not None:
             return lambda positions: array[positions]  # a copy, so nothing writes into the array

@@ -70,7 +70,7 @@ class Views:
             yield from self.eval_inputs(split, batches)
             return
         if self._maker is None:
-            make = DeviceViews if self.is_made_on_device else Loader
+            make: type[DeviceViews | Loader] = DeviceViews if self.is_made_on_device else Loader
             self._maker = make(split, self.shown, config, self.device)
         yield from map(self.normalize, self._maker.epoch(draw, batches))
 
