@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -424,13 +423,9 @@ def _listed(dataset: Any) -> tuple[list[str], Sequence[Raw | Callable[[], Raw]],
         image, label = dataset[i]
         return _hash_values(image), int(label)
 
-    def read(i: int) -> Image.Image:
-        image: Image.Image = dataset[i][0]
-        return image
-
     with ThreadPoolExecutor(usable_cores()) as pool:
         contents, labels = zip(*pool.map(look, range(len(dataset))), strict=True)
-    return list(contents), [partial(read, i) for i in range(len(dataset))], list(labels)
+    return list(contents), [lambda i=i: dataset[i][0] for i in range(len(dataset))], list(labels)
 
 
 def _find_digits() -> Found:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,8 +139,6 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
 
     The module, in eval mode, is changed; the layers of the network that it was made of are not.
     """
-    from timm.layers import BatchNormAct2d
-
     layers = dict(module.named_modules())
     uses = Counter(str(node.target) for node in module.graph.nodes)
     for node in module.graph.nodes:
@@ -163,8 +163,6 @@ def _set(module: nn.Module, path: str, layer: nn.Module) -> None:
 
 def _tracer() -> NodePathTracer:
     # timm's own lists of what to keep whole while tracing.
-    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
     return NodePathTracer(
         leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions())
     )
