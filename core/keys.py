@@ -25,7 +25,6 @@ from core.data.image_store import ImageStore
 from core.device import kernels_of
 from core.models.builder import Network
 from core.models.sources import library_versions
-from core.models.weights import fingerprint
 
 # Variables by which the mathematical libraries compute differently.
 _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
@@ -53,26 +52,16 @@ def prefix_key(
     `layers` are those whose pooled outputs are kept; none for the output of the last one.
     """
     shown, depth = network.preprocessing, config.freeze_depth
-    origin = _origin(config, network)
-    place = (origin, config.backbone, shown.image_size, depth)
-    digest = _DIGESTS.get(place) or weights_digest(make_prefix().state_dict())
-    if origin is not None:
-        _DIGESTS[place] = digest
+    place = (network.built_from, depth)
+    if place not in _DIGESTS:
+        _DIGESTS[place] = weights_digest(make_prefix().state_dict())
     computed = (config.amp, torch.get_num_threads(), kernels_of(device), surroundings())
     view = dataclasses.astuple(shown)
-    return json.dumps((config.backbone, depth, layers, digest, view, computed))
+    return json.dumps((config.backbone, depth, layers, _DIGESTS[place], view, computed))
 
 
 _DIGESTS: dict[Hashable, str] = {}
 """Digests of frozen weights; hashing 14 MB takes 12 ms, a third of a warm head-only run."""
-
-
-def _origin(config: TrainConfig, network: Network) -> Hashable:
-    """Name where a network's values come from; None where only they themselves say."""
-    if network.weights == "none":
-        head = network.model.get_parameter(f"{network.head[0]}.weight")
-        return ("seed", config.seed, len(head))  # a wider head may draw before the trunk does
-    return fingerprint(config.backbone, network.weights)
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:

@@ -38,7 +38,6 @@ class SolvedHead:
         weight: Of the head fitted on all rows, for features as they are, (K, F).
         bias: (K,).
         apart: Weight and bias of the head fitted on all rows but those of fold 0.
-        decay: The chosen strength.
         oof_log_loss: Mean out-of-fold log-loss per strength tried, strongest first.
         oof_log_probs: Out-of-fold log-probabilities at the chosen strength, (N, K).
     """
@@ -46,7 +45,6 @@ class SolvedHead:
     weight: Tensor
     bias: Tensor
     apart: tuple[Tensor, Tensor]
-    decay: float
     oof_log_loss: dict[float, float]
     oof_log_probs: Tensor
 
@@ -110,7 +108,6 @@ def solve_head(
         weight=weight,
         bias=bias,
         apart=(apart[0], apart[1]),
-        decay=best,
         oof_log_loss=losses,
         oof_log_probs=_out_of_fold(basis.rows, heads, fold_of).to(device),
     )

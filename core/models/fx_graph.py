@@ -150,15 +150,10 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
         if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
             continue
         if isinstance(conv, nn.Conv2d) and uses[names[0]] == uses[names[1]] == 1:
-            _set(module, names[0], fuse_conv_bn_eval(conv, norm))
+            module.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
             # timm's norms hold their dropout and activation.
-            _set(module, names[1], nn.Sequential(*norm.children()))
+            module.set_submodule(names[1], nn.Sequential(*norm.children()))
     return module
-
-
-def _set(module: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, layer)
 
 
 def _tracer() -> NodePathTracer:
