@@ -64,18 +64,13 @@ class TracedGraph:
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
-        """Trace a network on the CPU in eval mode and run it once; its mode is left as it was."""
+        """Trace a network on the CPU, in eval mode, and run it once."""
         tracer = _tracer()
-        was_training = model.training
-        model.eval()
-        try:
-            graph = tracer.trace(model)
-            images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                measure = _Measure(fx.GraphModule(model, graph), counter)
-                measure.run(images)
-        finally:
-            model.train(was_training)
+        graph = tracer.trace(model.eval())
+        images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            measure = _Measure(fx.GraphModule(model, graph), counter)
+            measure.run(images)
         self.nodes = list(graph.nodes)
         self.paths = [tracer.node_to_qualname.get(node, "").split(".") for node in self.nodes]
         self.flops = measure.flops
