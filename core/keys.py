@@ -34,10 +34,8 @@ _CPU_LINES = ("model name", "flags", "Features", "cache size")
 
 def images_key(store: ImageStore, which: IntArray) -> str:
     """Name some images of a store as they were decoded, in this order."""
-    found = hashlib.sha256()
-    for part in (store.checksums, store.sizes):
-        found.update(np.ascontiguousarray(part[which]).data)
-    return f"{len(which)} {found.hexdigest()}"
+    content = store.checksums[which].tobytes() + store.sizes[which].tobytes()
+    return f"{len(which)} {hashlib.sha256(content).hexdigest()}"
 
 
 def prefix_key(

@@ -35,9 +35,8 @@ def find_layers(network: Network) -> tuple[str, ...]:
 
     An end at which not exactly one tensor with a row per image is alive is left out.
     """
-    model, limits = network.model, network.stages.limits
-    model.eval()
-    nodes = trace_nodes(model)
+    limits = network.stages.limits
+    nodes = trace_nodes(network.model.eval())
     place = {node: i for i, node in enumerate(nodes)}
     found = []
     for limit in (limits[depth] for depth in (*_ENDS, MAX_FREEZE_DEPTH)):
@@ -57,8 +56,7 @@ def tap(model: nn.Module, layers: Sequence[str]) -> fx.GraphModule:
     Raises:
         KeyError: The traced network has no such node.
     """
-    model.eval()
-    nodes = trace_nodes(model)
+    nodes = trace_nodes(model.eval())
     place = {node.name: i for i, node in enumerate(nodes)}
     graph = fx.Graph()
     kept: dict[fx.Node, fx.Node] = {}

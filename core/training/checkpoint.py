@@ -127,17 +127,12 @@ def load_checkpoint(folder: Path | str) -> tuple[nn.Module, Card]:
     """Build a checkpoint's network, in eval mode, on the CPU; a bad one is a `WeightsError`."""
     folder = Path(folder)
     card = read_card(folder)
-    network = create(
-        card.backbone,
-        card.preprocessing.image_size,
-        len(card.classes),
-        is_pretrained=card.weights != "none",
-    )
-    model = network.model
+    size, n_classes = card.preprocessing.image_size, len(card.classes)
+    model = create(card.backbone, size, n_classes, is_pretrained=card.weights != "none").model
     try:
         state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         if card.layers:
-            head = nn.Linear(state["head.weight"].shape[1], len(card.classes))
+            head = nn.Linear(state["head.weight"].shape[1], n_classes)
             model = solved_network(model, card.layers, head)
         load(model, state)
     except (OSError, RuntimeError, LookupError, safetensors.SafetensorError) as err:

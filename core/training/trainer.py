@@ -67,10 +67,9 @@ class Trainer:
         if config.ema_decay is not None:
             self._ema = ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
         self._mix: Any = None
-        if config.mixup or config.cutmix:
+        if alpha := config.mixup or config.cutmix:
             kind = v2.MixUp if config.mixup else v2.CutMix
-            n_classes = len(module.get_parameter(f"{network.head[0]}.weight"))
-            self._mix = kind(alpha=config.mixup or config.cutmix, num_classes=n_classes)
+            self._mix = kind(alpha=alpha, num_classes=len(run.data.classes))
         self._kept = self._ema.module if self._ema is not None else module
         self._evaluated = trained.to_evaluate(self._kept)
 
