@@ -20,14 +20,11 @@ GreyRange = tuple[float, float] | None
 """Values that become black and white in images of more than 8 bits."""
 
 HeadInit = Literal["default", "xavier", "zero", "source-classes", "solved"]
-HeadSolver = Literal["logistic", "sgd"]
-Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "cosine", "one-cycle", "step"]
 Augment = Literal["none", "standard", "trivial", "rand"]
 Amp = Literal["auto", "bf16", "fp16", "off"]
 Normalize = Literal["weights", "none"]
 BatchNorm = Literal["auto", "train", "frozen"]
-LossReduction = Literal["mean", "sum"]
 Monitor = Literal["val_loss", "val_acc"]
 
 
@@ -113,7 +110,7 @@ class TrainConfig:
     """How the new linear head starts: default (PyTorch's), xavier, zero, source-classes (the
     source classifier's row where a class has the same name), or solved (the logistic regression
     that head_solver = logistic fits, on the frozen network's features)."""
-    head_solver: HeadSolver = "logistic"
+    head_solver: Literal["logistic", "sgd"] = "logistic"
     """How a head is fitted where it alone is trained: logistic (logistic regression, solved) or
     sgd (the optimizer, as for any other layer)."""
     features: Literal["several", "last"] = "several"
@@ -135,7 +132,7 @@ class TrainConfig:
     micro_batch_size: OrNone[int] = Field(default=None, ge=1)
     """Images per forward and backward pass; smaller than batch_size accumulates gradients. Leave
     out for batch_size."""
-    optimizer: Optimizer = "adamw"
+    optimizer: Literal["sgd", "adamw"] = "adamw"
     """adamw, or sgd (with momentum)."""
     base_lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate of the backbone."""
@@ -162,7 +159,7 @@ class TrainConfig:
     """Schedule step: epochs between two drops."""
     step_gamma: float = Field(default=0.1, gt=0, le=1)
     """Schedule step: factor of each drop."""
-    loss_reduction: LossReduction = "mean"
+    loss_reduction: Literal["mean", "sum"] = "mean"
     """Cross-entropy over a batch: its mean, or its sum (as D2L trains)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, json_schema_extra={"neutral": 0.0})
     """Label smoothing of the loss."""

@@ -14,12 +14,12 @@ from core.config import TrainConfig
 from core.data.splits import ImageData
 from core.device import choose_device, deterministic, peak_memory_bytes, seeded
 from core.heads.solved_head import fit_solved, start_from_solved
-from core.metrics import EpochMetrics, Evaluation, Reference, TrainingDiverged
-from core.models.builder import Network, build
+from core.metrics import EpochMetrics, Evaluation, Interrupted, Reference, TrainingDiverged
+from core.models.builder import build
 from core.models.freeze_stages import freeze
-from core.models.partition import whole
+from core.models.partition import cut, whole
 from core.models.sources import library_versions
-from core.training.activations import Activations, Run, kept_partition
+from core.training.activations import Activations, Run, is_kept
 from core.training.batches import Views
 from core.training.checkpoint import (
     REFIT_FILE,
@@ -35,10 +35,6 @@ from core.training.trainer import Trainer, check_batches
 _TAG_DROPOUT = 101
 # Kernels of these are named well enough to keep arrays for other runs.
 _SHARING_DEVICES = ("cpu", "cuda")
-
-
-class Interrupted(Exception):
-    """The caller asked a run to stop; its state file, if it has one, says where to continue."""
 
 
 def fit(
@@ -74,11 +70,6 @@ def fit(
         ValueError: The backbone, its weights, the device or the batch size cannot be used.
         OSError: The checkpoint or the state file cannot be written.
     """
-
-    def pulse() -> None:
-        if should_stop():
-            raise Interrupted
-
     device = choose_device(config.device)
     if cache is None or device.type not in _SHARING_DEVICES:
         cache = ArrayCache(Path(tempfile.gettempdir()), 0)
@@ -88,14 +79,14 @@ def fit(
     network.model.to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run = Run(config, network, data, cache, pulse)
+    run = Run(config, network, data, cache, should_stop)
     if config.is_solved:
         with deterministic(device):
-            found = fit_solved(run)
-        metrics, (rest, evaluation), network, refitted = found
+            metrics, (rest, evaluation), network, refitted = fit_solved(run)
         yield metrics
         if checkpoint_dir is not None:
-            _save(checkpoint_dir, config, network, data, Best(metrics, evaluation, {}), rest)
+            run = replace(run, network=network)
+            _save(checkpoint_dir, run, Best(metrics, evaluation, {}), rest)
             save_tensors(checkpoint_dir / REFIT_FILE, refitted)
         return
     reference = Reference()
@@ -103,22 +94,22 @@ def fit(
         with deterministic(device):
             reference = start_from_solved(run)
     trainer = _trainer(run)
-    state = TrainingState(state_file, config, data, trainer)
+    state = TrainingState(state_file, run, trainer)
     best = state.restore()
     while (epoch := trainer.position.epoch) < config.epochs:
         saved_s, hits, misses = cache.saved_s, cache.hits, cache.misses
         with deterministic(device), seeded(_dropout_seed(config, epoch), device):
-            state.restore_random(device)
+            state.restore_random()
             try:
                 for _ in trainer.train_epoch():
-                    pulse()
+                    run.pulse()
                     on_step(epoch + trainer.position.step / trainer.steps_per_epoch)
-                    state.save_if_due(best, device)
+                    state.save_if_due(best)
                 begin = time.perf_counter()
                 evaluation = trainer.evaluate()
                 eval_s = time.perf_counter() - begin
             except Interrupted:
-                state.save(best, device)
+                state.save(best)
                 raise
         metrics = replace(
             _epoch_metrics(config, trainer, evaluation, best, reference),
@@ -133,9 +124,9 @@ def fit(
         trainer.end_epoch()
         yield metrics
         # Only now: the caller has recorded the epoch, which the state then counts as done.
-        state.save_if_due(best, device, after_epoch=True)
+        state.save_if_due(best, after_epoch=True)
     if best is not None and checkpoint_dir is not None:
-        _save(checkpoint_dir, config, network, data, best)
+        _save(checkpoint_dir, run, best)
 
 
 def refit(
@@ -144,7 +135,7 @@ def refit(
     checkpoint: Path,
     *,
     cache: ArrayCache,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool],
 ) -> None:
     """Train a complete run again on all images but the test split, and keep that beside it.
 
@@ -152,16 +143,11 @@ def refit(
     it has not seen. A solved head needs none of this: `fit` has kept its refit. Where
     `should_stop` says so, `Interrupted` is raised and nothing is kept.
     """
-
-    def pulse() -> None:
-        if should_stop():
-            raise Interrupted
-
     n_epochs = read_card(checkpoint).metrics.epoch
     device = choose_device(config.device)
     network = build(config, data.classes)
     network.model.to(device)
-    run = Run(config, network, data, cache, pulse)
+    run = Run(config, network, data, cache, should_stop)
     if config.head_init == "solved":
         with deterministic(device):
             start_from_solved(run, is_refit=True)
@@ -169,7 +155,7 @@ def refit(
     for epoch in range(n_epochs):
         with deterministic(device), seeded(_dropout_seed(config, epoch), device):
             for _ in trainer.train_epoch():
-                pulse()
+                run.pulse()
         trainer.end_epoch()
     save_tensors(checkpoint / REFIT_FILE, {**network.model.state_dict(), **trainer.snapshot()})
 
@@ -177,10 +163,11 @@ def refit(
 def _trainer(run: Run) -> Trainer:
     config, network, device = run.config, run.network, run.device
     freeze(network.model, network.stages, config.freeze_depth)
-    if part := kept_partition(network, config, device):
-        return Trainer(config, part.suffix, network, Activations(run, part), device)
+    if is_kept(network.stages, config, device) and (parts := cut(network, config)):
+        make_prefix, suffix = parts
+        return Trainer(run, suffix, Activations(run, make_prefix))
     views = Views(config, network.preprocessing, run.data, device)
-    return Trainer(config, whole(network, config), network, views, device)
+    return Trainer(run, whole(network, config), views)
 
 
 def _dropout_seed(config: TrainConfig, epoch: int) -> int:
@@ -188,15 +175,9 @@ def _dropout_seed(config: TrainConfig, epoch: int) -> int:
     return int(seed.generate_state(1, np.uint64)[0])
 
 
-def _save(
-    folder: Path,
-    config: TrainConfig,
-    network: Network,
-    data: ImageData,
-    best: Best,
-    out_of_fold: Evaluation | None = None,
-) -> None:
+def _save(folder: Path, run: Run, best: Best, out_of_fold: Evaluation | None = None) -> None:
     """Write the best epoch's weights, card and predictions."""
+    config, network, data = run.config, run.network, run.data
     card = Card(
         backbone=config.backbone,
         classes=data.classes,

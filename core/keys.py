@@ -2,12 +2,14 @@
 
 A key that left out something that decides bits would serve wrong numbers, so keys hold contents
 (of images as decoded, of frozen weights), never paths or times alone, and all of them name the
-libraries, the processor and Frostline's own source.
+libraries, the processor and Frostline's own source. They are JSON, which refuses an object, whose
+text would differ between processes.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Callable, Hashable
@@ -23,7 +25,6 @@ from core.data.image_store import ImageStore
 from core.device import kernels_of
 from core.models.builder import Network
 from core.models.sources import library_versions
-from core.models.weights import fingerprint
 
 # Variables by which the mathematical libraries compute differently.
 _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN_", "TORCH_CUDNN_")
@@ -31,28 +32,10 @@ _DECIDING = ("ATEN_", "CUBLASLT_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_", "ONEDNN
 _CPU_LINES = ("model name", "flags", "Features", "cache size")
 
 
-def key_text(part: object) -> str:
-    """Write numbers, texts, None, and tuples and dataclasses of them as one text.
-
-    Raises:
-        TypeError: A part is something else, whose text would differ between processes.
-    """
-    if part is None or type(part) in (bool, int, float, str):
-        return repr(part)
-    if isinstance(part, tuple):
-        return f"({','.join(map(key_text, part))})"
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        named = [f"{f.name}={key_text(getattr(part, f.name))}" for f in dataclasses.fields(part)]
-        return f"{type(part).__name__}({','.join(named)})"
-    raise TypeError(f"a key must hold numbers and texts, but got a {type(part).__name__}.")
-
-
 def images_key(store: ImageStore, which: IntArray) -> str:
     """Name some images of a store as they were decoded, in this order."""
-    found = hashlib.sha256()
-    for part in (store.checksums, store.sizes):
-        found.update(np.ascontiguousarray(part[which]).data)
-    return f"{len(which)} {found.hexdigest()}"
+    content = store.checksums[which].tobytes() + store.sizes[which].tobytes()
+    return f"{len(which)} {hashlib.sha256(content).hexdigest()}"
 
 
 def prefix_key(
@@ -67,25 +50,16 @@ def prefix_key(
     `layers` are those whose pooled outputs are kept; none for the output of the last one.
     """
     shown, depth = network.preprocessing, config.freeze_depth
-    origin = _origin(config, network)
-    place = (origin, config.backbone, shown.image_size, depth)
-    digest = _DIGESTS.get(place) or weights_digest(make_prefix().state_dict())
-    if origin is not None:
-        _DIGESTS[place] = digest
+    place = (network.built_from, depth)
+    if place not in _DIGESTS:
+        _DIGESTS[place] = weights_digest(make_prefix().state_dict())
     computed = (config.amp, torch.get_num_threads(), kernels_of(device), surroundings())
-    return key_text((config.backbone, depth, layers, digest, shown, *computed))
+    view = dataclasses.astuple(shown)
+    return json.dumps((config.backbone, depth, layers, _DIGESTS[place], view, computed))
 
 
 _DIGESTS: dict[Hashable, str] = {}
 """Digests of frozen weights; hashing 14 MB takes 12 ms, a third of a warm head-only run."""
-
-
-def _origin(config: TrainConfig, network: Network) -> Hashable:
-    """Name where a network's values come from; None where only they themselves say."""
-    if network.weights == "none":
-        head = network.model.get_parameter(f"{network.head[0]}.weight")
-        return ("seed", config.seed, len(head))  # a wider head may draw before the trunk does
-    return fingerprint(config.backbone, network.weights)
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
@@ -118,7 +92,7 @@ def surroundings() -> str:
     has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     capability = torch.backends.cpu.get_cpu_capability()
     found = (*libraries, np.__version__, capability, has_mkldnn, _processor(), *variables, SOURCE)
-    return key_text(found)
+    return json.dumps(found)
 
 
 def _processor() -> str:

@@ -197,5 +197,9 @@ def tempered(log_probs: NDArray[_Float], temperature: float | FloatArray) -> NDA
     return np.asarray(scaled - total, dtype=log_probs.dtype)
 
 
+class Interrupted(Exception):
+    """The caller asked a run to stop; its state file, if it has one, says where to continue."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number; the run cannot recover."""

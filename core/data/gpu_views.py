@@ -14,6 +14,7 @@ from torch import Tensor
 from core.config import Preprocessing, TrainConfig
 from core.data.draws import IntArray, crop_boxes, flips, view_draws
 from core.data.splits import Split
+from core.device import in_parts
 
 # Share of the device's memory that images may take; the rest is the network's. Assumption.
 _MEMORY_SHARE = 0.25
@@ -53,7 +54,6 @@ class DeviceViews:
             images = np.concatenate([split.store.image(i).reshape(-1, 3) for i in which])
             first = int(self.starts[at])
             self.pixels[first : first + len(images)] = torch.from_numpy(images)
-        self._most_pixels = _MOST_PIXELS
 
     def epoch(self, epoch: int, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over views of an epoch at these positions, float in [0, 255], (B, 3, S, S)."""
@@ -71,18 +71,11 @@ class DeviceViews:
 
     def _batch(self, rows: Tensor, height: int, width: int) -> Tensor:
         """Make a batch's views in parts that memory has room for; boxes are at most so large."""
-        while True:
-            n = max(1, self._most_pixels // (height * width))
-            try:
-                # In float32 whatever the network computes in: bf16 would be 4 levels off.
-                with torch.autocast(self.device.type, enabled=False):
-                    parts = torch.split(rows, n)
-                    return torch.cat([self._views(part, height, width) for part in parts])
-            except torch.OutOfMemoryError:
-                if n == 1:
-                    raise
-                self._most_pixels = min(n, len(rows)) // 2 * height * width
-            torch.cuda.empty_cache()
+        parts = torch.split(rows, max(1, _MOST_PIXELS // (height * width)))
+        # In float32 whatever the network computes in: bf16 would be 4 levels off.
+        with torch.autocast(self.device.type, enabled=False):
+            made = [in_parts(lambda part: self._views(part, height, width), p) for p in parts]
+        return torch.cat(made)
 
     def _views(self, rows: Tensor, height: int, width: int) -> Tensor:
         """Cut boxes out of the images, resize them, and flip them where the row says so."""

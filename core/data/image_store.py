@@ -47,6 +47,7 @@ class ImageStore:
         checksums: CRC-32 of each image's pixels, (N,).
         contents: SHA-256 of each image's file, hexadecimal.
         broken: Of other files, why they cannot be decoded.
+        size_bytes: Of all pixels.
         grey: Lowest and highest value of images of more than 8 bits, by their contents.
     """
 
@@ -59,6 +60,7 @@ class ImageStore:
         self.broken: dict[str, str] = index["broken"]
         self.grey: dict[str, tuple[float, float]] = index["grey"]
         self._offsets = np.concatenate([[0], np.cumsum(3 * self.sizes.prod(axis=1))])
+        self.size_bytes = int(self._offsets[-1])
         path = folder / _PIXELS
         if path.stat().st_size != self.size_bytes:
             raise OSError(f"{path} has {path.stat().st_size} bytes instead of {self.size_bytes}")
@@ -66,11 +68,6 @@ class ImageStore:
         empty = np.empty(0, np.uint8)
         self._pixels: UInt8Array = np.memmap(path, np.uint8, "r") if self.size_bytes else empty
         self.mark_used()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all pixels."""
-        return int(self._offsets[-1])
 
     def __len__(self) -> int:
         return len(self.sizes)

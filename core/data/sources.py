@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def find_images(config: DataConfig) -> Found:
         return _find_digits()
     if kind == "torchvision":
         return _find_in_torchvision(name, Path(config.root), config.download)
-    return _find_in_folder(Path(name if kind == "folder" else config.source).expanduser())
+    return _find_in_folder(Path(name).expanduser())
 
 
 def check_folder(root: Path) -> None:
@@ -424,23 +423,14 @@ def _listed(dataset: Any) -> tuple[list[str], Sequence[Raw | Callable[[], Raw]],
         image, label = dataset[i]
         return _hash_values(image), int(label)
 
-    def read(i: int) -> Image.Image:
-        image: Image.Image = dataset[i][0]
-        return image
-
     with ThreadPoolExecutor(usable_cores()) as pool:
         contents, labels = zip(*pool.map(look, range(len(dataset))), strict=True)
-    return list(contents), [partial(read, i) for i in range(len(dataset))], list(labels)
+    return list(contents), [lambda i=i: dataset[i][0] for i in range(len(dataset))], list(labels)
 
 
 def _find_digits() -> Found:
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as err:
-        raise DataError(
-            'data.source = "digits" needs scikit-learn, which is not installed: '
-            'pip install "frostline[demo]". Or name your own images: --data PATH.'
-        ) from err
+    from sklearn.datasets import load_digits
+
     loaded = load_digits()
     names = tuple(str(k) for k in loaded.target_names)
     images = []

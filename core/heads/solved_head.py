@@ -14,7 +14,7 @@ from core.device import peak_memory_bytes
 from core.heads.solver import SolvedHead, solve_head
 from core.metrics import EpochMetrics, Evaluation, Reference
 from core.models.builder import Network
-from core.models.layers import SolvedNetwork, find_layers, tap
+from core.models.layers import find_layers, solved_network
 from core.training.activations import Run, evaluation_features
 
 _FOLDS = 5
@@ -123,7 +123,7 @@ def _with_head(network: Network, config: TrainConfig, solved: SolvedHead) -> Net
     layers = find_layers(network)
     head = nn.Linear(solved.weight.shape[1], solved.weight.shape[0])
     _set_head(head, solved.apart)
-    model = SolvedNetwork(tap(network.model, layers), head)
+    model = solved_network(network.model, layers, head)
     return replace(network, model=model, head=("head",), layers=layers)
 
 

@@ -38,19 +38,15 @@ class SolvedHead:
         weight: Of the head fitted on all rows, for features as they are, (K, F).
         bias: (K,).
         apart: Weight and bias of the head fitted on all rows but those of fold 0.
-        decay: The chosen strength.
         oof_log_loss: Mean out-of-fold log-loss per strength tried, strongest first.
         oof_log_probs: Out-of-fold log-probabilities at the chosen strength, (N, K).
-        converged: Whether the last fit and the folds at its strength met the tolerance.
     """
 
     weight: Tensor
     bias: Tensor
     apart: tuple[Tensor, Tensor]
-    decay: float
     oof_log_loss: dict[float, float]
     oof_log_probs: Tensor
-    converged: bool
 
 
 def solve_head(
@@ -95,16 +91,16 @@ def solve_head(
     losses: dict[float, float] = {}
     heads = None
     for d in sorted(set(path), reverse=True):
-        heads = found[d] = folds.solve(1 / (d * n), heads, _LOOSE)[0]
+        heads = found[d] = folds.solve(1 / (d * n), heads, _LOOSE)
         log_probs = _out_of_fold(rows, heads, fold_of[picked])
         losses[d] = -float((log_probs * hot).sum(dim=1).double().mean())
         if losses[d] > _RISE * min(losses.values()):
             break
     best = min(losses, key=lambda d: losses[d])
     c = 1 / (best * n)
-    heads, folds_converged = folds.solve(c, found[best], _TIGHT)
+    heads = folds.solve(c, found[best], _TIGHT)
     start = torch.stack([heads.mean(dim=1), heads[:, 0]], dim=1)
-    final, converged = everything.solve(c, start, _TIGHT)
+    final = everything.solve(c, start, _TIGHT)
     weight, bias = (part.to(device) for part in basis.back(final[:, 0]))
     apart = [part.to(device) for part in basis.back(final[:, 1])]
     heads = torch.cat([final[:, 1:], heads[:, 1:]], dim=1)
@@ -112,10 +108,8 @@ def solve_head(
         weight=weight,
         bias=bias,
         apart=(apart[0], apart[1]),
-        decay=best,
         oof_log_loss=losses,
         oof_log_probs=_out_of_fold(basis.rows, heads, fold_of).to(device),
-        converged=converged and folds_converged,
     )
 
 
@@ -214,8 +208,8 @@ class _Fits:
     hot: Tensor
     masks: Tensor
 
-    def solve(self, c: float, start: Tensor | None, tolerance: float) -> tuple[Tensor, bool]:
-        """Run L-BFGS on all fits at once; return the heads, (D, B, K), and whether all converged.
+    def solve(self, c: float, start: Tensor | None, tolerance: float) -> Tensor:
+        """Run L-BFGS on all fits at once; return the heads, (D, B, K).
 
         Heads start from those of `start`, else from the classes' frequencies.
         """
@@ -251,7 +245,7 @@ class _Fits:
         history: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(_MAX_STEPS):
             if bool((_dot(gradient, gradient * inverse).sqrt() <= tolerance).all()):
-                return head, True
+                break
             direction = _centred(_direction(gradient, inverse, history))
             moved = forth(direction)
             fixed = _dot(direction, decay * head - target)
@@ -263,7 +257,7 @@ class _Fits:
             new = _centred(back(logits.softmax(dim=2).mul_(share)) - target + decay * head)
             change, gradient = new - gradient, new
             history = [*history[1 - _HISTORY :], (taken, change, _dot(taken, change))]
-        return head, False
+        return head
 
 
 def _centred(heads: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Network:
         model: The network, on the CPU, its original parameter names kept.
         head: Names of the head's layers.
         weights: Where its weights came from, resolved (`packaged`, `imagenet`, a path, `none`).
+        built_from: What decided its tensors but those of the head.
         layers: Nodes of its graph whose pooled outputs a solved head sees; none where its own
             head is used.
     """
@@ -34,6 +35,7 @@ class Network:
     preprocessing: Preprocessing
     stages: Stages
     weights: str
+    built_from: Hashable
     layers: tuple[str, ...] = ()
 
 
@@ -71,12 +73,13 @@ def build(config: TrainConfig, classes: tuple[str, ...]) -> Network:
     is_pretrained = weights != "none"
     # A weights file that was replaced is read again; from scratch, the seed makes the network.
     origin = weights_.fingerprint(backbone, weights) if is_pretrained else seed
-    prototype, source_head = _prototype(backbone, weights, size, len(classes), origin)
+    built_from = (backbone, weights, size, len(classes), origin)
+    prototype, source_head = _prototype(*built_from)
     network = copy.deepcopy(prototype)
     network.model.to(memory_format=torch.channels_last)
     init_head(network, config.head_init, seed, classes=classes, source=source_head)
     stages = _stages(backbone, size, is_pretrained)
-    return Network(network.model, network.head, preprocessing, stages, weights)
+    return Network(network.model, network.head, preprocessing, stages, weights, built_from)
 
 
 @functools.lru_cache(maxsize=4)  # a ViT-L takes 1.2 GB

@@ -74,15 +74,10 @@ class Level:
     frozen_flops_share: float
 
 
-def freeze(model: nn.Module, stages: Stages, depth: int) -> list[str]:
-    """Take the gradient from the stages below `depth` and from what the network never uses.
-
-    Returns:
-        Names of the parameters that stay trainable, in the network's order.
-    """
+def freeze(model: nn.Module, stages: Stages, depth: int) -> None:
+    """Take the gradient from the stages below `depth` and from what the network never uses."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stages.stage_of.get(name, -1) >= depth)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def train_mode(

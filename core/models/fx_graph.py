@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,18 +64,13 @@ class TracedGraph:
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
-        """Trace a network on the CPU in eval mode and run it once; its mode is left as it was."""
+        """Trace a network on the CPU, in eval mode, and run it once."""
         tracer = _tracer()
-        was_training = model.training
-        model.eval()
-        try:
-            graph = tracer.trace(model)
-            images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                measure = _Measure(fx.GraphModule(model, graph), counter)
-                measure.run(images)
-        finally:
-            model.train(was_training)
+        graph = tracer.trace(model.eval())
+        images = torch.zeros(_PROBE_BATCH, 3, image_size, image_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            measure = _Measure(fx.GraphModule(model, graph), counter)
+            measure.run(images)
         self.nodes = list(graph.nodes)
         self.paths = [tracer.node_to_qualname.get(node, "").split(".") for node in self.nodes]
         self.flops = measure.flops
@@ -137,8 +134,6 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
 
     The module, in eval mode, is changed; the layers of the network that it was made of are not.
     """
-    from timm.layers import BatchNormAct2d
-
     layers = dict(module.named_modules())
     uses = Counter(str(node.target) for node in module.graph.nodes)
     for node in module.graph.nodes:
@@ -150,21 +145,14 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
         if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.running_mean is None:
             continue
         if isinstance(conv, nn.Conv2d) and uses[names[0]] == uses[names[1]] == 1:
-            _set(module, names[0], fuse_conv_bn_eval(conv, norm))
+            module.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
             # timm's norms hold their dropout and activation.
-            _set(module, names[1], nn.Sequential(*norm.children()))
+            module.set_submodule(names[1], nn.Sequential(*norm.children()))
     return module
-
-
-def _set(module: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, layer)
 
 
 def _tracer() -> NodePathTracer:
     # timm's own lists of what to keep whole while tracing.
-    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
     return NodePathTracer(
         leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions())
     )

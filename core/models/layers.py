@@ -1,5 +1,6 @@
 """Features of a solved head: pooled outputs of layers of a frozen network, side by side."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -14,19 +15,6 @@ from core.models.fx_graph import trace_nodes
 # regression): EfficientNet-Lite0 +0.96 ± 0.28 points, with mirror images +1.29 ± 0.32; ends at
 # 0.63, 0.87 and 0.95 gave +0.69 and +0.79, five ends +1.09 with mirror images.
 _ENDS = (2, 3, 4)
-
-
-class SolvedNetwork(nn.Module):
-    """A frozen network, as `tap` makes it, with a linear head on what it gives."""
-
-    def __init__(self, features: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.features, self.head = features, head
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, (N, K)."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
 
 
 class Mirrored(nn.Module):
@@ -47,9 +35,8 @@ def find_layers(network: Network) -> tuple[str, ...]:
 
     An end at which not exactly one tensor with a row per image is alive is left out.
     """
-    model, limits = network.model, network.stages.limits
-    model.eval()
-    nodes = trace_nodes(model)
+    limits = network.stages.limits
+    nodes = trace_nodes(network.model.eval())
     place = {node: i for i, node in enumerate(nodes)}
     found = []
     for limit in (limits[depth] for depth in (*_ENDS, MAX_FREEZE_DEPTH)):
@@ -69,8 +56,7 @@ def tap(model: nn.Module, layers: Sequence[str]) -> fx.GraphModule:
     Raises:
         KeyError: The traced network has no such node.
     """
-    model.eval()
-    nodes = trace_nodes(model)
+    nodes = trace_nodes(model.eval())
     place = {node.name: i for i, node in enumerate(nodes)}
     graph = fx.Graph()
     kept: dict[fx.Node, fx.Node] = {}
@@ -79,6 +65,11 @@ def tap(model: nn.Module, layers: Sequence[str]) -> fx.GraphModule:
     pooled = [graph.call_function(_pooled, (kept[nodes[place[name]]],)) for name in layers]
     graph.output(graph.call_function(torch.cat, (pooled, 1)))
     return fx.GraphModule(model, graph).eval()
+
+
+def solved_network(model: nn.Module, layers: Sequence[str], head: nn.Linear) -> nn.Module:
+    """Return a frozen network, as `tap` makes it, with a linear head on what it gives."""
+    return nn.Sequential(OrderedDict(features=tap(model, layers), head=head))
 
 
 def _pooled(rows: Tensor) -> Tensor:

@@ -30,28 +30,12 @@ class Trainable:
     to_evaluate: Callable[[nn.Module], nn.Module]
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """A network cut at a freeze level.
+MakePrefix = Callable[[], fx.GraphModule]
+"""Gives the frozen part of a network, in eval mode: images (N, 3, S, S) to rows (N, ...)."""
 
-    Attributes:
-        make_prefix: Gives the frozen part, in eval mode: images (N, 3, S, S) to rows (N, ...).
-        suffix: What is trained: rows to logits, (N, K).
-    """
-
-    make_prefix: Callable[[], fx.GraphModule]
-    suffix: Trainable
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Where a network is cut: graphs that hold names only, for any network of the build."""
-
-    prefix: fx.Graph
-    train_suffix: fx.Graph
-    eval_suffix: fx.Graph
-
-
+# The prefix, and what lies behind it in training and in evaluation: graphs that hold names only,
+# for any network of the build.
+_Plan = tuple[fx.Graph, fx.Graph, fx.Graph]
 _PLANS: dict[Hashable, _Plan | None] = {}
 
 
@@ -67,14 +51,15 @@ def whole(network: Network, config: TrainConfig) -> Trainable:
     return Trainable(network.model, set_train_mode, lambda module: module)
 
 
-def cut(network: Network, config: TrainConfig) -> Partition | None:
+def cut(network: Network, config: TrainConfig) -> tuple[MakePrefix, Trainable] | None:
     """Cut a network at the configuration's freeze level, 1 or more.
 
     Both parts hold the network's own layers, and together do exactly what it does.
 
     Returns:
-        None where rows could not be kept: the frozen part differs between training and
-        evaluation, or hands over more than one tensor, or a number that depends on the batch.
+        What makes the frozen part, and the rest: rows to logits, (N, K). None where rows could
+        not be kept: the frozen part differs between training and evaluation, or hands over more
+        than one tensor, or a number that depends on the batch.
     """
     model, depth, size = network.model, config.freeze_depth, network.preprocessing.image_size
     set_train_mode = whole(network, config).set_train_mode
@@ -88,25 +73,25 @@ def cut(network: Network, config: TrainConfig) -> Partition | None:
         model.eval()
         plan = _plan(model, trained, trace_nodes(model), network.stages.limits[depth], size)
         # A tensor that tracing computed is a constant of this one network.
-        graphs = (plan.prefix, plan.train_suffix, plan.eval_suffix) if plan else ()
-        names = [str(node.target) for graph in graphs for node in graph.nodes]
+        names = [str(node.target) for graph in plan or () for node in graph.nodes]
         if not any(name.startswith("_tensor_constant") for name in names):
             _PLANS[key] = plan
     model.eval()
     if plan is None:
         return None
+    prefix, train_suffix, eval_suffix = plan
     suffix = Trainable(
-        fx.GraphModule(model, plan.train_suffix),
+        fx.GraphModule(model, train_suffix),
         set_train_mode,
-        lambda kept: fx.GraphModule(kept, plan.eval_suffix),
+        lambda kept: fx.GraphModule(kept, eval_suffix),
     )
-    return Partition(lambda: fx.GraphModule(model, plan.prefix).eval(), suffix)
+    return lambda: fx.GraphModule(model, prefix).eval(), suffix
 
 
-def cut_head(network: Network, config: TrainConfig) -> Partition:
-    """Cut a network before its head; one that is not a linear layer is a `BackboneError`."""
-    part = cut(network, replace(config, freeze_depth=MAX_FREEZE_DEPTH))
-    if part is None or not _is_linear(part.suffix, network):
+def check_head(network: Network, config: TrainConfig) -> None:
+    """Raise `BackboneError` where a network's head is not one linear layer."""
+    parts = cut(network, replace(config, freeze_depth=MAX_FREEZE_DEPTH))
+    if parts is None or not _is_linear(parts[1], network):
         remedy = "train.head_solver=sgd"
         if config.head_init == "solved":
             remedy += " --set train.head_init=default"
@@ -114,7 +99,6 @@ def cut_head(network: Network, config: TrainConfig) -> Partition:
             "train.backbone must have a head of one linear layer where the head is solved, but "
             f"got backbone={config.backbone!r}. Train it by steps (--set {remedy})."
         )
-    return part
 
 
 def _is_linear(suffix: Trainable, network: Network) -> bool:
@@ -152,7 +136,7 @@ def _plan(
         _behind(nodes, limit, dict(zip(sources, two, strict=True)), sources[at])
         for nodes, sources in ((trained, train_outputs), (evaluated, outputs))
     )
-    return _Plan(prefix, train_suffix, eval_suffix)
+    return prefix, train_suffix, eval_suffix
 
 
 def _before(nodes: list[fx.Node], limit: int) -> tuple[fx.Graph, list[fx.Node]]:

@@ -5,6 +5,7 @@ It is always computed in the same chunks, whatever the batch size and wherever t
 that equal settings give equal bits: cached or not, in any process, with any number of workers.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,12 +17,13 @@ from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.draws import IntArray
 from core.data.splits import ImageData, Split
 from core.device import amp_dtype, in_parts
-from core.keys import images_key, key_text, prefix_key
+from core.keys import images_key, prefix_key
+from core.metrics import Interrupted
 from core.models.builder import Network
 from core.models.freeze_stages import Stages
 from core.models.fx_graph import fold_norms
 from core.models.layers import find_layers, tap
-from core.models.partition import Partition, cut, cut_head
+from core.models.partition import MakePrefix, check_head
 from core.training.batches import Views, in_order
 
 # Images that go through the prefix at once. On two cores 16, 32 and 64 were equally fast, and took
@@ -33,18 +35,11 @@ _CHUNK_CPU, _CHUNK_GPU = 16, 256
 _FLOPS_PER_BYTE = 1000
 
 
-def kept_partition(
-    network: Network, config: TrainConfig, device: torch.device
-) -> Partition | None:
-    """Cut a network where rows are worth keeping; None where the whole network is trained.
+def is_kept(stages: Stages, config: TrainConfig, device: torch.device) -> bool:
+    """Return whether rows are worth keeping at the configuration's freeze level.
 
     The rule is static, so that the way a run is computed depends on its settings alone.
     """
-    return cut(network, config) if is_kept(network.stages, config, device) else None
-
-
-def is_kept(stages: Stages, config: TrainConfig, device: torch.device) -> bool:
-    """Return whether rows are worth keeping at the configuration's freeze level."""
     depth = config.freeze_depth
     if depth == 0 or config.mixup or config.cutmix:  # blends of images are a batch's own
         return False
@@ -56,18 +51,23 @@ def is_kept(stages: Stages, config: TrainConfig, device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run is computed from; `pulse` is called per chunk of images, and may raise."""
+    """What a run is computed from, and what says that it must stop."""
 
     config: TrainConfig
     network: Network
     data: ImageData
     cache: ArrayCache
-    pulse: Callable[[], None] = lambda: None
+    should_stop: Callable[[], bool]
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.network.model.parameters()).device
+
+    def pulse(self) -> None:
+        """Raise `Interrupted` where the run must stop; called per step and chunk of images."""
+        if self.should_stop():
+            raise Interrupted
 
 
 def evaluation_features(run: Run) -> Tensor:
@@ -79,11 +79,10 @@ def evaluation_features(run: Run) -> Tensor:
         BackboneError: The head is not one linear layer.
     """
     config, network, data = run.config, run.network, run.data
-    part = cut_head(network, config)
+    check_head(network, config)
     layers = find_layers(network)
-    part = replace(part, make_prefix=lambda: tap(network.model, layers))
-    config = replace(config, freeze_depth=MAX_FREEZE_DEPTH)
-    rows = Activations(replace(run, config=config), part, layers)
+    run = replace(run, config=replace(config, freeze_depth=MAX_FREEZE_DEPTH))
+    rows = Activations(run, lambda: tap(network.model, layers), layers)
     n_last = network.model.get_parameter(f"{network.head[0]}.weight").shape[1]
 
     def read(split: Split) -> Tensor:
@@ -102,16 +101,14 @@ class Activations:
     `layers` name those whose pooled outputs the rows are.
     """
 
-    def __init__(self, run: Run, part: Partition, layers: tuple[str, ...] = ()) -> None:
+    def __init__(self, run: Run, make_prefix: MakePrefix, layers: tuple[str, ...] = ()) -> None:
         config, device = run.config, run.device
         self._run = run
         self._views = Views(config, run.network.preprocessing, run.data, device)
-        self.steps_per_epoch = self._views.steps_per_epoch
-        self.val_labels = self._views.val_labels
         self._chunk = _CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU
-        self._make_prefix = part.make_prefix
+        self._make_prefix = make_prefix
         self._prefix: nn.Module | None = None
-        self._key = prefix_key(config, run.network, device, part.make_prefix, layers)
+        self._key = prefix_key(config, run.network, device, make_prefix, layers)
         dtype = amp_dtype(config.amp, device)
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         self._labels = torch.from_numpy(run.data.train.labels)
@@ -127,10 +124,10 @@ class Activations:
 
     def val(self, *, is_mirrored: bool = False) -> Iterator[Tensor]:
         """Iterate over the validation split's rows, or its mirror images', in its order."""
+        split = self._run.data.val
         if is_mirrored not in self._val:
-            rows = self.evaluation_rows(self._run.data.val, is_mirrored=is_mirrored)
-            self._val[is_mirrored] = rows
-        for positions in in_order(len(self.val_labels), self._chunk):
+            self._val[is_mirrored] = self.evaluation_rows(split, is_mirrored=is_mirrored)
+        for positions in in_order(len(split), self._chunk):
             yield self._ready(self._val[is_mirrored](torch.from_numpy(positions)))
 
     def _ready(self, rows: Tensor) -> Tensor:
@@ -170,7 +167,7 @@ class Activations:
     ) -> Callable[[Tensor], Tensor]:
         n = len(split)
         chunks = in_order(n, self._chunk)
-        key = f"{key_text(view)} {self._key}"
+        key = json.dumps((view, self._key))
         array = self._run.cache.get(key, n, lambda: self._computed(inputs(chunks)))
         if array is not None:
             return lambda positions: array[positions]  # a copy, so nothing writes into the array

@@ -11,12 +11,9 @@ from core.data.draws import IntArray, batch_positions, epoch_order
 from core.data.gpu_views import DeviceViews, fits_device
 from core.data.splits import ImageData, Split
 from core.data.views import Loader, eval_views
-from core.device import usable_cores
 
 # Larger batches evaluate no faster on two cores, and 256 keep an H200 busy at 224 px (assumption).
 _EVAL_BATCH = {"cpu": 16, "cuda": 256}
-# RandAugment makes 692 views per second and core (measured), so that these feed 11,000.
-_MOST_WORKERS = 16
 
 
 class Normalizer:
@@ -47,13 +44,10 @@ class Views:
     ) -> None:
         self.shown, self.device = shown, device
         self.normalize = Normalizer(shown, device)
-        self.val_labels = data.val.labels
-        self.steps_per_epoch = len(batch_positions(np.arange(len(data.train)), config.batch_size))
         self.is_made_on_device = fits_device(data.train, config.augment, device)
         self._data, self._config = data, config
         self._labels = torch.from_numpy(data.train.labels)
-        self._loader: Loader | None = None
-        self._device_views: DeviceViews | None = None
+        self._maker: DeviceViews | Loader | None = None
 
     def order(self, epoch: int) -> list[IntArray]:
         """Return the positions of each of an epoch's batches."""
@@ -75,16 +69,10 @@ class Views:
         if config.augment == "none":
             yield from self.eval_inputs(split, batches)
             return
-        if self.is_made_on_device:
-            if self._device_views is None:
-                self._device_views = DeviceViews(split, self.shown, config, self.device)
-            yield from map(self.normalize, self._device_views.epoch(draw, batches))
-            return
-        if self._loader is None:
-            workers = default_workers(config.workers, self.device)
-            is_pinned = self.device.type == "cuda"
-            self._loader = Loader(split, self.shown, config, workers, is_pinned=is_pinned)
-        yield from map(self.normalize, self._loader.epoch(draw, batches))
+        if self._maker is None:
+            make: type[DeviceViews | Loader] = DeviceViews if self.is_made_on_device else Loader
+            self._maker = make(split, self.shown, config, self.device)
+        yield from map(self.normalize, self._maker.epoch(draw, batches))
 
     def eval_inputs(self, split: Split, batches: Sequence[IntArray]) -> Iterator[Tensor]:
         """Iterate over the inputs of a split's evaluation views at these positions."""
@@ -109,10 +97,3 @@ def eval_batches(
     """Iterate over a split's evaluation views, uint8, on the CPU."""
     for positions in in_order(len(split), _EVAL_BATCH.get(device.type, 64)):
         yield eval_views(data, split, positions, shown)
-
-
-def default_workers(workers: int | None, device: torch.device) -> int:
-    """Return how many loader processes to use; a CPU's own threads are busy training."""
-    if workers is not None:
-        return workers
-    return 0 if device.type == "cpu" else min(_MOST_WORKERS, max(1, usable_cores() - 1))

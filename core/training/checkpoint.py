@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.config import Preprocessing, TrainConfig
 from core.metrics import EpochMetrics, Evaluation
-from core.models.layers import Mirrored, SolvedNetwork, tap
+from core.models.layers import Mirrored, solved_network
 from core.models.sources import create
 from core.models.weights import WeightsError, load
 
@@ -36,13 +36,13 @@ class Card:
 
     Attributes:
         backbone: torchvision name or `timm:NAME`; the weights load into that library's network
-            with `len(classes)` outputs (those of a `SolvedNetwork` but for `head`, without the
+            with `len(classes)` outputs (those of a `solved_network` but for `head`, without the
             prefix `features.`).
         classes: Class names in the order of the outputs.
         metrics: The epoch whose weights these are.
         weights: Where the run's weights came from.
         layers: Nodes of the library's network, traced by torch.fx, whose pooled outputs the head
-            sees side by side, as a `SolvedNetwork`; none for the network's own head.
+            sees side by side, as a `solved_network`; none for the network's own head.
     """
 
     backbone: str
@@ -127,18 +127,13 @@ def load_checkpoint(folder: Path | str) -> tuple[nn.Module, Card]:
     """Build a checkpoint's network, in eval mode, on the CPU; a bad one is a `WeightsError`."""
     folder = Path(folder)
     card = read_card(folder)
-    network = create(
-        card.backbone,
-        card.preprocessing.image_size,
-        len(card.classes),
-        is_pretrained=card.weights != "none",
-    )
-    model = network.model
+    size, n_classes = card.preprocessing.image_size, len(card.classes)
+    model = create(card.backbone, size, n_classes, is_pretrained=card.weights != "none").model
     try:
         state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         if card.layers:
-            head = nn.Linear(state["head.weight"].shape[1], len(card.classes))
-            model = SolvedNetwork(tap(model, card.layers), head)
+            head = nn.Linear(state["head.weight"].shape[1], n_classes)
+            model = solved_network(model, card.layers, head)
         load(model, state)
     except (OSError, RuntimeError, LookupError, safetensors.SafetensorError) as err:
         raise WeightsError(_unreadable(folder, err)) from err

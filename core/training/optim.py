@@ -70,8 +70,7 @@ def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == "cosine":
-        progress = (step - warmup) / max(1, total - warmup)
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        return _cosine(1.0, 0.0, (step - warmup) / max(1, total - warmup))
     if config.schedule == "step":
         return config.step_gamma ** (step // steps_per_epoch // config.step_epochs)
     return 1.0

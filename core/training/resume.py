@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.data.splits import ImageData
 from core.keys import SOURCE
 from core.metrics import EpochMetrics, Evaluation
 from core.models.sources import library_versions
+from core.training.activations import Run
 from core.training.trainer import Trainer
 
 # Inside an epoch the state is written this often: what a kill may cost. Assumption.
@@ -71,18 +71,17 @@ def _read(file: Path, run: str) -> dict[str, Any] | None:
 class TrainingState:
     """A run's state file, None for none; one that is damaged or another run's counts as none."""
 
-    def __init__(
-        self, file: Path | None, config: TrainConfig, data: ImageData, trainer: Trainer
-    ) -> None:
-        self._file, self._trainer, self._labels = file, trainer, data.val.labels
-        self._run = _run_key(config, data.classes, data.fingerprint)
+    def __init__(self, file: Path | None, run: Run, trainer: Trainer) -> None:
+        self._file, self._trainer, self._device = file, trainer, run.device
+        self._labels = run.data.val.labels
+        self._key = _run_key(run.config, run.data.classes, run.data.fingerprint)
         self._saved_at = time.perf_counter()
         self._cost_s = _LEAST_COST_S
         self._random: list[Tensor] = []
 
     def restore(self) -> Best | None:
         """Bring a trainer, before its first step, to where the file says; give the best epoch."""
-        state = _read(self._file, self._run) if self._file else None
+        state = _read(self._file, self._key) if self._file else None
         if state is None:
             return None
         self._trainer.load_state_dict(state["trainer"])
@@ -95,21 +94,21 @@ class TrainingState:
             best["weights"],
         )
 
-    def restore_random(self, device: torch.device) -> None:
+    def restore_random(self) -> None:
         """Continue the random numbers of an unfinished epoch, once."""
         if self._random:
             torch.set_rng_state(self._random[0])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(self._random[1], device)
+            if self._device.type == "cuda":
+                torch.cuda.set_rng_state(self._random[1], self._device)
         self._random = []
 
-    def save(self, best: Best | None, device: torch.device) -> None:
+    def save(self, best: Best | None) -> None:
         """Write the state; the file appears whole or not at all."""
         if self._file is None:
             return
         begin = time.perf_counter()
         state: dict[str, Any] = {
-            "run": self._run,
+            "run": self._key,
             "trainer": self._trainer.state_dict(),
             "random": [torch.get_rng_state()],
             "best": best
@@ -119,8 +118,8 @@ class TrainingState:
                 "weights": best.weights,
             },
         }
-        if device.type == "cuda":
-            state["random"] += [torch.cuda.get_rng_state(device)]
+        if self._device.type == "cuda":
+            state["random"] += [torch.cuda.get_rng_state(self._device)]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         partial = self._file.with_name(f"{self._file.name}.partial")
         try:
@@ -136,10 +135,8 @@ class TrainingState:
         self._saved_at = time.perf_counter()
         self._cost_s = self._saved_at - begin
 
-    def save_if_due(
-        self, best: Best | None, device: torch.device, *, after_epoch: bool = False
-    ) -> None:
+    def save_if_due(self, best: Best | None, *, after_epoch: bool = False) -> None:
         """Write the state where it is time to, and writing costs little beside training."""
         trained_s = time.perf_counter() - self._saved_at
         if (after_epoch or trained_s >= _EVERY_S) and self._cost_s <= _MOST_SHARE * trained_s:
-            self.save(best, device)
+            self.save(best)

@@ -19,7 +19,7 @@ from core.device import amp_dtype, in_parts, synchronize
 from core.metrics import Evaluation, IntArray, TrainingDiverged
 from core.models.builder import Network
 from core.models.partition import Trainable, whole
-from core.training.activations import Activations
+from core.training.activations import Activations, Run
 from core.training.batches import Views
 from core.training.optim import lr_factor, make_optimizer, parameter_groups, set_lr
 
@@ -48,20 +48,15 @@ class Trainer:
         micro_batch_size: Images per pass; less than asked for once memory ran out.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        trained: Trainable,
-        network: Network,
-        batches: Views | Activations,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, run: Run, trained: Trainable, batches: Views | Activations) -> None:
+        config, network, device = run.config, run.network, run.device
         self.position = Position()
         self.loss_sum = torch.zeros((), device=device)
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self._config, self._trained, self._device = config, trained, device
-        self._batches = batches
-        self.steps_per_epoch = batches.steps_per_epoch
+        self._batches, self._val_labels = batches, run.data.val.labels
+        images = np.arange(len(run.data.train))
+        self.steps_per_epoch = len(batch_positions(images, config.batch_size))
         module = self._module = trained.module
         groups = parameter_groups(module, network, config)
         self._optimizer = make_optimizer(groups, config, device)
@@ -72,10 +67,9 @@ class Trainer:
         if config.ema_decay is not None:
             self._ema = ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
         self._mix: Any = None
-        if config.mixup or config.cutmix:
+        if alpha := config.mixup or config.cutmix:
             kind = v2.MixUp if config.mixup else v2.CutMix
-            n_classes = len(module.get_parameter(f"{network.head[0]}.weight"))
-            self._mix = kind(alpha=config.mixup or config.cutmix, num_classes=n_classes)
+            self._mix = kind(alpha=alpha, num_classes=len(run.data.classes))
         self._kept = self._ema.module if self._ema is not None else module
         self._evaluated = trained.to_evaluate(self._kept)
 
@@ -181,7 +175,7 @@ class Trainer:
             if self._config.mirrored:
                 other = _logits_of(self._evaluated, self._batches.val(is_mirrored=True))
                 logits = (logits + other) / 2
-        return _judged(logits, self._batches.val_labels)
+        return _judged(logits, self._val_labels)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copy the weights that were evaluated to the CPU, by their names in the network."""

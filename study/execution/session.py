@@ -31,7 +31,7 @@ from core.config import TrainConfig
 from core.data.splits import ImageData, cache_folder, load_data
 from core.device import choose_device, describe_device
 from core.models.builder import build, input_of
-from core.models.partition import cut_head
+from core.models.partition import check_head
 from core.models.sources import library_versions
 from core.models.weights import resolve, weights_file
 from core.training.trainer import check_batches
@@ -334,7 +334,7 @@ def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
                 raise ConfigError(str(err)) from err
         solved = next((t for t in alike if t.is_solved or t.head_init == "solved"), None)
         if solved is not None:
-            cut_head(network, solved)
+            check_head(network, solved)
 
 
 def is_on_this_machine(train: TrainConfig) -> bool:

@@ -13,8 +13,8 @@ import torch
 
 from core.config import TrainConfig
 from core.device import choose_device, describe_device
-from core.fit import Interrupted, fit
-from core.metrics import EpochMetrics, TrainingDiverged
+from core.fit import fit
+from core.metrics import EpochMetrics, Interrupted, TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue

@@ -9,8 +9,8 @@ import torch
 
 from core.cache import ArrayCache
 from core.config import TrainConfig
-from core.fit import Interrupted, refit
-from core.metrics import TrainingDiverged
+from core.fit import refit
+from core.metrics import Interrupted, TrainingDiverged
 from core.model import described, save_model
 from core.training.checkpoint import REFIT_FILE
 from study.execution.session import Session

@@ -7,8 +7,8 @@ from typing import Any
 from core.config import MAX_FREEZE_DEPTH
 from core.data.sources import find_images
 from core.data.splits import load_data
-from core.fit import Interrupted, fit
-from core.metrics import EpochMetrics
+from core.fit import fit
+from core.metrics import EpochMetrics, Interrupted
 from core.model import save_model
 from core.models.builder import input_of
 from core.training.checkpoint import remove_checkpoint

@@ -13,7 +13,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from core.config import TrainConfig
 from core.data.splits import ImageData
-from core.fit import Interrupted, fit
+from core.fit import fit
+from core.metrics import Interrupted
 from support import figures
 
 Figures = list[dict[str, Any]]

@@ -1,9 +1,7 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
-from core.keys import key_text, source_digest
+from core.keys import source_digest
 
 CORE = Path(__file__).parents[2] / "core"
 
@@ -21,9 +19,3 @@ def test_a_change_in_any_folder_of_core_changes_the_digest(tmp_path: Path) -> No
             file.write("\n")
         seen.add(source_digest(copy))
     assert len(seen) == 1 + len(folders)
-
-
-def test_a_key_holds_no_object_whose_text_differs_between_processes() -> None:
-    assert key_text((1, "a", None, (2.5, True))) == "(1,'a',None,(2.5,True))"
-    with pytest.raises(TypeError, match="but got a object"):
-        key_text((object(),))

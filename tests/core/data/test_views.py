@@ -9,6 +9,8 @@ from core.data.draws import IntArray, batch_positions, epoch_order, view_draws
 from core.data.splits import ImageData
 from core.data.views import Loader, train_views
 
+CPU = torch.device("cpu")
+
 
 def _batches(data: ImageData, epoch: int, size: int) -> list[IntArray]:
     return batch_positions(epoch_order(len(data.train), 7, epoch), size)
@@ -19,8 +21,8 @@ def _batches(data: ImageData, epoch: int, size: int) -> list[IntArray]:
 def test_views_are_the_same_with_any_number_of_workers(
     data: ImageData, shown: Preprocessing, augment: str, workers: int
 ) -> None:
-    config = TrainConfig(augment=augment, seed=7)
-    alone, helped = (Loader(data.train, shown, config, n) for n in (0, workers))
+    configs = (TrainConfig(augment=augment, seed=7, workers=n) for n in (0, workers))
+    alone, helped = (Loader(data.train, shown, config, CPU) for config in configs)
     next(helped.epoch(5, _batches(data, 5, 8)))  # an epoch left early does not spoil the next
     for epoch in (0, 1):
         batches = _batches(data, epoch, 8)
@@ -37,7 +39,7 @@ def test_views_are_the_same_in_any_batch_and_order(data: ImageData, shown: Prepr
     assert torch.equal(views, backwards.flip(0))
     for size in (4, 13):
         batches = _batches(data, 3, size)
-        made = Loader(data.train, shown, config, 0).epoch(3, batches)
+        made = Loader(data.train, shown, config, CPU).epoch(3, batches)
         for positions, batch in zip(batches, made, strict=True):
             assert torch.equal(batch, views[torch.from_numpy(positions)])
 
@@ -58,7 +60,8 @@ def test_views_leave_the_global_generators_alone(
     seeded = lambda _: os.getpid() != own or pytest.fail("seeded the GPU")  # noqa: E731
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
     before = torch.random.get_rng_state()
-    loader = Loader(data.train, shown, TrainConfig(augment="rand", seed=7), workers)
+    config = TrainConfig(augment="rand", seed=7, workers=workers)
+    loader = Loader(data.train, shown, config, CPU)
     for epoch in (0, 1):
         list(loader.epoch(epoch, _batches(data, epoch, 8)))
     assert torch.equal(before, torch.random.get_rng_state())

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.models.builder import build
-from core.models.layers import Mirrored, SolvedNetwork, find_layers, tap
+from core.models.layers import Mirrored, find_layers, solved_network, tap
 
 POSITIONS = {"resnet18": (2, 3), "timm:vit_tiny_patch16_224": (1,)}
 
@@ -45,9 +45,8 @@ def test_features_are_the_means_over_positions_of_layers_and_then_what_the_head_
 
 def test_a_mirrored_network_does_not_see_sides() -> None:
     network = build(TrainConfig(backbone="timm:test_resnet", weights="none"), ("a", "b"))
-    features = tap(network.model, find_layers(network))
-    images = torch.randn(2, 3, 64, 64)
-    head = torch.nn.Linear(features(images).shape[1], 2)
-    plain = SolvedNetwork(features, head).eval()
+    images, layers = torch.randn(2, 3, 64, 64), find_layers(network)
+    head = torch.nn.Linear(tap(network.model, layers)(images).shape[1], 2)
+    plain = solved_network(network.model, layers, head).eval()
     for model, is_blind in ((plain, False), (Mirrored(plain), True)):
         assert torch.allclose(model(images), model(images.flip(-1)), atol=1e-6) == is_blind

@@ -23,21 +23,20 @@ def test_the_parts_do_exactly_what_the_network_does(backbone: str) -> None:
     for depth in (2, 3, 5):
         config = replace(BASE, backbone=backbone, image_size=64, freeze_depth=depth)
         network = build(config, ("a", "b", "c"))
-        part = cut(network, config)
-        assert part is not None
+        make_prefix, suffix = cut(network, config)
         twin = copy.deepcopy(network.model)
         with torch.no_grad():
-            rows = part.make_prefix()(images)
-        evaluated = part.suffix.to_evaluate(part.suffix.module)
+            rows = make_prefix()(images)
+        evaluated = suffix.to_evaluate(suffix.module)
         assert torch.equal(evaluated.eval()(rows), twin.eval()(images))
-        part.suffix.set_train_mode()
+        suffix.set_train_mode()
         train_mode(twin, network.stages, depth)
         torch.manual_seed(1)
-        ours = part.suffix.module(rows)
+        ours = suffix.module(rows)
         torch.manual_seed(1)
         assert torch.equal(ours, twin(images))
         state = twin.state_dict()
-        for name, value in part.suffix.module.state_dict().items():
+        for name, value in suffix.module.state_dict().items():
             assert torch.equal(value, state[name])  # batch norms moved alike
 
 
@@ -50,18 +49,17 @@ def test_folded_norms_compute_the_same_and_leave_the_network_as_it_is(backbone: 
             for values in (layer.running_mean, layer.running_var, layer.weight):
                 assert values is not None
                 values.data.uniform_(0.5, 1.5)
-    part, before = cut(network, config), copy.deepcopy(network.model.state_dict())
-    assert part is not None
+    (make_prefix, _), before = cut(network, config), copy.deepcopy(network.model.state_dict())
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
-        expected = part.make_prefix()(images)
-        folded = fold_norms(part.make_prefix())
+        expected = make_prefix()(images)
+        folded = fold_norms(make_prefix())
         torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-4)
     assert not [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     after = network.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     with torch.no_grad():
-        assert torch.equal(part.make_prefix()(images), expected)
+        assert torch.equal(make_prefix()(images), expected)
 
 
 def test_a_cut_that_hands_over_the_batch_size_is_not_kept() -> None:
