@@ -38,16 +38,12 @@ REASON_OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True, slots=True)
 class TrialRequest:
-    """A trial that is to be run; plain data.
+    """A trial that is to be run; plain data. What is not explained here is so for `Trial`.
 
     Attributes:
         number: Its number in the study; it is running for Optuna.
-        origin: Where its settings came from: a recipe, the sampler, an ablation's cell.
         params: The hyperparameters that were chosen, to be shown.
         fold: Folds, their seed, and which one it validates on; None for the study's split.
-        factor: What an ablation varies in it; None for a search.
-        level: Its setting of the factor.
-        replicate: Which of the equal runs.
         identity: Equal for equal settings, seed and split; None for that of `config`.
         is_continued: An earlier process began it, and left its training state.
     """
