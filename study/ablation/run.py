@@ -145,8 +145,7 @@ def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
 def check_begun(plan: Plan) -> int:
     """Refuse, before a run, another study of the ablation's name, as `settled_config` does.
 
-    Returns:
-        Which analysis of the ablation the next one is, from 1.
+    Return which analysis of the ablation the next one is, from 1.
     """
     storage = plan.baseline.config.study.storage
     if "://" in storage or Path(storage).is_file():
