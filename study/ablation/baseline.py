@@ -13,7 +13,7 @@ from study.ablation.factors import Factor, Levels, make_factors, parse_factors
 from study.config.errors import ConfigError
 from study.config.load import load_config, parse_config
 from study.config.search_space import Space
-from study.config.study_config import AblationSection, StudyConfig
+from study.config.study_config import StudyConfig
 from study.config.toml import read_value
 from study.record.models import Study, Trial
 from study.record.record import Record
@@ -41,17 +41,12 @@ class Baseline:
     source: StudyConfig | None = None
     chosen: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def settings(self) -> AblationSection:
-        """Return how it is ablated."""
-        return self.config.ablation
 
-
-def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
+def read_flags(texts: Iterable[str]) -> dict[str, list[object]]:
     """Read `--factor key=v1,v2` flags; values are TOML, or texts where they are not.
 
-    Returns:
-        Key -> list of values, and faults.
+    Raises:
+        ConfigError: Some are written otherwise.
     """
     found: dict[str, list[object]] = {}
     faults = []
@@ -63,7 +58,9 @@ def read_flags(texts: Iterable[str]) -> tuple[dict[str, object], list[str]]:
             continue
         values = [read_value(part.strip()) for part in written.strip("[]").split(",")]
         found.setdefault(key.strip().removeprefix("train."), []).extend(values)
-    return dict(found), faults
+    if faults:
+        raise ConfigError(*faults)
+    return found
 
 
 def find_baseline(
@@ -185,7 +182,7 @@ def factors_of(baseline: Baseline) -> list[Factor]:
     Raises:
         ConfigError: Levels break a rule, or do not differ from the baseline.
     """
-    train, settings = baseline.config.train, baseline.settings
+    train, settings = baseline.config.train, baseline.config.ablation
     levels: Levels
     if settings.factors:
         levels = parse_factors(settings.factors)[0]

@@ -33,17 +33,12 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Name the cell for tables and dashboards."""
-        return cell_label(self.levels)
+        """Name the cell by those of its levels that are not the baseline's."""
+        return ", ".join(f"{name} = {level}" for name, level in self.levels.items()) or BASELINE
 
 
 Done = Callable[[Cell], Mapping[int, float | None]]
 """The runs of a cell that are done: replicate -> validation accuracy, None = the run failed."""
-
-
-def cell_label(levels: Mapping[str, str]) -> str:
-    """Name a cell by those of its levels that are not the baseline's."""
-    return ", ".join(f"{factor} = {level}" for factor, level in levels.items()) or BASELINE
 
 
 class Design(ABC):
@@ -113,20 +108,18 @@ class Design(ABC):
     ) -> Iterator[tuple[Cell, int]]:
         """Give the runs to do, in order; `done` is asked again after each.
 
-        Args:
-            looks: Replicates at each interim analysis, the last one's at the end.
-            done: What is known.
-            decide: Asked at each interim analysis: cells that it does not name get no more runs.
+        `looks` are the replicates at each interim analysis, and at the end. Of the cells that
+        `decide` does not name at an interim analysis, all but the baseline get no more runs.
         """
-        active = set(range(len(self.cells)))
-        for k, n in enumerate(looks, start=1):
-            yield from _undone([self.cells[i] for i in sorted(active)], n, done)
-            if k == len(looks):
-                return
+        cells = self.cells
+        *interim, last = looks
+        for n in interim:
+            yield from _undone(cells, n, done)
             active = decide()
             if not active:
                 return
-            active |= {0}
+            cells = [self.cells[i] for i in sorted(active | {0})]
+        yield from _undone(cells, last, done)
 
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -294,8 +287,7 @@ class Path(Design):
 
     def n_runs(self, replicates: int) -> int:
         """Count the runs of the start and of every step's candidates."""
-        n = len(self.factors)
-        return (1 + n * (n + 1) // 2) * replicates
+        return (1 + self.n_tests) * replicates
 
 
 def _mean(runs: Mapping[int, float | None], n: int) -> float:

@@ -66,14 +66,10 @@ Levels = Mapping[str, Sequence[Level]]
 
 
 def parse_factors(raw: Mapping[str, object]) -> tuple[dict[str, list[Level]], list[Fault]]:
-    """Read [ablation.factors].
+    """Read [ablation.factors]; return the levels of each factor, and what is wrong.
 
-    Args:
-        raw: A training key -> a value or a list of values; or any name -> a table of levels, each
-            a table of training keys.
-
-    Returns:
-        The levels of each factor, and what is wrong.
+    It has a training key -> a value or a list of values; or any name -> a table of levels, each a
+    table of training keys.
     """
     found: dict[str, list[Level]] = {}
     faults: list[Fault] = []
@@ -126,8 +122,7 @@ def _read_tables(tables: Mapping[str, object]) -> tuple[list[Level], list[str]]:
 def make_factors(baseline: TrainConfig, levels: Levels) -> tuple[list[Factor], list[Fault]]:
     """Compare levels with a baseline: its own level is dropped, and the others must be allowed.
 
-    Returns:
-        The factors that have a level other than the baseline's, and what is wrong.
+    Return the factors that have a level other than the baseline's, and what is wrong.
     """
     factors, faults = [], []
     for name, listed in levels.items():
@@ -138,10 +133,8 @@ def make_factors(baseline: TrainConfig, levels: Levels) -> tuple[list[Factor], l
             faults.append(Fault(f"factors.{name}", text))
             continue
         for level in others:
-            try:
-                apply_params(baseline, level.overrides)
-            except ValueError as err:
-                faults.append(Fault(f"factors.{name}", f"level {level.label}: {err}"))
+            if rule := _broken_rule(baseline, level):
+                faults.append(Fault(f"factors.{name}", f"level {level.label}: {rule}"))
         own = format_value(getattr(baseline, name)) if name in _KEYS else "baseline"
         if own in [level.label for level in others]:  # 0.01234 and 0.0123, say
             own += " (baseline)"
@@ -156,9 +149,7 @@ def _is_in(baseline: TrainConfig, level: Level) -> bool:
 def propose_levels(baseline: TrainConfig, space: Space) -> dict[str, list[Level]]:
     """Propose levels for a baseline whose user named none.
 
-    Args:
-        baseline: What is compared against.
-        space: The searched settings; each is also tried at its default in the recipes.
+    What was searched, in `space`, is also tried at its default in the recipes.
     """
     wanted: dict[str, list[ParamValue]] = {key: list(values) for key, values in _PROPOSED.items()}
     for key in space:
@@ -186,16 +177,16 @@ def _recipe_default(key: str, space: Space) -> ParamValue:
 def _levels_of(baseline: TrainConfig, key: str, values: Iterable[ParamValue]) -> list[Level]:
     others = [value for value in dict.fromkeys(values) if value != getattr(baseline, key)]
     levels = [Level(format_value(value), {key: value}) for value in others]
-    return [level for level in levels if _is_allowed(baseline, level)]
+    return [level for level in levels if not _broken_rule(baseline, level)]
 
 
-def _is_allowed(baseline: TrainConfig, level: Level) -> bool:
-    """Return whether a level breaks no rule between keys, as adamw does with nesterov."""
+def _broken_rule(baseline: TrainConfig, level: Level) -> str | None:
+    """Say which rule between keys a level breaks, as adamw does with nesterov; None if none."""
     try:
         apply_params(baseline, level.overrides)
-    except ValueError:
-        return False
-    return True
+    except ValueError as err:
+        return str(err)
+    return None
 
 
 def _has_no_effect(baseline: TrainConfig, key: str) -> bool:
@@ -205,8 +196,7 @@ def _has_no_effect(baseline: TrainConfig, key: str) -> bool:
 
 def components(baseline: TrainConfig) -> dict[str, list[Level]]:
     """List what can be taken out of a baseline, each as a factor whose one level lacks it."""
-    is_auto = baseline.batch_norm == "auto" and baseline.weights == "none"
-    trains_norms = baseline.batch_norm == "train" or is_auto
+    trains_norms = baseline.batch_norm == "auto" and baseline.weights == "none"
     found = {}
     for key, without in NEUTRAL.items():
         if key == "batch_norm" and trains_norms:

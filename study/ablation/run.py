@@ -25,13 +25,7 @@ from study.execution.session import (
     stored_side,
     write_splits,
 )
-from study.execution.trial_engine import (
-    FOLD,
-    TrialEngine,
-    TrialRequest,
-    identity,
-    is_settled,
-)
+from study.execution.trial_engine import FOLD, TrialEngine, TrialRequest, identity, is_settled
 from study.record.models import Trial
 from study.record.record import LEVELS, Record, config_hash
 
@@ -49,7 +43,6 @@ class Plan:
     """What an ablation is to do, settled before its first run.
 
     Attributes:
-        baseline: What is compared against.
         design: Its cells; those of a path grow while it runs.
         looks: Replicates at each interim analysis, the last one's at the end; one alone unless
             the ablation is adaptive.
@@ -85,7 +78,7 @@ def make_plan(baseline: Baseline) -> Plan:
     Raises:
         ConfigError: The factors do not suit the design, or it cannot be adaptive.
     """
-    settings = baseline.settings
+    settings = baseline.config.ablation
     first, most = settings.replicates, settings.max_replicates
     design = DESIGNS[settings.design](factors_of(baseline), max_cells=settings.max_cells)
     if not settings.adaptive:
@@ -111,8 +104,8 @@ def make_plan(baseline: Baseline) -> Plan:
 
 def choose_folds(baseline: Baseline, n_val: int) -> int:
     """Return the folds of cross-validation; 1 where all replicates share the validation split."""
-    if baseline.settings.folds is not None:
-        return baseline.settings.folds
+    if baseline.config.ablation.folds is not None:
+        return baseline.config.ablation.folds
     if baseline.config.data.judged_by == "ablation":
         return 1
     return _FOLDS if baseline.source is not None or n_val < _FEW_IMAGES else 1
@@ -150,18 +143,15 @@ def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
 
 
 def check_begun(plan: Plan) -> int:
-    """Refuse, before a run, what the database has under the ablation's name, if it is another.
+    """Refuse, before a run, another study of the ablation's name, as `settled_config` does.
 
-    Returns:
-        Which analysis of the ablation the next one is, from 1.
-
-    Raises:
-        ConfigError: The study of this name is a search, or has another baseline.
+    Return which analysis of the ablation the next one is, from 1.
     """
     storage = plan.baseline.config.study.storage
     if "://" in storage or Path(storage).is_file():
         with Record(storage) as store:
-            return next_order(store, settled_config(plan, store).study.name)
+            if study := store.find_study(settled_config(plan, store).study.name):
+                return _next_order(store, study.id)
     return 1
 
 
@@ -214,7 +204,7 @@ def run_ablation(
             take_over=take_over,
         ) as session:
             ablation = _Ablation(plan, session)
-            announce(session.data, ablation.n_folds, next_order(store, name))
+            announce(session.data, ablation.n_folds, _next_order(store, session.study_id))
             session.because = ablation.run(command, decide, begin)
             n_done, duration_s = len(ablation.done_rows()), time.monotonic() - begin
             return AblationOutcome(session.because, n_done, plan.n_runs, duration_s)
@@ -357,22 +347,18 @@ class _Ablation:
         ablation may spend half of the error of the one before: so runs that are added because of
         what an analysis showed are paid for.
         """
-        designs = self.record.designs(self.study_id)
-        known: list[dict[str, Any]] = next(
-            (each.spec["analyses"] for each in designs if each.key == key), []
-        )
+        designs = {design.key: design for design in self.record.designs(self.study_id)}
+        known: list[dict[str, Any]] = designs[key].spec["analyses"] if key in designs else []
         looks = list(self.plan.looks)
         if not any(a["split"] == "val" and a["replicates"] == looks for a in known):
-            order = 1 + sum(len(each.spec["analyses"]) for each in designs)
+            order = _next_order(self.record, self.study_id)
             known = [*known, {"split": "val", "order": order, "replicates": looks}]
         return known
 
 
-def next_order(record: Record, name: str) -> int:
+def _next_order(record: Record, study_id: int) -> int:
     """Return which analysis of an ablation the next one is, from 1."""
-    study = record.find_study(name)
-    designs = record.designs(study.id) if study else []
-    return 1 + sum(len(design.spec["analyses"]) for design in designs)
+    return 1 + sum(len(design.spec["analyses"]) for design in record.designs(study_id))
 
 
 def record_test(record: Record, study_id: int) -> None:
@@ -385,7 +371,7 @@ def record_test(record: Record, study_id: int) -> None:
         replicates = max(sum(text in hashes for text in runs) for runs in spec["runs"])
         if not n or any(a["split"] == "test" and a["n_runs"] == n for a in spec["analyses"]):
             continue
-        order = 1 + sum(len(each.spec["analyses"]) for each in record.designs(study_id))
+        order = _next_order(record, study_id)
         analysis = {"split": "test", "order": order, "replicates": [replicates], "n_runs": n}
         spec["analyses"] = [*spec["analyses"], analysis]
         record.put_design(study_id, design.key, design.kind, spec, design.command)

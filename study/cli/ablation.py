@@ -14,7 +14,7 @@ from reports.ablation_report import describe_ablation, write_ablation
 from reports.effects import foresee, open_cells
 from reports.record import optimism
 from study.ablation.baseline import find_baseline, read_flags
-from study.ablation.designs import BASELINE, cell_label
+from study.ablation.designs import BASELINE, Cell
 from study.ablation.run import (
     Plan,
     check_begun,
@@ -52,10 +52,7 @@ def plan_ablation(
     flags: Mapping[str, Any],
 ) -> Plan:
     """Settle baseline, factors (`KEY=V1,V2` of --factor) and design, as `find_baseline` does."""
-    levels, faults = read_flags(factors)
-    if faults:
-        raise ConfigError(*faults)
-    if levels:
+    if levels := read_flags(factors):
         flags = {**flags, "ablation.factors": levels}
     baseline = find_baseline(base, which, overrides, flags)
     if baseline.source is not None:
@@ -69,7 +66,7 @@ def plan_ablation(
 
 def print_plan(plan: Plan) -> None:
     """Print what an ablation will run."""
-    baseline, design, settings = plan.baseline, plan.design, plan.baseline.settings
+    baseline, design, settings = plan.baseline, plan.design, plan.baseline.config.ablation
     print(f"Ablation of {baseline.origin}: study {baseline.config.study.name}")
     print(f"Design: {design.construction}")
     header = ("factor", "baseline", "start" if design.grows else "levels")
@@ -116,7 +113,7 @@ def _idle_words(plan: Plan) -> Iterator[str]:
 
 
 def _rules(plan: Plan) -> Rules:
-    settings = plan.baseline.settings
+    settings = plan.baseline.config.ablation
     return Rules(settings.alpha, settings.margin / 100)
 
 
@@ -127,7 +124,7 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     order, n_folds = check_begun(plan), choose_folds(plan.baseline, len(data.val))
     for text in foresee_plan(plan, data, n_folds, order):
         progress.emit(Note(text))
-    n_kept = plan.n_runs if plan.baseline.settings.keep_checkpoints else 0
+    n_kept = plan.n_runs if plan.baseline.config.ablation.keep_checkpoints else 0
     found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
     progress.close()
     if as_json:
@@ -233,7 +230,7 @@ def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
     runs: dict[str, list[str]] = {}
     for design in store.designs(study.id):
         for cell, hashes in zip(design.spec["cells"], design.spec["runs"], strict=True):
-            runs.setdefault(cell_label(cell["levels"]), []).extend(hashes)
+            runs.setdefault(Cell(**cell).label, []).extend(hashes)
     unknown = [level for level in levels if level not in (*runs, "all")]
     if unknown:
         raise ConfigError(

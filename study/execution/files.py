@@ -2,14 +2,18 @@
 
 import dataclasses
 import io
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from PIL import Image
 
 from core.config import MAX_FREEZE_DEPTH
+from core.data.decode import UInt8Array
+from core.metrics import FloatArray, IntArray
 from core.models.weights import WeightsError
 from core.training.checkpoint import (
     CARD_FILE,
@@ -19,7 +23,8 @@ from core.training.checkpoint import (
     weights_hash,
 )
 from study.execution.session import Session
-from study.record.models import Misclassified, Trial, trial_folder
+from study.record.frames import read_confusion
+from study.record.models import ARTIFACTS_FOLDER, Misclassified, Trial, trial_folder
 
 # The worst images that a report shows, and the side of their thumbnails in pixels.
 _N_WORST = 16
@@ -30,7 +35,6 @@ class TrialFiles:
     """The checkpoints and training states of a study's trials.
 
     Args:
-        session: The study that this process works on.
         keep_best: Checkpoints to keep: those of the best trials, and where the model is a mean of
             trials those of which it can be made; None for all, 0 for none.
     """
@@ -81,6 +85,23 @@ class TrialFiles:
                 self._record_worst(row.id, labels, predicted, probability)
         return None if self._keep_best == 0 else weights_hash(folder)
 
+    def attach(self, row: Trial) -> None:
+        """Attach card, learning curve and mistakes of a recorded trial for Optuna's dashboard."""
+        record, classes = self._session.record, self._session.data.classes
+        folder = self._session.output.parent / ARTIFACTS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        store = FileSystemArtifactStore(str(folder))
+        trial = record.take_up_trial(row.study_id, row.number)
+        with tempfile.TemporaryDirectory() as made:
+            curve = Path(made) / "learning-curve.csv"
+            confusion = Path(made) / "confusion-matrix.csv"
+            pd.DataFrame(record.epochs(row.id)).to_csv(curve, index=False)
+            counts = read_confusion(record, self._session.config.study.name, row.number)
+            frame = pd.DataFrame(counts, classes, classes)
+            frame.to_csv(confusion, index_label="true / predicted")
+            for file in (self.checkpoint(row.number) / CARD_FILE, curve, confusion):
+                upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)
+
     def keep(self, row: Trial) -> None:
         """Keep a recorded trial's checkpoint while it is among the best."""
         self._kept.append(row)
@@ -102,11 +123,7 @@ class TrialFiles:
             remove_checkpoint(self.checkpoint(row.number))
 
     def _record_worst(
-        self,
-        trial_id: int,
-        labels: NDArray[np.int64],
-        predicted: NDArray[np.int64],
-        probability: NDArray[np.float64],
+        self, trial_id: int, labels: IntArray, predicted: IntArray, probability: FloatArray
     ) -> None:
         wrong = np.flatnonzero(labels != predicted)
         worst = wrong[np.argsort(probability[wrong], kind="stable")][:_N_WORST]
@@ -128,11 +145,7 @@ class TrialFiles:
 
 
 def model_members(rows: Iterable[Trial]) -> list[Trial]:
-    """Return what a mean of several trials is made of: each backbone's best head and thawed trial.
-
-    Returns:
-        The best first.
-    """
+    """Return, best first, each backbone's best head and thawed trial: what a mean is made of."""
     found: dict[tuple[object, ...], Trial] = {}
     for row in sorted(rows, key=lambda row: row.rank):
         is_head = row.freeze_depth == MAX_FREEZE_DEPTH
@@ -153,7 +166,7 @@ def is_checkpoint_of(folder: Path, row: Trial) -> bool:
         return False
 
 
-def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+def _thumbnail(pixels: UInt8Array) -> bytes:
     image = Image.fromarray(np.asarray(pixels))
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()

@@ -18,9 +18,7 @@ class StudyState:
     """Where a study stands: before its first trial of this run, and after each.
 
     Attributes:
-        study: Name of the study.
         target: Finished trials that it shall have in total; None for no limit.
-        counts: Trials that it has.
         best: Validation accuracy of the best complete trial so far, in [0, 1].
         best_score: What it is the best by, as in `EpochMetrics`.
         spent_s: Seconds of this run so far.
@@ -81,7 +79,6 @@ class TrialEnded:
     """A trial has ended.
 
     Attributes:
-        trial: Its number.
         state: `complete`, `pruned`, `failed`, or `stopped`: the next start continues it.
         value: Validation accuracy of its best epoch, in [0, 1]; None if no epoch was finished.
         reason: Why it was pruned, failed or stopped.
@@ -150,7 +147,6 @@ class JsonProgress(Progress):
     """One JSON object per line: an event's fields and its name as `event`."""
 
     def __init__(self, out: TextIO | None = None) -> None:
-        """Write to a stream; None for standard output."""
         self._out = out or sys.stdout
 
     def emit(self, event: Event) -> None:
@@ -163,7 +159,7 @@ class JsonProgress(Progress):
         print(json_text({"event": name} | values), file=self._out, flush=True)
 
 
-def choose_progress(*, is_quiet: bool = False, is_json: bool = False) -> Progress:
+def choose_progress(*, is_quiet: bool, is_json: bool) -> Progress:
     """Choose what suits the flags and the terminal."""
     if is_json:
         return JsonProgress()

@@ -16,13 +16,10 @@ RERUNS = "reruns"
 
 
 def recover(engine: TrialEngine) -> list[TrialRequest]:
-    """Deal with every trial that is still running for Optuna.
+    """Deal with every trial that is still running for Optuna; return those to be continued.
 
     One that ended in our tables is reported to Optuna; one with a usable training state is to be
     continued; any other is failed, so that its settings run again.
-
-    Returns:
-        The trials to be continued.
     """
     record, study_id = engine.session.record, engine.session.study_id
     rows = {row.number: row for row in record.trials(study_id)}

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import itertools
+import math
 import operator
 import os
 import platform
@@ -63,19 +64,16 @@ class Session:
     """One process's part in a study.
 
     Attributes:
-        record: The record.
-        study_id: The study's key in it.
+        study_id: The study's key in the record.
         run_id: This process's key in it.
-        config: The study's configuration.
         data: Images, in the study's split.
         output: Folder of the study's checkpoints and training states.
-        progress: Shows what happens.
         stop: Set when the process is to leave after the current step.
         cache: Arrays that trials share; None where they share nothing.
         resume: Command that continues the study.
-        same_images: Whether they are those of the study so far.
+        same_images: Whether the images are those of the study so far.
         because: Why the process left, for the record; set by whoever runs the trials.
-        deadline: When the running trial is to stop, as `time.monotonic` counts; None for never.
+        deadline: When the running trial is to stop, as `time.monotonic` counts.
     """
 
     record: Record
@@ -90,14 +88,13 @@ class Session:
     resume: str
     same_images: bool
     because: str = "error"
-    deadline: float | None = None
+    deadline: float = math.inf
 
     def halted(self) -> str | None:
         """Return why the process is to leave after the current step, if it is."""
         if self.stop.is_set():
             return "interrupted"
-        is_late = self.deadline is not None and time.monotonic() > self.deadline
-        return "timeout" if is_late else None
+        return "timeout" if time.monotonic() > self.deadline else None
 
     def images(self, fold: tuple[int, int, int] | None) -> ImageData:
         """Return the images in the study's split; or with a fold, of how many by which seed."""
@@ -115,20 +112,14 @@ def open_session(
     resume: str | None = None,
     allow_changes: bool = False,
     take_over: bool = False,
-    deadline: float | None = None,
+    deadline: float = math.inf,
 ) -> Iterator[Session]:
     """Enter a study as the process that works on it, and sign off at the end.
 
-    Args:
-        record: The record.
-        config: The resolved configuration.
-        trains: What will be trained, or the extremes of it: every network is built once.
-        progress: Shows what happens.
-        command: Command line, for the record.
-        resume: Command that continues the study; None for that of a search.
-        allow_changes: Continue a stored study although its configuration or images changed.
-        take_over: Begin although a process of another machine has not signed off.
-        deadline: The session's.
+    Every network of `trains`, what will be trained or the extremes of it, is built once. The
+    command `resume` continues the study; None for that of a search. With `allow_changes` a stored
+    study is continued although its configuration or images changed, and with `take_over` although
+    a process of another machine has not signed off.
 
     Raises:
         ConfigError: The configuration differs from the stored one, or cannot be run.
@@ -159,7 +150,6 @@ def open_session(
     )
     if stored is not None:  # only now: a process that was refused must not have changed it
         record.update_study(stored, settings, described)
-    resume = resume or f"python -m study resume {name}"
     with _stopped_by_signals(progress) as stop:
         session = Session(
             record=record,
@@ -171,7 +161,7 @@ def open_session(
             progress=progress,
             stop=stop,
             cache=_cache(config),
-            resume=resume,
+            resume=resume or f"python -m study resume {name}",
             same_images=is_same,
             deadline=deadline,
         )
@@ -179,10 +169,9 @@ def open_session(
             write_splits(data, output)
             yield session
         except Exception as err:
-            cause = outside_cause(err)
-            if cause is not None:
+            if cause := outside_cause(err):
                 session.because = "halted"
-                raise StudyHalted(f"{cause} Then continue: {resume}") from err
+                raise StudyHalted(f"{cause} Then continue: {session.resume}") from err
             raise
         finally:
             with suppress(SQLAlchemyError):  # a full disk: the next process sees it gone
@@ -232,12 +221,9 @@ def stored_side(trains: Iterable[TrainConfig]) -> int:
 def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[TrainConfig]:
     """Return the base configuration at every network of the space, at the largest batch size.
 
-    A plan's are of the first image size: whether it comes to another is open.
-
-    Args:
-        config: The study.
-        with_starts: At every freeze level, every way to start or solve a head and to treat batch
-            norms, and every possible extreme of the batch size, too.
+    A plan's are of the first image size: whether it comes to another is open. `with_starts` adds
+    every freeze level, every way to start or solve a head and to treat batch norms, and every
+    possible extreme of the batch size.
     """
     starts = ("head_init", "head_solver", "freeze_depth", "batch_norm") if with_starts else ()
     names = ("backbone", "weights", "image_size", *starts)
@@ -252,9 +238,7 @@ def corner_configs(config: StudyConfig, *, with_starts: bool = False) -> list[Tr
     return [apply_params(config.train, dict(zip(ends, c, strict=True))) for c in corners]
 
 
-def load_images(
-    config: StudyConfig, progress: Progress, deadline: float | None = None
-) -> ImageData:
+def load_images(config: StudyConfig, progress: Progress, deadline: float = math.inf) -> ImageData:
     """Load the study's images, showing progress and warnings; `deadline` is as a session's.
 
     Raises:
@@ -265,8 +249,7 @@ def load_images(
 
     def show(done: int, total: int) -> None:
         progress.emit(DataProgress(done, total))
-        is_late = deadline is not None and time.monotonic() > deadline
-        if is_late and done % _CHECK_EVERY == 0:
+        if time.monotonic() > deadline and done % _CHECK_EVERY == 0:
             raise StudyHalted(
                 f"the time (study.time) must be long enough to decode all images, but {done} of "
                 f"{total} were decoded when it ended. Give it more (--time)."
@@ -283,11 +266,8 @@ def write_splits(
 ) -> None:
     """Write `splits.csv`: of every image its split, path and class, in the order of predictions.
 
-    Args:
-        data: Images, in the study's split.
-        folder: The study's.
-        folds: Of an ablation's replicates: a column per division says which fold an image is in.
-            Those of earlier designs stay.
+    With the folds of an ablation's replicates, a column per division says which fold an image is
+    in; those of earlier designs stay.
     """
     splits = {"train": data.train, "val": data.val}
     if data.test is not None:

@@ -42,7 +42,6 @@ class PlainProgress(Progress):
     """A line per trial, for a log file or a pipe; one that lasts has more."""
 
     def __init__(self, out: TextIO | None = None) -> None:
-        """Write to a stream; None for standard output."""
         self._out = out or sys.stdout
         self._shown_at = self._begin = time.monotonic()
         self._state = StudyState("", None, Counts())
@@ -131,7 +130,6 @@ class LiveProgress(PlainProgress):
     """The running trial and the study, drawn over themselves; ended trials scroll away above."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Draw on a console; None for standard output."""
         super().__init__()
         self.console = console or Console()
         self._line = _BEGINNING

@@ -18,7 +18,6 @@ from core.metrics import EpochMetrics, Interrupted, TrainingDiverged
 from core.models.builder import count_parameters
 from core.training.no_effect import without_effect
 from study.config.search_space import ParamValue
-from study.execution.artifacts import attach
 from study.execution.files import TrialFiles
 from study.execution.progress import EpochEnded, Note, StepDone, TrialEnded, TrialStarted
 from study.execution.session import Session, StudyHalted, outside_cause
@@ -39,17 +38,12 @@ REASON_OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True, slots=True)
 class TrialRequest:
-    """A trial that is to be run; plain data.
+    """A trial that is to be run; plain data. What is not explained here is so for `Trial`.
 
     Attributes:
         number: Its number in the study; it is running for Optuna.
-        config: What to train.
-        origin: Where its settings came from: a recipe, the sampler, an ablation's cell.
         params: The hyperparameters that were chosen, to be shown.
         fold: Folds, their seed, and which one it validates on; None for the study's split.
-        factor: What an ablation varies in it; None for a search.
-        level: Its setting of the factor.
-        replicate: Which of the equal runs.
         identity: Equal for equal settings, seed and split; None for that of `config`.
         is_continued: An earlier process began it, and left its training state.
     """
@@ -96,12 +90,7 @@ def is_settled(row: Trial) -> bool:
 
 
 class TrialEngine:
-    """Runs the trials of one process, and keeps their record.
-
-    Args:
-        session: The study that the process works on.
-        keep_best: Checkpoints to keep: those of the best trials; None for all, 0 for none.
-    """
+    """Runs the trials of one process, and keeps their record; `keep_best` is for `TrialFiles`."""
 
     def __init__(self, session: Session, keep_best: int | None = None) -> None:
         self.session = session
@@ -115,15 +104,10 @@ class TrialEngine:
         on_epoch: Callable[[EpochMetrics], bool] = lambda metrics: False,
         trial: optuna.Trial | None = None,
     ) -> TrialEnded:
-        """Train one configuration and keep its record.
+        """Train one configuration and keep its record; return how it ended, as it was shown.
 
-        Args:
-            request: What to train.
-            on_epoch: Asked after each epoch; True prunes the trial.
-            trial: Optuna's side of it, to which each accuracy is reported; None takes it up.
-
-        Returns:
-            How it ended, as it was shown.
+        `on_epoch` is asked after each epoch; True prunes the trial. `trial` is Optuna's side of
+        it, to which each accuracy is reported; None takes it up.
 
         Raises:
             StudyHalted: The same failure came three times in a row.
@@ -256,7 +240,7 @@ class TrialEngine:
         if state == "complete":
             row.weights_hash = self.files.record(row)
             if row.replicate is None:  # an ablation's runs are compared in its report
-                attach(self.session, row, self.files.checkpoint(row.number))
+                self.files.attach(row)
         row.duration_s = time.perf_counter() - begin
         if state != "stopped":
             self._record.end_trial(row, state)
@@ -268,11 +252,7 @@ class TrialEngine:
         return ended
 
     def _halt_on_equal_failures(self, ended: TrialEnded) -> None:
-        """Stop a study whose trials keep failing for the same reason.
-
-        Raises:
-            StudyHalted: They do.
-        """
+        """Stop a study whose trials keep failing for the same reason."""
         reason = ended.reason or ""
         is_fault = ended.state == "failed" and not reason.startswith(REASON_DIVERGED)
         self._failures = [*self._failures, reason] if is_fault else []

@@ -92,8 +92,8 @@ def _run(session: Session, chosen: list[Trial]) -> str:
         engine.run(request)  # each only saves its state again, once a stop was asked for
         show()
     for row in chosen:
-        if session.stop.is_set():
-            return "interrupted"
+        if because := session.halted():
+            return because
         if str(row.number) in done:
             continue
         params = {key: value for key, value in row.params.items() if key in space}
@@ -108,4 +108,4 @@ def _run(session: Session, chosen: list[Trial]) -> str:
         )
         engine.run(request)
         show()
-    return "interrupted" if session.stop.is_set() else "trials"
+    return session.halted() or "trials"

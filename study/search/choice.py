@@ -78,8 +78,8 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     the validation split alone, and joins them, or takes the mean's place, where it lowers the loss
     there beyond doubt.
     """
-    best, members = min(rows, key=lambda row: row.rank), model_members(rows)
-    known = {row.number: _predicted(row) for row in (best, *members)}
+    members = model_members(rows)
+    best, known = members[0], {row.number: _predicted(row) for row in members}
     own = known[best.number]
     # Where the study's images were changed, others were evaluated on other ones.
     members = [row for row in members if known[row.number].paths == own.paths]
@@ -87,22 +87,21 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
         return _single(best, own)
     heads = [row for row in members if known[row.number].everything is not None]
     thawed = [row for row in members if row not in heads]
-    mean = _mean_of_heads([(row, known[row.number]) for row in heads], monitor)
-    for row in thawed:
-        found = known[row.number].val
-        if mean is None:
-            one = np.ones(1, dtype=np.float32)
-            own_t = one * found.temperature
-            val = Evaluation(found.labels, tempered(found.log_probs, found.temperature))
-            loss = _loss_of(row.ranked_by or 0.0, monitor)
-            mean = _Mean((row,), one, own_t, val, loss)
-        else:
-            mean = _joined(mean, row, found, monitor)
-    if heads and mean is not None and best in thawed and best not in mean.members:
+    if heads:
+        mean = _mean_of_heads([(row, known[row.number]) for row in heads], monitor)
+    else:
+        first, found = thawed[0], known[thawed[0].number].val
+        one = np.ones(1, dtype=np.float32)
+        val = Evaluation(found.labels, tempered(found.log_probs, found.temperature))
+        loss = _loss_of(first.ranked_by or 0.0, monitor)
+        mean = _Mean((first,), one, one * found.temperature, val, loss)
+    for row in thawed if heads else thawed[1:]:
+        mean = _joined(mean, row, known[row.number].val, monitor)
+    if heads and best in thawed and best not in mean.members:
         # Its score is that of one fold, and it is the best of several there.
-        best = min(heads, key=lambda row: row.rank)
+        best = heads[0]
     single = _single(best, known[best.number])
-    if mean is None or len(mean.members) < 2:
+    if len(mean.members) < 2:
         return single
     score = _score_of(mean.loss, monitor)
     is_better = score >= single.score * (1 + _LEAST_GAIN)
@@ -140,11 +139,9 @@ def _evaluation(labels: IntArray, probabilities: FloatArray) -> Evaluation:
     return Evaluation(labels, np.log(np.maximum(probabilities.astype(np.float32), 1e-7)))
 
 
-def _mean_of_heads(heads: Sequence[tuple[Trial, _Predicted]], monitor: Monitor) -> _Mean | None:
+def _mean_of_heads(heads: Sequence[tuple[Trial, _Predicted]], monitor: Monitor) -> _Mean:
     """Average heads by their predictions for all images, which come in one order."""
     found = [(row, p.everything) for row, p in heads if p.everything is not None]
-    if not found:
-        return None
     labels = found[0][1].labels
     # Training images may have changed where the validation images have not.
     found = [item for item in found if np.array_equal(item[1].labels, labels)]

@@ -21,9 +21,6 @@ from study.search.choice import Choice, choose
 class FinalModel:
     """Keeps the model folder of a study at the best that its trials so far can give.
 
-    Args:
-        session: The study that this process works on.
-
     Attributes:
         choice: What the folder holds; None before the first complete trial.
     """
@@ -36,8 +33,10 @@ class FinalModel:
         self._study = {"study": study.name, "created_at": study.created_at.isoformat()}
         self.choice: Choice | None = None
 
-    def update(self, rows: Sequence[Trial]) -> None:
-        """Replace the model if these trials give one that scores higher, or have been refitted."""
+    def update(self) -> None:
+        """Replace the model if the trials give one that scores higher, or have been refitted."""
+        # Which checkpoints are kept stands in the record alone.
+        rows = self._session.record.trials(self._session.study_id)
         kept = [row for row in rows if row.state == "complete" and row.weights_hash]
         if not kept:
             return
@@ -59,7 +58,8 @@ class FinalModel:
             "weights_hashes": [row.weights_hash for row in found.trials],
             "refitted": list(refitted),
         }
-        if not self._is_there(facts):
+        there = described(self._folder)
+        if any(there.get(key) != value for key, value in facts.items()):
             folders = [Path(str(row.checkpoint)) for row in found.trials]
             members = list(zip(folders, found.weights, found.temperatures, strict=True))
             save_model(self._folder, members, facts, use_refits=self._settings.refit)
@@ -68,10 +68,9 @@ class FinalModel:
         """Return what an earlier process left in the folder, if these trials still give it."""
         by_number = {row.number: row for row in kept}
         facts = described(self._folder)
-        own: dict[str, Any] = dict(self._study)
         try:
             rows = [by_number[number] for number in facts["trials"]]
-            own["weights_hashes"] = [row.weights_hash for row in rows]
+            own = {**self._study, "weights_hashes": [row.weights_hash for row in rows]}
             is_other = any(facts[key] != value for key, value in own.items())
             if is_other or (self._settings.finish == "single" and len(rows) > 1):
                 return None
@@ -80,11 +79,6 @@ class FinalModel:
             return Choice(tuple(rows), weights, temperatures, facts["score"], facts["val_acc"])
         except (LookupError, TypeError, ValueError):
             return None  # none, another study's, or a damaged one
-
-    def _is_there(self, facts: dict[str, Any]) -> bool:
-        """Return whether the folder holds just this model."""
-        found = described(self._folder)
-        return all(found.get(key) == value for key, value in facts.items())
 
     def to_refit(self) -> list[Trial]:
         """Return the members whose settings have not been fitted to all images yet."""

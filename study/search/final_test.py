@@ -1,6 +1,6 @@
 """Read the test split, once, for chosen trials, and keep the result."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from core.config import Amp, TrainConfig
-from core.data.splits import ImageData, Split
 from core.device import amp_dtype, choose_device
 from core.heads.ensemble import Mean
 from core.metrics import Evaluation
-from core.model import Model, described, load_model, model_hash
+from core.model import described, load_model, model_hash
 from core.training.batches import Normalizer, eval_batches
 from core.training.checkpoint import weights_hash
 from core.training.trainer import evaluate
@@ -38,13 +37,8 @@ def test_trials(
     new = [number for number in dict.fromkeys(numbers) if number not in known]
     trials = [_with_checkpoint(study, record.trial(study.id, number)) for number in new]
     if trials:
-        config = StudyConfig.from_record(study.config)
-        data = load_images(config, progress)
-        split = _test_split(study, data)
-        for trial in trials:
-            model = load_model(Path(str(trial.checkpoint)))
-            amp = TrainConfig(**trial.config).amp
-            found = _evaluate(config, data, split, model, amp)
+        models = [(Path(str(row.checkpoint)), TrainConfig(**row.config).amp) for row in trials]
+        for trial, found in zip(trials, _evaluate(study, models, progress), strict=True):
             record.add_predictions(trial.id, "test", found.labels, found.predicted)
             facts = {"trial_number": trial.number, "val_acc": trial.value}
             known[trial.number] = _add(record, study, found, command, facts)
@@ -74,10 +68,8 @@ def test_model(record: Record, name: str, *, progress: Progress, command: str) -
     for row in record.tests(study.id):
         if row.model_hash == own:
             return row
-    config = StudyConfig.from_record(study.config)
-    data = load_images(config, progress)
-    split = _test_split(study, data)
-    found = _evaluate(config, data, split, load_model(folder), config.train.amp)
+    amp = StudyConfig.from_record(study.config).train.amp
+    (found,) = _evaluate(study, [(folder, amp)], progress)
     facts = {"trial_number": None, "model_hash": own, "val_acc": described(folder).get("val_acc")}
     return _add(record, study, found, command, facts)
 
@@ -116,33 +108,34 @@ def _with_checkpoint(study: Study, trial: Trial) -> Trial:
     return trial
 
 
-def _test_split(study: Study, data: ImageData) -> Split:
+def _evaluate(
+    study: Study, models: Iterable[tuple[Path, Amp]], progress: Progress
+) -> Iterator[Evaluation]:
+    """Evaluate models, each a folder and its precision, on the test split of a study."""
+    config = StudyConfig.from_record(study.config)
+    data = load_images(config, progress)
     if data.fingerprint != study.data["fingerprint"]:
         raise ConfigError(
             f"the images of study {study.name} must be those it was run on, but they have "
             "changed since. Restore them, or run the study again under another name."
         )
-    if data.test is None or len(data.test) == 0:
+    split = data.test
+    if split is None or len(split) == 0:
         raise ConfigError(
             f"study {study.name} must have a test split, but {data.source} has none."
         )
-    return data.test
-
-
-def _evaluate(
-    config: StudyConfig, data: ImageData, split: Split, model: Model, amp: Amp
-) -> Evaluation:
     device = choose_device(config.train.device)
-    dtype = amp_dtype(amp, device)
-    found = []
-    for member in model.members:
-        shown = member.preprocessing
-        batches = map(Normalizer(shown, device), eval_batches(data, split, shown, device))
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            evaluation = evaluate(member.network.to(device), batches, split.labels)
-        found.append(evaluation.log_probs)
-    mean = Mean(
-        np.array([member.weight for member in model.members], dtype=np.float32),
-        np.array([member.temperature for member in model.members], dtype=np.float32),
-    )
-    return Evaluation(split.labels, mean.log_probs(np.stack(found)))
+    for folder, amp in models:
+        members = load_model(folder).members
+        dtype, found = amp_dtype(amp, device), []
+        for member in members:
+            shown = member.preprocessing
+            batches = map(Normalizer(shown, device), eval_batches(data, split, shown, device))
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                evaluation = evaluate(member.network.to(device), batches, split.labels)
+            found.append(evaluation.log_probs)
+        mean = Mean(
+            np.array([member.weight for member in members], dtype=np.float32),
+            np.array([member.temperature for member in members], dtype=np.float32),
+        )
+        yield Evaluation(split.labels, mean.log_probs(np.stack(found)))

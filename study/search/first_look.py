@@ -8,7 +8,7 @@ from core.config import MAX_FREEZE_DEPTH
 from core.data.sources import find_images
 from core.data.splits import load_data
 from core.fit import fit
-from core.metrics import EpochMetrics, Interrupted
+from core.metrics import Interrupted
 from core.model import save_model
 from core.models.builder import input_of
 from core.training.checkpoint import remove_checkpoint
@@ -40,17 +40,17 @@ def take_first_look(
         return
     shown = input_of(train.backbone, train.weights, train.image_size)
     data = load_data(config.data, stored_side([train]), None, [shown], most=_SAMPLE)
-    checkpoint, found = output / "first-look", list[EpochMetrics]()
+    checkpoint = output / "first-look"
     try:
-        found += fit(train, data, checkpoint_dir=checkpoint, should_stop=should_stop)
+        (found,) = fit(train, data, checkpoint_dir=checkpoint, should_stop=should_stop)
     except Interrupted:
         return
     n = len(data.train) + len(data.val)
     facts: dict[str, Any] = {
         "study": config.study.name,
         "trials": [],
-        "score": found[0].score,
-        "val_acc": found[0].val_acc,
+        "score": found.score,
+        "val_acc": found.val_acc,
         "n_images": n,
     }
     save_model(output / MODEL_FOLDER, [(checkpoint, 1.0, 1.0)], facts)

@@ -125,12 +125,8 @@ class Planner:
     """Chooses trials from a study's rows and the time that is left, and from nothing else.
 
     Args:
-        space: The search space.
         base: Settings of keys that are not searched.
         costs: By the values of the dimensions that make a network; see `networks`.
-        n_train: Training images.
-        n_val: Validation images.
-        n_classes: Classes.
         run_id: The run that the costs were measured in. Its trials' seconds correct forecasts;
             those of earlier runs do not, since the machine may have been busier then.
     """
@@ -155,12 +151,8 @@ class Planner:
     ) -> Step | str:
         """Return the next trial, or why there is none.
 
-        That is `no time` where those that may gain do not fit into it, else `no gain`.
-
-        Args:
-            rows: The study's ended trials.
-            left_s: Seconds that trials may still take; None for no limit.
-            total_s: Seconds of the whole run; None for no limit.
+        That is `no time` where those that may gain do not fit into it, else `no gain`. The time
+        is what trials may still take, and that of the whole run; None for no limit.
         """
         rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
         pace, made = self._pace(rows)
@@ -176,7 +168,7 @@ class Planner:
             config = apply_params(self._base, params)
             own_pace = pace.get(config.is_solved, pace.get(True, 1.0))
             forecast = own_pace * self._seconds(config, made)
-            is_head = params.get("freeze_depth", self._base.freeze_depth) == MAX_FREEZE_DEPTH
+            is_head = config.freeze_depth == MAX_FREEZE_DEPTH
             is_short = total_s is not None and forecast <= _SHORT * total_s
             share = _LARGEST_SHARE_OF_SHORT if is_short else _LARGEST_SHARE
             share = _LARGEST_SHARE_OF_HEAD if is_head else share
@@ -285,9 +277,9 @@ class Planner:
             self._score(row) <= before for row in sampled
         )
         free = [name for name, dim in self._space.items() if name in RATES and len(dim.ends) > 1]
-        if free and not is_stale:
-            for _, network, level in [max(gained, key=_first)] if gained else []:
-                yield self._params(network, level), "learning rates drawn", True
+        if gained and free and not is_stale:
+            _, network, level = max(gained, key=_first)
+            yield self._params(network, level), "learning rates drawn", True
 
     def _first_size(self, network: _Network) -> _Network:
         """Return a network at the first image size of the space."""
@@ -361,9 +353,8 @@ class Planner:
             "features": "several",
             "mirrored": False,
         }
-        params = default_params(self._space)
-        params |= {n: d.nearest(wanted[n]) for n, d in self._space.items() if n in wanted}
-        return params
+        known = {n: d.nearest(wanted[n]) for n, d in self._space.items() if n in wanted}
+        return default_params(self._space) | known
 
     def _find(self, rows: Sequence[Trial], params: Params) -> Trial | None:
         """Return the trial of these settings, if there is one."""

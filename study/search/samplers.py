@@ -44,22 +44,21 @@ SAMPLERS: dict[str, tuple[str, Callable[[int, int, Distributions], dict[str, Any
 space. Samplers that keep no state take the trial's, so that a resumed study draws what it would
 have drawn without the stop; those that walk through a fixed sequence take the study's."""
 
+
+def _startup(epochs: int) -> dict[str, Any]:
+    """Compare trials once there are four, each after a fifth of its epochs, one at least."""
+    return {"n_startup_trials": 4, "n_warmup_steps": max(1, epochs // 5)}
+
+
 PRUNERS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "hyperband": (
         "optuna.pruners:HyperbandPruner",
         lambda epochs: {"min_resource": 1, "max_resource": max(1, epochs), "reduction_factor": 3},
     ),
-    "median": (
-        "optuna.pruners:MedianPruner",
-        lambda epochs: {"n_startup_trials": 4, "n_warmup_steps": _warmup(epochs)},
-    ),
+    "median": ("optuna.pruners:MedianPruner", _startup),
     "percentile": (
         "optuna.pruners:PercentilePruner",
-        lambda epochs: {
-            "percentile": 25.0,
-            "n_startup_trials": 4,
-            "n_warmup_steps": _warmup(epochs),
-        },
+        lambda epochs: {"percentile": 25.0} | _startup(epochs),
     ),
     "halving": (
         "optuna.pruners:SuccessiveHalvingPruner",
@@ -71,20 +70,8 @@ PRUNERS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 """Name -> import path, and its arguments for trials of at most so many epochs."""
 
 
-def _warmup(epochs: int) -> int:
-    """Return how many epochs a trial has before it may be compared: a fifth, one at least."""
-    return max(1, epochs // 5)
-
-
 def make_sampler(name: str, seed: int, trial_number: int, space: Distributions) -> "BaseSampler":
-    """Build a sampler for one trial.
-
-    Args:
-        name: One of `SAMPLERS`.
-        seed: The study's seed.
-        trial_number: Number of the trial that it will draw.
-        space: Distributions by name.
-    """
+    """Build a sampler for one trial; its name is one of `SAMPLERS`, and `seed` the study's."""
     words = np.random.SeedSequence((seed, trial_number)).generate_state(1)
     path, arguments = SAMPLERS[name]
     # Optuna's exhaustive samplers stop the study themselves, which asking and telling forbids;

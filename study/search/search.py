@@ -1,6 +1,5 @@
 """Run a search: ask Optuna for settings, run them, and stop or continue as the user wishes."""
 
-import contextlib
 import itertools
 import math
 import time
@@ -66,8 +65,6 @@ class SearchOutcome:
         stopped_because: `trials`, `timeout`, `patience`, `space exhausted`, `interrupted`; or of
             a plan `no gain`, where nothing promises one, `no time`, where nothing fits, and
             `plan`, where a given one is done.
-        trials: Those of the study.
-        n_val: Images of the validation split.
         n_test: Images of the test split; 0 without one.
         duration_s: Wall time of this run.
         model: What the study's model is made of, if there is one.
@@ -119,8 +116,8 @@ def run_search(
     begin = time.monotonic() if begin is None else begin
     replayed = None if plan is None else read_plan(plan, config)
     seconds = config.study.seconds
-    deadline = None if seconds is None else begin + seconds - _RESERVE_S
-    with Record(config.study.storage, create=True) as record, contextlib.ExitStack() as stack:
+    deadline = math.inf if seconds is None else begin + seconds - _RESERVE_S
+    with Record(config.study.storage, create=True) as record:
         output = Path(record.usable_path(config.study.output)) / config.study.name
         text = f"Study {config.study.name} in {record.storage}, files in {output}"
         if seconds is not None and config.study.time is None:
@@ -128,32 +125,30 @@ def run_search(
             text += f"\nIt takes {limit}; choose with --time 1h, or --trials 30."
         progress.emit(Note(text))
         is_new = record.find_study(config.study.name) is None
-        if is_new and deadline is not None and config.search.strategy == "plan":
+        if is_new and seconds is not None and config.search.strategy == "plan":
             take_first_look(config, output, progress, lambda: time.monotonic() > deadline)
-        session = stack.enter_context(
-            open_session(
-                record,
-                config,
-                corner_configs(config, with_starts=True),
-                progress=progress,
-                command=command,
-                allow_changes=allow_changes,
-                take_over=take_over,
-                deadline=deadline,
+        with open_session(
+            record,
+            config,
+            corner_configs(config, with_starts=True),
+            progress=progress,
+            command=command,
+            allow_changes=allow_changes,
+            take_over=take_over,
+            deadline=deadline,
+        ) as session:
+            search = _Search(session, replayed, begin)
+            session.because = search.run()
+            return SearchOutcome(
+                session.because,
+                record.trials(session.study_id),
+                len(session.data.val),
+                len(session.data.test or ()),
+                time.monotonic() - begin,
+                search.model.choice,
+                session.output,
+                search.images_per_s(),
             )
-        )
-        search = _Search(session, replayed, begin)
-        session.because = search.run()
-        return SearchOutcome(
-            session.because,
-            record.trials(session.study_id),
-            len(session.data.val),
-            len(session.data.test or ()),
-            time.monotonic() - begin,
-            search.model.choice,
-            session.output,
-            search.images_per_s(),
-        )
 
 
 class _Search:
@@ -168,7 +163,6 @@ class _Search:
         self.is_planned = self.config.search.strategy == "plan"
         self.replayed = replayed
         self.distributions = distributions(self.config.space)
-        self.n_points = n_points(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
         pruner = "none" if self.is_planned else self.config.search.pruner
         made = make_pruner(pruner, self.config.train.epochs)
@@ -199,22 +193,17 @@ class _Search:
             else:
                 step = self._next_step()
                 if isinstance(step, str):
-                    because = step
-                    break
+                    return self._finish(step)
                 trial = self._ask(step)
                 self._train_or_copy(trial)
             row = self.record.trial(self.study_id, trial.number)
             if row.ended_at:
                 self.rows.append(row)
-                self._update_model()
+                self.model.update()
                 ran = [row for row in self.rows if not _is_copy(row)]
                 write_plan(self.session.output, ran, self.forecasts)
                 self._show(self.rows)
         return self._finish(because)
-
-    def _update_model(self) -> None:
-        """Bring the model up to date; which checkpoints are kept stands in the record alone."""
-        self.model.update(self.record.trials(self.study_id))
 
     def _next_step(self) -> Step | str | None:
         """Return what is planned next, or why nothing is; None where a trial waits or is drawn."""
@@ -222,16 +211,13 @@ class _Search:
             return None
         if self.replayed is not None:
             return "plan"
-        return self._planned() if self.is_planned else None
-
-    def _planned(self) -> Step | str:
-        """Return the plan's next trial, or why there is none."""
+        if not self.is_planned:
+            return None
         if self.planner is None:
             self.planner = make_planner(self.config, self.session.data, self.session.run_id)
         left = self._left_s()
-        if left is not None:
-            refits_s = sum(map(_refit_s, self.model.to_refit()))
-            left -= min(refits_s, _LARGEST_SHARE_OF_REFITS * left)
+        refits_s = sum(map(_refit_s, self.model.to_refit()))
+        left -= min(refits_s, _LARGEST_SHARE_OF_REFITS * left)
         rows = [row for row in self.rows if not _is_copy(row)]
         return self.planner.next(rows, left, self.config.study.seconds)
 
@@ -241,22 +227,20 @@ class _Search:
             return None
         return 1 / sum(self.planner.forward_s(row) for row in self.model.choice.trials)
 
-    def _left_s(self) -> float | None:
-        deadline = self.session.deadline
-        return None if deadline is None else deadline - time.monotonic()
+    def _left_s(self) -> float:
+        return self.session.deadline - time.monotonic()
 
     def _finish(self, because: str) -> str:
         """Refit the model's members, as far as the time allows; return why the study ended."""
-        self._update_model()
+        self.model.update()
         for row in self.model.to_refit():
-            left = self._left_s()
-            if self.session.halted() or (left is not None and _refit_s(row) > left):
+            if self.session.halted() or _refit_s(row) > self._left_s():
                 continue
             self._note(f"Trial {row.number} is fitted again on all images but the test split.")
             if why := self.model.refit(row):
                 self._note(f"It was not, so the model has it as it is: {why}.")
             else:
-                self._update_model()
+                self.model.update()
         return because
 
     def _show(self, rows: list[Trial]) -> None:
@@ -333,7 +317,7 @@ class _Search:
             return "patience"
         tried = {frozenset(row.params.items()) for row in self.rows}
         n_copies = len(list(itertools.takewhile(_is_copy, reversed(self.rows))))
-        if n_copies >= _MOST_COPIES or (self.n_points and len(tried) >= self.n_points):
+        if n_copies >= _MOST_COPIES or len(tried) >= (n_points(self.config.space) or math.inf):
             return "space exhausted"
         return None
 
@@ -386,24 +370,21 @@ class _Search:
         return not is_early and metrics.ranked_by < _LEAST_OF_HEAD * max(same, default=-math.inf)
 
     def _waiting(self) -> list[optuna.trial.FrozenTrial]:
-        trials = self.study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state is TrialState.WAITING]
+        return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
-    def _ask(self, step: Step | None = None) -> optuna.Trial:
+    def _ask(self, step: Step | None) -> optuna.Trial:
         """Begin the next trial: one that waits, a planned one, or one that the sampler draws."""
         if step is not None and not step.is_sampled:
             self._enqueue(step.params, f"plan: {step.reason}", is_recipe=True)
-        trials = self.study.get_trials(deepcopy=False)
         waiting = self._waiting()
         while waiting and not fits(self.config.space, waiting[0].user_attrs[_QUEUED]):
             dropped = self.study.ask().number  # the first that waits, without drawing anything
             self.record.tell(self.study_id, dropped, "failed")
             self._note(f"{_DROPPED} {waiting.pop(0).number}: {_OUTSIDE}.")
-        number = waiting[0].number if waiting else len(trials)
-        sampler = self.config.search.sampler
+        number = waiting[0].number if waiting else len(self.study.get_trials(deepcopy=False))
+        sampler, seed = self.config.search.sampler, self.config.study.seed
         if self.rows and _is_copy(self.rows[-1]) and sampler not in EXHAUSTIVE:
             sampler = "random"  # the own one might propose the same settings forever
-        seed = self.config.study.seed
         if step is not None:
             self.forecasts[number] = step.forecast_s
         with quiet_experiments():

@@ -16,9 +16,7 @@ _KEYS = ("freeze_depth", "epochs", "schedule", "image_size")
 class WithinLevel(BasePruner):
     """Lets a pruner see only trials of the same freeze level, schedule and image size.
 
-    Args:
-        pruner: What decides.
-        storage: That of the study; trials are read through the study, which keeps ended ones.
+    `storage` is that of the study; trials are read through the study, which keeps ended ones.
     """
 
     def __init__(self, pruner: BasePruner, storage: BaseStorage) -> None:
@@ -36,6 +34,8 @@ class WithinLevel(BasePruner):
 class _Alike:
     """A study's storage that lists only trials like one of them."""
 
+    get_best_trial = BaseStorage.get_best_trial  # of those that are listed
+
     def __init__(self, storage: BaseStorage, study: optuna.Study, trial: FrozenTrial) -> None:
         self._storage, self._study, self._own = storage, study, self._level(trial.params)
 
@@ -51,13 +51,6 @@ class _Alike:
         """List the trials, as `BaseStorage` does."""
         trials = self._study.get_trials(deepcopy=deepcopy, states=states)
         return [trial for trial in trials if self._level(trial.params) == self._own]
-
-    def get_best_trial(self, study_id: int) -> FrozenTrial:
-        """Return the trial of the highest value, as `BaseStorage` does."""
-        trials = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-        if not trials:
-            raise ValueError("No trials are completed yet.")
-        return max(trials, key=lambda trial: trial.value or 0.0)
 
     @staticmethod
     def _level(params: dict[str, Any]) -> list[Any]:
