@@ -232,13 +232,11 @@ def run(
     from study.config.load import check_inputs, load_config, parse_config
 
     if path is None and data is None:
-        import tomllib
-
-        from study.config.toml import demo_text
+        from study.config.toml import DEMO, read_file
 
         if Path("study.toml").exists():
             print("This is the demo. For study.toml add --config study.toml.", file=sys.stderr)
-        config = parse_config(tomllib.loads(demo_text()), "the demo", overrides, _flags())
+        config = parse_config(read_file(DEMO), "the demo", overrides, _flags())
     else:
         config = load_config(path, overrides, _flags())
     check_inputs(config)

@@ -170,10 +170,8 @@ def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
     """Turn the ends or choices of a dimension into values of its key."""
     if "choices" in table:
         listed = table["choices"]
-        checked = [
-            check_value(key, value)
-            for value in (listed if isinstance(listed, list | tuple) else [listed])
-        ]
+        values = listed if isinstance(listed, list | tuple) else [listed]
+        checked = [check_value(key, value) for value in values]
         table["choices"] = tuple(value for value, _ in checked)
     elif takes_numbers(key):
         ends = [name for name in ("low", "high") if name in table]
