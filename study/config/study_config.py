@@ -191,9 +191,9 @@ class StudyConfig(BaseModel):
     def from_record(cls, record: Mapping[str, Any]) -> "StudyConfig":
         """Read back what `to_record` wrote."""
         space = parse_space(record["space"])[0]
-        train = TrainConfig(**default_params(space) | record["train"])
-        made = {name: section(**record[name]) for name, section in SECTIONS.items()}
-        return cls(**made | {"train": train, "space": space})
+        values = {**record, "train": default_params(space) | record["train"]}
+        made = {name: section(**values[name]) for name, section in SECTIONS.items()}
+        return cls(**made, space=space)
 
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values; a searched key stands under `space` only."""
