@@ -227,7 +227,7 @@ def _homes(key: str) -> list[str]:
 def check_inputs(config: StudyConfig) -> None:
     """Refuse a missing data folder and unknown backbones before anything is written.
 
-    This loads torch.
+    It loads torch.
 
     Raises:
         ConfigError: Everything that is wrong.

@@ -32,7 +32,6 @@ class Range:
     """Distance between neighbouring values; leave out to draw from the whole range."""
 
     def __post_init__(self) -> None:
-        """Check the rules between the ends."""
         is_whole = not (self.is_int and isinstance(self.step, float))
         is_short = self.step is None or self.low >= self.high or self.step <= self.high - self.low
         rules = {
@@ -85,7 +84,6 @@ class Choices:
     """The values, no two equal."""
 
     def __post_init__(self) -> None:
-        """Check that the values differ."""
         different = {(type(value), value) for value in self.choices}
         check_rules(self, {"choices must differ": len(different) == len(self.choices)})
 

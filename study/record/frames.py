@@ -20,11 +20,7 @@ _DICTS = ("params", "config")
 
 
 def read_trials(store: Record, name: str) -> "pd.DataFrame":
-    """Read a study's trials: one row each, its hyperparameters as columns `params_NAME`.
-
-    Raises:
-        RecordError: There is no such study.
-    """
+    """Read a study's trials: one row each, its hyperparameters as columns `params_NAME`."""
     import pandas as pd
 
     rows = store.trials(store.study(name).id)
@@ -39,11 +35,7 @@ def read_trials(store: Record, name: str) -> "pd.DataFrame":
 
 
 def read_epochs(store: Record, name: str) -> "pd.DataFrame":
-    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order.
-
-    Raises:
-        RecordError: There is no such study.
-    """
+    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order."""
     import pandas as pd
 
     columns = (*EPOCH_FIELDS, "seconds_since_start")
@@ -80,13 +72,7 @@ def read_thumbnails(store: Record, study_id: int, paths: Sequence[str]) -> dict[
 def read_predictions(
     store: Record, name: str, split: str = "val", number: int | None = None
 ) -> dict[int, tuple[IntArray, IntArray]]:
-    """Read what a study's trials predict for each image of a split.
-
-    Args:
-        store: The record.
-        name: The study.
-        split: `val` or `test`.
-        number: This trial alone.
+    """Read what a study's trials, or that of a number, predict for each image of `val` or `test`.
 
     Returns:
         Trial number -> true and predicted class numbers, (N,) each; trials without are left out.
