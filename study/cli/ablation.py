@@ -1,6 +1,7 @@
 """What the commands about ablations do: plan, run, describe, report and test."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,9 +90,9 @@ def print_plan(plan: Plan) -> None:
     sys.stdout.flush()
 
 
-def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[str]:
-    """Say before a run what its replicates and images can decide, as `foresee` does."""
-    n = plan.looks[-1]
+def announce(plan: Plan, progress: Progress, data: ImageData, n_folds: int, order: int) -> None:
+    """Show before a run what its replicates and images can decide, as `foresee` says it."""
+    settings = plan.baseline.settings
     judged = data.val if n_folds == 1 else data.development
     texts = list(_idle_words(plan))
     if n_folds > 1:
@@ -102,8 +103,10 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[
     if all("seed" in without_effect(config) for config in plan.configs()):
         once = "; on one split each is trained once." if n_folds == 1 else "."
         texts.append(f"Solved heads have no seed: images alone decide about them{once}")
-    n_tests = plan.design.n_tests
-    return [*texts, foresee(n, n_tests, len(judged), n_folds, _rules(plan), order)]
+    rules = Rules(settings.alpha, settings.margin / 100)
+    n, n_tests = plan.looks[-1], plan.design.n_tests
+    for text in [*texts, foresee(n, n_tests, len(judged), n_folds, rules, order)]:
+        progress.emit(Note(text))
 
 
 def _idle_words(plan: Plan) -> Iterator[str]:
@@ -115,18 +118,12 @@ def _idle_words(plan: Plan) -> Iterator[str]:
             yield f"warning: {cell.label}: without effect are {', '.join(idle)}{why}."
 
 
-def _rules(plan: Plan) -> Rules:
-    settings = plan.baseline.settings
-    return Rules(settings.alpha, settings.margin / 100)
-
-
 def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     """Print the runs of an ablation and what they would cost."""
     data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
     order, n_folds = check_begun(plan), choose_folds(plan.baseline, len(data.val))
-    for text in foresee_plan(plan, data, n_folds, order):
-        progress.emit(Note(text))
+    announce(plan, progress, data, n_folds, order)
     n_kept = plan.n_runs if plan.baseline.settings.keep_checkpoints else 0
     found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
     progress.close()
@@ -150,16 +147,12 @@ def run_plan(
         with Record(study.storage) as store:
             return open_cells(read_ablations(store, study.name)[0])
 
-    def announce(data: ImageData, n_folds: int, order: int) -> None:
-        for text in foresee_plan(plan, data, n_folds, order):
-            progress.emit(Note(text))
-
     outcome = run_ablation(
         plan,
         progress=progress,
         command=command,
         decide=decide,
-        announce=announce,
+        announce=functools.partial(announce, plan, progress),
         take_over=take_over,
     )
     progress.close()
