@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import filesize
 
@@ -12,7 +12,7 @@ from core.data.splits import ImageData
 from core.training.no_effect import without_effect
 from reports.ablation import Rules, read_ablations
 from reports.ablation_report import describe_ablation, write_ablation
-from reports.effects import foresee, open_cells
+from reports.effects import Effect, foresee, open_cells
 from reports.record import optimism
 from study.ablation.baseline import find_baseline, read_flags
 from study.ablation.designs import BASELINE, cell_label
@@ -40,9 +40,6 @@ from study.execution.session import load_images, preflight
 from study.record.record import Record
 from study.search.final_test import test_trials
 from study.search.plan import estimate
-
-if TYPE_CHECKING:
-    from reports.effects import Effect
 
 
 def plan_ablation(
@@ -183,7 +180,7 @@ def run_plan(
     return outcome.stopped_because
 
 
-def _effect_record(effect: "Effect") -> dict[str, Any]:
+def _effect_record(effect: Effect) -> dict[str, Any]:
     keys = ("n", "n_failed", "p", "p_family", "verdict", "n_needed", "images_needed")
     record = {"factor": effect.contrast.factor, "level": effect.contrast.level}
     record |= {key: getattr(effect, key) for key in keys}
@@ -217,11 +214,7 @@ def test_levels(
 
 
 def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
-    """Find the complete runs of the chosen levels and of the baseline, in all designs.
-
-    Raises:
-        ConfigError: A level is none of the designs'.
-    """
+    """Find the complete runs of the chosen levels and of the baseline, in all designs."""
     study = store.study(name)
     runs: dict[str, list[str]] = {}
     for design in store.designs(study.id):

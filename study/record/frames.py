@@ -15,17 +15,14 @@ from study.record.record import EPOCH_FIELDS, Record, unpack_classes
 if TYPE_CHECKING:
     import pandas as pd
 
-_FROM_CONFIG = ("seed", "backbone", "freeze_depth")
-_DICTS = ("params", "config")
-
 
 def read_trials(store: Record, name: str) -> "pd.DataFrame":
     """Read a study's trials: one row each, its hyperparameters as columns `params_NAME`."""
     import pandas as pd
 
     rows = store.trials(store.study(name).id)
-    columns = [f.name for f in dataclasses.fields(Trial) if f.name not in _DICTS]
-    columns += _FROM_CONFIG
+    columns = [f.name for f in dataclasses.fields(Trial) if f.name not in ("params", "config")]
+    columns += ["seed", "backbone", "freeze_depth"]
     frame = pd.DataFrame([[getattr(row, c) for c in columns] for row in rows], columns=columns)
     for key in dict.fromkeys(key for row in rows for key in row.params):
         values = [row.params.get(key) for row in rows]

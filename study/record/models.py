@@ -356,7 +356,6 @@ class Test(Base, kw_only=True):
         model_hash: SHA-256 of the model's description; None for a trial.
         created_at: When the split was read.
         n: Number of test images.
-        accuracy: `n_correct / n`.
         low: Lower end of its 95 % Wilson interval; `high` is the upper one.
         balanced_acc: Mean over classes of the share classified correctly.
         val_acc: Validation accuracy of the tested epoch.
@@ -398,7 +397,6 @@ class Design(Base, kw_only=True):
     """An ablation's design.
 
     Attributes:
-        key: Unique within the study.
         kind: A name in `DESIGNS`.
         spec: Factors, cells and rules, as `Design.to_record` returns them.
         command: Command line that used it last, at `updated_at`.
