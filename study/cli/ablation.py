@@ -1,9 +1,10 @@
 """What the commands about ablations do: plan, run, describe, report and test."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import filesize
 
@@ -11,7 +12,7 @@ from core.data.splits import ImageData
 from core.training.no_effect import without_effect
 from reports.ablation import Rules, read_ablations
 from reports.ablation_report import describe_ablation, write_ablation
-from reports.effects import foresee, open_cells
+from reports.effects import Effect, foresee, open_cells
 from reports.record import optimism
 from study.ablation.baseline import find_baseline, read_flags
 from study.ablation.designs import BASELINE, Cell
@@ -39,9 +40,6 @@ from study.execution.session import load_images, preflight
 from study.record.record import Record
 from study.search.final_test import test_trials
 from study.search.plan import estimate
-
-if TYPE_CHECKING:
-    from reports.effects import Effect
 
 
 def plan_ablation(
@@ -86,9 +84,9 @@ def print_plan(plan: Plan) -> None:
     sys.stdout.flush()
 
 
-def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[str]:
-    """Say before a run what its replicates and images can decide, as `foresee` does."""
-    n = plan.looks[-1]
+def announce(plan: Plan, progress: Progress, data: ImageData, n_folds: int, order: int) -> None:
+    """Show before a run what its replicates and images can decide, as `foresee` says it."""
+    settings = plan.baseline.config.ablation
     judged = data.val if n_folds == 1 else data.development
     texts = list(_idle_words(plan))
     if n_folds > 1:
@@ -99,8 +97,10 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[
     if all("seed" in without_effect(config) for config in plan.configs()):
         once = "; on one split each is trained once." if n_folds == 1 else "."
         texts.append(f"Solved heads have no seed: images alone decide about them{once}")
-    n_tests = plan.design.n_tests
-    return [*texts, foresee(n, n_tests, len(judged), n_folds, _rules(plan), order)]
+    rules = Rules(settings.alpha, settings.margin / 100)
+    n, n_tests = plan.looks[-1], plan.design.n_tests
+    for text in [*texts, foresee(n, n_tests, len(judged), n_folds, rules, order)]:
+        progress.emit(Note(text))
 
 
 def _idle_words(plan: Plan) -> Iterator[str]:
@@ -112,18 +112,12 @@ def _idle_words(plan: Plan) -> Iterator[str]:
             yield f"warning: {cell.label}: without effect are {', '.join(idle)}{why}."
 
 
-def _rules(plan: Plan) -> Rules:
-    settings = plan.baseline.config.ablation
-    return Rules(settings.alpha, settings.margin / 100)
-
-
 def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     """Print the runs of an ablation and what they would cost."""
     data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
     order, n_folds = check_begun(plan), choose_folds(plan.baseline, len(data.val))
-    for text in foresee_plan(plan, data, n_folds, order):
-        progress.emit(Note(text))
+    announce(plan, progress, data, n_folds, order)
     n_kept = plan.n_runs if plan.baseline.config.ablation.keep_checkpoints else 0
     found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
     progress.close()
@@ -147,16 +141,12 @@ def run_plan(
         with Record(study.storage) as store:
             return open_cells(read_ablations(store, study.name)[0])
 
-    def announce(data: ImageData, n_folds: int, order: int) -> None:
-        for text in foresee_plan(plan, data, n_folds, order):
-            progress.emit(Note(text))
-
     outcome = run_ablation(
         plan,
         progress=progress,
         command=command,
         decide=decide,
-        announce=announce,
+        announce=functools.partial(announce, plan, progress),
         take_over=take_over,
     )
     progress.close()
@@ -187,7 +177,7 @@ def run_plan(
     return outcome.stopped_because
 
 
-def _effect_record(effect: "Effect") -> dict[str, Any]:
+def _effect_record(effect: Effect) -> dict[str, Any]:
     keys = ("n", "n_failed", "p", "p_family", "verdict", "n_needed", "images_needed")
     record = {"factor": effect.contrast.factor, "level": effect.contrast.level}
     record |= {key: getattr(effect, key) for key in keys}
@@ -221,11 +211,7 @@ def test_levels(
 
 
 def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
-    """Find the complete runs of the chosen levels and of the baseline, in all designs.
-
-    Raises:
-        ConfigError: A level is none of the designs'.
-    """
+    """Find the complete runs of the chosen levels and of the baseline, in all designs."""
     study = store.study(name)
     runs: dict[str, list[str]] = {}
     for design in store.designs(study.id):

@@ -33,7 +33,6 @@ def write_archive(store: Record, name: str, out: Path) -> Path:
 
     Raises:
         ConfigError: The file is there, or the record is not in an SQLite file.
-        RecordError: There is no such study.
     """
     study = store.study(name)
     if out.exists():
@@ -45,14 +44,13 @@ def write_archive(store: Record, name: str, out: Path) -> Path:
             "database with its own tools."
         )
     config, command = StudyConfig.from_record(study.config), "run --config study.toml"
+    storage = str(store.engine.url.database)
     if store.designs(study.id):
-        storage = str(store.engine.url.database)
         config = find_baseline(name, "best", (), {"study.storage": storage}).config
         command = "ablate study.toml"
-    folder = f"{_OUTPUT}/{name}"
     with TemporaryDirectory() as temporary:
         database = Path(temporary) / "studies.db"
-        _copy_database(Path(str(store.engine.url.database)), database, name)
+        _copy_database(storage, database, name)
         readme = _README.format(
             name=name,
             output=_OUTPUT,
@@ -67,11 +65,11 @@ def write_archive(store: Record, name: str, out: Path) -> Path:
             for path in sorted(study.output.rglob("*")):
                 inside = path.relative_to(study.output)
                 if path.is_file() and inside.parts[0] in (SPLITS_FILE, *_REPORTS):
-                    archive.write(path, f"{folder}/{inside.as_posix()}")
+                    archive.write(path, f"{_OUTPUT}/{name}/{inside.as_posix()}")
     return out
 
 
-def _copy_database(source: Path, target: Path, name: str) -> None:
+def _copy_database(source: str, target: Path, name: str) -> None:
     """Copy one study of a database into another one."""
     connect = sqlite3.connect
     with contextlib.closing(connect(source)) as old, contextlib.closing(connect(target)) as new:
@@ -81,10 +79,7 @@ def _copy_database(source: Path, target: Path, name: str) -> None:
             if other.name != name:
                 copy.delete_study(other.name)
         study = copy.study(name)
-        settings = {
-            **study.config,
-            "study": {**study.config["study"], "output": str(target.parent / _OUTPUT)},
-        }
-        copy.update_study(study, settings, study.data)
+        study.config["study"]["output"] = str(target.parent / _OUTPUT)
+        copy.update_study(study, study.config, study.data)
     with contextlib.closing(connect(target)) as new:
         new.execute("VACUUM")

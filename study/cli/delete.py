@@ -10,7 +10,7 @@ from core.model import described, remove_model
 from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
-from study.record.models import ARTIFACTS_FOLDER, MODEL_FOLDER, Study, trial_folder
+from study.record.models import ARTIFACTS_FOLDER, MODEL_FOLDER, trial_folder
 from study.record.record import Record
 
 
@@ -49,15 +49,11 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
                 left.append(state)
             else:
                 state.unlink()
-    if _is_model_of(study):
+    own = {"study": study.name, "created_at": study.created_at.isoformat()}
+    model = described(study.output / MODEL_FOLDER)
+    if all(model.get(key) == value for key, value in own.items()):
         remove_model(study.output / MODEL_FOLDER)
     for folder in (study.output / "state", study.output, artifacts):
         with contextlib.suppress(OSError):  # it is not empty, or missing
             folder.rmdir()
     return gone, left
-
-
-def _is_model_of(study: Study) -> bool:
-    own = {"study": study.name, "created_at": study.created_at.isoformat()}
-    found = described(study.output / MODEL_FOLDER)
-    return all(found.get(key) == value for key, value in own.items())

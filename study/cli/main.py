@@ -4,6 +4,7 @@ Only click is imported at the top: help and mistyped options are answered at onc
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import os
@@ -58,11 +59,7 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status.
-
-    Args:
-        argv: Arguments; None for the process's own.
-    """
+    """Run a command, with the process's own arguments if none are given; return its status."""
     # Before anything loads torch: OpenMP threads that wait otherwise spin, and take the cores from
     # whatever runs at the same time. Measured, ResNet-18 step on two cores with a busy neighbour:
     # 3.3 to 7 times slower with spinning, no clear difference on a quiet machine.
@@ -158,10 +155,6 @@ def _print(view: Any, record: object) -> None:
         print_view(view)
 
 
-def _is_ablation(store: "Record", name: str) -> bool:
-    return bool(store.designs(store.study(name).id))
-
-
 def _no_best(name: str, command: str) -> click.ClickException:
     return click.ClickException(
         f"study {name} is an ablation, of which no run is the best. Use: python -m study {command}"
@@ -232,13 +225,11 @@ def run(
     from study.config.load import check_inputs, load_config, parse_config
 
     if path is None and data is None:
-        import tomllib
-
-        from study.config.toml import demo_text
+        from study.config.toml import DEMO, read_file
 
         if Path("study.toml").exists():
             print("This is the demo. For study.toml add --config study.toml.", file=sys.stderr)
-        config = parse_config(tomllib.loads(demo_text()), "the demo", overrides, _flags())
+        config = parse_config(read_file(DEMO), "the demo", overrides, _flags())
     else:
         config = load_config(path, overrides, _flags())
     check_inputs(config)
@@ -257,7 +248,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
 
     with _open() as store:
         row = store.study(study)
-        if _is_ablation(store, study):
+        if store.designs(row.id):
             raise _no_best(study, f"ablate {shlex.quote(study)}")
     config = parse_config(row.config, f"study {study}", overrides, _flags())
     check_inputs(config)
@@ -313,16 +304,15 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     from study.search.search import HALTED
 
     name, storage, report = config.study.name, config.study.storage, None
-    if not _given("as_json"):
-        from reports.record import optimism
+    with _open(storage) as store:
+        if not _given("as_json"):
+            from reports.record import optimism
 
-        with _open(storage) as store:
             bias = optimism(store, name)
-        views.print_view(views.summary_view(outcome, config.study, bias))
-    if outcome.stopped_because != "interrupted":  # drawing takes seconds
-        from reports.search_report import write_report
+            views.print_view(views.summary_view(outcome, config.study, bias))
+        if outcome.stopped_because != "interrupted":  # drawing takes seconds
+            from reports.search_report import write_report
 
-        with _open(storage) as store:
             report = write_report(store, name, outcome.output / "report").html
     if _given("as_json"):
         names = ("stopped_because", "counts", "best", "model")
@@ -411,13 +401,12 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
     from study.search.audit import audit_study
 
     because = None
-    with _open() as store:
-        with _progress() as progress:
-            if sample:
-                line = _command_line()
-                because = audit_study(
-                    store, study, sample, progress=progress, command=line, take_over=take_over
-                )
+    with _open() as store, _progress() as progress:
+        if sample:
+            line = _command_line()
+            because = audit_study(
+                store, study, sample, progress=progress, command=line, take_over=take_over
+            )
         found = read_audit(store, study)
     if as_json:
         print_json(found)
@@ -461,12 +450,12 @@ def show(study: str, trial: int | None, **_: Any) -> None:
         if trial is None:
             trials, tests = store.trials(row.id), store.tests(row.id)
             view = views.study_view(row, trials, tests)
-            _print(view, {**views.columns(row), "trials": trials, "tests": tests})
+            _print(view, {**dataclasses.asdict(row), "trials": trials, "tests": tests})
         else:
             found = store.trial(row.id, trial)
             epochs = store.epochs(found.id)
             view = views.trial_view(found, epochs)
-            _print(view, {**views.columns(found), "epochs": epochs})
+            _print(view, {**dataclasses.asdict(found), "epochs": epochs})
 
 
 @cli.command()
@@ -543,8 +532,8 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
     from study.search.final_test import test_model, test_trials
 
     with _open() as store, _progress() as progress:
-        is_ablation, folder = _is_ablation(store, study), store.study(study).output
-        line = _command_line()
+        found, line = store.study(study), _command_line()
+        is_ablation = bool(store.designs(found.id))
         if levels:
             from study.cli.ablation import test_levels
 
@@ -557,7 +546,6 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
             return
         if is_ablation and trial is None:
             raise _no_best(study, f"test {shlex.quote(study)} --levels all")
-        found = store.study(study)
         n_before = len(store.tests(found.id))
         if trial is None:
             store.best_trial(found)  # says so where no trial is complete
@@ -565,10 +553,11 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
         else:
             (row,) = test_trials(store, study, [trial], progress=progress, command=line)
         tests = store.tests(found.id)
-        if (folder / "report" / "report.html").exists():  # what it says of the test has changed
+        folder = found.output / "report"
+        if (folder / "report.html").exists():  # what it says of the test has changed
             from reports.search_report import write_report
 
-            write_report(store, study, folder / "report")
+            write_report(store, study, folder)
     _print(describe_use(row, tests, is_new=len(tests) > n_before), row)
 
 
@@ -581,20 +570,20 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
 def report(study: str, out: Path | None, beside: Sequence[str], watch: bool, **_: Any) -> None:
     """Write the report: a page, CSV, plots."""
     with _open() as store:
-        folder = store.study(study).output
-        if _is_ablation(store, study):
+        row = store.study(study)
+        if store.designs(row.id):
             from reports.ablation_report import write_ablation
 
             if watch:
                 raise click.ClickException(f"--watch is for searches, but {study} is an ablation.")
-            made = write_ablation(store, study, out or folder / "ablation", beside=beside)
+            made = write_ablation(store, study, out or row.output / "ablation", beside=beside)
             print(made.html, made.markdown, made.latex, *made.csv, sep="\n")
         else:
             from reports.search_report import write_report
 
-            target, study_id, is_first = out or folder / "report", store.study(study).id, True
+            target, is_first = out or row.output / "report", True
             while True:
-                is_last = not watch or store.working(study_id) is None
+                is_last = not watch or store.working(row.id) is None
                 refresh_s = 0 if is_last else _WATCH_S  # the last page stands still
                 paths = write_report(store, study, target, beside=beside, refresh_s=refresh_s)
                 if is_first:

@@ -1,11 +1,9 @@
 """What the commands print: tables and sentences about studies, trials, tests and costs."""
 
-import dataclasses
 import shlex
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import filesize
 from rich.console import Console, Group, RenderableType
@@ -23,7 +21,7 @@ from study.config.formatting import (
     hide_password,
     json_text,
 )
-from study.record.models import MODEL_FOLDER, Counts, best_of
+from study.record.models import MODEL_FOLDER, Counts, best_of, now
 
 if TYPE_CHECKING:
     from core.models.freeze_stages import Level
@@ -74,10 +72,7 @@ def make_table(
 ) -> Table:
     """Make a table of plain texts: brackets are not markup, None is a dash.
 
-    Args:
-        header: Column names; without any name no header is shown.
-        rows: Cells.
-        right: Columns that are aligned to the right.
+    No header is shown where no column has a name; those named in `right` are aligned there.
     """
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
     for name in header:
@@ -159,7 +154,7 @@ def status_text(name: str, trials: Sequence["Trial"], run: "Run | None") -> str:
     text = f"{n} trial{'' if n == 1 else 's'}, best {accuracy}"
     if run is None:
         return f"Study {name} is not running: {text}."
-    since = (datetime.now(UTC).replace(tzinfo=None) - run.started_at).total_seconds()
+    since = (now() - run.started_at).total_seconds()
     text = f"Study {name} has been running for {format_duration(since)}: {text}"
     for row in (trial for trial in trials if trial.state == "running"):
         config = TrainConfig(**row.config)
@@ -203,11 +198,6 @@ def trials_table(trials: Sequence["Trial"]) -> Table:
         for row in trials
     )
     return make_table((*right, *state, "what"), rows, right=right)
-
-
-def columns(row: "Study | Trial") -> dict[str, Any]:
-    """Return a row as `show --json` prints it."""
-    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
 
 
 def trial_view(trial: "Trial", epochs: Sequence[EpochMetrics]) -> RenderableType:

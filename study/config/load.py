@@ -107,18 +107,15 @@ class _Merged:
         key, where = (keys or path)[0], ".".join(path[:2])
         homes = _homes(key)
         is_section = section in self.values and not keys
-        is_table = is_section and isinstance(value, Mapping)  # its values come one by one
-        rule = None if is_table else _unusable(value, len(path))
-        if rule is not None:
-            self._add(origin, where, rule)
-        elif is_section:
-            if not isinstance(value, Mapping):
-                self._add(origin, where, f"must be a table, [{section}], but got {value!r}.")
-                return
+        if is_section and isinstance(value, Mapping):
             if section == "space":  # as a whole it replaces what is there
                 self.values[section] = {}
             for inner_key, inner in value.items():
                 self.put(origin, [section, inner_key], inner)
+        elif rule := _unusable(value, len(path)):
+            self._add(origin, where, rule)
+        elif is_section:
+            self._add(origin, where, f"must be a table, [{section}], but got {value!r}.")
         elif section in (["space", *homes] if homes else self.values):
             self._origins[section, key] = origin
             table = self.values[section]
@@ -136,11 +133,7 @@ class _Merged:
             self._add(origin, section, f"{text} The sections are {', '.join(self.values)}.")
 
     def checked(self) -> StudyConfig:
-        """Make the configuration.
-
-        Raises:
-            ConfigError: Something is wrong; it lists every fault.
-        """
+        """Make the configuration, or refuse it with every fault."""
         self._settle()
         search = self.values["search"]
         if search.keys() & {"sampler", "pruner", "recipes"}:  # which a plan has no use for
@@ -234,7 +227,7 @@ def _homes(key: str) -> list[str]:
 def check_inputs(config: StudyConfig) -> None:
     """Refuse a missing data folder and unknown backbones before anything is written.
 
-    This loads torch.
+    It loads torch.
 
     Raises:
         ConfigError: Everything that is wrong.

@@ -32,7 +32,6 @@ class Range:
     """Distance between neighbouring values; leave out to draw from the whole range."""
 
     def __post_init__(self) -> None:
-        """Check the rules between the ends."""
         is_whole = not (self.is_int and isinstance(self.step, float))
         is_short = self.step is None or self.low >= self.high or self.step <= self.high - self.low
         rules = {
@@ -85,7 +84,6 @@ class Choices:
     """The values, no two equal."""
 
     def __post_init__(self) -> None:
-        """Check that the values differ."""
         different = {(type(value), value) for value in self.choices}
         check_rules(self, {"choices must differ": len(different) == len(self.choices)})
 
@@ -170,10 +168,8 @@ def _read_values(key: str, table: dict[str, Any]) -> list[Fault]:
     """Turn the ends or choices of a dimension into values of its key."""
     if "choices" in table:
         listed = table["choices"]
-        checked = [
-            check_value(key, value)
-            for value in (listed if isinstance(listed, list | tuple) else [listed])
-        ]
+        values = listed if isinstance(listed, list | tuple) else [listed]
+        checked = [check_value(key, value) for value in values]
         table["choices"] = tuple(value for value, _ in checked)
     elif takes_numbers(key):
         ends = [name for name in ("low", "high") if name in table]

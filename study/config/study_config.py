@@ -71,9 +71,7 @@ class StudySection:
     """Database of all studies: a file, or an SQLAlchemy URL (postgresql://...)."""
     output: str = "frostline-runs"
     """Folder of checkpoints and reports; a relative one lies beside the database."""
-    time: OrNone[
-        Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
-    ] = Field(default=None, gt=0)
+    time: OrNone[Annotated[float, BeforeValidator(_seconds)]] = Field(default=None, gt=0)
     """Time that one run takes as a whole, in seconds or as "2h" or "90m". Leave out for no limit,
     or, where trials is left out too, for 15 minutes."""
     trials: OrNone[int] = Field(default=None, ge=1)
@@ -193,9 +191,9 @@ class StudyConfig(BaseModel):
     def from_record(cls, record: Mapping[str, Any]) -> "StudyConfig":
         """Read back what `to_record` wrote."""
         space = parse_space(record["space"])[0]
-        train = TrainConfig(**default_params(space) | record["train"])
-        made = {name: section(**record[name]) for name, section in SECTIONS.items()}
-        return cls(**made | {"train": train, "space": space})
+        values = {**record, "train": default_params(space) | record["train"]}
+        made = {name: section(**values[name]) for name, section in SECTIONS.items()}
+        return cls(**made, space=space)
 
     def to_record(self) -> dict[str, Any]:
         """Return plain JSON values; a searched key stands under `space` only."""
@@ -204,22 +202,16 @@ class StudyConfig(BaseModel):
         return record
 
 
-SECTIONS: dict[str, type] = {
-    "study": StudySection,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "search": SearchSection,
-    "ablation": AblationSection,
+SECTIONS: dict[str, Any] = {
+    name: field.annotation for name, field in StudyConfig.model_fields.items() if name != "space"
 }
 """The sections of keys; [space], which holds dimensions, is not among them."""
-FREE_KEYS = frozenset(
-    {
-        *(f"study.{key}" for key in fields_of(StudySection) if key != "seed"),
-        *(f"data.{key}" for key in ("source", "root", "download", "cache_dir")),
-        *("train.device", "train.workers"),
-        *(f"ablation.{key}" for key in fields_of(AblationSection)),
-    }
-)
+FREE_KEYS = {
+    *(f"study.{key}" for key in fields_of(StudySection) if key != "seed"),
+    *(f"data.{key}" for key in ("source", "root", "download", "cache_dir")),
+    *("train.device", "train.workers"),
+    *(f"ablation.{key}" for key in fields_of(AblationSection)),
+}
 """Keys that may change when a study is resumed: they do not change what a trial's result means."""
 
 

@@ -1,6 +1,5 @@
 """Configurations as TOML text: read, and written with comments."""
 
-import importlib.resources
 import json
 import re
 import stat
@@ -12,13 +11,14 @@ from typing import Any
 
 from core.config import fields_of
 from study.config.errors import ConfigError
-from study.config.formatting import hide_password
 from study.config.study_config import SECTIONS, StudyConfig, default_name
 
 # Room for "# " within the width of an editor's usual 99 columns.
 _COMMENT_WIDTH = 92
 # Far more than a configuration needs: a larger file is something else. Assumption.
 _MOST_BYTES = 2**20
+DEMO = Path(__file__).with_name("demo.toml")
+"""The configuration of the demo."""
 _HEAD = """\
 # A Frostline study. Every key may be left out: what stands here is what it then is.
 # Run it: python -m study run --config FILE
@@ -56,11 +56,6 @@ def read_value(text: str) -> object:
         return text
 
 
-def demo_text() -> str:
-    """Return the configuration of the demo."""
-    return importlib.resources.files("study.config").joinpath("demo.toml").read_text("utf-8")
-
-
 def config_text(config: StudyConfig, *, with_help: bool = False) -> str:
     """Write a configuration as TOML that `load_config` reads back to the same, but a password.
 
@@ -86,17 +81,15 @@ def write_new(path: Path, text: str, *, may_replace: bool) -> None:
 
 
 def _section(name: str, config: StudyConfig, with_help: bool) -> Iterator[str]:
-    values = getattr(config, name)
+    section, values = SECTIONS[name], config.to_record()[name]
     if with_help:
-        yield from _comment(values.__class__.__doc__.splitlines()[0])
+        yield from _comment(section.__doc__.splitlines()[0])
     yield f"[{name}]"
-    for key, field in fields_of(type(values)).items():
+    for key, field in fields_of(section).items():
         if with_help:
             yield ""
             yield from _comment(field.description or "")
-        value = getattr(values, key)
-        if key == "storage":
-            value = hide_password(value)
+        value = values.get(key)
         if name == "train" and key in config.space:
             yield f"# {key} is searched: see [space]."
         elif value is None:

@@ -5,7 +5,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +67,8 @@ def open_database(storage: str, *, create: bool) -> tuple[Engine, RDBStorage]:
     storage = hide_password(storage)
     try:
         # Not with our settings: switching to the write-ahead log changes the file.
-        _check_owner(create_engine(url), storage, create)
+        if why := _unusable(create_engine(url), create):
+            raise RecordError(f"database {storage} {why}")
         engine = create_engine(url, **options)
         _with_patience(lambda: _create_tables(engine))
         text = url.render_as_string(hide_password=False)
@@ -112,30 +113,10 @@ def writing(engine: Engine) -> Iterator[Session]:
         yield session
 
 
-def this_process(study_id: int, command: str, device: str, versions: Mapping[str, str]) -> Run:
-    """Return this process as one that works on a study."""
-    return Run(
-        study_id=study_id,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        pid_started=psutil.Process().create_time(),
-        command=command,
-        device=device,
-        versions=dict(versions),
-    )
-
-
-def is_alive(run: Run, take_over: bool = False) -> bool:
-    """Return whether a process still works on its study; one elsewhere does until it signs off.
-
-    Args:
-        run: The process.
-        take_over: Count a process of another machine as dead.
-    """
-    if run.ended_at is not None:
-        return False
-    if run.host != socket.gethostname():
-        return not take_over
+def is_alive(run: Run) -> bool:
+    """Return whether a process still works on its study; one elsewhere does until it signs off."""
+    if run.ended_at is not None or run.host != socket.gethostname():
+        return run.ended_at is None
     try:
         return bool(abs(psutil.Process(run.pid).create_time() - run.pid_started) < _SAME_START_S)
     except psutil.Error:
@@ -143,14 +124,15 @@ def is_alive(run: Run, take_over: bool = False) -> bool:
 
 
 def check_dead(run: Run, take_over: bool) -> None:
-    """Refuse a study that another process works on.
+    """Refuse a study that another process works on; to take over, not for one elsewhere.
 
     Raises:
         RecordError: It does; says which process, and what the user can do.
     """
-    if is_alive(run, take_over):
+    is_here = run.host == socket.gethostname()
+    if is_alive(run) and (is_here or not take_over):
         remedy = "Wait for it, stop it, or use another --name."
-        if run.host != socket.gethostname():
+        if not is_here:
             remedy += " If that machine is gone, add --take-over."
         raise RecordError(
             f"the study is being run by process {run.pid} on {run.host} since "
@@ -158,12 +140,11 @@ def check_dead(run: Run, take_over: bool) -> None:
         )
 
 
-def database_folder(storage: str) -> Path | None:
+def database_folder(url: URL) -> Path | None:
     """Return the folder in which relative paths of a database's studies begin: its own.
 
     It is empty for the one where one stands; None for a server, which lies in none.
     """
-    url = _database_url(storage)
     if url.get_backend_name() != "sqlite":
         return None
     folder = Path(os.path.abspath(url.database or "")).parent
@@ -241,33 +222,29 @@ def _with_patience(action: Callable[[], Result]) -> Result:
             time.sleep(_RETRY_S)
 
 
-def _check_owner(engine: Engine, storage: str, create: bool) -> None:
-    """Refuse another program's database and another layout of ours; nothing is written."""
+def _unusable(engine: Engine, create: bool) -> str | None:
+    """Say why a database is not ours or not of this layout; nothing is written."""
     try:
         tables = set(inspect(engine).get_table_names())
-        is_ours = any(name.startswith(PREFIX) for name in tables)
-        found = None
+        number = None
         if Schema.__tablename__ in tables:
             with Session(engine) as session:
-                found = session.scalar(select(Schema.number))
+                number = session.scalar(select(Schema.number))
     finally:
         engine.dispose()
-    if is_ours and found != SCHEMA:
-        age = "a newer" if found is not None and found > SCHEMA else "an older"
-        raise RecordError(
-            f"database {storage} was written by {age} version of Frostline, which this one cannot "
-            f"read. {_ANOTHER}"
-        )
-    if tables and not is_ours:
+    if not tables:
+        return None if create else f"is empty. {_MADE_BY_RUN}"
+    if not any(name.startswith(PREFIX) for name in tables):
         shown = ", ".join(sorted(tables)[:3])
-        text = f"database {storage} belongs to another program (tables {shown}). {_ANOTHER}"
-        raise RecordError(text)
+        return f"belongs to another program (tables {shown}). {_ANOTHER}"
+    if number != SCHEMA:
+        age = "a newer" if number is not None and number > SCHEMA else "an older"
+        return f"was written by {age} version of Frostline, which this one cannot read. {_ANOTHER}"
     expected = {*Base.metadata.tables, *(() if create else ("studies", "trials"))}
-    if is_ours and (missing := expected - tables):
-        what = f"is damaged: it lacks the tables {', '.join(sorted(missing))}"
-        raise RecordError(f"database {storage} {what}. Restore a copy of it. {_ANOTHER}")
-    if not tables and not create:
-        raise RecordError(f"database {storage} is empty. {_MADE_BY_RUN}")
+    if missing := expected - tables:
+        listed = ", ".join(sorted(missing))
+        return f"is damaged: it lacks the tables {listed}. Restore a copy of it. {_ANOTHER}"
+    return None
 
 
 def _create_tables(engine: Engine) -> None:

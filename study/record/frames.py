@@ -15,21 +15,14 @@ from study.record.record import EPOCH_FIELDS, Record, unpack_classes
 if TYPE_CHECKING:
     import pandas as pd
 
-_FROM_CONFIG = ("seed", "backbone", "freeze_depth")
-_DICTS = ("params", "config")
-
 
 def read_trials(store: Record, name: str) -> "pd.DataFrame":
-    """Read a study's trials: one row each, its hyperparameters as columns `params_NAME`.
-
-    Raises:
-        RecordError: There is no such study.
-    """
+    """Read a study's trials: one row each, its hyperparameters as columns `params_NAME`."""
     import pandas as pd
 
     rows = store.trials(store.study(name).id)
-    columns = [f.name for f in dataclasses.fields(Trial) if f.name not in _DICTS]
-    columns += _FROM_CONFIG
+    columns = [f.name for f in dataclasses.fields(Trial) if f.name not in ("params", "config")]
+    columns += ["seed", "backbone", "freeze_depth"]
     frame = pd.DataFrame([[getattr(row, c) for c in columns] for row in rows], columns=columns)
     for key in dict.fromkeys(key for row in rows for key in row.params):
         values = [row.params.get(key) for row in rows]
@@ -39,11 +32,7 @@ def read_trials(store: Record, name: str) -> "pd.DataFrame":
 
 
 def read_epochs(store: Record, name: str) -> "pd.DataFrame":
-    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order.
-
-    Raises:
-        RecordError: There is no such study.
-    """
+    """Read a study's epochs: one row per (trial `number`, `epoch`), in that order."""
     import pandas as pd
 
     columns = (*EPOCH_FIELDS, "seconds_since_start")
@@ -80,13 +69,7 @@ def read_thumbnails(store: Record, study_id: int, paths: Sequence[str]) -> dict[
 def read_predictions(
     store: Record, name: str, split: str = "val", number: int | None = None
 ) -> dict[int, tuple[IntArray, IntArray]]:
-    """Read what a study's trials predict for each image of a split.
-
-    Args:
-        store: The record.
-        name: The study.
-        split: `val` or `test`.
-        number: This trial alone.
+    """Read what a study's trials, or that of a number, predict for each image of `val` or `test`.
 
     Returns:
         Trial number -> true and predicted class numbers, (N,) each; trials without are left out.

@@ -1,6 +1,8 @@
 """The tables of the record. An instance is a row, and what `Record` returns; times are UTC."""
 
 import dataclasses
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args
 
+import psutil
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -103,7 +106,7 @@ OfStudy = Annotated[int, mapped_column(ForeignKey(Study.id, ondelete="CASCADE"),
 
 
 class Run(Base, kw_only=True):
-    """A process that worked on a study.
+    """A process that worked on a study: this one, where nothing else is said.
 
     Attributes:
         pid_started: Seconds since 1970: distinguishes it from a later process of the same `pid`.
@@ -115,9 +118,11 @@ class Run(Base, kw_only=True):
     __tablename__ = f"{PREFIX}runs"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
     study_id: Mapped[OfStudy]
-    host: Mapped[str]
-    pid: Mapped[int]
-    pid_started: Mapped[float]
+    host: Mapped[str] = mapped_column(default_factory=socket.gethostname)
+    pid: Mapped[int] = mapped_column(default_factory=os.getpid)
+    pid_started: Mapped[float] = mapped_column(
+        default_factory=lambda: psutil.Process().create_time()
+    )
     started_at: Mapped[datetime] = mapped_column(default_factory=now)
     ended_at: Mapped[datetime | None] = mapped_column(default=None)
     outcome: Mapped[str | None] = mapped_column(default=None)
@@ -351,7 +356,6 @@ class Test(Base, kw_only=True):
         model_hash: SHA-256 of the model's description; None for a trial.
         created_at: When the split was read.
         n: Number of test images.
-        accuracy: `n_correct / n`.
         low: Lower end of its 95 % Wilson interval; `high` is the upper one.
         balanced_acc: Mean over classes of the share classified correctly.
         val_acc: Validation accuracy of the tested epoch.
@@ -393,7 +397,6 @@ class Design(Base, kw_only=True):
     """An ablation's design.
 
     Attributes:
-        key: Unique within the study.
         kind: A name in `DESIGNS`.
         spec: Factors, cells and rules, as `Design.to_record` returns them.
         command: Command line that used it last, at `updated_at`.

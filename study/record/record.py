@@ -18,7 +18,7 @@ import optuna
 from numpy.typing import ArrayLike
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -31,7 +31,6 @@ from study.record.database import (
     failure,
     is_alive,
     open_database,
-    this_process,
     writing,
 )
 from study.record.models import (
@@ -88,7 +87,7 @@ class Record(AbstractContextManager["Record"]):
         """Open the record, as `open_database` does."""
         self.engine, self.optuna_storage = open_database(storage, create=create)
         self.storage = hide_password(storage)
-        self._folder = database_folder(storage)
+        self._folder = database_folder(self.engine.url)
         self._studies: dict[int, optuna.Study] = {}  # by our key
 
     def close(self) -> None:
@@ -210,7 +209,7 @@ class Record(AbstractContextManager["Record"]):
         Raises:
             RecordError: Another process works on it.
         """
-        run = this_process(study_id, command, device, versions)
+        run = Run(study_id=study_id, command=command, device=device, versions=dict(versions))
         with writing(self.engine) as session:
             # The lock where SQLite's own does not serve.
             session.execute(select(Study.id).where(Study.id == study_id).with_for_update())
@@ -295,9 +294,8 @@ class Record(AbstractContextManager["Record"]):
         """
         rows = self.trials(study_id, Trial.number == number)
         if not rows:
-            last = select(func.max(Trial.number)).where(Trial.study_id == study_id)
-            top = self._all(last)[0]
-            range_ = "it has none yet" if top is None else f"they go from 0 to {top}"
+            known = self._all(select(Trial.number).where(Trial.study_id == study_id))
+            range_ = f"they go from 0 to {max(known)}" if known else "it has none yet"
             raise RecordError(f"there is no trial {number} in that study; {range_}.")
         return rows[0]
 
@@ -354,11 +352,7 @@ class Record(AbstractContextManager["Record"]):
     ) -> None:
         """Keep what a trial predicts for each image of a split; it replaces an earlier answer.
 
-        Args:
-            trial_id: The trial.
-            split: `val` or `test`.
-            labels: True class numbers, (N,), in the split's order.
-            predicted: Predicted class numbers, (N,).
+        Labels are the true class numbers, (N,), in the order of the split, `val` or `test`.
         """
         packed = {"labels": _pack(labels), "predicted": _pack(predicted)}
         with writing(self.engine) as session:

@@ -11,7 +11,7 @@ from study.ablation.baseline import find_baseline
 from study.ablation.run import make_plan
 from study.config.load import load_config, parse_config
 from study.config.study_config import StudyConfig
-from study.config.toml import config_text, demo_text
+from study.config.toml import DEMO, config_text, read_file
 from support import CLASSIC
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -25,7 +25,7 @@ def test_the_default_study_is_what_init_writes_and_holds_the_defaults() -> None:
 
 
 def test_the_demo_loads_from_the_package() -> None:
-    config = parse_config(tomllib.loads(demo_text()), "the demo")
+    config = parse_config(read_file(DEMO), "the demo")
     assert (config.data.source, config.study.trials) == ("digits", None)
 
 
