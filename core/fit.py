@@ -71,8 +71,7 @@ def fit(
         OSError: The checkpoint or the state file cannot be written.
     """
     device = choose_device(config.device)
-    if cache is None or device.type not in _SHARING_DEVICES:
-        cache = ArrayCache(Path(tempfile.gettempdir()), 0)
+    cache = _shared_on(device, cache)
     data = data.with_share(config.train_fraction)
     network = build(config, data.classes)
     check_batches(config, network, len(data.train))
@@ -147,7 +146,7 @@ def refit(
     device = choose_device(config.device)
     network = build(config, data.classes)
     network.model.to(device)
-    run = Run(config, network, data, cache, should_stop)
+    run = Run(config, network, data, _shared_on(device, cache), should_stop)
     if config.head_init == "solved":
         with deterministic(device):
             start_from_solved(run, is_refit=True)
@@ -158,6 +157,13 @@ def refit(
                 run.pulse()
         trainer.end_epoch()
     save_tensors(checkpoint / REFIT_FILE, {**network.model.state_dict(), **trainer.snapshot()})
+
+
+def _shared_on(device: torch.device, cache: ArrayCache | None) -> ArrayCache:
+    """Return the cache where a device's arrays may be kept for other runs, else an empty one."""
+    if cache is None or device.type not in _SHARING_DEVICES:
+        return ArrayCache(Path(tempfile.gettempdir()), 0)
+    return cache
 
 
 def _trainer(run: Run) -> Trainer:

@@ -116,8 +116,9 @@ def init_head(
     layers = {name: network.model.get_submodule(name) for name in network.head}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in layers.values():
-            assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        parts = [part for layer in layers.values() for part in layer.modules()]
+        # A norm may come before the linear layer.
+        for layer in [part for part in parts if isinstance(part, nn.Linear | nn.Conv2d)]:
             layer.reset_parameters()
             if how == "xavier":
                 nn.init.xavier_uniform_(layer.weight)

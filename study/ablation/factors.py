@@ -165,7 +165,8 @@ def propose_levels(baseline: TrainConfig, space: Space) -> dict[str, list[Level]
 
 def recipe_levels(baseline: TrainConfig, space: Space) -> dict[str, list[Level]]:
     """Return the searched settings at their default in the recipes: where a path begins."""
-    found = {key: _levels_of(baseline, key, [_recipe_default(key, space)]) for key in space}
+    keys = [key for key in space if key != "seed"]
+    found = {key: _levels_of(baseline, key, [_recipe_default(key, space)]) for key in keys}
     return {key: levels for key, levels in found.items() if levels}
 
 

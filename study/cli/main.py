@@ -408,9 +408,10 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
                 store, study, sample, progress=progress, command=line, take_over=take_over
             )
         found = read_audit(store, study)
+    status = _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
     if as_json:
         print_json(found)
-        return 0
+        return status
     grid = audited_grid(found)
     if grid.rows:
         print_view(grid.title)
@@ -418,7 +419,7 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
         print(f"{grid.note}\n")
     none = ["No trial of this study was pruned; nothing to audit."]
     print(*(found.findings or none), sep="\n")
-    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
+    return status
 
 
 # The record.

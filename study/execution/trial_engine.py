@@ -190,7 +190,7 @@ class TrialEngine:
             device=device,
             trained_parameters=trained,
             total_parameters=total,
-            without_effect=list(without_effect(config)),
+            without_effect=sorted(without_effect(config)),
             factor=request.factor,
             level=request.level,
             replicate=request.replicate,
