@@ -118,12 +118,12 @@ def init_head(
         torch.manual_seed(seed)
         parts = [part for layer in layers.values() for part in layer.modules()]
         # A norm may come before the linear layer.
-        for layer in [part for part in parts if isinstance(part, nn.Linear | nn.Conv2d)]:
-            layer.reset_parameters()
+        for part in [part for part in parts if isinstance(part, nn.Linear | nn.Conv2d)]:
+            part.reset_parameters()
             if how == "xavier":
-                nn.init.xavier_uniform_(layer.weight)
+                nn.init.xavier_uniform_(part.weight)
             elif how == "zero":
-                for parameter in layer.parameters():
+                for parameter in part.parameters():
                     nn.init.zeros_(parameter)
     if how != "source-classes" or not source:
         return
