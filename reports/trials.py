@@ -42,8 +42,7 @@ def count_states(trials: pd.DataFrame) -> str:
 
 def rank_of(frame: pd.DataFrame, accuracy: str) -> "pd.Series[float]":
     """Give what trials or epochs are ranked by: the score, or the accuracy where there is none."""
-    known = frame[accuracy].astype(float)
-    return frame["score"].astype(float).fillna(known) if "score" in frame else known
+    return frame["score"].astype(float).fillna(frame[accuracy].astype(float))
 
 
 def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[float]":
@@ -155,7 +154,6 @@ def importances(
     trials: Sequence[FrozenTrial],
     final: "pd.Series[float]",
     planned: Collection[int] = (),
-    seed: int = 0,
 ) -> Importance:
     """Estimate how much each setting mattered for the final accuracy.
 
@@ -168,7 +166,6 @@ def importances(
         trials: The study's.
         final: By trial number.
         planned: Numbers of trials whose settings a plan chose; they are left out.
-        seed: Of the forest and the bootstrap.
 
     References:
         Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html;
@@ -195,14 +192,14 @@ def importances(
     elif final[[trial.number for trial in used]].nunique() == 1:
         why = "All trials reached the same accuracy."
     else:
-        return Importance(_shares(used, final, names, seed), counts)
+        return Importance(_shares(used, final, names), counts)
     return Importance(empty, counts, why)
 
 
 def _shares(
-    trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str], seed: int
+    trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str]
 ) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if len(trials) > MOST_FITTED:
         kept = np.sort(rng.choice(len(trials), MOST_FITTED, replace=False))
         trials = [trials[i] for i in kept]
@@ -213,11 +210,11 @@ def _shares(
          for trial in trials]
     )  # fmt: skip
     y = np.array([final[trial.number] for trial in trials], dtype=np.float64)
-    share = _main_effects(x, y, dims, seed)
+    share = _main_effects(x, y, dims, 0)
     draws = []
-    for k in range(_RESAMPLES):
+    for seed in range(1, _RESAMPLES + 1):
         rows = rng.integers(len(y), size=len(y))
-        draws.append(_main_effects(x[rows], y[rows], dims, seed + k + 1))
+        draws.append(_main_effects(x[rows], y[rows], dims, seed))
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     frame = pd.DataFrame(
         {

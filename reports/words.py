@@ -75,11 +75,9 @@ def markdown_text(value: Any) -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Write a Markdown table; every cell is escaped."""
-    lines = [header, ["---"] * len(header)]
-    text = ["| " + " | ".join(map(markdown_text, lines[0])) + " |"]
-    text.append("| " + " | ".join(lines[1]) + " |")
-    text += ["| " + " | ".join(map(markdown_text, row)) + " |" for row in rows]
-    return "\n".join(text)
+    lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in (header, *rows)]
+    lines.insert(1, "| " + " | ".join(["---"] * len(header)) + " |")
+    return "\n".join(lines)
 
 
 def config_words(config: Mapping[str, Any]) -> str:
