@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from reports.intervals import Interval, wilson_interval
 from reports.publish import Grid, signed
-from reports.record import Audited, SearchRecord, read_record
+from reports.record import Audited, SearchRecord
 from reports.words import percent, percent_range, plural
-from study.record.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +64,6 @@ class Audit:
                 f", {signed(100 * (top.full_value - self.best), 1)} points from the best."
             )
         return sentences
-
-
-def read_audit(store: Record, name: str) -> Audit:
-    """Read a search and, where there is one, its audit.
-
-    Raises:
-        RecordError: There is no such study.
-    """
-    return audit_of(read_record(store, name))
 
 
 def audit_of(record: SearchRecord) -> Audit:

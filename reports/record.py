@@ -15,13 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from reports.intervals import selection_bias, simulated_bias
-from reports.trials import (
-    Importance,
-    dimensions,
-    final_accuracies,
-    importances,
-    varied,
-)
+from reports.trials import Importance, dimensions, final_accuracies, importances, varied
 from study.record.frames import (
     read_confusion,
     read_epochs,

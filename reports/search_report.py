@@ -31,7 +31,7 @@ from reports.words import (
     setting,
 )
 from study.config.formatting import hide_password, short_backbone
-from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test
+from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test, Trial
 from study.record.record import Record
 
 _MOST_FINDINGS = 5
@@ -156,9 +156,9 @@ def _sections(record: SearchRecord) -> dict[str, dict[str, list[Any]]]:
 
 def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     """Return name, figure and a few words of what a reader looks for first."""
-    trials, accuracy = record.trials, _validation(record)
-    best = "–", "no trial has one"
-    if record.best is not None and accuracy is not None:
+    trials, best = record.trials, ("–", "no trial has one")
+    if record.best is not None:
+        accuracy = _validation(record, record.best)
         ends = percent_range(accuracy.low, accuracy.high)
         best = percent(accuracy.estimate), f"{ends} · trial {record.best.number}"
     found = [("Best trial, validation", *best)]
@@ -182,10 +182,8 @@ def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     return found
 
 
-def _validation(record: SearchRecord) -> Interval | None:
-    if record.best is None:
-        return None
-    return wilson_interval(round((record.best.value or 0.0) * record.n_val), record.n_val)
+def _validation(record: SearchRecord, trial: Trial) -> Interval:
+    return wilson_interval(round((trial.value or 0.0) * record.n_val), record.n_val)
 
 
 def findings(record: SearchRecord) -> list[str]:
@@ -203,9 +201,10 @@ def findings(record: SearchRecord) -> list[str]:
 
 
 def _best_finding(record: SearchRecord) -> str:
-    best, trials, accuracy = record.best, record.trials, _validation(record)
-    if best is None or accuracy is None:
+    best, trials = record.best, record.trials
+    if best is None:
         return f"No trial has an accuracy ({count_states(trials)})."
+    accuracy = _validation(record, best)
     among = int(((trials["state"] == "complete") & ~is_copy(trials)).sum())
     where = f"the best of {among} complete trials" if among > 1 else "the only complete trial"
     if best.state == "pruned":
@@ -258,9 +257,10 @@ def _model_finding(record: SearchRecord) -> str | None:
 
 def _rivals_finding(record: SearchRecord) -> str | None:
     """Say which complete trials the validation split cannot distinguish from the best."""
-    best, trials, accuracy = record.best, record.trials, _validation(record)
-    if best is None or accuracy is None or best.state != "complete":
+    best, trials = record.best, record.trials
+    if best is None or best.state != "complete":
         return None
+    accuracy = _validation(record, best)
     is_other = (trials["number"] != best.number) & ~is_copy(trials)
     is_near = trials["value"].between(accuracy.low, accuracy.high)
     rivals = trials[(trials["state"] == "complete") & is_other & is_near]
