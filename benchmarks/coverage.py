@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.ablation import Ablation, Rules, Runs
+from reports.ablation import Ablation, Runs
 from reports.effects import Effect, fallen, judge
 from reports.intervals import selection_bias, simulated_bias
 
@@ -187,8 +187,6 @@ def study_of(
         runs.append(
             Runs(
                 label=", ".join(f"{a} = {b}" for a, b in levels.items()) or "baseline",
-                factor=" + ".join(levels) or "baseline",
-                level=" + ".join(levels.values()),
                 levels=levels,
                 values=values,
                 test=tested,
@@ -208,12 +206,13 @@ def study_of(
         "steps": [f["name"] for f in listed] if kind == "path" else [],
         "n_tests": counted if kind == "factorial" else sum(counts),
         "n_folds": n_folds,
+        "settings": {"alpha": ALPHA, "margin": 100 * MARGIN},
         "looks": list(analyses[-1][2]),
         "analyses": [{"split": s, "order": o, "replicates": list(r)} for s, o, r in analyses],
     }
     study: Any = _Plain()
     design: Any = _Plain(kind=kind, spec=spec)
-    return Ablation(study, design, tuple(runs), Rules(ALPHA, MARGIN), len(analyses))
+    return Ablation(study, design, tuple(runs), len(analyses))
 
 
 class _Plain:

@@ -73,9 +73,10 @@ def signed(points: float, digits: int) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
-def mean_words(values: Sequence[float]) -> str:
+def mean_words(values: Iterable[float]) -> str:
     """Write the mean of accuracies in per cent with their standard deviation, NaN left out."""
-    done = [100 * value + 1e-9 for value in values if math.isfinite(value)]  # halves go up
+    finite = filter(math.isfinite, map(float, values))
+    done = [100 * value + 1e-9 for value in finite]  # halves go up
     if not done:
         return "–"
     if len(done) == 1:
@@ -109,11 +110,6 @@ def p_equals(p: float) -> str:
     """Write `p = 0.012` or `p < 0.001`."""
     words = p_words(p)
     return f"p < {words[1:]}" if words.startswith("<") else f"p = {words}"
-
-
-def number_words(value: float, digits: int = 2) -> str:
-    """Write a number, a dash where there is none."""
-    return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def seconds_words(value: float) -> str:

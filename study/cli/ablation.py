@@ -9,7 +9,7 @@ from rich import filesize
 
 from core.data.splits import ImageData
 from core.training.no_effect import without_effect
-from reports.ablation import Rules, read_ablations
+from reports.ablation import read_ablations
 from reports.ablation_report import describe_ablation, write_ablation
 from reports.effects import foresee, open_cells
 from reports.record import optimism
@@ -102,8 +102,8 @@ def foresee_plan(plan: Plan, data: ImageData, n_folds: int, order: int) -> list[
     if all("seed" in without_effect(config) for config in plan.configs()):
         once = "; on one split each is trained once." if n_folds == 1 else "."
         texts.append(f"Solved heads have no seed: images alone decide about them{once}")
-    n_tests = plan.design.n_tests
-    return [*texts, foresee(n, n_tests, len(judged), n_folds, _rules(plan), order)]
+    n_tests, alpha = plan.design.n_tests, plan.baseline.settings.alpha
+    return [*texts, foresee(n, n_tests, len(judged), n_folds, alpha, order)]
 
 
 def _idle_words(plan: Plan) -> Iterator[str]:
@@ -113,11 +113,6 @@ def _idle_words(plan: Plan) -> Iterator[str]:
         if idle and len(cell.levels) == 1:
             why = "; its head is solved (head_solver = sgd trains it)" if train.is_solved else ""
             yield f"warning: {cell.label}: without effect are {', '.join(idle)}{why}."
-
-
-def _rules(plan: Plan) -> Rules:
-    settings = plan.baseline.settings
-    return Rules(settings.alpha, settings.margin / 100)
 
 
 def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
