@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -29,7 +28,6 @@ from reports.style import (
     SKY,
     accuracy_axis,
     drawable,
-    entry,
     legend_above,
     style,
 )
@@ -80,7 +78,6 @@ class Plot:
         height = _FRAME + _ROW * self.n_rows if self.n_rows else 0.2 * width + 1.6
         with style():
             figure = Figure(figsize=(width, height), dpi=_DPI)
-            FigureCanvasAgg(figure)
             self.draw(figure.add_subplot())
             buffer = io.BytesIO()
             metadata: Any = dict.fromkeys(_UNSTABLE[kind])
@@ -98,22 +95,8 @@ class Plot:
         return paths
 
 
-def points_axis(axis: Any) -> None:
-    """Write an axis of fractions as accuracy points with a sign."""
-    axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    low, high = axis.get_view_interval()
-    digits = 0 if high - low > 0.05 else 1
-    axis.set_major_formatter(FuncFormatter(lambda x, _: signed(100 * x, digits)))
-
-
 def plot_forest(effects: Sequence[Effect], margin: float, ax: Axes) -> Axes:
-    """Draw each difference with its interval; shapes show the verdict, the band the margin.
-
-    Args:
-        effects: In the order of the table.
-        margin: Of what does not matter, a fraction.
-        ax: Drawn on.
-    """
+    """Draw each difference with its interval; shapes show the verdict, the band the margin."""
     ax.axvspan(-margin, margin, color=INK, alpha=0.07, lw=0)
     ax.axvline(0, color=INK, lw=0.8)
     for y, effect in enumerate(effects):
@@ -132,11 +115,17 @@ def plot_forest(effects: Sequence[Effect], margin: float, ax: Axes) -> Axes:
         if factors[y] != factors[y - 1]:
             ax.axhline(y - 0.5, color=INK, alpha=0.13, lw=0.6)
     ax.set_xlabel("Difference, accuracy points")
-    points_axis(ax.xaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    low, high = ax.xaxis.get_view_interval()
+    digits = 0 if high - low > 0.05 else 1
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: signed(100 * x, digits)))
     present = {effect.verdict for effect in effects}
-    legend_above(
-        ax, [entry(mark, c, name) for name, (mark, c) in _LOOKS.items() if name in present]
-    )
+    entries = [
+        Line2D([], [], ls="", marker=marker, ms=5, mew=1.2, color=colour, label=verdict)
+        for verdict, (marker, colour) in _LOOKS.items()
+        if verdict in present
+    ]
+    legend_above(ax, entries)
     return ax
 
 
@@ -159,12 +148,8 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
         first: Number of the first replicate.
         ax: Drawn on.
     """
-    n = max((len(each.values) for each in runs), default=0)
-    values = np.full((n, len(runs)), math.nan)
-    for k, each in enumerate(runs):
-        values[: len(each.values), k] = each.values
     entries = []
-    for r, row in enumerate(values):
+    for r, row in enumerate(np.stack([each.values for each in runs], axis=1)):
         if not np.isfinite(row).any():
             continue
         look: dict[str, Any] = {
@@ -175,9 +160,8 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
         ax.plot(row, range(len(runs)), ms=3.5, alpha=0.85, mew=0, **look)
         entries.append(Line2D([], [], ms=4, label=f"{name} {first + r}", **look))
     for y, each in enumerate(runs):
-        if np.isfinite(each.values).any():
-            mean = float(np.nanmean(each.values))
-            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
+        if math.isfinite(each.mean):
+            ax.plot([each.mean, each.mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
     entries.append(Line2D([], [], color=INK, lw=1.8, label="mean"))
     _name_rows([each.label for each in runs], ax)
     ax.set_xlabel("Validation accuracy")
@@ -189,9 +173,7 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
 def plot_interaction(table: pd.DataFrame, ax: Axes) -> Axes:
     """Draw the mean accuracy by the levels of two factors: parallel lines do not interact.
 
-    Args:
-        table: Mean accuracy: rows one factor's levels (the x axis), columns the other's.
-        ax: Drawn on.
+    The rows of `table` are one factor's levels (the x axis), the columns the other's.
     """
     for k, name in enumerate(table.columns):
         look: dict[str, Any] = {"color": _SEED_COLOURS[k % 6], "marker": _SEED_MARKS[k % 12]}
@@ -209,10 +191,7 @@ def plot_interaction(table: pd.DataFrame, ax: Axes) -> Axes:
 def plot_path(accuracies: Sequence[float], steps: Sequence[Effect], ax: Axes) -> Axes:
     """Draw a path as a waterfall: each bar is a step's gain, whiskers its interval.
 
-    Args:
-        accuracies: Mean accuracy at the start and after each step.
-        steps: The steps, in order.
-        ax: Drawn on.
+    `accuracies` are the means at the start and after each step.
     """
     ax.barh(0, accuracies[0], color=GREY, height=0.62)
     ends = list(accuracies)
@@ -238,18 +217,10 @@ def plot_path(accuracies: Sequence[float], steps: Sequence[Effect], ax: Axes) ->
 
 
 def plot_training_size(sizes: Sequence[int], runs: Sequence[Runs], ax: Axes) -> Axes:
-    """Draw accuracy over the number of training images: every run, and the means.
-
-    Args:
-        sizes: Training images, increasing, one per entry of `runs`.
-        runs: The runs at each size.
-        ax: Drawn on.
-    """
+    """Draw accuracy over the number of training images: every run, and the means."""
     for size, each in zip(sizes, runs, strict=True):
-        done = each.values[np.isfinite(each.values)]
-        ax.plot([size] * len(done), done, "o", color=GREY, ms=3, mew=0, alpha=0.8)
-    means = [float(np.nanmean(each.values)) for each in runs]
-    ax.plot(sizes, means, "-o", color=BLUE, ms=4)
+        ax.plot([size] * len(each.done), each.done, "o", color=GREY, ms=3, mew=0, alpha=0.8)
+    ax.plot(sizes, [each.mean for each in runs], "-o", color=BLUE, ms=4)
     ax.set_xscale("log")
     ax.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     ax.minorticks_off()

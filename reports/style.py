@@ -1,17 +1,14 @@
 """How plots look: colours, type, axes, legends; letters that can be drawn, drawn as they are."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import (
-    MaxNLocator,
-    PercentFormatter,
-)
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from reports.words import shorten
 
@@ -30,8 +27,7 @@ _MORE_FONTS = (
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """Set how plots look while the context lasts: drawing and saving both belong inside.
 
     Names are drawn letter by letter (no mathtext), and an SVG of the same data is the same file.
@@ -40,7 +36,6 @@ def style() -> Iterator[None]:
     settings: dict[Any, Any] = {
         "font.family": ["DejaVu Sans", *(name for name in _MORE_FONTS if name in known)],
         "font.size": 9,
-        "axes.titlesize": 9.5,
         "axes.labelsize": 9,
         "legend.fontsize": 8,
         "xtick.labelsize": 8,
@@ -64,10 +59,8 @@ def style() -> Iterator[None]:
         "figure.constrained_layout.use": True,
         "svg.hashsalt": "frostline",
         "svg.fonttype": "path",
-        "axes.unicode_minus": True,
     }
-    with mpl.rc_context(settings):
-        yield
+    return mpl.rc_context(settings)
 
 
 def drawable(name: Any, limit: int = 22) -> str:
@@ -86,12 +79,6 @@ def accuracy_axis(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     low, high = axis.get_view_interval()
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
-
-
-def entry(marker: str, color: str, label: str, **more: Any) -> Line2D:
-    """Make a legend entry that is a marker."""
-    options: dict[str, Any] = {"linestyle": "", "markersize": 5, "markeredgewidth": 1.2} | more
-    return Line2D([], [], marker=marker, color=color, label=label, **options)
 
 
 def legend_above(ax: Axes, entries: Sequence[Line2D]) -> None:
