@@ -36,12 +36,11 @@ class Runs:
     Attributes:
         label: What tables call it.
         levels: Factor -> level, without those at the baseline's.
-        values: Accuracy by replicate, shape (R,), fraction in [0, 1]; NaN where there is none.
-        test: Test accuracies, likewise; NaN where a run was not tested.
+        accuracies: By split and replicate, (R,), fractions in [0, 1]; NaN where there is none.
         failures: Why a replicate failed, (R,); None where it did not, or was not run yet.
         numbers: Trial by replicate, (R,); None where it was not run.
-        val_correct: By replicate, what was classified correctly; None where it is not known.
-        test_correct: The same on the test split.
+        correct: By split and replicate, (R,), what was classified correctly; None where it is not
+            known.
         seconds: Median duration of a finished run; NaN without one.
         parameters: Parameters that are trained; None where no run says so.
         is_solved: Whether its replicates cannot differ: a solved head has no seed.
@@ -49,12 +48,10 @@ class Runs:
 
     label: str
     levels: Mapping[str, str]
-    values: NDArray[np.float64]
-    test: NDArray[np.float64]
+    accuracies: Mapping[Split, NDArray[np.float64]]
     failures: tuple[str | None, ...]
     numbers: tuple[int | None, ...]
-    val_correct: tuple[Correct | None, ...]
-    test_correct: tuple[Correct | None, ...]
+    correct: Mapping[Split, tuple[Correct | None, ...]]
     seconds: float
     parameters: int | None
     is_solved: bool
@@ -67,7 +64,8 @@ class Runs:
     @property
     def done(self) -> NDArray[np.float64]:
         """Return the accuracies of the finished runs."""
-        return self.values[np.isfinite(self.values)]
+        values = self.accuracies["val"]
+        return values[np.isfinite(values)]
 
     @property
     def mean(self) -> float:
@@ -77,16 +75,8 @@ class Runs:
     def n_run(self, split: Split = "val") -> int:
         """Count the replicates, from the first, of which nothing is missing on a split."""
         has_failed = np.array([reason is not None for reason in self.failures], bool)
-        is_done = np.isfinite(self.accuracies(split)) | has_failed
+        is_done = np.isfinite(self.accuracies[split]) | has_failed
         return int(np.argmin([*is_done, False]))
-
-    def accuracies(self, split: Split) -> NDArray[np.float64]:
-        """Return the accuracies by replicate on a split."""
-        return self.values if split == "val" else self.test
-
-    def correct(self, split: Split) -> tuple[Correct | None, ...]:
-        """Return by replicate what was classified correctly on a split."""
-        return self.val_correct if split == "val" else self.test_correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +173,7 @@ class Ablation:
     @property
     def n_tested(self) -> int:
         """Count the runs of which the test split was read."""
-        return sum(int(np.isfinite(runs.test).sum()) for runs in self.runs)
+        return sum(int(np.isfinite(runs.accuracies["test"]).sum()) for runs in self.runs)
 
     def looks(self, split: Split) -> list[Look]:
         """List the analyses of a split that were recorded before their runs, in order.
@@ -230,8 +220,12 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
         raise RecordError(
             f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
         )
-    trials = _by_identity(store.trials(study.id))
-    tests = {row.trial_number: row.accuracy for row in store.tests(study.id)}
+    rows = store.trials(study.id)
+    trials = _by_identity(rows)
+    accuracies: dict[Split, dict[int | None, float | None]] = {
+        "val": {row.number: row.value for row in rows},
+        "test": {row.trial_number: row.accuracy for row in store.tests(study.id)},
+    }
     correct: dict[Split, dict[int, Correct]] = {
         split: {
             number: (labels == predicted).astype(np.float64)
@@ -244,7 +238,7 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
     for design in reversed(designs):
         cells = zip(*(design.spec[key] for key in ("cells", "runs", "solved")), strict=True)
         runs = tuple(
-            _runs_of(cell["levels"], [trials.get(text) for text in hashes], tests, correct, solved)
+            _runs_of(cell["levels"], list(map(trials.get, hashes)), accuracies, correct, solved)
             for cell, hashes, solved in cells
         )
         found.append(Ablation(study, design, runs, n_analyses))
@@ -264,22 +258,26 @@ def _by_identity(rows: Sequence[Trial]) -> dict[str, Trial]:
 def _runs_of(
     levels: Mapping[str, str],
     rows: Sequence[Trial | None],
-    tests: Mapping[int | None, float],
+    accuracies: Mapping[Split, Mapping[int | None, float | None]],
     correct: Mapping[Split, Mapping[int, Correct]],
     is_solved: bool,
 ) -> Runs:
-    done = [row for row in rows if row is not None and row.state == "complete"]
     complete = [row if row is not None and row.state == "complete" else None for row in rows]
+    done = [row for row in complete if row]
     took = [row.duration_s for row in done if row.duration_s]
     return Runs(
         label=", ".join(f"{name} = {setting}" for name, setting in levels.items()) or BASELINE,
         levels=levels,
-        values=np.array([row.value if row else math.nan for row in complete], dtype=np.float64),
-        test=np.array([tests.get(row.number, math.nan) if row else math.nan for row in complete]),
+        accuracies={
+            split: np.array([known.get(row.number) if row else None for row in complete], float)
+            for split, known in accuracies.items()
+        },
         failures=tuple(map(_failure, rows)),
         numbers=tuple(row.number if row else None for row in rows),
-        val_correct=tuple(correct["val"].get(row.number) if row else None for row in complete),
-        test_correct=tuple(correct["test"].get(row.number) if row else None for row in complete),
+        correct={
+            split: tuple(known.get(row.number) if row else None for row in complete)
+            for split, known in correct.items()
+        },
         seconds=float(np.median(took)) if took else math.nan,
         parameters=done[0].trained_parameters if done else None,
         is_solved=is_solved,

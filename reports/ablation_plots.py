@@ -149,7 +149,7 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
         ax: Drawn on.
     """
     entries = []
-    for r, row in enumerate(np.stack([each.values for each in runs], axis=1)):
+    for r, row in enumerate(np.stack([each.accuracies["val"] for each in runs], axis=1)):
         if not np.isfinite(row).any():
             continue
         look: dict[str, Any] = {

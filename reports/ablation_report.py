@@ -66,22 +66,15 @@ _HEADS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A sentence of the summary: what kind of finding it is, and the rest."""
-
-    head: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Section:
     """What the report says of one design.
 
     Attributes:
+        ablation: Its runs.
         name: Of its files, and its place in the page.
         title: Its heading.
         cards: Name, figure and explanation of figures at a glance.
-        findings: What improves, what degrades, what is open.
+        findings: What improves, what degrades, what is open: what kind it is, and a sentence.
         grids: Tables.
         plots: Figures.
         methods: Paragraph for a paper.
@@ -91,10 +84,11 @@ class Section:
             names are not known.
     """
 
+    ablation: Ablation
     name: str
     title: str
     cards: tuple[tuple[str, str, str], ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[tuple[str, str], ...]
     grids: tuple[Grid, ...]
     plots: tuple[Plot, ...]
     methods: str
@@ -130,17 +124,15 @@ class AblationPaths:
 def describe_ablation(store: Record, name: str) -> list[Section]:
     """Analyse every design of an ablation, the last one used first.
 
+    The first one of a kind that was made keeps the plain name for good.
+
     Raises:
         RecordError: There is no such study, or it is no ablation.
     """
-    return _sections(store, read_ablations(store, name))
-
-
-def _sections(store: Record, ablations: Sequence[Ablation]) -> list[Section]:
-    """Analyse designs; the first one of a kind that was made keeps the plain name for good."""
+    ablations = read_ablations(store, name)
     names: dict[int, str] = {}
     for ablation in sorted(ablations, key=lambda each: each.spec["analyses"][0]["order"]):
-        n = sum(name.split("-")[0] == ablation.kind for name in names.values())
+        n = sum(own.split("-")[0] == ablation.kind for own in names.values())
         names[ablation.design.id] = ablation.kind + (f"-{n + 1}" if n else "")
     return [_section(store, each, names[each.design.id]) for each in ablations]
 
@@ -158,6 +150,7 @@ def _section(store: Record, ablation: Ablation, name: str) -> Section:
         grids.append(failures)
     number = name.removeprefix(ablation.kind).strip("-")
     return Section(
+        ablation=ablation,
         name=name,
         title=str(ablation.spec["title"]) + (f" ({number})" if number else ""),
         cards=tuple(_cards(ablation)),
@@ -174,7 +167,7 @@ def _section(store: Record, ablation: Ablation, name: str) -> Section:
 def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
     if ablation.baseline is not None:
         spread = "validation accuracy, mean ± SD over replicates"
-        yield "Baseline, %", mean_words(ablation.baseline.values), spread
+        yield "Baseline, %", mean_words(ablation.baseline.accuracies["val"]), spread
     folds = f", {ablation.n_folds} folds" if ablation.n_folds > 1 else ""
     how = f"{seeds_words(ablation)}{folds}, paired over settings"
     yield "Replicates", str(ablation.replicates), how if ablation.replicates else "none yet"
@@ -193,7 +186,7 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
 
 def _findings(
     ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]
-) -> Iterator[Finding]:
+) -> Iterator[tuple[str, str]]:
     """Say what improves, what degrades and what is open, and over what that generalises."""
     is_tested = any(effect.verdict != "unfinished" for effect in effects)
     for verdict, head in _HEADS.items():
@@ -201,23 +194,23 @@ def _findings(
         if found:
             found.sort(key=lambda effect: -abs(effect.difference.estimate))
             text = "; ".join(_finding_words(effect, ablation.n_images) for effect in found)
-            yield Finding(head.format(margin=100 * ablation.margin), f"{text}.")
+            yield head.format(margin=100 * ablation.margin), f"{text}."
         elif verdict in ("improves", "degrades") and is_tested:
-            yield Finding(head, "nothing, by the corrected test.")
+            yield head, "nothing, by the corrected test."
     if not effects:
-        yield Finding("Not finished:", "no comparison has its runs yet.")
+        yield "Not finished:", "no comparison has its runs yet."
     failed = [runs for runs in ablation.runs if runs.n_failed]
     if failed and not any(effect.verdict == "fails" for effect in effects):
         text = "; ".join(f"{r.label} ({r.n_failed} of {r.n_run()} runs)" for r in failed)
-        yield Finding(_HEADS["fails"], f"{text}.")
+        yield _HEADS["fails"], f"{text}."
     yield from _fallen_findings(ablation)
     if ablation.kind == "factorial":
-        yield Finding("Design:", f"{ablation.spec['construction']}.")
+        yield "Design:", f"{ablation.spec['construction']}."
     yield from _test_finding(ablation, effects, on_test)
-    yield Finding("Generalises over:", scope_words(ablation))
+    yield "Generalises over:", scope_words(ablation)
     if bias := bias_words(ablation):
-        yield Finding("The search's choice:", bias)
-    yield Finding("Analyses:", analyses_words(ablation))
+        yield "The search's choice:", bias
+    yield "Analyses:", analyses_words(ablation)
 
 
 def _heading(effect: Effect) -> str:
@@ -229,7 +222,7 @@ def _heading(effect: Effect) -> str:
 
 def _test_finding(
     ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]
-) -> Iterator[Finding]:
+) -> Iterator[tuple[str, str]]:
     """Say whether the test split agrees with validation."""
     base = ablation.baseline
     if not on_test or base is None:
@@ -237,12 +230,12 @@ def _test_finding(
     known = {effect.contrast.label: effect.difference.estimate for effect in effects}
     pairs = [(e.difference.estimate, known[e.contrast.label]) for e in on_test]
     n_alike = sum(a * b > 0 for a, b in pairs)
-    yield Finding(
-        "Test split:",
-        f"the baseline has {mean_words(base.test)} % (in validation "
-        f"{mean_words(base.values)} %); {n_alike} of {plural(len(pairs), 'difference')} "
-        "have the sign that they have in validation.",
+    text = (
+        f"the baseline has {mean_words(base.accuracies['test'])} % (in validation "
+        f"{mean_words(base.accuracies['val'])} %); {n_alike} of "
+        f"{plural(len(pairs), 'difference')} have the sign that they have in validation."
     )
+    yield "Test split:", text
 
 
 def _finding_words(effect: Effect, n_images: int) -> str:
@@ -260,7 +253,7 @@ def _finding_words(effect: Effect, n_images: int) -> str:
     if effect.verdict.endswith("these images"):
         return (
             f"{label} ({points} points, {p_equals(effect.p_seeds)} over seeds; "
-            f"{p_equals(effect.p_family)} with other images{_wanted(effect, n_images)})"
+            f"{p_equals(effect.p_family)} with other images)"
         )
     if effect.verdict == "inconclusive":
         if not math.isfinite(effect.p):
@@ -283,7 +276,7 @@ def _roughly(n: int) -> int:
     return n if n < 100 else round(n, 2 - len(str(n)))
 
 
-def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
+def _fallen_findings(ablation: Ablation) -> Iterator[tuple[str, str]]:
     """Flag settings of which single runs fell: no comparison of means describes them."""
     texts = []
     base = ablation.baseline
@@ -302,13 +295,13 @@ def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
             f"({'; '.join(words)})"
         )
     if texts:
-        text = "; ".join(texts)
-        yield Finding(
-            "Single runs fell:",
-            f"{text}. That is also more than the other replicates' scatter and a fold's images "
-            "explain: look at the replicates, since a mean does not describe such a setting. (p: "
-            "Fisher's exact test of how many fell, not corrected; medians are in the CSV.)",
+        text = (
+            f"{'; '.join(texts)}. That is also more than the other replicates' scatter and a "
+            "fold's images explain: look at the replicates, since a mean does not describe such a "
+            "setting. (p: Fisher's exact test of how many fell, not corrected; medians are in the "
+            "CSV.)"
         )
+        yield "Single runs fell:", text
 
 
 # Tables
@@ -323,7 +316,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     rows, groups = [], []
     own = ablation.own_levels
     if ablation.baseline is not None:
-        values = ablation.baseline.accuracies(split)
+        values = ablation.baseline.accuracies[split]
         n = np.isfinite(values).sum()
         failed = _failed(ablation.baseline.n_failed)
         rows.append(("baseline", "", mean_words(values), "", "", f"{n}{failed}", "baseline"))
@@ -331,7 +324,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     for effect in effects:
         contrast, accuracy = effect.contrast, ""
         if contrast.cell is not None:
-            accuracy = mean_words(ablation.runs[contrast.cell].accuracies(split))
+            accuracy = mean_words(ablation.runs[contrast.cell].accuracies[split])
         factor = contrast.factor
         if own.get(factor, BASELINE) != BASELINE:
             factor += f" ({own[factor]})"
@@ -361,7 +354,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
     )
     if split == "test":
         title = "The same runs on the test split"
-        n_left = len(ablation.runs) - sum(bool(np.isfinite(r.test).any()) for r in ablation.runs)
+        n_left = sum(not np.isfinite(runs.accuracies["test"]).any() for runs in ablation.runs)
         note += f" {plural(n_left, 'setting')} not tested." if n_left else ""
     name = "effects" if split == "val" else "test"
     return Grid(
@@ -393,8 +386,8 @@ def cells_grid(ablation: Ablation) -> Grid:
     rows = tuple(
         (
             *([runs.label] if is_alone else {**own, **runs.levels}.values()),
-            mean_words(runs.values),
-            *([mean_words(runs.test)] if tested else []),
+            mean_words(runs.accuracies["val"]),
+            *([mean_words(runs.accuracies["test"])] if tested else []),
             f"{len(runs.done)}{_failed(runs.n_failed)}",
             count(runs.parameters),
             seconds_words(runs.seconds),
@@ -540,8 +533,8 @@ def runs_csv(ablation: Ablation) -> str:
             "setting": runs.label,
             "seed": ablation.first_seed + k,
             "fold": k % ablation.n_folds,
-            "val_acc": runs.values[k],
-            "test_acc": runs.test[k],
+            "val_acc": runs.accuracies["val"][k],
+            "test_acc": runs.accuracies["test"][k],
             "failure": runs.failures[k],
             "trial": number,
             **ablation.own_levels,
@@ -568,17 +561,16 @@ def write_ablation(
     Raises:
         RecordError: There is no such study, or it is no ablation.
     """
-    ablations = read_ablations(store, name)
     others = [read_ablations(store, other)[0] for other in beside]
-    sections = _sections(store, ablations)
+    sections = describe_ablation(store, name)
     grids = [grid for section in sections for grid in section.grids]
-    across = compare_across([ablations[0], *others]) if others else None
+    across = compare_across([sections[0].ablation, *others]) if others else None
     if across and across[1]:
         grids.append(across[1])
     out_dir.mkdir(parents=True, exist_ok=True)
     csv = []
-    for ablation, section in zip(ablations, sections, strict=True):
-        texts = {"effects": effects_csv(section), "runs": runs_csv(ablation)}
+    for section in sections:
+        texts = {"effects": effects_csv(section), "runs": runs_csv(section.ablation)}
         for kind, text in texts.items():
             csv.append(out_dir / f"{section.name}-{kind}.csv")
             csv[-1].write_text(text, encoding="utf-8", newline="")
@@ -591,15 +583,15 @@ def write_ablation(
         figures=tuple(p for each in sections for plot in each.plots for p in plot.save(figures)),
         sections=tuple(sections),
     )
-    study = ablations[0].study
+    study = sections[0].ablation.study
     contents = {
         "study": study,
-        "data": data_words(ablations[0]),
+        "data": data_words(sections[0].ablation),
         "written": moment(datetime.now(UTC)),
         "warnings": study.data["warnings"],
         "sections": sections,
         "across": across,
-        "commands": [hide_password(each.design.command) for each in ablations],
+        "commands": [hide_password(each.ablation.design.command) for each in sections],
         "config": config_words(study.config),
     }
     paths.html.write_text(render_template("ablation.html", contents), encoding="utf-8")

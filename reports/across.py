@@ -81,7 +81,7 @@ def _table(ablations: Sequence[Ablation], mean_ranks: "pd.Series[float]") -> Gri
         for ablation in ablations:
             runs = _by_label(ablation)[str(label)]
             failed = f" ({runs.n_failed} failed)" if runs.n_failed else ""
-            cells.append(f"{mean_words(runs.values)}{failed}")
+            cells.append(f"{mean_words(runs.accuracies['val'])}{failed}")
         rows.append((str(label), *cells, f"{rank:.2f}"))
     replicates = " / ".join(str(ablation.replicates) for ablation in ablations)
     date = max(ablation.design.updated_at for ablation in ablations)

@@ -100,7 +100,7 @@ def disagreements(
 def _by_image(ablation: Ablation, runs: Runs, splits: pd.DataFrame) -> pd.DataFrame:
     """Return by path: its class, the share of runs that are right, and how many there are."""
     parts = []
-    for replicate, correct in enumerate(runs.val_correct):
+    for replicate, correct in enumerate(runs.correct["val"]):
         if correct is None:
             continue
         images = splits[splits["split"] == "val"]

@@ -283,7 +283,7 @@ def _p_values(
 
 def _differences(ablation: Ablation, contrast: Contrast, split: Split) -> list[Array | None]:
     """Return a contrast of every replicate, image by image; None where a cell has no run."""
-    cells = (ablation.runs[k].correct(split) for k in contrast.weights)
+    cells = (ablation.runs[k].correct[split] for k in contrast.weights)
     weights = contrast.weights.values()
     found: list[Array | None] = []
     for rows in itertools.zip_longest(*cells):
@@ -361,10 +361,10 @@ def fallen(runs: Runs, n_folds: int = 1) -> list[int]:
         return []
     middle = float(np.median(runs.done))
     scatter = _FALL_SCATTER * float(np.median(np.abs(runs.done - middle)))
-    sizes = [len(correct) for correct in runs.val_correct if correct is not None]
+    sizes = [len(correct) for correct in runs.correct["val"] if correct is not None]
     if n_folds > 1 and sizes:
         scatter = max(scatter, _FALL_IMAGES * math.sqrt(middle * (1 - middle) / min(sizes)))
-    return [int(r) for r in np.flatnonzero(runs.values < middle - max(_FALL, scatter))]
+    return [int(r) for r in np.flatnonzero(runs.accuracies["val"] < middle - max(_FALL, scatter))]
 
 
 # Before a run

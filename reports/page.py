@@ -28,13 +28,6 @@ def render_template(template: str, contents: dict[str, Any]) -> str:
     return environment.get_template(template).render(contents)
 
 
-def plotly_js() -> Markup:
-    """Return plotly.js, which the page holds whole, so that it needs no network."""
-    from plotly.offline import get_plotlyjs
-
-    return Markup(get_plotlyjs())
-
-
 def _script(text: str) -> Markup:
     """Keep a text as it is, but for what would end the script that holds it."""
     return Markup(text.replace("</", "<\\/"))

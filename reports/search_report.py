@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from plotly.offline import get_plotlyjs
 
 from reports.intervals import Interval, difference_interval, wilson_interval
-from reports.page import plotly_js, render_template
+from reports.page import render_template
 from reports.pruning import audit_of, audited_grid
 from reports.publish import Grid
 from reports.record import SearchRecord, read_record
@@ -121,7 +122,7 @@ def _contents(record: SearchRecord) -> dict[str, Any]:
         "space": [(name, _dimension_words(dim)) for name, dim in record.dims.items()],
         "config": config_words(record.study.config),
         "hovers": json.dumps(hovers(record)),
-        "plotly": plotly_js(),
+        "plotly": get_plotlyjs(),  # whole, so that the page needs no network
         "written": moment(datetime.now(UTC)),
     }
 

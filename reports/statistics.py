@@ -55,11 +55,6 @@ class Inference:
     estimate: float
     parts: tuple[Part, ...] = ()
 
-    @property
-    def has_seed(self) -> bool:
-        """Say whether more replicates would make the interval narrower."""
-        return any(part.shrinking for part in self.parts)
-
     def scatter(self, n: IntArray | int | None = None) -> tuple[Any, Any]:
         """Return the standard error and Satterthwaite's degrees of freedom, at n replicates.
 
@@ -204,7 +199,7 @@ def replicates_needed(inference: Inference, alpha: float, margin: float) -> int 
     Returns:
         None where no number up to 1,000 would, as where the images alone leave more than that.
     """
-    if not inference.has_seed:
+    if not any(part.shrinking for part in inference.parts):
         return None
     n = np.unique(np.geomspace(2, _MOST_REPLICATES, 100).astype(np.int64))
     error, df = inference.scatter(n)

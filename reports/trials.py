@@ -241,11 +241,7 @@ def _place(value: Any, dim: BaseDistribution) -> float:
 def _main_effects(x: Array, y: Array, dims: Sequence[BaseDistribution], seed: int) -> Array:
     """Return each setting's share of the variance that a forest sees over the whole space, (D,).
 
-    Args:
-        x: Places of the trials, (N, D).
-        y: Their final accuracies, (N,).
-        dims: D.
-        seed: Of the forest and of the points at which it is asked.
+    `x` are the places of the trials, (N, D), and `y` their final accuracies, (N,).
     """
     rng = np.random.default_rng(seed)
     sizes = [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in dims]

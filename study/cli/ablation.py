@@ -165,7 +165,7 @@ def run_plan(
             folder = store.study(study.name).output / "ablation"
             paths = write_ablation(store, study.name, folder)
             section, report = paths.sections[0], paths.html
-    findings = [f"{finding.head} {finding.text}" for finding in section.findings]
+    findings = [f"{head} {text}" for head, text in section.findings]
     if as_json:
         facts = {key: getattr(outcome, key) for key in ("stopped_because", "n_done", "n_planned")}
         effects = [_effect_record(effect) for effect in section.effects]

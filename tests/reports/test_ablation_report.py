@@ -105,8 +105,8 @@ def test_the_csv_files_are_unrounded(folder: Path, levels: AblationPaths) -> Non
         (ablation,) = read_ablations(store, NAME)
     base = run_rows[run_rows["setting"] == "baseline"]
     assert len(run_rows) == 30 and base["seed"].tolist() == [7, 8, 9, 10, 11]
-    for key, values in (("val_acc", ablation.runs[0].values), ("test_acc", ablation.runs[0].test)):
-        assert base[key].tolist() == pytest.approx(values.tolist(), rel=1e-12)
+    for split, values in ablation.runs[0].accuracies.items():
+        assert base[f"{split}_acc"].tolist() == pytest.approx(values.tolist(), rel=1e-12)
     effects = [*judge(ablation), *judge(ablation, "test")]
     assert effect_rows["split"].tolist() == ["val"] * 5 + ["test"]
     labels = effect_rows["factor"] + " = " + effect_rows["level"]

@@ -36,15 +36,14 @@ def in_memory(
     for k, cell in enumerate(design.cells):
         val = tuple(c if isinstance(c, np.ndarray) else None for c in results[k])
         tested = (*(test[k] if test else ()), *[None] * len(val))[: len(val)]
-        values, tests = (
-            np.array([math.nan if correct is None else correct.mean() for correct in part])
-            for part in (val, tested)
-        )
+        correct = {"val": val, "test": tested}
+        means = {s: [math.nan if c is None else c.mean() for c in correct[s]] for s in correct}
         runs.append(
             Runs(
-                label=cell.label, levels=cell.levels, values=values, test=tests,
+                label=cell.label, levels=cell.levels, correct=correct,
+                accuracies={split: np.array(part) for split, part in means.items()},
                 failures=tuple(c if isinstance(c, str) else None for c in results[k]),
-                numbers=tuple(range(len(val))), val_correct=val, test_correct=tested,
+                numbers=tuple(range(len(val))),
                 seconds=math.nan, parameters=None, is_solved=is_solved,
             )
         )  # fmt: skip
@@ -268,8 +267,8 @@ def test_runs_that_fall_far_below_the_others_are_flagged() -> None:
     assert lost(0.5, 0.9, 0.7, 0.8, 0.6) == []  # as the others scatter
     assert lost(0.8, 0.5) == []
     runs = in_memory(ONE, [planted(0.8, 0.81, 0.5, 0.8), STEADY]).runs[0]
-    rows = (row[:10] for row in runs.val_correct if row is not None)
-    few = dataclasses.replace(runs, val_correct=tuple(rows))
+    rows = (row[:10] for row in runs.correct["val"] if row is not None)
+    few = dataclasses.replace(runs, correct={"val": tuple(rows)})
     assert (fallen(runs, 5), fallen(few, 5)) == ([2], [])
 
 
