@@ -3,40 +3,40 @@
 import io
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from reports.ablation import Runs
 from reports.effects import Effect
 from reports.publish import digits_for, signed
-from reports.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    accuracy_axis,
-    drawable,
-    legend_above,
-    style,
-)
+from reports.words import shorten
 
+# Okabe and Ito's colours, distinct with any colour vision: https://jfly.uni-koeln.de/color/
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#858C97"
+INK = "#22262c"  # of text and axes
 # Widths of one and of two columns of a two-column page, inches.
 WIDTHS = {"": 3.4, "-wide": 6.9}
 _DPI = 300
 _ROW, _FRAME = 0.19, 1.35  # inches: a row, and what stands around the rows
-_LETTERS_PER_INCH = 6.5  # of the names at the left, in a third of the width
+# Letters per inch of a figure: of names, in a third of the width, and of the legend, measured.
+_NAME_LETTERS, _LEGEND_LETTERS = 6.5, 15
+# Fonts that may be there for names outside Latin, Greek and Cyrillic scripts.
+_MORE_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "Hiragino Sans", "PingFang SC", "Arial Unicode MS",
+)  # fmt: skip
 # What a file would say of when and by what it was written.
 _UNSTABLE = {"svg": ("Date",), "png": ("Software",), "pdf": ("CreationDate", "Producer")}
 # Each verdict has a shape of its own, so that a print without colours can be read.
@@ -73,7 +73,7 @@ class Plot:
     draw: Callable[[Axes], Any]
     n_rows: int = 0
 
-    def render(self, kind: str, width: float = WIDTHS["-wide"]) -> bytes:
+    def render(self, kind: str, width: float) -> bytes:
         """Return the bytes of a `png`, `svg` or `pdf`; the same data give the same bytes."""
         height = _FRAME + _ROW * self.n_rows if self.n_rows else 0.2 * width + 1.6
         with style():
@@ -93,6 +93,42 @@ class Plot:
                 paths.append(folder / f"{self.name}{suffix}.{kind}")
                 paths[-1].write_bytes(self.render(kind, width))
         return paths
+
+
+def style() -> AbstractContextManager[None]:
+    """Set how plots look while the context lasts: drawing and saving both belong inside.
+
+    Names are drawn letter by letter (no mathtext), and an SVG of the same data is the same file.
+    """
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    settings: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans", *(name for name in _MORE_FONTS if name in known)],
+        "font.size": 9,
+        "axes.labelsize": 9,
+        "legend.fontsize": 8,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "text.parse_math": False,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "axes.grid": True,
+        "grid.color": INK,
+        "grid.alpha": 0.13,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.4,
+        "figure.constrained_layout.use": True,
+        "svg.hashsalt": "frostline",
+        "svg.fonttype": "path",
+    }
+    return mpl.rc_context(settings)
 
 
 def plot_forest(effects: Sequence[Effect], margin: float, ax: Axes) -> Axes:
@@ -132,7 +168,7 @@ def plot_forest(effects: Sequence[Effect], margin: float, ax: Axes) -> Axes:
 def _name_rows(labels: Sequence[str], ax: Axes) -> None:
     figure = ax.get_figure(root=True)
     assert figure is not None, "axes that are drawn on belong to a figure"
-    limit = max(16, int(_LETTERS_PER_INCH * figure.get_size_inches()[0]))
+    limit = max(16, int(_NAME_LETTERS * figure.get_size_inches()[0]))
     ax.set_yticks(range(len(labels)), [drawable(label, limit) for label in labels], fontsize=7.5)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
@@ -228,3 +264,39 @@ def plot_training_size(sizes: Sequence[int], runs: Sequence[Runs], ax: Axes) -> 
     ax.set_ylabel("Validation accuracy")
     accuracy_axis(ax.yaxis)
     return ax
+
+
+def drawable(name: Any, limit: int) -> str:
+    """Shorten a name and replace letters that no font at hand can draw."""
+    text = " ".join(shorten(str(name), limit).split()) or "?"
+    fonts = [
+        font_manager.get_font(font_manager.findfont(family))
+        for family in mpl.rcParams["font.family"]
+    ]
+    charmaps = [font.get_charmap() for font in fonts]
+    return "".join(c if any(ord(c) in known for known in charmaps) else "?" for c in text)
+
+
+def accuracy_axis(axis: Any) -> None:
+    """Write an axis of fractions as per cent, with a decimal where the span is narrow."""
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
+
+
+def legend_above(ax: Axes, entries: Sequence[Line2D]) -> None:
+    """Put the legend above the axes, where it hides no data, in as many rows as it needs."""
+    if not entries:
+        return
+    widest = max(len(str(line.get_label())) for line in entries) + 5
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that are drawn on belong to a figure"
+    n_fitting = int(figure.get_size_inches()[0] * _LEGEND_LETTERS // widest)
+    figure.legend(
+        handles=list(entries),
+        loc="outside upper left",
+        ncols=max(1, min(n_fitting, len(entries))),
+        borderaxespad=0.2,
+        handletextpad=0.4,
+        columnspacing=1.1,
+    )
