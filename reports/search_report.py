@@ -380,36 +380,31 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
     A cell is the value to sort by and the text that is shown.
     """
     trials = record.trials
-    if len(trials) > MOST_DRAWN:
-        kept = set(drawn(record)["number"])
-        trials = trials[trials["number"].isin(kept) | trials["state"].isin(UNFINISHED)]
+    trials = trials[trials.index.isin(drawn(record).index) | trials["state"].isin(UNFINISHED)]
     has_scores = bool((trials["score"].notna() & (trials["score"] != trials["value"])).any())
     has_reasons = bool(trials["reason"].notna().any())
     best = -1 if record.best is None else record.best.number
     rows = []
     for row in trials.to_dict("records"):
+        number, reason = row["number"], "" if is_missing(row["reason"]) else row["reason"]
+        # What is the same in all trials stands under Provenance.
+        values = (None if number in record.idle[n] else row[f"params_{n}"] for n in record.varied)
         cells = [
-            (row["number"], str(row["number"])),
+            (number, str(number)),
             (row["state"], row["state"]),
             _cell(row["value"], percent(row["value"])),
+            *([_cell(row["score"], f"{row['score']:.4f}")] if has_scores else []),
+            (row["epochs_done"], count(row["epochs_done"])),
+            _cell(row["duration_s"], duration(row["duration_s"])),
+            *(_cell(value, setting(value)) for value in values),
+            (row["origin"], row["origin"]),
+            *([(reason, reason)] if has_reasons else []),
         ]
-        if has_scores:
-            cells.append(_cell(row["score"], f"{row['score']:.4f}"))
-        cells.append((row["epochs_done"], count(row["epochs_done"])))
-        cells.append(_cell(row["duration_s"], duration(row["duration_s"])))
-        for name in record.varied:  # what is the same in all trials stands under Provenance
-            value = None if row["number"] in record.idle[name] else row[f"params_{name}"]
-            cells.append(_cell(value, setting(value)))
-        cells.append((row["origin"], row["origin"]))
-        if has_reasons:
-            reason = "" if is_missing(row["reason"]) else row["reason"]
-            cells.append((reason, reason))
-        state = f"{row['state']} best" if row["number"] == best else row["state"]
+        state = f"{row['state']} best" if number == best else row["state"]
         rows.append({"state": state, "cells": cells})
     score = ("score",) if has_scores else ()
-    settings = record.varied
     last = ("from", "reason") if has_reasons else ("from",)
-    header = ("trial", "state", "accuracy", *score, "epochs", "time", *settings, *last)
+    header = ("trial", "state", "accuracy", *score, "epochs", "time", *record.varied, *last)
     return {"header": header, "rows": rows, "n_text": 2}
 
 
