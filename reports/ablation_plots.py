@@ -178,11 +178,7 @@ def _name_rows(labels: Sequence[str], ax: Axes) -> None:
 def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Axes:
     """Draw every run's accuracy; a line joins the runs of one replicate over the settings.
 
-    Args:
-        runs: The baseline first.
-        name: What a replicate is: `seed` or `fold`.
-        first: Number of the first replicate.
-        ax: Drawn on.
+    `name` is what a replicate is, seed or fold; they are counted from `first`.
     """
     entries = []
     for r, row in enumerate(np.stack([each.accuracies["val"] for each in runs], axis=1)):

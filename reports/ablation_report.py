@@ -469,15 +469,10 @@ def _interaction_plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterato
 
 def cell_means(ablation: Ablation, a: str, b: str) -> pd.DataFrame:
     """Return mean accuracy by the levels of two factors: rows a, columns b; all else averaged."""
-    own = ablation.own_levels
-    labels = {
-        factor["name"]: [own[factor["name"]], *(str(level["label"]) for level in factor["levels"])]
-        for factor in ablation.spec["factors"]
-    }
-    levels = pd.DataFrame([{**own, **runs.levels} for runs in ablation.runs])
+    levels = pd.DataFrame([{**ablation.own_levels, **runs.levels} for runs in ablation.runs])
     means = pd.Series([runs.mean for runs in ablation.runs])
     table = means.groupby([levels[a], levels[b]]).mean().unstack(b)
-    return table.reindex(index=labels[a], columns=labels[b])
+    return table.reindex(index=levels[a].unique(), columns=levels[b].unique())
 
 
 def _size_plot(ablation: Ablation) -> Iterator[Plot]:
@@ -552,11 +547,7 @@ def write_ablation(
 ) -> AblationPaths:
     """Write an ablation's report into a folder, over an earlier one.
 
-    Args:
-        store: The record.
-        name: The ablation's study.
-        out_dir: Made where it is missing.
-        beside: Further ablations, on other datasets, to be compared in one table.
+    Ablations that are named in `beside`, on other datasets, are compared with it in one table.
 
     Raises:
         RecordError: There is no such study, or it is no ablation.

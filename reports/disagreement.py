@@ -77,8 +77,7 @@ def disagreements(
     ]
     level, most = levels[0]
     both = most.merge(base, left_index=True, right_index=True, suffixes=("", "_base"))
-    both["difference"] = both["right"] - both["right_base"]
-    both["size"] = -both["difference"].abs()
+    both["size"] = -(both["right"] - both["right_base"]).abs()
     both = both[both["size"] < 0].sort_values("size", kind="stable").head(_CANDIDATES)
     thumbnails = read_thumbnails(store, ablation.study.id, list(both.index))
     both["unseen"] = [path not in thumbnails for path in both.index]

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from reports.ablation import Ablation, Look, Runs, Split
+from reports.ablation import Ablation, Runs, Split
 from reports.intervals import Interval
 from reports.statistics import (
     ENOUGH_FOLDS,
@@ -186,10 +186,6 @@ def judge(ablation: Ablation, split: Split = "val") -> list[Effect]:
     Bonferroni all together hold alpha whenever the replicates are stopped. A difference is shown
     as soon as there are runs, a verdict only for an analysis that was recorded before its runs.
 
-    Args:
-        ablation: The design and its runs.
-        split: `val`, or `test` for those runs that were tested.
-
     Returns:
         One effect per contrast, in the order of `contrasts_of`; on the test split without those
         that were not tested.
@@ -239,7 +235,13 @@ def _estimated(ablation: Ablation, contrast: Contrast, split: Split) -> tuple[Ef
         verdict = "unfinished"
     elif not any(row.any() for row in rows):
         verdict = "identical"
-    p_family, p_equivalence, p_seeds = _p_values(ablation, contrast, differences, looks, split)
+    # The smallest p values of all analyses, each over its share of the error; NaN without any.
+    found = [np.full(3, math.nan)]
+    for look in looks:
+        seen = [row for row in differences[: look.n] if row is not None]
+        p = _p_values(ablation, contrast, seen, split)
+        found.append(np.minimum(1.0, p * contrast.n_tests / look.share))
+    p_family, p_equivalence, p_seeds = map(float, np.fmin.reduce(found))
     effect = Effect(
         contrast=contrast,
         n=len(rows),
@@ -258,27 +260,16 @@ def _estimated(ablation: Ablation, contrast: Contrast, split: Split) -> tuple[Ef
 
 
 def _p_values(
-    ablation: Ablation,
-    contrast: Contrast,
-    differences: Sequence[Array | None],
-    looks: Sequence[Look],
-    split: Split,
-) -> list[float]:
-    """Return the smallest p values of some analyses, each over its share of the error.
-
-    They are those of a difference, of equivalence, and of a difference over seeds alone; NaN
-    without any.
-    """
-    found = [np.full(3, math.nan)]
-    for look in looks:
-        rows = [row for row in differences[: look.n] if row is not None]
-        inference = _infer(ablation, contrast, rows, split)
+    ablation: Ablation, contrast: Contrast, rows: Sequence[Array], split: Split
+) -> Array:
+    """Return the p values of a difference, of equivalence, and over seeds alone, (3,)."""
+    inference = _infer(ablation, contrast, rows, split)
+    equal = seeds = math.nan
+    if any(row.any() for row in rows):  # a few equal runs do not show how much others scatter
         equal = inference.equivalence_p(ablation.margin)
-        if not any(row.any() for row in rows):
-            equal = math.nan  # a few equal runs do not show how much others scatter
-        values = np.array([inference.p, equal, _over_seeds(ablation, rows, split)])
-        found.append(np.minimum(1.0, values * contrast.n_tests / look.share))
-    return [float(p) for p in np.fmin.reduce(found)]
+    if rows and (split == "test" or ablation.n_folds == 1):
+        seeds = seeds_only_p(np.array([row.mean() for row in rows]), 1 / len(rows[0]))
+    return np.array([inference.p, equal, seeds])
 
 
 def _differences(ablation: Ablation, contrast: Contrast, split: Split) -> list[Array | None]:
@@ -297,17 +288,10 @@ def _infer(
 ) -> Inference:
     if not rows:
         return Inference(0, 0, math.nan)
-    n_folds = ablation.n_folds
-    if split == "val" and n_folds > 1:
-        return resampled(rows, n_folds)
+    if split == "val" and ablation.n_folds > 1:
+        return resampled(rows, ablation.n_folds)
     has_seed = not all(ablation.runs[k].is_solved for k in contrast.weights)
     return crossed(np.stack(rows), has_seed=has_seed)
-
-
-def _over_seeds(ablation: Ablation, rows: Sequence[Array], split: Split) -> float:
-    if not rows or (split == "val" and ablation.n_folds > 1):
-        return math.nan
-    return seeds_only_p(np.array([row.mean() for row in rows]), 1 / len(rows[0]))
 
 
 def _judged(ablation: Ablation, effect: Effect, inference: Inference) -> Effect:

@@ -25,10 +25,6 @@ def wilson_interval(n_correct: int, n: int) -> Interval:
     The interval says what other images of the same kind would give; it knows nothing of the
     choosing that happened before, so that of a search's best trial is still optimistic.
 
-    Args:
-        n_correct: Images classified rightly, 0 to n.
-        n: Images looked at, at least 1.
-
     References:
         Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """

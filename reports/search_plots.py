@@ -171,11 +171,7 @@ def _figure(data: Any, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     return figure
 
 
-@plot(
-    "Best trial",
-    "Learning curve",
-    "Loss and accuracy after each epoch of the best trial.",
-)
+@plot("Best trial", "Learning curve", "Loss and accuracy after each epoch of the best trial.")
 def learning_curve(record: SearchRecord) -> Figure:
     """Draw the best trial's losses and accuracy by epoch."""
     if record.best is None:

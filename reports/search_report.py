@@ -35,7 +35,7 @@ from study.config.formatting import hide_password, short_backbone
 from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test, Trial
 from study.record.record import Record
 
-_MOST_FINDINGS = 5
+_MOST_FINDINGS, _MOST_CONFUSED = 5, 8
 # Keys of the database, of no meaning outside it, and lists.
 _INNER = ("id", "study_id", "run_id", "without_effect")
 _LONG_S = 30.0  # of shorter trials it does not matter which one is faster
@@ -65,14 +65,9 @@ def write_report(
 ) -> ReportPaths:
     """Write a study's report into a folder, over an earlier one.
 
-    Reads the record only. The same record gives the same figures and numbers.
-
-    Args:
-        store: The record.
-        study_name: Which study.
-        out_dir: Made where it is missing.
-        beside: Other studies, in a table of their own.
-        refresh_s: The page loads itself again after so many seconds; 0 for never.
+    Reads the record only. The same record gives the same figures and numbers. Studies that are
+    named in `beside` stand in a table of their own. After `refresh_s` seconds the page loads
+    itself again; 0 for never.
 
     Raises:
         RecordError: There is no such study.
@@ -440,13 +435,13 @@ def _best_facts(record: SearchRecord) -> list[tuple[str, str]]:
     ]
 
 
-def confused_grid(record: SearchRecord, n_pairs: int = 8) -> Grid:
+def confused_grid(record: SearchRecord) -> Grid:
     """List the most frequent mistakes of the best trial."""
     rows = []
     if record.confusion is not None and len(record.classes) > 2:  # else the matrix says it all
         totals = record.confusion.sum(axis=1)
         errors = record.confusion - np.diag(np.diag(record.confusion))
-        order = np.argsort(-errors, axis=None, kind="stable")[:n_pairs]
+        order = np.argsort(-errors, axis=None, kind="stable")[:_MOST_CONFUSED]
         for truth, guess in zip(*np.unravel_index(order, errors.shape), strict=True):
             if n := int(errors[truth, guess]):
                 names = record.classes[truth], record.classes[guess]

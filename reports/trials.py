@@ -55,10 +55,6 @@ def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[f
     as much. Diverged trials get the lowest of all. Left out are trials that failed for other
     reasons, and those not trained because an equal one had been.
 
-    Args:
-        trials: One row per trial.
-        epochs: One row per trial and epoch.
-
     Returns:
         Accuracies in [0, 1] by trial number.
 
@@ -159,13 +155,9 @@ def importances(
 
     The variance of each setting's main effect over the whole space (functional analysis of
     variance), as a forest of extremely randomised trees predicts it from all trials, the pruned
-    ones included, whose settings a sampler drew. The interval is a percentile bootstrap over
-    trials (estimated accuracies are kept).
-
-    Args:
-        trials: The study's.
-        final: By trial number.
-        planned: Numbers of trials whose settings a plan chose; they are left out.
+    ones included, whose settings a sampler drew: those whose settings a plan chose are left out,
+    by their numbers in `planned`. The interval is a percentile bootstrap over trials (estimated
+    accuracies are kept).
 
     References:
         Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html;
