@@ -34,7 +34,6 @@ class Runs:
     """The runs of one cell.
 
     Attributes:
-        label: What tables call it.
         levels: Factor -> level, without those at the baseline's.
         accuracies: By split and replicate, (R,), fractions in [0, 1]; NaN where there is none.
         failures: Why a replicate failed, (R,); None where it did not, or was not run yet.
@@ -84,8 +83,6 @@ class Ablation:
     """One design of one ablation as the database knows it.
 
     Attributes:
-        study: Its study.
-        design: Its design.
         runs: By cell, in the design's order.
         n_analyses: Analyses of the whole ablation so far: all designs and the test split.
     """

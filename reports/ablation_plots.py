@@ -61,9 +61,6 @@ class Plot:
 
     Attributes:
         name: Of its files, without suffix.
-        title: What it shows.
-        caption: How to read it.
-        draw: Draws on axes.
         n_rows: Rows of text at the left, which decide the height; 0 for a fixed one.
     """
 
@@ -109,17 +106,13 @@ def style() -> AbstractContextManager[None]:
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
         "text.parse_math": False,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+        **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.linewidth": 0.7,
         "axes.grid": True,
-        "grid.color": INK,
         "grid.alpha": 0.13,
         "grid.linewidth": 0.6,
         "axes.axisbelow": True,

@@ -70,13 +70,9 @@ class Section:
     """What the report says of one design.
 
     Attributes:
-        ablation: Its runs.
         name: Of its files, and its place in the page.
-        title: Its heading.
         cards: Name, figure and explanation of figures at a glance.
         findings: What improves, what degrades, what is open: what kind it is, and a sentence.
-        grids: Tables.
-        plots: Figures.
         methods: Paragraph for a paper.
         effects: What was compared.
         on_test: The same on the test split.
@@ -313,14 +309,13 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, corrected", "n",
         "Verdict",
     )  # fmt: skip
-    rows, groups = [], []
+    rows, group = [], ""
     own = ablation.own_levels
     if ablation.baseline is not None:
         values = ablation.baseline.accuracies[split]
         n = np.isfinite(values).sum()
         failed = _failed(ablation.baseline.n_failed)
         rows.append(("baseline", "", mean_words(values), "", "", f"{n}{failed}", "baseline"))
-        groups.append("baseline")
     for effect in effects:
         contrast, accuracy = effect.contrast, ""
         if contrast.cell is not None:
@@ -330,7 +325,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
             factor += f" ({own[factor]})"
         rows.append(
             (
-                factor if groups[-1:] != [contrast.factor] else "",
+                factor if group != contrast.factor else "",
                 contrast.level,
                 accuracy,
                 difference_words(effect.difference),
@@ -339,7 +334,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
                 effect.verdict,
             )
         )
-        groups.append(contrast.factor)
+        group = contrast.factor
     title = f"Ablation of {ablation.spec['origin']}"
     scope = scope_words(ablation, split)
     is_wider = ablation.kind == "path" or len(ablation.looks(split)) > 1
@@ -358,7 +353,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         note += f" {plural(n_left, 'setting')} not tested." if n_left else ""
     name = "effects" if split == "val" else "test"
     return Grid(
-        name, title, header, tuple(rows), tuple(groups), n_text=2, is_last_text=True, note=note
+        name, title, header, tuple(rows), has_groups=True, n_text=2, is_last_text=True, note=note
     )
 
 

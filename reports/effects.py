@@ -75,7 +75,6 @@ class Effect:
     """A contrast, estimated and judged; differences are fractions.
 
     Attributes:
-        contrast: What it is of.
         n: Replicates that are complete in all of its cells.
         difference: Mean with its 95 % interval, which is not corrected for other contrasts.
         sd: Standard deviation of the replicates' differences.
@@ -84,7 +83,6 @@ class Effect:
         p_family: The same after all corrections: Holm's and that for repeated analyses.
         p_equivalence: Two one-sided tests within the margin, corrected alike.
         p_seeds: Over seeds alone, the images taken as they are, corrected alike.
-        verdict: In a word.
         n_needed: About how many replicates would settle it; None unless inconclusive, or where
             none up to 1,000 would.
         images_needed: About how many images would, where no number of replicates does.

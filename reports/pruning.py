@@ -14,9 +14,6 @@ class Audit:
     """A search's pruner under audit.
 
     Attributes:
-        name: The search.
-        n_complete: Finished trials of the search.
-        n_pruned: Pruned trials of the search.
         best: Validation accuracy of the search's best trial; None where none finished.
         best_score: What that trial is ranked by.
         chosen_by: What that is, in words.

@@ -32,10 +32,8 @@ class Grid:
 
     Attributes:
         name: Of its files, without suffix.
-        title: What it shows.
-        header: Column names.
         rows: Cells, as many a row as there are columns.
-        groups: One word a row: neighbours of the same group belong together.
+        has_groups: Whether rows whose first cell is empty belong to the one above.
         n_text: Leading columns that are names, not figures; the last column is text where
             `is_last_text`.
         is_last_text: Whether the last column is text.
@@ -46,14 +44,14 @@ class Grid:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    groups: tuple[str, ...] = ()
+    has_groups: bool = False
     n_text: int = 1
     is_last_text: bool = False
     note: str = ""
 
     def begins_group(self, row: int) -> bool:
         """Say whether a row is the first of its group, but not the first of the table."""
-        return bool(self.groups) and row > 0 and self.groups[row] != self.groups[row - 1]
+        return self.has_groups and row > 0 and self.rows[row][0] != ""
 
 
 def digits_for(half_width: float) -> int:
@@ -196,8 +194,7 @@ def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
 def _pages(grid: Grid) -> Iterator[Grid]:
     """Divide a long table into tables that fit a page each."""
     for page, first in enumerate(range(0, len(grid.rows), _ROWS_PER_PAGE), start=1):
-        part = slice(first, first + _ROWS_PER_PAGE)
         name, title = grid.name, grid.title
         if len(grid.rows) > _ROWS_PER_PAGE:
             name, title = f"{name}-{page}", f"{title} ({page})"
-        yield replace(grid, name=name, title=title, rows=grid.rows[part], groups=grid.groups[part])
+        yield replace(grid, name=name, title=title, rows=grid.rows[first : first + _ROWS_PER_PAGE])

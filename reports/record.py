@@ -36,7 +36,6 @@ class Audited:
     """A pruned trial that was trained to the end.
 
     Attributes:
-        number: Its number in the search.
         epochs: Epochs that it had when it was pruned.
         pruned_value: Validation accuracy of its best epoch then, a fraction.
         full_value: The same at the full budget; NaN where it failed.

@@ -12,7 +12,6 @@ from scipy import stats
 from reports.intervals import Interval
 
 Array = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 _MOST_REPLICATES = 1000
 _SMALL = 1e-12
@@ -55,7 +54,7 @@ class Inference:
     estimate: float
     parts: tuple[Part, ...] = ()
 
-    def scatter(self, n: IntArray | int | None = None) -> tuple[Any, Any]:
+    def scatter(self, n: NDArray[np.int64] | int | None = None) -> tuple[Any, Any]:
         """Return the standard error and Satterthwaite's degrees of freedom, at n replicates.
 
         NaN for both where the variance is not known.
