@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,13 +241,13 @@ def plot_path(accuracies: Sequence[float], steps: Sequence[Effect], ax: Axes) ->
     return ax
 
 
-def plot_training_size(sizes: Sequence[int], runs: Sequence[Runs], ax: Axes) -> Axes:
+def plot_training_size(runs: Mapping[int, Runs], ax: Axes) -> Axes:
     """Draw accuracy over the number of training images: every run, and the means."""
-    for size, each in zip(sizes, runs, strict=True):
+    for size, each in runs.items():
         ax.plot([size] * len(each.done), each.done, "o", color=GREY, ms=3, mew=0, alpha=0.8)
-    ax.plot(sizes, [each.mean for each in runs], "-o", color=BLUE, ms=4)
+    ax.plot(list(runs), [each.mean for each in runs.values()], "-o", color=BLUE, ms=4)
     ax.set_xscale("log")
-    ax.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+    ax.set_xticks(list(runs), [f"{size:,}" for size in runs])
     ax.minorticks_off()
     ax.set_xlabel("Training images")
     ax.set_ylabel("Validation accuracy")

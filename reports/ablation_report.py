@@ -483,11 +483,11 @@ def _size_plot(ablation: Ablation) -> Iterator[Plot]:
         round(float(runs.levels.get("train_fraction", own)) * n_train): runs
         for runs in (*sized, ablation.runs[ablation.position({})])
     }
-    done = {size: found[size] for size in sorted(found) if math.isfinite(found[size].mean)}
+    done = {size: runs for size, runs in sorted(found.items()) if math.isfinite(runs.mean)}
     yield Plot(
         "training-size", "Training images",
         "Validation accuracy over the number of training images: every run, and the means.",
-        lambda ax: plot_training_size(list(done), list(done.values()), ax),
+        functools.partial(plot_training_size, done),
     )  # fmt: skip
 
 

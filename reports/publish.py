@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from reports.intervals import Interval
-from reports.words import markdown_table, markdown_text, shorten
+from reports.words import markdown_text, shorten
 
 _MOST_DIGITS = 3
 _NO_WIDTH = 1e-9
@@ -119,7 +119,10 @@ def seconds_words(value: float) -> str:
 
 def to_markdown(grid: Grid) -> str:
     """Write a grid as Markdown, its note below."""
-    parts = [f"**{markdown_text(grid.title)}**", markdown_table(grid.header, grid.rows)]
+    rows = [" | ".join(map(markdown_text, row)) for row in (grid.header, *grid.rows)]
+    rows.insert(1, " | ".join(["---"] * len(grid.header)))
+    table = "\n".join(f"| {row} |" for row in rows)
+    parts = [f"**{markdown_text(grid.title)}**", table]
     if grid.note:
         parts.append(f"_{markdown_text(grid.note)}_")
     return "\n\n".join(parts)

@@ -48,9 +48,7 @@ class Plot:
         name: Of the function that draws it.
         section: Heading of the page under which it stands.
         title: What it shows; empty where each of several figures has its key for a title.
-        caption: How to read it.
         size: `wide`, `half` or `small`.
-        function: Draws it.
     """
 
     name: str
