@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.ablation import Ablation, Rules, Runs
+from reports.ablation import Ablation, Runs
 from reports.effects import Effect, fallen, judge
 from reports.intervals import selection_bias, simulated_bias
 
@@ -187,15 +187,11 @@ def study_of(
         runs.append(
             Runs(
                 label=", ".join(f"{a} = {b}" for a, b in levels.items()) or "baseline",
-                factor=" + ".join(levels) or "baseline",
-                level=" + ".join(levels.values()),
                 levels=levels,
-                values=values,
-                test=tested,
+                accuracies={"val": values, "test": tested},
                 failures=(None,) * n,
                 numbers=(None,) * n,
-                val_correct=tuple(cell),
-                test_correct=tuple(test[k]) if test is not None else (),
+                correct={"val": tuple(cell), "test": tuple(test[k]) if test is not None else ()},
                 seconds=1.0,
                 parameters=1,
                 is_solved=is_solved,
@@ -208,12 +204,13 @@ def study_of(
         "steps": [f["name"] for f in listed] if kind == "path" else [],
         "n_tests": counted if kind == "factorial" else sum(counts),
         "n_folds": n_folds,
+        "settings": {"alpha": ALPHA, "margin": 100 * MARGIN},
         "looks": list(analyses[-1][2]),
         "analyses": [{"split": s, "order": o, "replicates": list(r)} for s, o, r in analyses],
     }
     study: Any = _Plain()
     design: Any = _Plain(kind=kind, spec=spec)
-    return Ablation(study, design, tuple(runs), Rules(ALPHA, MARGIN), len(analyses))
+    return Ablation(study, design, tuple(runs), len(analyses))
 
 
 class _Plain:

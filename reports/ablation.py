@@ -22,19 +22,6 @@ Correct = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """How effects are judged.
-
-    Attributes:
-        alpha: Family-wise error that all analyses of an ablation hold together.
-        margin: Difference that does not matter, as a fraction (0.01 is one accuracy point).
-    """
-
-    alpha: float = 0.05
-    margin: float = 0.01
-
-
-@dataclass(frozen=True, slots=True)
 class Look:
     """An analysis of the first n replicates, which may spend this share of alpha."""
 
@@ -43,64 +30,27 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Analysis:
-    """An analysis that was recorded before its runs, with its planned interim analyses.
-
-    Attributes:
-        split: Whose accuracy it is of.
-        order: Which one of the ablation it is, over all designs and the test split, from 1.
-        replicates: At each interim analysis, the last one's at the end.
-    """
-
-    split: Split
-    order: int
-    replicates: tuple[int, ...]
-
-    @property
-    def looks(self) -> list[Look]:
-        """Divide the error of this analysis, alpha / 2^order, among its interim analyses.
-
-        They spend by (n / last n)^2, less what is spent: later ones see more.
-
-        References:
-            Kim & DeMets 1987, https://doi.org/10.1093/biomet/74.1.149 (power family).
-        """
-        spent = [(n / self.replicates[-1]) ** 2 for n in self.replicates]
-        steps = np.diff([0.0, *spent])
-        pairs = zip(self.replicates, steps, strict=True)
-        return [Look(n, float(step) / 2**self.order) for n, step in pairs]
-
-
-@dataclass(frozen=True, slots=True)
 class Runs:
     """The runs of one cell.
 
     Attributes:
-        label: What tables call it.
-        factor: What is varied; `baseline` for the baseline.
-        level: Its setting.
         levels: Factor -> level, without those at the baseline's.
-        values: Accuracy by replicate, shape (R,), fraction in [0, 1]; NaN where there is none.
-        test: Test accuracies, likewise; NaN where a run was not tested.
+        accuracies: By split and replicate, (R,), fractions in [0, 1]; NaN where there is none.
         failures: Why a replicate failed, (R,); None where it did not, or was not run yet.
         numbers: Trial by replicate, (R,); None where it was not run.
-        val_correct: By replicate, what was classified correctly; None where it is not known.
-        test_correct: The same on the test split.
+        correct: By split and replicate, (R,), what was classified correctly; None where it is not
+            known.
         seconds: Median duration of a finished run; NaN without one.
         parameters: Parameters that are trained; None where no run says so.
         is_solved: Whether its replicates cannot differ: a solved head has no seed.
     """
 
     label: str
-    factor: str
-    level: str
     levels: Mapping[str, str]
-    values: NDArray[np.float64]
-    test: NDArray[np.float64]
+    accuracies: Mapping[Split, NDArray[np.float64]]
     failures: tuple[str | None, ...]
     numbers: tuple[int | None, ...]
-    val_correct: tuple[Correct | None, ...]
-    test_correct: tuple[Correct | None, ...]
+    correct: Mapping[Split, tuple[Correct | None, ...]]
     seconds: float
     parameters: int | None
     is_solved: bool
@@ -111,19 +61,21 @@ class Runs:
         return sum(reason is not None for reason in self.failures)
 
     @property
-    def n_run(self) -> int:
-        """Count the replicates that came to an end."""
-        return self.n_run_on("val")
+    def done(self) -> NDArray[np.float64]:
+        """Return the accuracies of the finished runs."""
+        values = self.accuracies["val"]
+        return values[np.isfinite(values)]
 
-    def n_run_on(self, split: Split) -> int:
+    @property
+    def mean(self) -> float:
+        """Return the mean accuracy of the finished runs; NaN without any."""
+        return float(self.done.mean()) if len(self.done) else math.nan
+
+    def n_run(self, split: Split = "val") -> int:
         """Count the replicates, from the first, of which nothing is missing on a split."""
-        values = self.values if split == "val" else self.test
-        is_done = np.isfinite(values) | np.array([f is not None for f in self.failures], bool)
+        has_failed = np.array([reason is not None for reason in self.failures], bool)
+        is_done = np.isfinite(self.accuracies[split]) | has_failed
         return int(np.argmin([*is_done, False]))
-
-    def correct(self, split: Split) -> tuple[Correct | None, ...]:
-        """Return by replicate what was classified correctly on a split."""
-        return self.val_correct if split == "val" else self.test_correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +83,13 @@ class Ablation:
     """One design of one ablation as the database knows it.
 
     Attributes:
-        study: Its study.
-        design: Its design.
         runs: By cell, in the design's order.
-        rules: How effects are judged.
         n_analyses: Analyses of the whole ablation so far: all designs and the test split.
     """
 
     study: Study
     design: Design
     runs: tuple[Runs, ...]
-    rules: Rules
     n_analyses: int
 
     @property
@@ -155,6 +103,26 @@ class Ablation:
         return self.design.kind
 
     @property
+    def alpha(self) -> float:
+        """Return the family-wise error that all analyses of an ablation hold together."""
+        return float(self.spec["settings"]["alpha"])
+
+    @property
+    def margin(self) -> float:
+        """Return the difference that does not matter, as a fraction."""
+        return float(self.spec["settings"]["margin"] / 100)
+
+    @property
+    def first_seed(self) -> int:
+        """Return the seed of the first replicate."""
+        return int(self.spec["first_seed"])
+
+    @property
+    def own_levels(self) -> dict[str, str]:
+        """Return the baseline's level of each factor."""
+        return {str(each["name"]): str(each["baseline"]) for each in self.spec["factors"]}
+
+    @property
     def baseline(self) -> Runs | None:
         """Return the baseline's runs; None where it is not among the cells."""
         return next((runs for runs in self.runs if not runs.levels), None)
@@ -162,12 +130,7 @@ class Ablation:
     @property
     def replicates(self) -> int:
         """Return how many replicates are done at most."""
-        return max((runs.n_run for runs in self.runs), default=0)
-
-    @property
-    def n_planned(self) -> int:
-        """Return the replicates that were planned for every cell (the most of an adaptive one)."""
-        return int(self.spec["looks"][-1])
+        return max((runs.n_run() for runs in self.runs), default=0)
 
     @property
     def is_adaptive(self) -> bool:
@@ -189,9 +152,9 @@ class Ablation:
         """Count the images that the runs are judged by: of one split, or of all folds."""
         data = self.study.data
         if self.n_folds > 1:
-            whole = int(data.get("n_train") or 0) + int(data.get("n_val") or 0)
+            whole = int(data["n_train"]) + int(data["n_val"])
             return round(whole * min(1.0, self.replicates / self.n_folds))
-        return int(data.get("n_val") or 0)
+        return int(data["n_val"])
 
     @property
     def chosen_by(self) -> str:
@@ -202,27 +165,34 @@ class Ablation:
     def n_missing(self) -> int:
         """Count the runs that are planned and not done (of an adaptive one, of the first look)."""
         n = self.spec["looks"][0]
-        return sum(max(0, n - runs.n_run) for runs in self.runs)
+        return sum(max(0, n - runs.n_run()) for runs in self.runs)
 
     @property
     def n_tested(self) -> int:
         """Count the runs of which the test split was read."""
-        return sum(int(np.isfinite(runs.test).sum()) for runs in self.runs)
+        return sum(int(np.isfinite(runs.accuracies["test"]).sum()) for runs in self.runs)
 
-    def analyses(self, split: Split) -> list[Analysis]:
-        """List the analyses of this design on a split that were recorded, in order."""
-        return [
-            Analysis(split, each["order"], tuple(each["replicates"]))
-            for each in self.spec["analyses"]
-            if each["split"] == split
-        ]
+    def looks(self, split: Split) -> list[Look]:
+        """List the analyses of a split that were recorded before their runs, in order.
+
+        The k-th analysis of an ablation, over all designs and the test split, has the error
+        alpha / 2^k. Its planned interim analyses spend by (n / last n)^2 of that, less what is
+        spent: later ones see more.
+
+        References:
+            Kim & DeMets 1987, https://doi.org/10.1093/biomet/74.1.149 (power family).
+        """
+        looks: list[Look] = []
+        for analysis in self.spec["analyses"]:
+            if analysis["split"] == split:
+                replicates = analysis["replicates"]
+                steps = np.diff([0.0, *((n / replicates[-1]) ** 2 for n in replicates)])
+                shares = steps / 2 ** analysis["order"]
+                looks += map(Look, replicates, shares.tolist())
+        return looks
 
     def position(self, levels: Mapping[str, str]) -> int:
-        """Find the cell with these levels.
-
-        Raises:
-            StopIteration: There is none.
-        """
+        """Find the cell with these levels."""
         return next(k for k, runs in enumerate(self.runs) if runs.levels == levels)
 
     def path_cells(self) -> list[int]:
@@ -247,11 +217,11 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
         raise RecordError(
             f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
         )
-    trials = _by_identity(store.trials(study.id))
-    tests = {
-        row.trial_number: row.accuracy
-        for row in store.tests(study.id)
-        if row.trial_number is not None
+    rows = store.trials(study.id)
+    trials = _by_identity(rows)
+    accuracies: dict[Split, dict[int | None, float | None]] = {
+        "val": {row.number: row.value for row in rows},
+        "test": {row.trial_number: row.accuracy for row in store.tests(study.id)},
     }
     correct: dict[Split, dict[int, Correct]] = {
         split: {
@@ -263,15 +233,12 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
     n_analyses = sum(len(design.spec["analyses"]) for design in designs)
     found = []
     for design in reversed(designs):
-        spec = design.spec
-        rules = Rules(spec["settings"]["alpha"], spec["settings"]["margin"] / 100)
+        cells = zip(*(design.spec[key] for key in ("cells", "runs", "solved")), strict=True)
         runs = tuple(
-            _runs_of(cell["levels"], [trials.get(text) for text in hashes], tests, correct, solved)
-            for cell, hashes, solved in zip(
-                spec["cells"], spec["runs"], spec["solved"], strict=True
-            )
+            _runs_of(cell["levels"], list(map(trials.get, hashes)), accuracies, correct, solved)
+            for cell, hashes, solved in cells
         )
-        found.append(Ablation(study, design, runs, rules, n_analyses))
+        found.append(Ablation(study, design, runs, n_analyses))
     return found
 
 
@@ -288,24 +255,26 @@ def _by_identity(rows: Sequence[Trial]) -> dict[str, Trial]:
 def _runs_of(
     levels: Mapping[str, str],
     rows: Sequence[Trial | None],
-    tests: Mapping[int, float],
+    accuracies: Mapping[Split, Mapping[int | None, float | None]],
     correct: Mapping[Split, Mapping[int, Correct]],
     is_solved: bool,
 ) -> Runs:
-    done = [row for row in rows if row is not None and row.state == "complete"]
     complete = [row if row is not None and row.state == "complete" else None for row in rows]
+    done = [row for row in complete if row]
     took = [row.duration_s for row in done if row.duration_s]
     return Runs(
         label=", ".join(f"{name} = {setting}" for name, setting in levels.items()) or BASELINE,
-        factor=" + ".join(levels) or BASELINE,
-        level=" + ".join(levels.values()),
-        levels=dict(levels),
-        values=np.array([row.value if row else math.nan for row in complete], dtype=np.float64),
-        test=np.array([tests.get(row.number, math.nan) if row else math.nan for row in complete]),
+        levels=levels,
+        accuracies={
+            split: np.array([known.get(row.number) if row else None for row in complete], float)
+            for split, known in accuracies.items()
+        },
         failures=tuple(map(_failure, rows)),
         numbers=tuple(row.number if row else None for row in rows),
-        val_correct=tuple(correct["val"].get(row.number) if row else None for row in complete),
-        test_correct=tuple(correct["test"].get(row.number) if row else None for row in complete),
+        correct={
+            split: tuple(known.get(row.number) if row else None for row in complete)
+            for split, known in correct.items()
+        },
         seconds=float(np.median(took)) if took else math.nan,
         parameters=done[0].trained_parameters if done else None,
         is_solved=is_solved,

@@ -2,43 +2,41 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from reports.ablation import Runs
 from reports.effects import Effect
 from reports.publish import digits_for, signed
-from reports.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    accuracy_axis,
-    drawable,
-    entry,
-    legend_above,
-    style,
-)
+from reports.words import shorten
 
+# Okabe and Ito's colours, distinct with any colour vision: https://jfly.uni-koeln.de/color/
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#858C97"
+INK = "#22262c"  # of text and axes
 # Widths of one and of two columns of a two-column page, inches.
 WIDTHS = {"": 3.4, "-wide": 6.9}
 _DPI = 300
 _ROW, _FRAME = 0.19, 1.35  # inches: a row, and what stands around the rows
-_LETTERS_PER_INCH = 6.5  # of the names at the left, in a third of the width
+# Letters per inch of a figure: of names, in a third of the width, and of the legend, measured.
+_NAME_LETTERS, _LEGEND_LETTERS = 6.5, 15
+# Fonts that may be there for names outside Latin, Greek and Cyrillic scripts.
+_MORE_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "Hiragino Sans", "PingFang SC", "Arial Unicode MS",
+)  # fmt: skip
 # What a file would say of when and by what it was written.
 _UNSTABLE = {"svg": ("Date",), "png": ("Software",), "pdf": ("CreationDate", "Producer")}
 # Each verdict has a shape of its own, so that a print without colours can be read.
@@ -63,9 +61,6 @@ class Plot:
 
     Attributes:
         name: Of its files, without suffix.
-        title: What it shows.
-        caption: How to read it.
-        draw: Draws on axes.
         n_rows: Rows of text at the left, which decide the height; 0 for a fixed one.
     """
 
@@ -75,12 +70,11 @@ class Plot:
     draw: Callable[[Axes], Any]
     n_rows: int = 0
 
-    def render(self, kind: str, width: float = WIDTHS["-wide"]) -> bytes:
+    def render(self, kind: str, width: float) -> bytes:
         """Return the bytes of a `png`, `svg` or `pdf`; the same data give the same bytes."""
         height = _FRAME + _ROW * self.n_rows if self.n_rows else 0.2 * width + 1.6
         with style():
             figure = Figure(figsize=(width, height), dpi=_DPI)
-            FigureCanvasAgg(figure)
             self.draw(figure.add_subplot())
             buffer = io.BytesIO()
             metadata: Any = dict.fromkeys(_UNSTABLE[kind])
@@ -98,22 +92,40 @@ class Plot:
         return paths
 
 
-def points_axis(axis: Any) -> None:
-    """Write an axis of fractions as accuracy points with a sign."""
-    axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    low, high = axis.get_view_interval()
-    digits = 0 if high - low > 0.05 else 1
-    axis.set_major_formatter(FuncFormatter(lambda x, _: signed(100 * x, digits)))
+def style() -> AbstractContextManager[None]:
+    """Set how plots look while the context lasts: drawing and saving both belong inside.
+
+    Names are drawn letter by letter (no mathtext), and an SVG of the same data is the same file.
+    """
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    settings: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans", *(name for name in _MORE_FONTS if name in known)],
+        "font.size": 9,
+        "axes.labelsize": 9,
+        "legend.fontsize": 8,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "text.parse_math": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+        **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "axes.grid": True,
+        "grid.alpha": 0.13,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.4,
+        "figure.constrained_layout.use": True,
+        "svg.hashsalt": "frostline",
+        "svg.fonttype": "path",
+    }
+    return mpl.rc_context(settings)
 
 
 def plot_forest(effects: Sequence[Effect], margin: float, ax: Axes) -> Axes:
-    """Draw each difference with its interval; shapes show the verdict, the band the margin.
-
-    Args:
-        effects: In the order of the table.
-        margin: Of what does not matter, a fraction.
-        ax: Drawn on.
-    """
+    """Draw each difference with its interval; shapes show the verdict, the band the margin."""
     ax.axvspan(-margin, margin, color=INK, alpha=0.07, lw=0)
     ax.axvline(0, color=INK, lw=0.8)
     for y, effect in enumerate(effects):
@@ -132,18 +144,24 @@ def plot_forest(effects: Sequence[Effect], margin: float, ax: Axes) -> Axes:
         if factors[y] != factors[y - 1]:
             ax.axhline(y - 0.5, color=INK, alpha=0.13, lw=0.6)
     ax.set_xlabel("Difference, accuracy points")
-    points_axis(ax.xaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    low, high = ax.xaxis.get_view_interval()
+    digits = 0 if high - low > 0.05 else 1
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: signed(100 * x, digits)))
     present = {effect.verdict for effect in effects}
-    legend_above(
-        ax, [entry(mark, c, name) for name, (mark, c) in _LOOKS.items() if name in present]
-    )
+    entries = [
+        Line2D([], [], ls="", marker=marker, ms=5, mew=1.2, color=colour, label=verdict)
+        for verdict, (marker, colour) in _LOOKS.items()
+        if verdict in present
+    ]
+    legend_above(ax, entries)
     return ax
 
 
 def _name_rows(labels: Sequence[str], ax: Axes) -> None:
     figure = ax.get_figure(root=True)
     assert figure is not None, "axes that are drawn on belong to a figure"
-    limit = max(16, int(_LETTERS_PER_INCH * figure.get_size_inches()[0]))
+    limit = max(16, int(_NAME_LETTERS * figure.get_size_inches()[0]))
     ax.set_yticks(range(len(labels)), [drawable(label, limit) for label in labels], fontsize=7.5)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
@@ -153,18 +171,10 @@ def _name_rows(labels: Sequence[str], ax: Axes) -> None:
 def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Axes:
     """Draw every run's accuracy; a line joins the runs of one replicate over the settings.
 
-    Args:
-        runs: The baseline first.
-        name: What a replicate is: `seed` or `fold`.
-        first: Number of the first replicate.
-        ax: Drawn on.
+    `name` is what a replicate is, seed or fold; they are counted from `first`.
     """
-    n = max((len(each.values) for each in runs), default=0)
-    values = np.full((n, len(runs)), math.nan)
-    for k, each in enumerate(runs):
-        values[: len(each.values), k] = each.values
     entries = []
-    for r, row in enumerate(values):
+    for r, row in enumerate(np.stack([each.accuracies["val"] for each in runs], axis=1)):
         if not np.isfinite(row).any():
             continue
         look: dict[str, Any] = {
@@ -175,9 +185,8 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
         ax.plot(row, range(len(runs)), ms=3.5, alpha=0.85, mew=0, **look)
         entries.append(Line2D([], [], ms=4, label=f"{name} {first + r}", **look))
     for y, each in enumerate(runs):
-        if np.isfinite(each.values).any():
-            mean = float(np.nanmean(each.values))
-            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
+        if math.isfinite(each.mean):
+            ax.plot([each.mean, each.mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
     entries.append(Line2D([], [], color=INK, lw=1.8, label="mean"))
     _name_rows([each.label for each in runs], ax)
     ax.set_xlabel("Validation accuracy")
@@ -189,9 +198,7 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
 def plot_interaction(table: pd.DataFrame, ax: Axes) -> Axes:
     """Draw the mean accuracy by the levels of two factors: parallel lines do not interact.
 
-    Args:
-        table: Mean accuracy: rows one factor's levels (the x axis), columns the other's.
-        ax: Drawn on.
+    The rows of `table` are one factor's levels (the x axis), the columns the other's.
     """
     for k, name in enumerate(table.columns):
         look: dict[str, Any] = {"color": _SEED_COLOURS[k % 6], "marker": _SEED_MARKS[k % 12]}
@@ -209,10 +216,7 @@ def plot_interaction(table: pd.DataFrame, ax: Axes) -> Axes:
 def plot_path(accuracies: Sequence[float], steps: Sequence[Effect], ax: Axes) -> Axes:
     """Draw a path as a waterfall: each bar is a step's gain, whiskers its interval.
 
-    Args:
-        accuracies: Mean accuracy at the start and after each step.
-        steps: The steps, in order.
-        ax: Drawn on.
+    `accuracies` are the means at the start and after each step.
     """
     ax.barh(0, accuracies[0], color=GREY, height=0.62)
     ends = list(accuracies)
@@ -237,23 +241,51 @@ def plot_path(accuracies: Sequence[float], steps: Sequence[Effect], ax: Axes) ->
     return ax
 
 
-def plot_training_size(sizes: Sequence[int], runs: Sequence[Runs], ax: Axes) -> Axes:
-    """Draw accuracy over the number of training images: every run, and the means.
-
-    Args:
-        sizes: Training images, increasing, one per entry of `runs`.
-        runs: The runs at each size.
-        ax: Drawn on.
-    """
-    for size, each in zip(sizes, runs, strict=True):
-        done = each.values[np.isfinite(each.values)]
-        ax.plot([size] * len(done), done, "o", color=GREY, ms=3, mew=0, alpha=0.8)
-    means = [float(np.nanmean(each.values)) for each in runs]
-    ax.plot(sizes, means, "-o", color=BLUE, ms=4)
+def plot_training_size(runs: Mapping[int, Runs], ax: Axes) -> Axes:
+    """Draw accuracy over the number of training images: every run, and the means."""
+    for size, each in runs.items():
+        ax.plot([size] * len(each.done), each.done, "o", color=GREY, ms=3, mew=0, alpha=0.8)
+    ax.plot(list(runs), [each.mean for each in runs.values()], "-o", color=BLUE, ms=4)
     ax.set_xscale("log")
-    ax.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+    ax.set_xticks(list(runs), [f"{size:,}" for size in runs])
     ax.minorticks_off()
     ax.set_xlabel("Training images")
     ax.set_ylabel("Validation accuracy")
     accuracy_axis(ax.yaxis)
     return ax
+
+
+def drawable(name: Any, limit: int) -> str:
+    """Shorten a name and replace letters that no font at hand can draw."""
+    text = " ".join(shorten(str(name), limit).split()) or "?"
+    fonts = [
+        font_manager.get_font(font_manager.findfont(family))
+        for family in mpl.rcParams["font.family"]
+    ]
+    charmaps = [font.get_charmap() for font in fonts]
+    return "".join(c if any(ord(c) in known for known in charmaps) else "?" for c in text)
+
+
+def accuracy_axis(axis: Any) -> None:
+    """Write an axis of fractions as per cent, with a decimal where the span is narrow."""
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
+
+
+def legend_above(ax: Axes, entries: Sequence[Line2D]) -> None:
+    """Put the legend above the axes, where it hides no data, in as many rows as it needs."""
+    if not entries:
+        return
+    widest = max(len(str(line.get_label())) for line in entries) + 5
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that are drawn on belong to a figure"
+    n_fitting = int(figure.get_size_inches()[0] * _LEGEND_LETTERS // widest)
+    figure.legend(
+        handles=list(entries),
+        loc="outside upper left",
+        ncols=max(1, min(n_fitting, len(entries))),
+        borderaxespad=0.2,
+        handletextpad=0.4,
+        columnspacing=1.1,
+    )

@@ -3,17 +3,17 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import fisher_exact
 
-from reports.ablation import BASELINE, Ablation, Runs, Split, read_ablations
+from reports.ablation import BASELINE, Ablation, Split, read_ablations
 from reports.ablation_plots import (
     Plot,
     plot_forest,
@@ -22,8 +22,8 @@ from reports.ablation_plots import (
     plot_replicates,
     plot_training_size,
 )
-from reports.across import Across, compare_across
-from reports.disagreement import Disagreement, class_grid, disagreements
+from reports.across import compare_across
+from reports.disagreement import Disagreement, disagreements
 from reports.effects import Effect, fallen, judge
 from reports.methods import (
     analyses_words,
@@ -31,6 +31,7 @@ from reports.methods import (
     data_words,
     methods_paragraph,
     scope_words,
+    seeds_words,
 )
 from reports.page import render_template
 from reports.publish import (
@@ -65,38 +66,30 @@ _HEADS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A sentence of the summary: what kind of finding it is, and the rest."""
-
-    head: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Section:
     """What the report says of one design.
 
     Attributes:
         name: Of its files, and its place in the page.
-        title: Its heading.
         cards: Name, figure and explanation of figures at a glance.
-        findings: What improves, what degrades, what is open.
-        grids: Tables.
-        plots: Figures.
+        findings: What improves, what degrades, what is open: what kind it is, and a sentence.
         methods: Paragraph for a paper.
         effects: What was compared.
+        on_test: The same on the test split.
         disagreement: The images on which a level and the baseline differ most; None where their
             names are not known.
     """
 
+    ablation: Ablation
     name: str
     title: str
     cards: tuple[tuple[str, str, str], ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[tuple[str, str], ...]
     grids: tuple[Grid, ...]
     plots: tuple[Plot, ...]
     methods: str
     effects: tuple[Effect, ...]
+    on_test: tuple[Effect, ...]
     disagreement: Disagreement | None
 
 
@@ -127,19 +120,17 @@ class AblationPaths:
 def describe_ablation(store: Record, name: str) -> list[Section]:
     """Analyse every design of an ablation, the last one used first.
 
+    The first one of a kind that was made keeps the plain name for good.
+
     Raises:
         RecordError: There is no such study, or it is no ablation.
     """
-    return [section for _, section in _sections(store, read_ablations(store, name))]
-
-
-def _sections(store: Record, ablations: Sequence[Ablation]) -> list[tuple[Ablation, Section]]:
-    """Analyse designs; the first one of a kind that was made keeps the plain name for good."""
+    ablations = read_ablations(store, name)
     names: dict[int, str] = {}
     for ablation in sorted(ablations, key=lambda each: each.spec["analyses"][0]["order"]):
-        n = sum(name.split("-")[0] == ablation.kind for name in names.values())
+        n = sum(own.split("-")[0] == ablation.kind for own in names.values())
         names[ablation.design.id] = ablation.kind + (f"-{n + 1}" if n else "")
-    return [(each, _section(store, each, names[each.design.id])) for each in ablations]
+    return [_section(store, each, names[each.design.id]) for each in ablations]
 
 
 def _section(store: Record, ablation: Ablation, name: str) -> Section:
@@ -150,11 +141,12 @@ def _section(store: Record, ablation: Ablation, name: str) -> Section:
     if on_test:
         grids.append(effects_grid(ablation, on_test, "test"))
     if found:
-        grids.append(class_grid(ablation, effects, found))
+        grids.append(found.by_class)
     if failures := failures_grid(ablation):
         grids.append(failures)
     number = name.removeprefix(ablation.kind).strip("-")
     return Section(
+        ablation=ablation,
         name=name,
         title=str(ablation.spec["title"]) + (f" ({number})" if number else ""),
         cards=tuple(_cards(ablation)),
@@ -163,6 +155,7 @@ def _section(store: Record, ablation: Ablation, name: str) -> Section:
         plots=tuple(replace(p, name=f"{name}-{p.name}") for p in _plots(ablation, effects)),
         methods=methods_paragraph(ablation),
         effects=tuple(effects),
+        on_test=tuple(on_test),
         disagreement=found,
     )
 
@@ -170,17 +163,16 @@ def _section(store: Record, ablation: Ablation, name: str) -> Section:
 def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
     if ablation.baseline is not None:
         spread = "validation accuracy, mean ± SD over replicates"
-        yield "Baseline, %", mean_words(ablation.baseline.values.tolist()), spread
-    first, n = int(ablation.spec["first_seed"]), ablation.replicates
-    seeds = f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
+        yield "Baseline, %", mean_words(ablation.baseline.accuracies["val"]), spread
     folds = f", {ablation.n_folds} folds" if ablation.n_folds > 1 else ""
-    yield "Replicates", str(n), f"{seeds}{folds}, paired over settings" if n else "none yet"
+    how = f"{seeds_words(ablation)}{folds}, paired over settings"
+    yield "Replicates", str(ablation.replicates), how if ablation.replicates else "none yet"
     n_failed = sum(runs.n_failed for runs in ablation.runs)
     missing = f", {ablation.n_missing} missing" if ablation.n_missing else ""
-    yield "Runs", str(sum(runs.n_run for runs in ablation.runs)), f"{n_failed} failed{missing}"
+    yield "Runs", str(sum(runs.n_run() for runs in ablation.runs)), f"{n_failed} failed{missing}"
     parts = f"{ablation.n_folds} folds, each judges one replicate" if ablation.n_folds > 1 else ""
     yield "Images", count(ablation.n_images), parts or "by which all runs are judged"
-    n_test = int(ablation.study.data.get("n_test") or 0)
+    n_test = int(ablation.study.data["n_test"])
     if ablation.n_tested:
         used = f"{plural(ablation.n_tested, 'run')} on {n_test} images"
     else:
@@ -190,7 +182,7 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
 
 def _findings(
     ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]
-) -> Iterator[Finding]:
+) -> Iterator[tuple[str, str]]:
     """Say what improves, what degrades and what is open, and over what that generalises."""
     is_tested = any(effect.verdict != "unfinished" for effect in effects)
     for verdict, head in _HEADS.items():
@@ -198,23 +190,23 @@ def _findings(
         if found:
             found.sort(key=lambda effect: -abs(effect.difference.estimate))
             text = "; ".join(_finding_words(effect, ablation.n_images) for effect in found)
-            yield Finding(head.format(margin=100 * ablation.rules.margin), f"{text}.")
+            yield head.format(margin=100 * ablation.margin), f"{text}."
         elif verdict in ("improves", "degrades") and is_tested:
-            yield Finding(head, "nothing, by the corrected test.")
+            yield head, "nothing, by the corrected test."
     if not effects:
-        yield Finding("Not finished:", "no comparison has its runs yet.")
+        yield "Not finished:", "no comparison has its runs yet."
     failed = [runs for runs in ablation.runs if runs.n_failed]
     if failed and not any(effect.verdict == "fails" for effect in effects):
-        text = "; ".join(f"{r.label} ({r.n_failed} of {r.n_run} runs)" for r in failed)
-        yield Finding(_HEADS["fails"], f"{text}.")
+        text = "; ".join(f"{r.label} ({r.n_failed} of {r.n_run()} runs)" for r in failed)
+        yield _HEADS["fails"], f"{text}."
     yield from _fallen_findings(ablation)
     if ablation.kind == "factorial":
-        yield Finding("Design:", f"{ablation.spec['construction']}.")
+        yield "Design:", f"{ablation.spec['construction']}."
     yield from _test_finding(ablation, effects, on_test)
-    yield Finding("Generalises over:", scope_words(ablation))
+    yield "Generalises over:", scope_words(ablation)
     if bias := bias_words(ablation):
-        yield Finding("The search's choice:", bias)
-    yield Finding("Analyses:", analyses_words(ablation))
+        yield "The search's choice:", bias
+    yield "Analyses:", analyses_words(ablation)
 
 
 def _heading(effect: Effect) -> str:
@@ -226,7 +218,7 @@ def _heading(effect: Effect) -> str:
 
 def _test_finding(
     ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]
-) -> Iterator[Finding]:
+) -> Iterator[tuple[str, str]]:
     """Say whether the test split agrees with validation."""
     base = ablation.baseline
     if not on_test or base is None:
@@ -234,12 +226,12 @@ def _test_finding(
     known = {effect.contrast.label: effect.difference.estimate for effect in effects}
     pairs = [(e.difference.estimate, known[e.contrast.label]) for e in on_test]
     n_alike = sum(a * b > 0 for a, b in pairs)
-    yield Finding(
-        "Test split:",
-        f"the baseline has {mean_words(_values(base, 'test'))} % (in validation "
-        f"{mean_words(_values(base, 'val'))} %); {n_alike} of {plural(len(pairs), 'difference')} "
-        "have the sign that they have in validation.",
+    text = (
+        f"the baseline has {mean_words(base.accuracies['test'])} % (in validation "
+        f"{mean_words(base.accuracies['val'])} %); {n_alike} of "
+        f"{plural(len(pairs), 'difference')} have the sign that they have in validation."
     )
+    yield "Test split:", text
 
 
 def _finding_words(effect: Effect, n_images: int) -> str:
@@ -257,7 +249,7 @@ def _finding_words(effect: Effect, n_images: int) -> str:
     if effect.verdict.endswith("these images"):
         return (
             f"{label} ({points} points, {p_equals(effect.p_seeds)} over seeds; "
-            f"{p_equals(effect.p_family)} with other images{_wanted(effect, n_images)})"
+            f"{p_equals(effect.p_family)} with other images)"
         )
     if effect.verdict == "inconclusive":
         if not math.isfinite(effect.p):
@@ -280,7 +272,7 @@ def _roughly(n: int) -> int:
     return n if n < 100 else round(n, 2 - len(str(n)))
 
 
-def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
+def _fallen_findings(ablation: Ablation) -> Iterator[tuple[str, str]]:
     """Flag settings of which single runs fell: no comparison of means describes them."""
     texts = []
     base = ablation.baseline
@@ -288,11 +280,10 @@ def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
         lost = len(fallen(runs, ablation.n_folds))
         if not lost:
             continue
-        done = runs.values[np.isfinite(runs.values)]
+        done = runs.done
         words = [f"median {100 * np.median(done):.1f} %, lowest {100 * done.min():.1f} %"]
         if base is not None and runs is not base:
-            n = int(np.isfinite(base.values).sum())
-            n_lost = len(fallen(base, ablation.n_folds))
+            n, n_lost = len(base.done), len(fallen(base, ablation.n_folds))
             counts = np.array([[lost, len(done) - lost], [n_lost, n - n_lost]])
             words.append(f"baseline {n_lost} of {n}, {p_equals(fisher_exact(counts).pvalue)}")
         texts.append(
@@ -300,13 +291,13 @@ def _fallen_findings(ablation: Ablation) -> Iterator[Finding]:
             f"({'; '.join(words)})"
         )
     if texts:
-        text = "; ".join(texts)
-        yield Finding(
-            "Single runs fell:",
-            f"{text}. That is also more than the other replicates' scatter and a fold's images "
-            "explain: look at the replicates, since a mean does not describe such a setting. (p: "
-            "Fisher's exact test of how many fell, not corrected; medians are in the CSV.)",
+        text = (
+            f"{'; '.join(texts)}. That is also more than the other replicates' scatter and a "
+            "fold's images explain: look at the replicates, since a mean does not describe such a "
+            "setting. (p: Fisher's exact test of how many fell, not corrected; medians are in the "
+            "CSV.)"
         )
+        yield "Single runs fell:", text
 
 
 # Tables
@@ -318,49 +309,51 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, corrected", "n",
         "Verdict",
     )  # fmt: skip
-    rows, groups = [], []
-    own = {str(f["name"]): str(f["baseline"]) for f in ablation.spec["factors"]}
+    rows, group = [], ""
+    own = ablation.own_levels
     if ablation.baseline is not None:
-        values = _values(ablation.baseline, split)
-        n = sum(map(math.isfinite, values))
+        values = ablation.baseline.accuracies[split]
+        n = np.isfinite(values).sum()
         failed = _failed(ablation.baseline.n_failed)
         rows.append(("baseline", "", mean_words(values), "", "", f"{n}{failed}", "baseline"))
-        groups.append("baseline")
     for effect in effects:
-        contrast = effect.contrast
-        added = [ablation.runs[k] for k, w in contrast.weights.items() if w == 1]
+        contrast, accuracy = effect.contrast, ""
+        if contrast.cell is not None:
+            accuracy = mean_words(ablation.runs[contrast.cell].accuracies[split])
+        factor = contrast.factor
+        if own.get(factor, BASELINE) != BASELINE:
+            factor += f" ({own[factor]})"
         rows.append(
             (
-                _factor_words(contrast.factor, own) if groups[-1:] != [contrast.factor] else "",
+                factor if group != contrast.factor else "",
                 contrast.level,
-                mean_words(_values(added[0], split)) if added else "",
+                accuracy,
                 difference_words(effect.difference),
                 p_words(effect.p_family),
                 f"{effect.n}{_failed(effect.n_failed)}",
                 effect.verdict,
             )
         )
-        groups.append(contrast.factor)
+        group = contrast.factor
     title = f"Ablation of {ablation.spec['origin']}"
     scope = scope_words(ablation, split)
-    is_wider = ablation.kind == "path" or sum(len(a.looks) for a in ablation.analyses(split)) > 1
+    is_wider = ablation.kind == "path" or len(ablation.looks(split)) > 1
     wider = " (wider than 95 %, for repeated analyses or selected steps)" if is_wider else ""
-    alpha = ablation.rules.alpha
     how = "for the candidates of all steps" if ablation.kind == "path" else "by Holm's method"
     note = (
         f"Accuracy: mean ± SD over replicates, each at its best epoch by {ablation.chosen_by}, "
         f"which favours settings with more epochs. In brackets: the baseline's own level. p: "
-        f"corrected {how} and for the analyses made so far (compare with {alpha:g}). "
+        f"corrected {how} and for the analyses made so far (compare with {ablation.alpha:g}). "
         f"Intervals, each for itself{wider} (one that excludes 0 may be inconclusive after the "
         f"correction), generalise over {scope}{_composed_words(ablation)}"
     )
     if split == "test":
         title = "The same runs on the test split"
-        n_left = len(ablation.runs) - sum(bool(np.isfinite(r.test).any()) for r in ablation.runs)
+        n_left = sum(not np.isfinite(runs.accuracies["test"]).any() for runs in ablation.runs)
         note += f" {plural(n_left, 'setting')} not tested." if n_left else ""
     name = "effects" if split == "val" else "test"
     return Grid(
-        name, title, header, tuple(rows), tuple(groups), n_text=2, is_last_text=True, note=note
+        name, title, header, tuple(rows), has_groups=True, n_text=2, is_last_text=True, note=note
     )
 
 
@@ -375,47 +368,36 @@ def _composed_words(ablation: Ablation) -> str:
     return "".join(texts)
 
 
-def _factor_words(name: str, own: Mapping[str, str]) -> str:
-    return f"{name} ({own[name]})" if own.get(name, BASELINE) != BASELINE else name
-
-
-def _values(runs: Runs, split: Split) -> list[float]:
-    return [float(value) for value in (runs.values if split == "val" else runs.test)]
-
-
 def _failed(n: int) -> str:
     return f" ({n} failed)" if n else ""
 
 
 def cells_grid(ablation: Ablation) -> Grid:
     """Show every setting with its accuracy and what it costs."""
-    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
-    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
+    own = ablation.own_levels
     is_alone = ablation.kind in ("ofat", "loco")
-    settings = ["Setting"] if is_alone else names
+    settings = ["Setting"] if is_alone else list(own)
     tested = ["Test accuracy, %"] if ablation.n_tested else []
-    rows = []
-    for runs in ablation.runs:
-        rows.append(
-            (
-                *([runs.label] if is_alone else [runs.levels.get(n, own[n]) for n in names]),
-                mean_words(_values(runs, "val")),
-                *([mean_words(_values(runs, "test"))] if tested else []),
-                f"{sum(map(math.isfinite, runs.values))}{_failed(runs.n_failed)}",
-                count(runs.parameters),
-                seconds_words(runs.seconds),
-            )
+    rows = tuple(
+        (
+            *([runs.label] if is_alone else {**own, **runs.levels}.values()),
+            mean_words(runs.accuracies["val"]),
+            *([mean_words(runs.accuracies["test"])] if tested else []),
+            f"{len(runs.done)}{_failed(runs.n_failed)}",
+            count(runs.parameters),
+            seconds_words(runs.seconds),
         )
+        for runs in ablation.runs
+    )
     header = (*settings, "Accuracy, %", *tested, "n", "Parameters trained", "Seconds per run")
     n_text = len(settings)
-    return Grid("settings", "Every setting and its cost", header, tuple(rows), n_text=n_text)
+    return Grid("settings", "Every setting and its cost", header, rows, n_text=n_text)
 
 
 def failures_grid(ablation: Ablation) -> Grid | None:
     """Show the runs that failed, and why; None where none did."""
-    first = int(ablation.spec["first_seed"])
     rows = tuple(
-        (runs.label, str(first + replicate), reason)
+        (runs.label, str(ablation.first_seed + replicate), reason)
         for runs in ablation.runs
         for replicate, reason in enumerate(runs.failures)
         if reason
@@ -428,7 +410,7 @@ def failures_grid(ablation: Ablation) -> Grid | None:
 
 
 def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
-    margin = ablation.rules.margin
+    margin = ablation.margin
     yield Plot(
         "forest", "Differences",
         "Each difference with its 95 % interval, not corrected for the others; the shape is the "
@@ -437,7 +419,7 @@ def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
         lambda ax: plot_forest(effects, margin, ax), max(4, len(effects)),
     )  # fmt: skip
     runs = sorted(ablation.runs, key=lambda each: bool(each.levels))
-    replicate, first = "seed", int(ablation.spec["first_seed"])
+    replicate, first = "seed", ablation.first_seed
     if ablation.n_folds > 1:
         replicate, first = "fold", 1
     yield Plot(
@@ -448,7 +430,7 @@ def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
     )  # fmt: skip
     if ablation.kind == "path":
         cells = [ablation.runs[k] for k in ablation.path_cells()]
-        means = [_mean(each) for each in cells]
+        means = [each.mean for each in cells]
         steps = [effect for effect in effects if effect.contrast.factor != "all steps"]
         if all(map(math.isfinite, means)):
             yield Plot(
@@ -462,22 +444,14 @@ def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
     yield from _size_plot(ablation)
 
 
-def _mean(runs: Runs) -> float:
-    done = runs.values[np.isfinite(runs.values)]
-    return float(done.mean()) if len(done) else math.nan
-
-
 def _interaction_plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
     """Draw the pairs of factors with the strongest interactions."""
-    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
-    strength: dict[str, float] = {}
+    strength: defaultdict[str, float] = defaultdict(float)
     for effect in effects:
-        size = abs(effect.difference.estimate)
-        strength[effect.contrast.factor] = max(strength.get(effect.contrast.factor, 0.0), size)
-    pairs = sorted(
-        itertools.combinations(names, 2), key=lambda ab: -strength.get(" × ".join(ab), 0.0)
-    )
-    for a, b in pairs[:_MOST_INTERACTIONS]:
+        factor, size = effect.contrast.factor, abs(effect.difference.estimate)
+        strength[factor] = max(strength[factor], size)
+    pairs = itertools.combinations(ablation.own_levels, 2)
+    for a, b in sorted(pairs, key=lambda ab: -strength[" × ".join(ab)])[:_MOST_INTERACTIONS]:
         table = cell_means(ablation, a, b)
         if not table.isna().to_numpy().any():
             yield Plot(
@@ -490,51 +464,42 @@ def _interaction_plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterato
 
 def cell_means(ablation: Ablation, a: str, b: str) -> pd.DataFrame:
     """Return mean accuracy by the levels of two factors: rows a, columns b; all else averaged."""
-    factors = {factor["name"]: factor for factor in ablation.spec["factors"]}
-    labels = {
-        name: [str(factors[name]["baseline"]), *(str(v["label"]) for v in factors[name]["levels"])]
-        for name in (a, b)
-    }
-    frame = pd.DataFrame(
-        {
-            a: [runs.levels.get(a, labels[a][0]) for runs in ablation.runs],
-            b: [runs.levels.get(b, labels[b][0]) for runs in ablation.runs],
-            "accuracy": [_mean(runs) for runs in ablation.runs],
-        }
-    )
-    table = frame.groupby([a, b])["accuracy"].mean().unstack(b)
-    return table.reindex(index=labels[a], columns=labels[b])
+    levels = pd.DataFrame([{**ablation.own_levels, **runs.levels} for runs in ablation.runs])
+    means = pd.Series([runs.mean for runs in ablation.runs])
+    table = means.groupby([levels[a], levels[b]]).mean().unstack(b)
+    return table.reindex(index=levels[a].unique(), columns=levels[b].unique())
 
 
 def _size_plot(ablation: Ablation) -> Iterator[Plot]:
     """Draw accuracy over training images where their share is a factor of its own."""
-    if ablation.kind != "ofat" or ablation.baseline is None:
+    sized = [runs for runs in ablation.runs if "train_fraction" in runs.levels]
+    if ablation.kind != "ofat" or not sized:
         return
-    data, train = ablation.study.data, ablation.study.config["train"]
-    n_train = int(data.get("n_train") or 0)
+    n_train = int(ablation.study.data["n_train"])
     if ablation.n_folds > 1:
         n_train = round(ablation.n_images * (1 - 1 / ablation.n_folds))
-    sized = {
-        round(float(runs.level) * n_train): runs
-        for runs in ablation.runs
-        if runs.factor == "train_fraction"
+    own = ablation.study.config["train"].get("train_fraction", 1.0)
+    found = {
+        round(float(runs.levels.get("train_fraction", own)) * n_train): runs
+        for runs in (*sized, ablation.runs[ablation.position({})])
     }
-    if not sized:
-        return
-    sized[round(float(train.get("train_fraction", 1.0)) * n_train)] = ablation.baseline
-    done = {size: sized[size] for size in sorted(sized) if math.isfinite(_mean(sized[size]))}
+    done = {size: runs for size, runs in sorted(found.items()) if math.isfinite(runs.mean)}
     yield Plot(
         "training-size", "Training images",
         "Validation accuracy over the number of training images: every run, and the means.",
-        lambda ax: plot_training_size(list(done), list(done.values()), ax),
+        functools.partial(plot_training_size, done),
     )  # fmt: skip
 
 
 # Files
 
 
-def effects_csv(ablation: Ablation, effects: Sequence[Effect], on_test: Sequence[Effect]) -> str:
+def effects_csv(section: Section) -> str:
     """Write effects as CSV: unrounded, fractions in [0, 1], a row per comparison and split."""
+    keys = (
+        "median", "sd", "n", "n_failed", "p", "p_family", "p_equivalence", "p_seeds", "verdict",
+        "n_needed", "images_needed",
+    )  # fmt: skip
     rows = [
         {
             "split": split,
@@ -543,19 +508,9 @@ def effects_csv(ablation: Ablation, effects: Sequence[Effect], on_test: Sequence
             "difference": effect.difference.estimate,
             "low": effect.difference.low,
             "high": effect.difference.high,
-            "median": effect.median,
-            "sd": effect.sd,
-            "n": effect.n,
-            "n_failed": effect.n_failed,
-            "p": effect.p,
-            "p_family": effect.p_family,
-            "p_equivalence": effect.p_equivalence,
-            "p_seeds": effect.p_seeds,
-            "verdict": effect.verdict,
-            "n_needed": effect.n_needed,
-            "images_needed": effect.images_needed,
+            **{key: getattr(effect, key) for key in keys},
         }
-        for split, found in (("val", effects), ("test", on_test))
+        for split, found in (("val", section.effects), ("test", section.on_test))
         for effect in found
     ]
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
@@ -563,19 +518,17 @@ def effects_csv(ablation: Ablation, effects: Sequence[Effect], on_test: Sequence
 
 def runs_csv(ablation: Ablation) -> str:
     """Write every run as CSV: setting, seed, fold, accuracies, why it failed."""
-    first = int(ablation.spec["first_seed"])
-    names = [str(factor["name"]) for factor in ablation.spec["factors"]]
-    own = {factor["name"]: str(factor["baseline"]) for factor in ablation.spec["factors"]}
     rows = [
         {
             "setting": runs.label,
-            "seed": first + k,
+            "seed": ablation.first_seed + k,
             "fold": k % ablation.n_folds,
-            "val_acc": runs.values[k],
-            "test_acc": runs.test[k],
+            "val_acc": runs.accuracies["val"][k],
+            "test_acc": runs.accuracies["test"][k],
             "failure": runs.failures[k],
             "trial": number,
-            **{name: runs.levels.get(name, own[name]) for name in names},
+            **ablation.own_levels,
+            **runs.levels,
         }
         for runs in ablation.runs
         for k, number in enumerate(runs.numbers)
@@ -589,29 +542,21 @@ def write_ablation(
 ) -> AblationPaths:
     """Write an ablation's report into a folder, over an earlier one.
 
-    Args:
-        store: The record.
-        name: The ablation's study.
-        out_dir: Made where it is missing.
-        beside: Further ablations, on other datasets, to be compared in one table.
+    Ablations that are named in `beside`, on other datasets, are compared with it in one table.
 
     Raises:
         RecordError: There is no such study, or it is no ablation.
     """
-    ablations = read_ablations(store, name)
     others = [read_ablations(store, other)[0] for other in beside]
-    pairs = _sections(store, ablations)
-    across = compare_across([ablations[0], *others]) if others else None
-    sections = [section for _, section in pairs]
+    sections = describe_ablation(store, name)
     grids = [grid for section in sections for grid in section.grids]
-    grids += across.grids if across else ()
+    across = compare_across([sections[0].ablation, *others]) if others else None
+    if across and across[1]:
+        grids.append(across[1])
     out_dir.mkdir(parents=True, exist_ok=True)
     csv = []
-    for ablation, section in pairs:
-        texts = {
-            "effects": effects_csv(ablation, section.effects, judge(ablation, "test")),
-            "runs": runs_csv(ablation),
-        }
+    for section in sections:
+        texts = {"effects": effects_csv(section), "runs": runs_csv(section.ablation)}
         for kind, text in texts.items():
             csv.append(out_dir / f"{section.name}-{kind}.csv")
             csv[-1].write_text(text, encoding="utf-8", newline="")
@@ -624,25 +569,19 @@ def write_ablation(
         figures=tuple(p for each in sections for plot in each.plots for p in plot.save(figures)),
         sections=tuple(sections),
     )
-    contents = _contents(ablations, sections, across)
+    study = sections[0].ablation.study
+    contents = {
+        "study": study,
+        "data": data_words(sections[0].ablation),
+        "written": moment(datetime.now(UTC)),
+        "warnings": study.data["warnings"],
+        "sections": sections,
+        "across": across,
+        "commands": [hide_password(each.ablation.design.command) for each in sections],
+        "config": config_words(study.config),
+    }
     paths.html.write_text(render_template("ablation.html", contents), encoding="utf-8")
     paths.markdown.write_text("\n\n".join(map(to_markdown, grids)) + "\n", encoding="utf-8")
     methods = "\n\n".join(section.methods for section in sections)
     paths.latex.write_text(latex_document(name, grids, methods), encoding="utf-8")
     return paths
-
-
-def _contents(
-    ablations: Sequence[Ablation], sections: Sequence[Section], across: Across | None
-) -> dict[str, Any]:
-    first = ablations[0]
-    return {
-        "study": first.study,
-        "data": data_words(first),
-        "written": moment(datetime.now(UTC)),
-        "warnings": [str(text) for text in first.study.data.get("warnings", [])],
-        "sections": sections,
-        "across": across,
-        "commands": [hide_password(a.design.command) for a in ablations],
-        "config": config_words(first.study.config),
-    }

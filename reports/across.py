@@ -2,29 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 
-import numpy as np
 import pandas as pd
 from scipy.stats import friedmanchisquare
 
 from reports.ablation import Ablation, Runs
-from reports.publish import Grid, mean_words, number_words, p_words
+from reports.publish import Grid, mean_words, p_words
 from reports.words import plural
-
-
-@dataclass(frozen=True, slots=True)
-class Across:
-    """What several datasets say together.
-
-    Attributes:
-        findings: Sentences.
-        grids: The table of levels and datasets; empty where fewer than two levels are shared.
-    """
-
-    findings: tuple[str, ...]
-    grids: tuple[Grid, ...]
 
 
 def score_frame(ablations: Sequence[Ablation]) -> pd.DataFrame:
@@ -32,14 +17,11 @@ def score_frame(ablations: Sequence[Ablation]) -> pd.DataFrame:
 
     NaN where a run of the level failed.
     """
-    shared = [
-        runs.label
-        for runs in ablations[0].runs
-        if all(any(r.label == runs.label for r in a.runs) for a in ablations)
-    ]
+    cells = [_by_label(ablation) for ablation in ablations]
+    shared = [label for label in cells[0] if all(label in each for each in cells)]
     rows = {
-        name: {label: _mean(_runs(ablation, label)) for label in shared}
-        for name, ablation in zip(dataset_names(ablations), ablations, strict=True)
+        name: {label: math.nan if each[label].n_failed else each[label].mean for label in shared}
+        for name, each in zip(dataset_names(ablations), cells, strict=True)
     }
     return pd.DataFrame.from_dict(rows, orient="index", columns=shared)
 
@@ -51,16 +33,11 @@ def dataset_names(ablations: Sequence[Ablation]) -> list[str]:
     return names if len(set(names)) == len(names) else [a.study.name for a in ablations]
 
 
-def _runs(ablation: Ablation, label: str) -> Runs:
-    return next(runs for runs in ablation.runs if runs.label == label)
+def _by_label(ablation: Ablation) -> dict[str, Runs]:
+    return {runs.label: runs for runs in ablation.runs}
 
 
-def _mean(runs: Runs) -> float:
-    done = runs.values[np.isfinite(runs.values)]
-    return math.nan if runs.n_failed or not len(done) else float(done.mean())
-
-
-def compare_across(ablations: Sequence[Ablation]) -> Across:
+def compare_across(ablations: Sequence[Ablation]) -> tuple[str, Grid | None]:
     """Compare the levels that several ablations share, dataset by dataset.
 
     Ranks are per dataset, 1 for the highest mean accuracy; equal means share a rank, and a level
@@ -69,15 +46,18 @@ def compare_across(ablations: Sequence[Ablation]) -> Across:
     Args:
         ablations: Of one design on different datasets; at least two.
 
+    Returns:
+        A sentence, and a table unless fewer than two levels are shared.
+
     References:
         Demšar 2006, https://www.jmlr.org/papers/v7/demsar06a.html (mean ranks, Friedman's test).
     """
     scores = score_frame(ablations)
     if len(scores.columns) < 2:
         text = "The ablations share fewer than two levels, so nothing can be compared across them."
-        return Across((text,), ())
+        return text, None
     ranks = scores.rank(axis=1, ascending=False, na_option="bottom")
-    return Across((_finding(ranks),), (_table(ablations, ranks.mean().sort_values()),))
+    return _finding(ranks), _table(ablations, ranks.mean().sort_values())
 
 
 def _finding(ranks: pd.DataFrame) -> str:
@@ -99,10 +79,10 @@ def _table(ablations: Sequence[Ablation], mean_ranks: "pd.Series[float]") -> Gri
     for label, rank in mean_ranks.items():
         cells = []
         for ablation in ablations:
-            runs = _runs(ablation, str(label))
+            runs = _by_label(ablation)[str(label)]
             failed = f" ({runs.n_failed} failed)" if runs.n_failed else ""
-            cells.append(f"{mean_words(runs.values.tolist())}{failed}")
-        rows.append((str(label), *cells, number_words(rank, 2)))
+            cells.append(f"{mean_words(runs.accuracies['val'])}{failed}")
+        rows.append((str(label), *cells, f"{rank:.2f}"))
     replicates = " / ".join(str(ablation.replicates) for ablation in ablations)
     date = max(ablation.design.updated_at for ablation in ablations)
     note = (

@@ -45,36 +45,39 @@ class Disagreement:
     Attributes:
         level: The level with the largest difference.
         images: Where it disagrees with the baseline most, the level's failures first.
-        frames: By cell: path, class, and the share of runs that are right, a row per image.
+        by_class: The differences of the levels to the baseline by class, in points.
     """
 
     level: str
     images: tuple[Image, ...]
-    frames: tuple[pd.DataFrame, ...]
+    by_class: Grid
 
 
 def disagreements(
     store: Record, ablation: Ablation, effects: Sequence[Effect]
 ) -> Disagreement | None:
     """Compare a design's levels with the baseline image by image; None where it has none."""
-    alone = [effect for effect in effects if len(effect.contrast.weights) == 2 and effect.n]
+    alone = [effect for effect in effects if effect.n]
     if ablation.kind not in ("ofat", "loco") or not alone:
         return None
+    alone.sort(key=lambda effect: -abs(effect.difference.estimate))
     try:
         splits = pd.read_csv(
             ablation.study.output / SPLITS_FILE, dtype={"path": str, "class": str}
         )
     except (OSError, ValueError):
         return None
-    frames = tuple(_by_image(ablation, runs, splits) for runs in ablation.runs)
-    most = max(alone, key=lambda effect: abs(effect.difference.estimate))
-    level = next(k for k, weight in most.contrast.weights.items() if weight > 0)
-    base = ablation.position({})
-    both = frames[level].merge(
-        frames[base], left_index=True, right_index=True, suffixes=("", "_base")
-    )
-    both["difference"] = both["right"] - both["right_base"]
-    both["size"] = -both["difference"].abs()
+    frames = [_by_image(ablation, runs, splits) for runs in ablation.runs]
+    base = frames[ablation.position({})]
+    levels = [
+        (effect.contrast.label, frames[cell])
+        for effect in alone
+        for cell, weight in effect.contrast.weights.items()
+        if weight > 0
+    ]
+    level, most = levels[0]
+    both = most.merge(base, left_index=True, right_index=True, suffixes=("", "_base"))
+    both["size"] = -(both["right"] - both["right_base"]).abs()
     both = both[both["size"] < 0].sort_values("size", kind="stable").head(_CANDIDATES)
     thumbnails = read_thumbnails(store, ablation.study.id, list(both.index))
     both["unseen"] = [path not in thumbnails for path in both.index]
@@ -90,13 +93,13 @@ def disagreements(
         )
         for path, row in both.iterrows()
     ]
-    return Disagreement(most.contrast.label, tuple(images), frames)
+    return Disagreement(level, tuple(images), _class_grid(base, levels))
 
 
 def _by_image(ablation: Ablation, runs: Runs, splits: pd.DataFrame) -> pd.DataFrame:
     """Return by path: its class, the share of runs that are right, and how many there are."""
     parts = []
-    for replicate, correct in enumerate(runs.val_correct):
+    for replicate, correct in enumerate(runs.correct["val"]):
         if correct is None:
             continue
         images = splits[splits["split"] == "val"]
@@ -114,31 +117,26 @@ def _by_image(ablation: Ablation, runs: Runs, splits: pd.DataFrame) -> pd.DataFr
     )
 
 
-def class_grid(ablation: Ablation, effects: Sequence[Effect], found: Disagreement) -> Grid:
+def _class_grid(base: pd.DataFrame, levels: Sequence[tuple[str, pd.DataFrame]]) -> Grid:
     """Show the difference of each level to the baseline by class, in points."""
-    alone = [effect for effect in effects if len(effect.contrast.weights) == 2 and effect.n]
-    alone.sort(key=lambda effect: -abs(effect.difference.estimate))
-    shown = alone[:_MOST_LEVELS]
-    by_class = [
-        frame.groupby("class")["right"].mean() if len(frame) else pd.Series(dtype=float)
-        for frame in found.frames
-    ]
-    base = by_class[ablation.position({})]
-    sizes = found.frames[ablation.position({})].groupby("class").size()
+    shown = levels[:_MOST_LEVELS]
+    own, sizes = _mean_by_class(base), base.groupby("class").size()
+    means = [_mean_by_class(frame) for _, frame in shown]
     rows = []
-    for name in base.index:
-        cells = []
-        for effect in shown:
-            level = next(k for k, weight in effect.contrast.weights.items() if weight > 0)
-            difference = 100 * (by_class[level].get(name, np.nan) - base[name])
-            cells.append("–" if np.isnan(difference) else signed(difference, 1))
-        rows.append((str(name), str(sizes[name]), f"{100 * base[name]:.1f}", *cells))
+    for name in own.index:
+        differences = [100 * (mean.get(name, np.nan) - own[name]) for mean in means]
+        cells = ["–" if np.isnan(each) else signed(each, 1) for each in differences]
+        rows.append((str(name), str(sizes[name]), f"{100 * own[name]:.1f}", *cells))
     marks = [f"({letter})" for letter in "abcdef"][: len(shown)]
-    names = "; ".join(f"{m} {e.contrast.label}" for m, e in zip(marks, shown, strict=True))
-    left = f", the largest of {len(alone)}" if len(alone) > len(shown) else ""
-    what = (
-        "Validation images. Difference to the baseline in points, mean over replicates, not tested"
+    names = "; ".join(f"{mark} {label}" for mark, (label, _) in zip(marks, shown, strict=True))
+    left = f", the largest of {len(levels)}" if len(levels) > len(shown) else ""
+    note = (
+        "Validation images. Difference to the baseline in points, mean over replicates, not "
+        f"tested, of {names}{left}."
     )
-    note = f"{what}, of {names}{left}."
     header = ("Class", "Images", "Baseline, %", *marks)
     return Grid("classes", "By class", header, tuple(rows), note=note)
+
+
+def _mean_by_class(frame: pd.DataFrame) -> "pd.Series[float]":
+    return frame.groupby("class")["right"].mean() if len(frame) else pd.Series(dtype=float)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from reports.ablation import Ablation, Rules, Runs, Split
+from reports.ablation import Ablation, Runs, Split
 from reports.intervals import Interval
 from reports.statistics import (
     ENOUGH_FOLDS,
@@ -64,13 +64,17 @@ class Contrast:
         """Name it in figures and sentences."""
         return f"{self.factor} = {self.level}" if self.level else self.factor
 
+    @property
+    def cell(self) -> int | None:
+        """Return the cell that it compares with one other cell; None where it has more."""
+        return next((k for k, weight in self.weights.items() if weight == 1), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Effect:
     """A contrast, estimated and judged; differences are fractions.
 
     Attributes:
-        contrast: What it is of.
         n: Replicates that are complete in all of its cells.
         difference: Mean with its 95 % interval, which is not corrected for other contrasts.
         sd: Standard deviation of the replicates' differences.
@@ -79,7 +83,6 @@ class Effect:
         p_family: The same after all corrections: Holm's and that for repeated analyses.
         p_equivalence: Two one-sided tests within the margin, corrected alike.
         p_seeds: Over seeds alone, the images taken as they are, corrected alike.
-        verdict: In a word.
         n_needed: About how many replicates would settle it; None unless inconclusive, or where
             none up to 1,000 would.
         images_needed: About how many images would, where no number of replicates does.
@@ -114,7 +117,7 @@ def contrasts_of(ablation: Ablation) -> list[Contrast]:
         return list(_steps(ablation))
     base = ablation.position({})
     return [
-        Contrast(runs.factor, runs.level, {k: 1.0, base: -1.0})
+        Contrast(" + ".join(runs.levels), " + ".join(runs.levels.values()), {k: 1.0, base: -1.0})
         for k, runs in enumerate(ablation.runs)
         if runs.levels
     ]
@@ -181,27 +184,20 @@ def judge(ablation: Ablation, split: Split = "val") -> list[Effect]:
     Bonferroni all together hold alpha whenever the replicates are stopped. A difference is shown
     as soon as there are runs, a verdict only for an analysis that was recorded before its runs.
 
-    Args:
-        ablation: The design and its runs.
-        split: `val`, or `test` for those runs that were tested.
-
     Returns:
         One effect per contrast, in the order of `contrasts_of`; on the test split without those
         that were not tested.
     """
-    contrasts = contrasts_of(ablation)
-    found = [_tested(ablation, contrast, split) for contrast in contrasts]
+    found = [_estimated(ablation, contrast, split) for contrast in contrasts_of(ablation)]
     family, equal, seeds = (
-        _corrected([getattr(f, key) for f in found], ablation, split) for key in _P_VALUES
+        _corrected([getattr(effect, key) for effect, _ in found], ablation, split)
+        for key in ("p_family", "p_equivalence", "p_seeds")
     )
     effects = [
-        _effect(ablation, tested, p, p_equal, p_seeds, split)
-        for tested, p, p_equal, p_seeds in zip(found, family, equal, seeds, strict=True)
+        _judged(ablation, replace(effect, p_family=p, p_equivalence=q, p_seeds=s), inference)
+        for (effect, inference), p, q, s in zip(found, family, equal, seeds, strict=True)
     ]
     return [effect for effect in effects if split == "val" or effect.n]
-
-
-_P_VALUES = ("p", "p_equivalence", "p_seeds")
 
 
 def _corrected(values: Sequence[float], ablation: Ablation, split: Split) -> list[float]:
@@ -213,61 +209,75 @@ def _corrected(values: Sequence[float], ablation: Ablation, split: Split) -> lis
     return [p if math.isnan(p) else q for p, q in zip(values, family, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tested:
-    """A contrast, and its p values over all analyses so far, not corrected for other contrasts.
+def _estimated(ablation: Ablation, contrast: Contrast, split: Split) -> tuple[Effect, Inference]:
+    """Estimate a contrast: of the last analysis, or of all runs where there was none.
 
-    Attributes:
-        contrast: What it is of.
-        rows: Its differences by replicate and image: of the last analysis, or of all runs where
-            there was none.
-        n_looks: Analyses that it was in.
-        share: Of the error, that of the last analysis.
-        p: The smallest of its analyses, each over its share of the error; NaN without any.
-        p_equivalence: Likewise.
-        p_seeds: Likewise.
+    Its p values are not corrected for other contrasts yet, and its verdict is `inconclusive`
+    where it depends on them.
     """
-
-    contrast: Contrast
-    rows: tuple[Array, ...]
-    n_looks: int
-    share: float
-    p: float
-    p_equivalence: float
-    p_seeds: float
-
-
-def _tested(ablation: Ablation, contrast: Contrast, split: Split) -> _Tested:
-    part = _differences(ablation, contrast, split)
-    n_run = min(ablation.runs[k].n_run_on(split) for k in contrast.weights)
-    smallest = dict.fromkeys(_P_VALUES, math.nan)
-    looks = [look for each in ablation.analyses(split) for look in each.looks if look.n <= n_run]
+    differences = _differences(ablation, contrast, split)
+    n_run = min(ablation.runs[k].n_run(split) for k in contrast.weights)
+    looks = [look for look in ablation.looks(split) if look.n <= n_run]
+    n = max((look.n for look in looks), default=len(differences))
+    rows = [row for row in differences[:n] if row is not None]
+    inference = _infer(ablation, contrast, rows, split)
+    means = np.array([row.mean() for row in rows])
+    # After several analyses, an interval that holds over all of them.
+    share = looks[-1].share if len(looks) > 1 else 1.0
+    added = [ablation.runs[k] for k, weight in contrast.weights.items() if weight > 0]
+    n_failed = sum(runs.n_failed for runs in added) if split == "val" else 0
+    verdict: Verdict = "inconclusive"
+    if n_failed and contrast.cell is not None:
+        verdict = "fails"
+    elif not looks or not rows:
+        verdict = "unfinished"
+    elif not any(row.any() for row in rows):
+        verdict = "identical"
+    # The smallest p values of all analyses, each over its share of the error; NaN without any.
+    found = [np.full(3, math.nan)]
     for look in looks:
-        rows = [row for row in part[: look.n] if row is not None]
-        inference = _infer(ablation, contrast, rows, split)
-        equal = inference.equivalence_p(ablation.rules.margin)
-        if not any(row.any() for row in rows):
-            equal = math.nan  # a few equal runs do not show how much others scatter
-        over_seeds = _over_seeds(ablation, rows, split)
-        for key, p in zip(_P_VALUES, (inference.p, equal, over_seeds), strict=True):
-            corrected = min(1.0, p * contrast.n_tests / look.share) if p == p else p
-            smallest[key] = float(np.fmin(smallest[key], corrected))
-    n = max((look.n for look in looks), default=len(part))
-    rows = [row for row in part[:n] if row is not None]
-    share = looks[-1].share if looks else math.nan
-    return _Tested(contrast, tuple(rows), len(looks), share, **smallest)
+        seen = [row for row in differences[: look.n] if row is not None]
+        p = _p_values(ablation, contrast, seen, split)
+        found.append(np.minimum(1.0, p * contrast.n_tests / look.share))
+    p_family, p_equivalence, p_seeds = map(float, np.fmin.reduce(found))
+    effect = Effect(
+        contrast=contrast,
+        n=len(rows),
+        difference=inference.interval(1 - 0.05 * share / contrast.n_tests),
+        sd=float(means.std(ddof=1)) if len(means) > 1 else math.nan,
+        median=float(np.median(means)) if len(means) else math.nan,
+        p=inference.p,
+        p_family=p_family,
+        p_equivalence=p_equivalence,
+        p_seeds=p_seeds,
+        verdict=verdict,
+        n_failed=n_failed,
+        n_run=sum(runs.n_run() for runs in added),
+    )
+    return effect, inference
+
+
+def _p_values(
+    ablation: Ablation, contrast: Contrast, rows: Sequence[Array], split: Split
+) -> Array:
+    """Return the p values of a difference, of equivalence, and over seeds alone, (3,)."""
+    inference = _infer(ablation, contrast, rows, split)
+    equal = seeds = math.nan
+    if any(row.any() for row in rows):  # a few equal runs do not show how much others scatter
+        equal = inference.equivalence_p(ablation.margin)
+    if rows and (split == "test" or ablation.n_folds == 1):
+        seeds = seeds_only_p(np.array([row.mean() for row in rows]), 1 / len(rows[0]))
+    return np.array([inference.p, equal, seeds])
 
 
 def _differences(ablation: Ablation, contrast: Contrast, split: Split) -> list[Array | None]:
     """Return a contrast of every replicate, image by image; None where a cell has no run."""
-    cells = [(ablation.runs[k].correct(split), w) for k, w in contrast.weights.items()]
+    cells = (ablation.runs[k].correct[split] for k in contrast.weights)
+    weights = contrast.weights.values()
     found: list[Array | None] = []
-    for r in range(max(len(correct) for correct, _ in cells)):
-        rows = [(correct[r] if r < len(correct) else None, weight) for correct, weight in cells]
-        if any(row is None for row, _ in rows):
-            found.append(None)
-        else:
-            found.append(np.sum([weight * row for row, weight in rows if row is not None], axis=0))
+    for rows in itertools.zip_longest(*cells):
+        known = [w * row for w, row in zip(weights, rows, strict=True) if row is not None]
+        found.append(np.sum(known, axis=0) if len(known) == len(rows) else None)
     return found
 
 
@@ -276,74 +286,40 @@ def _infer(
 ) -> Inference:
     if not rows:
         return Inference(0, 0, math.nan)
-    n_folds = ablation.n_folds
-    if split == "val" and n_folds > 1:
-        return resampled(rows, n_folds)
+    if split == "val" and ablation.n_folds > 1:
+        return resampled(rows, ablation.n_folds)
     has_seed = not all(ablation.runs[k].is_solved for k in contrast.weights)
     return crossed(np.stack(rows), has_seed=has_seed)
 
 
-def _over_seeds(ablation: Ablation, rows: Sequence[Array], split: Split) -> float:
-    if not rows or (split == "val" and ablation.n_folds > 1):
-        return math.nan
-    return seeds_only_p(np.array([row.mean() for row in rows]), 1 / len(rows[0]))
-
-
-def _effect(
-    ablation: Ablation, tested: _Tested, p: float, p_equal: float, p_seeds: float, split: Split
-) -> Effect:
-    contrast, rules = tested.contrast, ablation.rules
-    added = [ablation.runs[k] for k, weight in contrast.weights.items() if weight > 0]
-    inference = _infer(ablation, contrast, tested.rows, split)
-    means = np.array([row.mean() for row in tested.rows])
-    # After several analyses, an interval that holds over all of them.
-    share = tested.share if tested.n_looks > 1 else 1.0
-    effect = Effect(
-        contrast=contrast,
-        n=len(means),
-        difference=inference.interval(1 - 0.05 * share / contrast.n_tests),
-        sd=float(means.std(ddof=1)) if len(means) > 1 else math.nan,
-        median=float(np.median(means)) if len(means) else math.nan,
-        p=inference.p,
-        p_family=p,
-        p_equivalence=p_equal,
-        p_seeds=p_seeds,
-        verdict="inconclusive",
-        n_failed=sum(runs.n_failed for runs in added) if split == "val" else 0,
-        n_run=sum(runs.n_run for runs in added),
-    )
-    is_identical = len(means) > 0 and not any(row.any() for row in tested.rows)
-    verdict = _verdict(effect, rules, is_identical=is_identical, is_tested=tested.n_looks > 0)
+def _judged(ablation: Ablation, effect: Effect, inference: Inference) -> Effect:
+    """Give an effect its verdict and, where that is open, what might settle it."""
+    verdict = _verdict(effect, ablation.alpha)
     if verdict != "inconclusive" or not inference.parts:
         return replace(effect, verdict=verdict)
-    level = rules.alpha * _next_share(ablation) / (contrast.n_tests * ablation.n_tests)
-    images = None
-    needed = replicates_needed(inference, level, rules.margin)
+    level = ablation.alpha * _next_share(ablation) / (effect.contrast.n_tests * ablation.n_tests)
+    needed, images = replicates_needed(inference, level, ablation.margin), None
     if needed is None and inference.estimate:
         images = images_needed(inference, level)
-    return replace(effect, verdict=verdict, n_needed=needed, images_needed=images)
+    return replace(effect, n_needed=needed, images_needed=images)
 
 
 def _next_share(ablation: Ablation) -> float:
     """Return the share of the error that more replicates would be tested with."""
     if ablation.is_adaptive:
-        return ablation.analyses("val")[-1].looks[-1].share
+        return ablation.looks("val")[-1].share
     return float(0.5 ** (ablation.n_analyses + 1))
 
 
-def _verdict(effect: Effect, rules: Rules, *, is_identical: bool, is_tested: bool) -> Verdict:
-    if effect.n_failed and len(effect.contrast.weights) == 2:
-        return "fails"
-    if not is_tested or not effect.n:
-        return "unfinished"
-    if is_identical:
-        return "identical"
+def _verdict(effect: Effect, alpha: float) -> Verdict:
+    if effect.verdict != "inconclusive":  # whatever its p values
+        return effect.verdict
     is_gain = effect.difference.estimate > 0
-    if effect.p_family <= rules.alpha:
+    if effect.p_family <= alpha:
         return "improves" if is_gain else "degrades"
-    if effect.p_equivalence <= rules.alpha:
+    if effect.p_equivalence <= alpha:
         return "equivalent"
-    if effect.p_seeds <= rules.alpha:
+    if effect.p_seeds <= alpha:
         return "improves on these images" if is_gain else "degrades on these images"
     return "inconclusive"
 
@@ -363,15 +339,14 @@ def fallen(runs: Runs, n_folds: int = 1) -> list[int]:
 
     Folds have different images, whose difference alone may be this large where they are few.
     """
-    done = runs.values[np.isfinite(runs.values)]
-    if len(done) < 3:
+    if len(runs.done) < 3:
         return []
-    middle = float(np.median(done))
-    scatter = _FALL_SCATTER * float(np.median(np.abs(done - middle)))
-    sizes = [len(correct) for correct in runs.val_correct if correct is not None]
+    middle = float(np.median(runs.done))
+    scatter = _FALL_SCATTER * float(np.median(np.abs(runs.done - middle)))
+    sizes = [len(correct) for correct in runs.correct["val"] if correct is not None]
     if n_folds > 1 and sizes:
         scatter = max(scatter, _FALL_IMAGES * math.sqrt(middle * (1 - middle) / min(sizes)))
-    return [int(r) for r in np.flatnonzero(runs.values < middle - max(_FALL, scatter))]
+    return [int(r) for r in np.flatnonzero(runs.accuracies["val"] < middle - max(_FALL, scatter))]
 
 
 # Before a run
@@ -384,7 +359,7 @@ _LARGE = 0.05
 
 
 def foresee(
-    n: int, n_tests: int, n_images: int, n_folds: int, rules: Rules, order: int = 1
+    n: int, n_tests: int, n_images: int, n_folds: int, alpha: float, order: int = 1
 ) -> str:
     """Say, before a run, what it could decide.
 
@@ -393,13 +368,13 @@ def foresee(
         n_tests: Comparisons that will be corrected for each other.
         n_images: Images by which runs are judged, of all folds.
         n_folds: Folds; 1 where all replicates share one split.
-        rules: How they will be judged.
+        alpha: Family-wise error of the ablation.
         order: Which analysis of the ablation it will be, from 1.
 
     Returns:
         A sentence; one that begins with `warning:` names a run that could decide little.
     """
-    level = rules.alpha / 2**order / n_tests
+    level = alpha / 2**order / n_tests
     if n < 2:
         return (
             "warning: one replicate cannot be tested (but for solved heads, which have no seed): "

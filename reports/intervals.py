@@ -19,21 +19,16 @@ class Interval:
     high: float
 
 
-def wilson_interval(n_correct: int, n: int, confidence: float = 0.95) -> Interval:
-    """Give a share and its Wilson score interval, which stays in [0, 1] even at 0 and at n.
+def wilson_interval(n_correct: int, n: int) -> Interval:
+    """Give a share and its 95 % Wilson score interval, which stays in [0, 1] even at 0 and at n.
 
     The interval says what other images of the same kind would give; it knows nothing of the
     choosing that happened before, so that of a search's best trial is still optimistic.
 
-    Args:
-        n_correct: Images classified rightly, 0 to n.
-        n: Images looked at, at least 1.
-        confidence: Share of such intervals that hold the true value.
-
     References:
         Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """
-    bounds = binomtest(n_correct, n).proportion_ci(confidence, method="wilson")
+    bounds = binomtest(n_correct, n).proportion_ci(0.95, method="wilson")
     return Interval(n_correct / n, float(bounds.low), float(bounds.high))
 
 

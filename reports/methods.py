@@ -4,19 +4,24 @@ from reports.ablation import Ablation, Split
 from reports.intervals import selection_bias
 from reports.words import plural
 
-_SPLITS = {"val": "validation", "test": "test"}
+_SPLITS: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
 def data_words(ablation: Ablation) -> str:
     """Say which images, how many, and how to recognise them."""
     data = ablation.study.data
-    source = str(data.get("source", "")).removeprefix("folder:").rstrip("/").rpartition("/")[2]
-    counts = [f"{data.get('n_train', 0)} training", f"{data.get('n_val', 0)} validation"]
-    if data.get("n_test"):
-        counts.append(f"{data['n_test']} test")
-    classes = plural(len(data.get("classes", [])), "class", "classes")
-    mark = str(data.get("fingerprint", ""))[:8]
-    return f"{source}: {', '.join(counts)} images, {classes}, fingerprint {mark}"
+    source = data["source"].removeprefix("folder:").rstrip("/").rpartition("/")[2]
+    counts = f"{data['n_train']} training, {data['n_val']} validation"
+    if data["n_test"]:
+        counts += f", {data['n_test']} test"
+    classes = plural(len(data["classes"]), "class", "classes")
+    return f"{source}: {counts} images, {classes}, fingerprint {data['fingerprint'][:8]}"
+
+
+def seeds_words(ablation: Ablation) -> str:
+    """Name the seeds of the replicates that are done."""
+    first, n = ablation.first_seed, ablation.replicates
+    return f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
 
 
 def scope_words(ablation: Ablation, split: Split = "val") -> str:
@@ -28,7 +33,7 @@ def scope_words(ablation: Ablation, split: Split = "val") -> str:
             f"({plural(n, 'replicate')}, each one fold of a {ablation.n_folds}-fold "
             f"cross-validation, {ablation.n_images} images in all; corrected resampled t-test)."
         )
-    n_images = int(ablation.study.data.get("n_test" if split == "test" else "n_val") or 0)
+    n_images = ablation.study.data[f"n_{split}"]
     if ablation.n_folds > 1:  # of the test split
         return (
             f"other seeds and other test images of the same kind ({plural(n, 'replicate')}, whose "
@@ -66,9 +71,9 @@ def bias_words(ablation: Ablation) -> str:
 
 def analyses_words(ablation: Ablation) -> str:
     """Say how many analyses share the error, and what that leaves for this one."""
-    alpha, n = ablation.rules.alpha, ablation.n_analyses
-    own = [*ablation.analyses("val"), *ablation.analyses("test")]
-    shares = ", ".join(f"{alpha / 2**e.order:.2g} ({_SPLITS[e.split]})" for e in own)
+    alpha, n = ablation.alpha, ablation.n_analyses
+    own = [e for split in _SPLITS for e in ablation.spec["analyses"] if e["split"] == split]
+    shares = ", ".join(f"{alpha / 2 ** e['order']:.2g} ({_SPLITS[e['split']]})" for e in own)
     text = (
         f"{plural(n, 'analysis', 'analyses')} of this ablation so far (all "
         f"designs, the test split and later additions); the k-th tests at {alpha:g} / 2^k, so "
@@ -82,20 +87,17 @@ def analyses_words(ablation: Ablation) -> str:
 
 def methods_paragraph(ablation: Ablation) -> str:
     """Write the paragraph that a paper's methods section needs."""
-    rules, spec = ablation.rules, ablation.spec
-    train = ablation.study.config["train"]
-    factors = ", ".join(str(factor["name"]) for factor in spec["factors"])
-    first, n = int(spec["first_seed"]), ablation.replicates
-    seeds = f"seeds {first} to {first + n - 1}" if n > 1 else f"seed {first}"
+    spec, train, n = ablation.spec, ablation.study.config["train"], ablation.replicates
     is_once = ablation.n_folds == 1 and any(runs.is_solved for runs in ablation.runs)
     once = " (solved heads once, for they have no seed)" if is_once and n > 1 else ""
+    seeds = f" ({seeds_words(ablation)})" if n else ""
     most = "at most " if ablation.is_adaptive or ablation.n_missing else ""
     parts = [
         f"We ablated {spec['origin']} ({train['backbone']}, weights {train['weights']}, "
         f"{train['epochs']} epochs, batch size {train['batch_size']}) on {data_words(ablation)}. "
-        f"Design: {spec['construction']}; factors: {factors}. Every setting was trained with "
-        f"{most}{plural(n, 'replicate')}{f' ({seeds})' if n else ''}, the same for all settings"
-        f"{once}, so that differences are paired."
+        f"Design: {spec['construction']}; factors: {', '.join(ablation.own_levels)}. Every "
+        f"setting was trained with {most}{plural(n, 'replicate')}{seeds}, the same for all "
+        f"settings{once}, so that differences are paired."
     ]
     if ablation.n_folds > 1:
         parts.append(
@@ -123,7 +125,7 @@ def methods_paragraph(ablation: Ablation) -> str:
         parts.append(f"p values are corrected by Holm's method over {spec['n_tests']} {what}.")
     parts.append(
         f"Settings count as equivalent where two one-sided tests, corrected alike, place the "
-        f"difference within ±{100 * rules.margin:g} accuracy points."
+        f"difference within ±{100 * ablation.margin:g} accuracy points."
     )
     if ablation.n_folds == 1:
         parts.append(

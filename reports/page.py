@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports.words import percent, percent_range, shorten
+from reports.words import percent, shorten
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -23,20 +23,9 @@ def render_template(template: str, contents: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        percent=percent,
-        interval=lambda found: percent_range(found.low, found.high),
-        shorten=shorten,
-        data_uri=_data_uri,
-        script=_script,
+        percent=percent, shorten=shorten, data_uri=_data_uri, script=_script
     )
     return environment.get_template(template).render(contents)
-
-
-def plotly_js() -> Markup:
-    """Return plotly.js, which the page holds whole, so that it needs no network."""
-    from plotly.offline import get_plotlyjs
-
-    return Markup(get_plotlyjs())
 
 
 def _script(text: str) -> Markup:

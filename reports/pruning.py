@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from reports.intervals import Interval, wilson_interval
 from reports.publish import Grid, signed
-from reports.record import Audited, SearchRecord, read_record
+from reports.record import Audited, SearchRecord
 from reports.words import percent, percent_range, plural
-from study.record.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +14,6 @@ class Audit:
     """A search's pruner under audit.
 
     Attributes:
-        name: The search.
-        n_complete: Finished trials of the search.
-        n_pruned: Pruned trials of the search.
         best: Validation accuracy of the search's best trial; None where none finished.
         best_score: What that trial is ranked by.
         chosen_by: What that is, in words.
@@ -65,15 +61,6 @@ class Audit:
                 f", {signed(100 * (top.full_value - self.best), 1)} points from the best."
             )
         return sentences
-
-
-def read_audit(store: Record, name: str) -> Audit:
-    """Read a search and, where there is one, its audit.
-
-    Raises:
-        RecordError: There is no such study.
-    """
-    return audit_of(read_record(store, name))
 
 
 def audit_of(record: SearchRecord) -> Audit:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from reports.intervals import Interval
-from reports.words import markdown_table, markdown_text, shorten
+from reports.words import markdown_text, shorten
 
 _MOST_DIGITS = 3
 _NO_WIDTH = 1e-9
@@ -32,10 +32,8 @@ class Grid:
 
     Attributes:
         name: Of its files, without suffix.
-        title: What it shows.
-        header: Column names.
         rows: Cells, as many a row as there are columns.
-        groups: One word a row: neighbours of the same group belong together.
+        has_groups: Whether rows whose first cell is empty belong to the one above.
         n_text: Leading columns that are names, not figures; the last column is text where
             `is_last_text`.
         is_last_text: Whether the last column is text.
@@ -46,14 +44,14 @@ class Grid:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    groups: tuple[str, ...] = ()
+    has_groups: bool = False
     n_text: int = 1
     is_last_text: bool = False
     note: str = ""
 
     def begins_group(self, row: int) -> bool:
         """Say whether a row is the first of its group, but not the first of the table."""
-        return bool(self.groups) and row > 0 and self.groups[row] != self.groups[row - 1]
+        return self.has_groups and row > 0 and self.rows[row][0] != ""
 
 
 def digits_for(half_width: float) -> int:
@@ -73,9 +71,10 @@ def signed(points: float, digits: int) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
-def mean_words(values: Sequence[float]) -> str:
+def mean_words(values: Iterable[float]) -> str:
     """Write the mean of accuracies in per cent with their standard deviation, NaN left out."""
-    done = [100 * value + 1e-9 for value in values if math.isfinite(value)]  # halves go up
+    finite = filter(math.isfinite, map(float, values))
+    done = [100 * value + 1e-9 for value in finite]  # halves go up
     if not done:
         return "–"
     if len(done) == 1:
@@ -111,11 +110,6 @@ def p_equals(p: float) -> str:
     return f"p < {words[1:]}" if words.startswith("<") else f"p = {words}"
 
 
-def number_words(value: float, digits: int = 2) -> str:
-    """Write a number, a dash where there is none."""
-    return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
-
-
 def seconds_words(value: float) -> str:
     """Write seconds with three figures at most."""
     if not math.isfinite(value):
@@ -125,7 +119,10 @@ def seconds_words(value: float) -> str:
 
 def to_markdown(grid: Grid) -> str:
     """Write a grid as Markdown, its note below."""
-    parts = [f"**{markdown_text(grid.title)}**", markdown_table(grid.header, grid.rows)]
+    rows = [" | ".join(map(markdown_text, row)) for row in (grid.header, *grid.rows)]
+    rows.insert(1, " | ".join(["---"] * len(grid.header)))
+    table = "\n".join(f"| {row} |" for row in rows)
+    parts = [f"**{markdown_text(grid.title)}**", table]
     if grid.note:
         parts.append(f"_{markdown_text(grid.note)}_")
     return "\n\n".join(parts)
@@ -200,8 +197,7 @@ def latex_document(title: str, grids: Iterable[Grid], methods: str) -> str:
 def _pages(grid: Grid) -> Iterator[Grid]:
     """Divide a long table into tables that fit a page each."""
     for page, first in enumerate(range(0, len(grid.rows), _ROWS_PER_PAGE), start=1):
-        part = slice(first, first + _ROWS_PER_PAGE)
         name, title = grid.name, grid.title
         if len(grid.rows) > _ROWS_PER_PAGE:
             name, title = f"{name}-{page}", f"{title} ({page})"
-        yield replace(grid, name=name, title=title, rows=grid.rows[part], groups=grid.groups[part])
+        yield replace(grid, name=name, title=title, rows=grid.rows[first : first + _ROWS_PER_PAGE])

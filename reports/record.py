@@ -15,13 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from reports.intervals import selection_bias, simulated_bias
-from reports.trials import (
-    Importance,
-    dimensions,
-    final_accuracies,
-    importances,
-    varied,
-)
+from reports.trials import Importance, dimensions, final_accuracies, importances, varied
 from study.record.frames import (
     read_confusion,
     read_epochs,
@@ -29,7 +23,7 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import MODEL_FOLDER, Misclassified, Run, Study, Test, Trial
+from study.record.models import MODEL_FOLDER, Misclassified, Run, Study, Test, Trial, best_of
 from study.record.record import Record
 
 _AUDIT_SUFFIX = "-audit"
@@ -42,7 +36,6 @@ class Audited:
     """A pruned trial that was trained to the end.
 
     Attributes:
-        number: Its number in the search.
         epochs: Epochs that it had when it was pruned.
         pruned_value: Validation accuracy of its best epoch then, a fraction.
         full_value: The same at the full budget; NaN where it failed.
@@ -67,7 +60,7 @@ class SearchRecord:
         frozen: The same trials as Optuna has them.
         runs: The processes that worked on it, oldest first.
         tests: Looks at the test split, oldest first.
-        best: The best trial; None where no trial has an accuracy.
+        best: The best trial, a pruned one only if none finished; None where none has an accuracy.
         confusion: The best trial's matrix on the validation split, (K, K), rows = truth.
         images: What the best trial got wrong on the validation split, the worst first.
         audited: Pruned trials that an audit trained to the end, by number.
@@ -148,7 +141,9 @@ def read_record(store: Record, name: str) -> SearchRecord:
     # Of columns that hold no value yet pandas would make objects.
     figures = dict.fromkeys(("value", "score", "duration_s"), float)
     trials, rows = read_trials(store, name).astype(figures), store.trials(study.id)
-    best, confusion, images = _best_of(rows), None, []
+    pruned = (row for row in rows if row.state == "pruned" and row.value is not None)
+    best = best_of(rows) or min(pruned, key=lambda row: row.rank, default=None)
+    confusion, images = None, []
     if best is not None:
         is_copy = best.origin.startswith("same as ")
         trained = int(best.origin.removeprefix("same as ")) if is_copy else best.number
@@ -178,15 +173,6 @@ def optimism(store: Record, name: str) -> float:
     found = [row for row in found if len(row) == len(found[-1])]  # the images may have changed
     best = sorted(found, key=np.mean)[-_MOST_SIMULATED:]
     return simulated_bias(np.stack(best).astype(np.float64)) if best else 0.0
-
-
-def _best_of(rows: Sequence[Trial]) -> Trial | None:
-    """Return the best trial; a pruned one only if none finished."""
-    for state in ("complete", "pruned"):
-        scored = [row for row in rows if row.state == state and row.value is not None]
-        if scored:
-            return min(scored, key=lambda row: row.rank)
-    return None
 
 
 def _audited(store: Record, study: Study, rows: Sequence[Trial]) -> tuple[Audited, ...]:

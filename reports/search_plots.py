@@ -48,9 +48,7 @@ class Plot:
         name: Of the function that draws it.
         section: Heading of the page under which it stands.
         title: What it shows; empty where each of several figures has its key for a title.
-        caption: How to read it.
         size: `wide`, `half` or `small`.
-        function: Draws it.
     """
 
     name: str
@@ -171,11 +169,7 @@ def _figure(data: Any, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     return figure
 
 
-@plot(
-    "Best trial",
-    "Learning curve",
-    "Loss and accuracy after each epoch of the best trial.",
-)
+@plot("Best trial", "Learning curve", "Loss and accuracy after each epoch of the best trial.")
 def learning_curve(record: SearchRecord) -> Figure:
     """Draw the best trial's losses and accuracy by epoch."""
     if record.best is None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from plotly.offline import get_plotlyjs
 
 from reports.intervals import Interval, difference_interval, wilson_interval
-from reports.page import plotly_js, render_template
+from reports.page import render_template
 from reports.pruning import audit_of, audited_grid
 from reports.publish import Grid
 from reports.record import SearchRecord, read_record
@@ -31,10 +32,10 @@ from reports.words import (
     setting,
 )
 from study.config.formatting import hide_password, short_backbone
-from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test
+from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test, Trial
 from study.record.record import Record
 
-_MOST_FINDINGS = 5
+_MOST_FINDINGS, _MOST_CONFUSED = 5, 8
 # Keys of the database, of no meaning outside it, and lists.
 _INNER = ("id", "study_id", "run_id", "without_effect")
 _LONG_S = 30.0  # of shorter trials it does not matter which one is faster
@@ -64,14 +65,9 @@ def write_report(
 ) -> ReportPaths:
     """Write a study's report into a folder, over an earlier one.
 
-    Reads the record only. The same record gives the same figures and numbers.
-
-    Args:
-        store: The record.
-        study_name: Which study.
-        out_dir: Made where it is missing.
-        beside: Other studies, in a table of their own.
-        refresh_s: The page loads itself again after so many seconds; 0 for never.
+    Reads the record only. The same record gives the same figures and numbers. Studies that are
+    named in `beside` stand in a table of their own. After `refresh_s` seconds the page loads
+    itself again; 0 for never.
 
     Raises:
         RecordError: There is no such study.
@@ -121,7 +117,7 @@ def _contents(record: SearchRecord) -> dict[str, Any]:
         "space": [(name, _dimension_words(dim)) for name, dim in record.dims.items()],
         "config": config_words(record.study.config),
         "hovers": json.dumps(hovers(record)),
-        "plotly": plotly_js(),
+        "plotly": get_plotlyjs(),  # whole, so that the page needs no network
         "written": moment(datetime.now(UTC)),
     }
 
@@ -156,9 +152,9 @@ def _sections(record: SearchRecord) -> dict[str, dict[str, list[Any]]]:
 
 def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     """Return name, figure and a few words of what a reader looks for first."""
-    trials, accuracy = record.trials, _validation(record)
-    best = "–", "no trial has one"
-    if record.best is not None and accuracy is not None:
+    trials, best = record.trials, ("–", "no trial has one")
+    if record.best is not None:
+        accuracy = _validation(record, record.best)
         ends = percent_range(accuracy.low, accuracy.high)
         best = percent(accuracy.estimate), f"{ends} · trial {record.best.number}"
     found = [("Best trial, validation", *best)]
@@ -182,10 +178,8 @@ def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     return found
 
 
-def _validation(record: SearchRecord) -> Interval | None:
-    if record.best is None:
-        return None
-    return wilson_interval(round((record.best.value or 0.0) * record.n_val), record.n_val)
+def _validation(record: SearchRecord, trial: Trial) -> Interval:
+    return wilson_interval(round((trial.value or 0.0) * record.n_val), record.n_val)
 
 
 def findings(record: SearchRecord) -> list[str]:
@@ -203,9 +197,10 @@ def findings(record: SearchRecord) -> list[str]:
 
 
 def _best_finding(record: SearchRecord) -> str:
-    best, trials, accuracy = record.best, record.trials, _validation(record)
-    if best is None or accuracy is None:
+    best, trials = record.best, record.trials
+    if best is None:
         return f"No trial has an accuracy ({count_states(trials)})."
+    accuracy = _validation(record, best)
     among = int(((trials["state"] == "complete") & ~is_copy(trials)).sum())
     where = f"the best of {among} complete trials" if among > 1 else "the only complete trial"
     if best.state == "pruned":
@@ -258,9 +253,10 @@ def _model_finding(record: SearchRecord) -> str | None:
 
 def _rivals_finding(record: SearchRecord) -> str | None:
     """Say which complete trials the validation split cannot distinguish from the best."""
-    best, trials, accuracy = record.best, record.trials, _validation(record)
-    if best is None or accuracy is None or best.state != "complete":
+    best, trials = record.best, record.trials
+    if best is None or best.state != "complete":
         return None
+    accuracy = _validation(record, best)
     is_other = (trials["number"] != best.number) & ~is_copy(trials)
     is_near = trials["value"].between(accuracy.low, accuracy.high)
     rivals = trials[(trials["state"] == "complete") & is_other & is_near]
@@ -379,36 +375,31 @@ def trials_rows(record: SearchRecord) -> dict[str, Any]:
     A cell is the value to sort by and the text that is shown.
     """
     trials = record.trials
-    if len(trials) > MOST_DRAWN:
-        kept = set(drawn(record)["number"])
-        trials = trials[trials["number"].isin(kept) | trials["state"].isin(UNFINISHED)]
+    trials = trials[trials.index.isin(drawn(record).index) | trials["state"].isin(UNFINISHED)]
     has_scores = bool((trials["score"].notna() & (trials["score"] != trials["value"])).any())
     has_reasons = bool(trials["reason"].notna().any())
     best = -1 if record.best is None else record.best.number
     rows = []
     for row in trials.to_dict("records"):
+        number, reason = row["number"], "" if is_missing(row["reason"]) else row["reason"]
+        # What is the same in all trials stands under Provenance.
+        values = (None if number in record.idle[n] else row[f"params_{n}"] for n in record.varied)
         cells = [
-            (row["number"], str(row["number"])),
+            (number, str(number)),
             (row["state"], row["state"]),
             _cell(row["value"], percent(row["value"])),
+            *([_cell(row["score"], f"{row['score']:.4f}")] if has_scores else []),
+            (row["epochs_done"], count(row["epochs_done"])),
+            _cell(row["duration_s"], duration(row["duration_s"])),
+            *(_cell(value, setting(value)) for value in values),
+            (row["origin"], row["origin"]),
+            *([(reason, reason)] if has_reasons else []),
         ]
-        if has_scores:
-            cells.append(_cell(row["score"], f"{row['score']:.4f}"))
-        cells.append((row["epochs_done"], count(row["epochs_done"])))
-        cells.append(_cell(row["duration_s"], duration(row["duration_s"])))
-        for name in record.varied:  # what is the same in all trials stands under Provenance
-            value = None if row["number"] in record.idle[name] else row[f"params_{name}"]
-            cells.append(_cell(value, setting(value)))
-        cells.append((row["origin"], row["origin"]))
-        if has_reasons:
-            reason = "" if is_missing(row["reason"]) else row["reason"]
-            cells.append((reason, reason))
-        state = f"{row['state']} best" if row["number"] == best else row["state"]
+        state = f"{row['state']} best" if number == best else row["state"]
         rows.append({"state": state, "cells": cells})
     score = ("score",) if has_scores else ()
-    settings = record.varied
     last = ("from", "reason") if has_reasons else ("from",)
-    header = ("trial", "state", "accuracy", *score, "epochs", "time", *settings, *last)
+    header = ("trial", "state", "accuracy", *score, "epochs", "time", *record.varied, *last)
     return {"header": header, "rows": rows, "n_text": 2}
 
 
@@ -444,13 +435,13 @@ def _best_facts(record: SearchRecord) -> list[tuple[str, str]]:
     ]
 
 
-def confused_grid(record: SearchRecord, n_pairs: int = 8) -> Grid:
+def confused_grid(record: SearchRecord) -> Grid:
     """List the most frequent mistakes of the best trial."""
     rows = []
     if record.confusion is not None and len(record.classes) > 2:  # else the matrix says it all
         totals = record.confusion.sum(axis=1)
         errors = record.confusion - np.diag(np.diag(record.confusion))
-        order = np.argsort(-errors, axis=None, kind="stable")[:n_pairs]
+        order = np.argsort(-errors, axis=None, kind="stable")[:_MOST_CONFUSED]
         for truth, guess in zip(*np.unravel_index(order, errors.shape), strict=True):
             if n := int(errors[truth, guess]):
                 names = record.classes[truth], record.classes[guess]

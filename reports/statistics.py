@@ -12,12 +12,12 @@ from scipy import stats
 from reports.intervals import Interval
 
 Array = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 _MOST_REPLICATES = 1000
 _SMALL = 1e-12
 # Added to variances, so that differences that are all equal have an interval of no width.
 _TINY = 1e-30
+_POWER = 0.8
 ENOUGH_FOLDS = 4
 """From so many folds on, their scatter shows what is not that of the images. Simulated: with
 three, error rates reach 7.6 % where 5 were asked."""
@@ -37,10 +37,6 @@ class Part:
     lasting: float
     df: int | None = None
 
-    def at(self, n: Any) -> Any:
-        """Return the variance at n replicates, or at each of many numbers."""
-        return self.shrinking / n + self.lasting
-
 
 @dataclass(frozen=True, slots=True)
 class Inference:
@@ -58,12 +54,7 @@ class Inference:
     estimate: float
     parts: tuple[Part, ...] = ()
 
-    @property
-    def has_seed(self) -> bool:
-        """Say whether more replicates would make the interval narrower."""
-        return any(part.shrinking for part in self.parts)
-
-    def scatter(self, n: IntArray | int | None = None) -> tuple[Any, Any]:
+    def scatter(self, n: NDArray[np.int64] | int | None = None) -> tuple[Any, Any]:
         """Return the standard error and Satterthwaite's degrees of freedom, at n replicates.
 
         NaN for both where the variance is not known.
@@ -74,7 +65,7 @@ class Inference:
         n = self.n if n is None else n
         if not self.parts:
             return math.nan, math.nan
-        variances = [part.at(n) for part in self.parts]
+        variances = [part.shrinking / n + part.lasting for part in self.parts]
         own = [n - 1 if part.df is None else part.df for part in self.parts]
         total = sum(variances) + _TINY
         df = total**2 / (sum(v**2 / d for v, d in zip(variances, own, strict=True)) + _TINY**2)
@@ -198,42 +189,40 @@ def holm(values: Sequence[float]) -> list[float]:
     return [float(value) for value in p]
 
 
-def replicates_needed(
-    inference: Inference, alpha: float, margin: float, wanted: float = 0.8
-) -> int | None:
+def replicates_needed(inference: Inference, alpha: float, margin: float) -> int | None:
     """Return about how many replicates would settle an open question, the scatter as observed.
 
     That is where the test finds the observed difference, or finds it to be within the margin, with
-    this power. It is as uncertain as what was observed: a plan, not a promise.
+    a power of 80 %. It is as uncertain as what was observed: a plan, not a promise.
 
     Returns:
         None where no number up to 1,000 would, as where the images alone leave more than that.
     """
-    if not inference.has_seed:
+    if not any(part.shrinking for part in inference.parts):
         return None
     n = np.unique(np.geomspace(2, _MOST_REPLICATES, 100).astype(np.int64))
     error, df = inference.scatter(n)
     effect = abs(inference.estimate)
     quantile = stats.t.ppf
-    shows = error * (quantile(1 - alpha / 2, df) + quantile(wanted, df)) <= effect
-    excludes = error * (quantile(1 - alpha, df) + quantile((1 + wanted) / 2, df))
+    shows = error * (quantile(1 - alpha / 2, df) + quantile(_POWER, df)) <= effect
+    excludes = error * (quantile(1 - alpha, df) + quantile((1 + _POWER) / 2, df))
     enough = np.flatnonzero(shows | (excludes <= margin - effect))
     return max(int(n[enough[0]]), inference.n + 1) if len(enough) else None
 
 
-def images_needed(inference: Inference, alpha: float, wanted: float = 0.8) -> int:
+def images_needed(inference: Inference, alpha: float) -> int:
     """Return about how many images would show the observed difference with as many replicates.
 
     All of the variance is taken to fall with the number of images, which scatter between seeds
     does only in part: a lower bound.
     """
-    quantiles = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(wanted))
+    quantiles = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(_POWER))
     error, _ = inference.scatter()
     ratio = float(quantiles * error / abs(inference.estimate)) ** 2
     return math.ceil(ratio * inference.n_images)
 
 
-def detectable(inference: Inference, alpha: float, wanted: float = 0.8) -> float:
-    """Return the difference that is found with this power where the variance is this."""
+def detectable(inference: Inference, alpha: float) -> float:
+    """Return the difference that is found with a power of 80 % where the variance is this."""
     error, df = inference.scatter()
-    return float(error * (stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(wanted, df)))
+    return float(error * (stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(_POWER, df)))

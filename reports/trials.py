@@ -42,8 +42,7 @@ def count_states(trials: pd.DataFrame) -> str:
 
 def rank_of(frame: pd.DataFrame, accuracy: str) -> "pd.Series[float]":
     """Give what trials or epochs are ranked by: the score, or the accuracy where there is none."""
-    known = frame[accuracy].astype(float)
-    return frame["score"].astype(float).fillna(known) if "score" in frame else known
+    return frame["score"].astype(float).fillna(frame[accuracy].astype(float))
 
 
 def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[float]":
@@ -55,10 +54,6 @@ def final_accuracies(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[f
     pruned earlier, so the order at an epoch is kept. A trial worse than all of them stays worse by
     as much. Diverged trials get the lowest of all. Left out are trials that failed for other
     reasons, and those not trained because an equal one had been.
-
-    Args:
-        trials: One row per trial.
-        epochs: One row per trial and epoch.
 
     Returns:
         Accuracies in [0, 1] by trial number.
@@ -155,20 +150,14 @@ def importances(
     trials: Sequence[FrozenTrial],
     final: "pd.Series[float]",
     planned: Collection[int] = (),
-    seed: int = 0,
 ) -> Importance:
     """Estimate how much each setting mattered for the final accuracy.
 
     The variance of each setting's main effect over the whole space (functional analysis of
     variance), as a forest of extremely randomised trees predicts it from all trials, the pruned
-    ones included, whose settings a sampler drew. The interval is a percentile bootstrap over
-    trials (estimated accuracies are kept).
-
-    Args:
-        trials: The study's.
-        final: By trial number.
-        planned: Numbers of trials whose settings a plan chose; they are left out.
-        seed: Of the forest and the bootstrap.
+    ones included, whose settings a sampler drew: those whose settings a plan chose are left out,
+    by their numbers in `planned`. The interval is a percentile bootstrap over trials (estimated
+    accuracies are kept).
 
     References:
         Hutter et al. 2014, https://proceedings.mlr.press/v32/hutter14.html;
@@ -195,14 +184,14 @@ def importances(
     elif final[[trial.number for trial in used]].nunique() == 1:
         why = "All trials reached the same accuracy."
     else:
-        return Importance(_shares(used, final, names, seed), counts)
+        return Importance(_shares(used, final, names), counts)
     return Importance(empty, counts, why)
 
 
 def _shares(
-    trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str], seed: int
+    trials: Sequence[FrozenTrial], final: "pd.Series[float]", names: Sequence[str]
 ) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if len(trials) > MOST_FITTED:
         kept = np.sort(rng.choice(len(trials), MOST_FITTED, replace=False))
         trials = [trials[i] for i in kept]
@@ -213,11 +202,11 @@ def _shares(
          for trial in trials]
     )  # fmt: skip
     y = np.array([final[trial.number] for trial in trials], dtype=np.float64)
-    share = _main_effects(x, y, dims, seed)
+    share = _main_effects(x, y, dims, 0)
     draws = []
-    for k in range(_RESAMPLES):
+    for seed in range(1, _RESAMPLES + 1):
         rows = rng.integers(len(y), size=len(y))
-        draws.append(_main_effects(x[rows], y[rows], dims, seed + k + 1))
+        draws.append(_main_effects(x[rows], y[rows], dims, seed))
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     frame = pd.DataFrame(
         {
@@ -244,11 +233,7 @@ def _place(value: Any, dim: BaseDistribution) -> float:
 def _main_effects(x: Array, y: Array, dims: Sequence[BaseDistribution], seed: int) -> Array:
     """Return each setting's share of the variance that a forest sees over the whole space, (D,).
 
-    Args:
-        x: Places of the trials, (N, D).
-        y: Their final accuracies, (N,).
-        dims: D.
-        seed: Of the forest and of the points at which it is asked.
+    `x` are the places of the trials, (N, D), and `y` their final accuracies, (N,).
     """
     rng = np.random.default_rng(seed)
     sizes = [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in dims]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from study.config.formatting import format_duration, format_value
@@ -71,15 +71,6 @@ def markdown_text(value: Any) -> str:
     """Write a value so that Markdown shows it letter by letter, on one line."""
     line = " ".join(str(value).split())
     return _MARKUP.sub(r"\\\1", line).replace("\\<", "&lt;").replace("\\>", "&gt;")
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Write a Markdown table; every cell is escaped."""
-    lines = [header, ["---"] * len(header)]
-    text = ["| " + " | ".join(map(markdown_text, lines[0])) + " |"]
-    text.append("| " + " | ".join(lines[1]) + " |")
-    text += ["| " + " | ".join(map(markdown_text, row)) + " |" for row in rows]
-    return "\n".join(text)
 
 
 def config_words(config: Mapping[str, Any]) -> str:

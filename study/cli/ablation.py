@@ -10,7 +10,7 @@ from rich import filesize
 
 from core.data.splits import ImageData
 from core.training.no_effect import without_effect
-from reports.ablation import Rules, read_ablations
+from reports.ablation import read_ablations
 from reports.ablation_report import describe_ablation, write_ablation
 from reports.effects import Effect, foresee, open_cells
 from reports.record import optimism
@@ -97,9 +97,8 @@ def announce(plan: Plan, progress: Progress, data: ImageData, n_folds: int, orde
     if all("seed" in without_effect(config) for config in plan.configs()):
         once = "; on one split each is trained once." if n_folds == 1 else "."
         texts.append(f"Solved heads have no seed: images alone decide about them{once}")
-    rules = Rules(settings.alpha, settings.margin / 100)
     n, n_tests = plan.looks[-1], plan.design.n_tests
-    for text in [*texts, foresee(n, n_tests, len(judged), n_folds, rules, order)]:
+    for text in [*texts, foresee(n, n_tests, len(judged), n_folds, settings.alpha, order)]:
         progress.emit(Note(text))
 
 
@@ -157,7 +156,7 @@ def run_plan(
             folder = store.study(study.name).output / "ablation"
             paths = write_ablation(store, study.name, folder)
             section, report = paths.sections[0], paths.html
-    findings = [f"{finding.head} {finding.text}" for finding in section.findings]
+    findings = [f"{head} {text}" for head, text in section.findings]
     if as_json:
         facts = {key: getattr(outcome, key) for key in ("stopped_because", "n_done", "n_planned")}
         effects = [_effect_record(effect) for effect in section.effects]

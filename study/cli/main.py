@@ -396,7 +396,8 @@ def ablate(
 @_json
 def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> int:
     """Audit a search's pruner: train a sample of its pruned trials."""
-    from reports.pruning import audited_grid, read_audit
+    from reports.pruning import audit_of, audited_grid
+    from reports.record import read_record
     from study.cli.views import grid_table, print_json, print_view
     from study.search.audit import audit_study
 
@@ -407,7 +408,7 @@ def audit(study: str, sample: int, take_over: bool, as_json: bool, **_: Any) -> 
             because = audit_study(
                 store, study, sample, progress=progress, command=line, take_over=take_over
             )
-        found = read_audit(store, study)
+        found = audit_of(read_record(store, study))
     status = _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
     if as_json:
         print_json(found)

@@ -105,8 +105,8 @@ def test_the_csv_files_are_unrounded(folder: Path, levels: AblationPaths) -> Non
         (ablation,) = read_ablations(store, NAME)
     base = run_rows[run_rows["setting"] == "baseline"]
     assert len(run_rows) == 30 and base["seed"].tolist() == [7, 8, 9, 10, 11]
-    for key, values in (("val_acc", ablation.runs[0].values), ("test_acc", ablation.runs[0].test)):
-        assert base[key].tolist() == pytest.approx(values.tolist(), rel=1e-12)
+    for split, values in ablation.runs[0].accuracies.items():
+        assert base[f"{split}_acc"].tolist() == pytest.approx(values.tolist(), rel=1e-12)
     effects = [*judge(ablation), *judge(ablation, "test")]
     assert effect_rows["split"].tolist() == ["val"] * 5 + ["test"]
     labels = effect_rows["factor"] + " = " + effect_rows["level"]
@@ -240,8 +240,8 @@ def test_ablations_of_several_datasets_are_compared_and_a_failed_level_ranks_las
     with store:
         ablations = [read_ablations(store, name)[0] for name in scores]
     means = score_frame(ablations)
-    found = compare_across(ablations)
-    (grid,) = found.grids
+    finding, grid = compare_across(ablations)
+    assert grid is not None
     assert grid.header == ("Level", *scores, "Mean rank")
     assert [row[0] for row in grid.rows] == ["augment = mixup", "baseline", "augment = none"]
     assert grid.rows[0][4].endswith("(1 failed)")
@@ -249,5 +249,5 @@ def test_ablations_of_several_datasets_are_compared_and_a_failed_level_ranks_las
     expected = dict(zip(means.columns, ranks.mean(axis=0), strict=True))
     assert {row[0]: float(row[-1]) for row in grid.rows} == pytest.approx(expected, abs=0.005)
     p = stats.friedmanchisquare(*ranks.T).pvalue
-    assert f"Friedman’s test over 4 datasets and 3 levels: p = {p_words(p)}" in found.findings[0]
-    assert compare_across([ablations[0], replace(ablations[1], runs=())]).grids == ()
+    assert f"Friedman’s test over 4 datasets and 3 levels: p = {p_words(p)}" in finding
+    assert compare_across([ablations[0], replace(ablations[1], runs=())])[1] is None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reports.ablation import Ablation, Correct, Rules, Runs
+from reports.ablation import Ablation, Correct, Runs
 from reports.effects import Effect, contrasts_of, fallen, foresee, judge, open_cells
 from reports.statistics import crossed, holm, resampled
 from study.ablation.designs import Cell, Design
@@ -36,22 +36,18 @@ def in_memory(
     for k, cell in enumerate(design.cells):
         val = tuple(c if isinstance(c, np.ndarray) else None for c in results[k])
         tested = (*(test[k] if test else ()), *[None] * len(val))[: len(val)]
-        values, tests = (
-            np.array([math.nan if correct is None else correct.mean() for correct in part])
-            for part in (val, tested)
-        )
+        correct = {"val": val, "test": tested}
+        means = {s: [math.nan if c is None else c.mean() for c in correct[s]] for s in correct}
         runs.append(
             Runs(
-                label=cell.label, factor=" + ".join(cell.levels),
-                level=" + ".join(cell.levels.values()), levels=cell.levels,
-                values=values, test=tests,
+                label=cell.label, levels=cell.levels, correct=correct,
+                accuracies={split: np.array(part) for split, part in means.items()},
                 failures=tuple(c if isinstance(c, str) else None for c in results[k]),
-                numbers=tuple(range(len(val))), val_correct=val, test_correct=tested,
+                numbers=tuple(range(len(val))),
                 seconds=math.nan, parameters=None, is_solved=is_solved,
             )
         )  # fmt: skip
-    rules = Rules(margin=made["settings"]["margin"] / 100)
-    return Ablation(study, row, tuple(runs), rules, len(made["analyses"]))
+    return Ablation(study, row, tuple(runs), len(made["analyses"]))
 
 
 def scattered(means: Sequence[float], n: int = 5, seed: int = 0) -> list[list[Correct]]:
@@ -271,15 +267,15 @@ def test_runs_that_fall_far_below_the_others_are_flagged() -> None:
     assert lost(0.5, 0.9, 0.7, 0.8, 0.6) == []  # as the others scatter
     assert lost(0.8, 0.5) == []
     runs = in_memory(ONE, [planted(0.8, 0.81, 0.5, 0.8), STEADY]).runs[0]
-    rows = (row[:10] for row in runs.val_correct if row is not None)
-    few = dataclasses.replace(runs, val_correct=tuple(rows))
+    rows = (row[:10] for row in runs.correct["val"] if row is not None)
+    few = dataclasses.replace(runs, correct={"val": tuple(rows)})
     assert (fallen(runs, 5), fallen(few, 5)) == ([2], [])
 
 
 def test_foresight_warns_of_what_cannot_decide() -> None:
-    few = foresee(1, 3, 9999, 1, Rules()), foresee(5, 3, 100, 1, Rules())
+    few = foresee(1, 3, 9999, 1, 0.05), foresee(5, 3, 100, 1, 0.05)
     assert all(text.startswith("warning: ") for text in few)
-    assert "5 replicates on 2000 images in all find" in foresee(5, 3, 2000, 1, Rules())
-    assert not foresee(5, 3, 2000, 5, Rules()).startswith("warning: ")
+    assert "5 replicates on 2000 images in all find" in foresee(5, 3, 2000, 1, 0.05)
+    assert not foresee(5, 3, 2000, 5, 0.05).startswith("warning: ")
     # A third analysis has a quarter of the first one's share.
-    assert foresee(5, 4, 2000, 1, Rules()) != foresee(5, 4, 2000, 1, Rules(), order=3)
+    assert foresee(5, 4, 2000, 1, 0.05) != foresee(5, 4, 2000, 1, 0.05, order=3)

@@ -29,7 +29,7 @@ def trials_of(rows: Rows) -> pd.DataFrame:
 
 def epochs_of(curves: list[list[float]]) -> pd.DataFrame:
     rows = [(n, e, v) for n, curve in enumerate(curves) for e, v in enumerate(curve)]
-    return pd.DataFrame(rows, columns=["number", "epoch", "val_acc"])
+    return pd.DataFrame(rows, columns=["number", "epoch", "val_acc"]).assign(score=np.nan)
 
 
 def planted(

@@ -283,7 +283,7 @@ def test_the_share_of_training_images_is_a_factor(photos: Path, tmp_path: Path) 
     assert [each.label for each in runs[1:]] == ["train_fraction = 0.5", "train_fraction = 0.1"]
     with Record(str(tmp_path / "s.db")) as store:
         (plot,) = (p for p in describe_ablation(store, "tiny")[0].plots if "size" in p.name)
-    assert plot.render("svg").startswith(b"<?xml")
+    assert plot.render("svg", 5.0).startswith(b"<?xml")
 
 
 def test_an_adaptive_ablation_looks_after_half_as_many_replicates_again(

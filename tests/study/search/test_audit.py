@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from small_study import Listener, config_of, make_home, optuna_trials, run
 
-from reports.pruning import read_audit
+from reports.pruning import audit_of
+from reports.record import read_record
 from reports.search_report import write_report
 from study.cli.main import main
 from study.record.record import Record
@@ -65,7 +66,7 @@ def test_the_share_that_would_have_won_is_counted_against_the_best_and_reported(
     shown = capsys.readouterr().out
     assert "Pruned trials trained to the end" in shown
     with Record(str(home / "s.db")) as store:
-        found = read_audit(store, "photos")
+        found = audit_of(read_record(store, "photos"))
         rows = store.trials(store.study("photos-audit").id)
         page = write_report(store, "photos", home / "report").html.read_text()
     best, share = found.best_score, found.share_won
