@@ -118,7 +118,7 @@ class Run(Base, kw_only=True):
     __tablename__ = f"{PREFIX}runs"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
     study_id: Mapped[OfStudy]
-    host: Mapped[str] = mapped_column(default_factory=socket.gethostname)
+    host: Mapped[str] = mapped_column(default_factory=lambda: socket.gethostname())
     pid: Mapped[int] = mapped_column(default_factory=os.getpid)
     pid_started: Mapped[float] = mapped_column(
         default_factory=lambda: psutil.Process().create_time()

@@ -256,7 +256,7 @@ def test_replicates_validate_on_folds_which_splits_csv_names(photos: Path, tmp_p
     assert (alone.name, folded.name) == ("ofat-2", "ofat")
     for part, images in ((alone, data.val), (folded, data.development)):
         assert part.disagreement is not None
-        assert len(part.disagreement.frames[0]) == len(images)
+        assert sum(int(n) for _, n, *_ in part.disagreement.by_class.rows) == len(images)
 
 
 def _images(data: ImageData, split: str) -> list[tuple[str, str]]:
