@@ -28,6 +28,8 @@ def test_xavier_keeps_its_bounds_and_zero_is_zero() -> None:
     assert 0.9 * bound < network.model.get_parameter("fc.weight").abs().max() <= bound
     init_head(network, "zero", 0)
     assert not any(p.any() for p in network.model.get_submodule("fc").parameters())
+    heads = _build(backbone="timm:levit_128s", image_size=224, head_init="zero").model.head
+    assert not heads.linear.weight.any() and heads.bn.weight.all()
 
 
 def test_source_classes_copies_the_rows_of_equal_names_and_else_is_default() -> None:

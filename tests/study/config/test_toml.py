@@ -13,6 +13,7 @@ from study.config.toml import config_text
 OVERRIDES = [
     "space.ema_decay=['none', 0.99]",
     "space.epochs={low=20, high=30}",
+    "train.warmup_epochs=15",  # too many for the default number of epochs
     "train.clip_norm=1.0",
     "cache=1GB",
     "recipes=false",
