@@ -13,8 +13,8 @@ from core.training.checkpoint import PREDICTIONS_FILE
 from study.execution.files import model_members
 from study.record.models import Trial
 
-# A mean has to score higher than the best of its members by this share: it costs as many forward
-# passes as it has members. Assumption.
+# A mean has to score higher than its members do on average by this share: equal ones add nothing
+# but forward passes. Assumption.
 _LEAST_GAIN = 0.001
 # A thawed network becomes a member where it lowers the heads' loss by so many standard errors. Of
 # four sets (80 to 380 test images, EfficientNet-Lite0) it did so on flowers5 alone (1.7), where
@@ -71,12 +71,12 @@ class _Mean:
 
 
 def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
-    """Choose the best trial, or the mean of several where that scores higher.
+    """Choose the mean of several trials, unless the best one is better beyond doubt.
 
-    Of each backbone the best head and the best thawed trial can be members. The heads' weights
-    are chosen by their predictions for all images but the test split. A thawed trial has some for
-    the validation split alone, and joins them, or takes the mean's place, where it lowers the loss
-    there beyond doubt.
+    For the best of many is overrated. Of each backbone the best head and the best thawed trial can
+    be members. The heads' weights are chosen by their predictions for all images but the test
+    split. A thawed trial has some for the validation split alone, and joins them where it lowers
+    the loss there beyond doubt.
     """
     members = model_members(rows)
     best, known = members[0], {row.number: _predicted(row) for row in members}
@@ -103,13 +103,11 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     single = _single(best, known[best.number])
     if len(mean.members) < 2:
         return single
-    score = _score_of(mean.loss, monitor)
-    is_better = score >= single.score * (1 + _LEAST_GAIN)
-    if heads and best in thawed:  # it is the best of several on one fold, so its score is too high
-        val = known[best.number].val
-        alone = _losses(val.labels, tempered(val.log_probs, val.temperature), monitor)
-        is_better = not _is_sure(_losses(val.labels, mean.val.log_probs, monitor) - alone)
-    if not is_better:
+    score, val = _score_of(mean.loss, monitor), known[best.number].val
+    scores = [row.ranked_by or 0 for row in mean.members if row in heads or not heads] or [0]
+    alone = _losses(val.labels, tempered(val.log_probs, val.temperature), monitor)
+    is_worse = _is_sure(_losses(val.labels, mean.val.log_probs, monitor) - alone)
+    if is_worse or score < np.mean(scores) * (1 + _LEAST_GAIN):
         return single
     return Choice(
         mean.members,
@@ -121,7 +119,8 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
 
 
 def _single(row: Trial, found: _Predicted) -> Choice:
-    return Choice((row,), (1.0,), (found.val.temperature,), row.ranked_by or 0, row.value or 0)
+    temperature = (found.everything or found.val).temperature
+    return Choice((row,), (1.0,), (temperature,), row.ranked_by or 0, row.value or 0)
 
 
 def _predicted(row: Trial) -> _Predicted:

@@ -34,7 +34,10 @@ class FinalModel:
         self.choice: Choice | None = None
 
     def update(self) -> None:
-        """Replace the model if the trials give one that scores higher, or have been refitted."""
+        """Replace the model if the trials give a better one, or have been refitted.
+
+        Better is what scores higher, or is a mean of more trials; see `choose`.
+        """
         # Which checkpoints are kept stands in the record alone.
         rows = self._session.record.trials(self._session.study_id)
         kept = [row for row in rows if row.state == "complete" and row.weights_hash]
@@ -45,6 +48,7 @@ class FinalModel:
         if (
             self.choice is not None
             and self.choice.score > found.score
+            and len(self.choice.trials) >= len(found.trials)
             and all(row.number in {other.number for other in kept} for row in self.choice.trials)
         ):
             found = self.choice
