@@ -60,6 +60,8 @@ class _Mean:
 
     Attributes:
         val: Predictions for the validation split, by a mean that was fitted on other images.
+        everything: The same for all images but the test split, by the heads alone; where there are
+            none, for the validation split.
         loss: Of all images but the test split, in the measure of `_losses`.
     """
 
@@ -67,6 +69,7 @@ class _Mean:
     weights: FloatArray
     temperatures: FloatArray
     val: Evaluation
+    everything: Evaluation
     loss: float
 
 
@@ -94,7 +97,7 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
         one = np.ones(1, dtype=np.float32)
         val = Evaluation(found.labels, tempered(found.log_probs, found.temperature))
         loss = _loss_of(first.ranked_by or 0.0, monitor)
-        mean = _Mean((first,), one, one * found.temperature, val, loss)
+        mean = _Mean((first,), one, one * found.temperature, val, val, loss)
     for row in thawed if heads else thawed[1:]:
         mean = _joined(mean, row, known[row.number].val, monitor)
     if heads and best in thawed and best not in mean.members:
@@ -103,10 +106,12 @@ def choose(rows: Sequence[Trial], finish: str, monitor: Monitor) -> Choice:
     single = _single(best, known[best.number])
     if len(mean.members) < 2:
         return single
-    score, val = _score_of(mean.loss, monitor), known[best.number].val
+    score, alone, others = _score_of(mean.loss, monitor), known[best.number].val, mean.val
+    if best in heads:
+        alone, others = known[best.number].everything or alone, mean.everything
     scores = [row.ranked_by or 0 for row in mean.members if row in heads or not heads] or [0]
-    alone = _losses(val.labels, tempered(val.log_probs, val.temperature), monitor)
-    is_worse = _is_sure(_losses(val.labels, mean.val.log_probs, monitor) - alone)
+    own_losses = _losses(alone.labels, tempered(alone.log_probs, alone.temperature), monitor)
+    is_worse = _is_sure(_losses(alone.labels, others.log_probs, monitor) - own_losses)
     if is_worse or score < np.mean(scores) * (1 + _LEAST_GAIN):
         return single
     return Choice(
@@ -154,6 +159,7 @@ def _mean_of_heads(heads: Sequence[tuple[Trial, _Predicted]], monitor: Monitor) 
         fitted.weights[kept],
         fitted.temperatures[kept],
         Evaluation(labels[:n_val], nested[:n_val]),
+        Evaluation(labels, nested),
         float(_losses(labels, nested, monitor).mean()),
     )
 
@@ -184,6 +190,7 @@ def _joined(mean: _Mean, row: Trial, found: Evaluation, monitor: Monitor) -> _Me
         np.append(others, weights[1])[kept],
         temperatures[kept],
         Evaluation(labels, nested),
+        mean.everything,
         mean.loss * float(ratio),
     )
 

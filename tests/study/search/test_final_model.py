@@ -137,6 +137,15 @@ def test_trials_that_err_on_different_images_are_averaged(tmp_path: Path) -> Non
     assert len(both.trials) == 2 and both.score > best
 
 
+@pytest.mark.parametrize(("n", "skill", "n_members"), [(100, 0.85, 2), (400, 0.6, 1)])
+def test_the_best_head_replaces_the_mean_only_beyond_doubt(
+    tmp_path: Path, n: int, skill: float, n_members: int
+) -> None:
+    rows = _drawn(tmp_path, 2, n, (5, 0.9), (5, skill))
+    found = choose(rows, "ensemble", "val_loss")
+    assert len(found.trials) == n_members and found.score <= max(row.score or 0 for row in rows)
+
+
 @pytest.mark.parametrize(("skill", "n_members"), [(0.9, 3), (0.72, 2)])
 def test_a_thawed_trial_joins_the_heads_where_it_lowers_their_loss_beyond_doubt(
     tmp_path: Path, skill: float, n_members: int
