@@ -19,7 +19,8 @@ from study.execution.session import stored_side
 from study.record.models import MODEL_FOLDER
 
 # Decoding so many images and sending them through a network takes a quarter of a minute on two
-# cores; all of more than three times as many would leave the first minute without a model.
+# cores; all of more than three times as many would leave the first minute without a model. Both
+# are in proportion where a study has less than a minute.
 _SAMPLE, _MANY = 1_000, 3_000
 
 
@@ -36,10 +37,11 @@ def take_first_look(
     if depth := space.get("freeze_depth"):
         params["freeze_depth"] = depth.nearest(MAX_FREEZE_DEPTH)
     train = apply_params(config.train, params)
-    if not train.is_solved or len(find_images(config.data).images) <= _MANY:
+    minutes = min(1.0, (config.study.seconds or 60.0) / 60)
+    if not train.is_solved or len(find_images(config.data).images) <= minutes * _MANY:
         return
     shown = input_of(train.backbone, train.weights, train.image_size)
-    data = load_data(config.data, stored_side([train]), None, [shown], most=_SAMPLE)
+    data = load_data(config.data, stored_side([train]), None, [shown], most=int(minutes * _SAMPLE))
     checkpoint = output / "first-look"
     try:
         (found,) = fit(train, data, checkpoint_dir=checkpoint, should_stop=should_stop)
