@@ -138,11 +138,13 @@ def refit(
 ) -> None:
     """Train a complete run again on all images but the test split, and keep that beside it.
 
-    It is trained as long as its best epoch says, and evaluated on nothing: no image is left that
-    it has not seen. A solved head needs none of this: `fit` has kept its refit. Where
-    `should_stop` says so, `Interrupted` is raised and nothing is kept.
+    It is trained as long as its best epoch says, on the same share of the training images, and
+    evaluated on nothing: no image is left that it has not seen. A solved head needs none of this:
+    `fit` has kept its refit. Where `should_stop` says so, `Interrupted` is raised and nothing is
+    kept.
     """
     n_epochs = read_card(checkpoint).metrics.epoch
+    data = data.with_share(config.train_fraction)
     device = choose_device(config.device)
     network = build(config, data.classes)
     network.model.to(device)

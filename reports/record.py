@@ -23,7 +23,16 @@ from study.record.frames import (
     read_predictions,
     read_trials,
 )
-from study.record.models import MODEL_FOLDER, Misclassified, Run, Study, Test, Trial, best_of
+from study.record.models import (
+    COPY,
+    MODEL_FOLDER,
+    Misclassified,
+    Run,
+    Study,
+    Test,
+    Trial,
+    best_of,
+)
 from study.record.record import Record
 
 _AUDIT_SUFFIX = "-audit"
@@ -145,8 +154,8 @@ def read_record(store: Record, name: str) -> SearchRecord:
     best = best_of(rows) or min(pruned, key=lambda row: row.rank, default=None)
     confusion, images = None, []
     if best is not None:
-        is_copy = best.origin.startswith("same as ")
-        trained = int(best.origin.removeprefix("same as ")) if is_copy else best.number
+        is_copy = best.origin.startswith(COPY)
+        trained = int(best.origin.removeprefix(COPY)) if is_copy else best.number
         confusion = read_confusion(store, name, trained)
         images = [row for row in read_misclassified(store, name, trained) if row.split == "val"]
     n_epochs, value = sum(row.epochs_done for row in rows), best.value if best else None
