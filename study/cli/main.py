@@ -273,7 +273,8 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     _print_outcome(config, outcome)
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
-    return 0 if outcome.best else 1
+    is_first_look = outcome.n_first_look and not outcome.counts.failed
+    return 0 if outcome.best or is_first_look else 1
 
 
 def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:

@@ -259,9 +259,10 @@ def summary_view(
     """
     counts = outcome.counts
     of = f" of {study.trials}" if study.trials else ""
+    noun = "trial" if counts.finished == 1 and not of else "trials"
     head = Text(
         f"\n{_STOPPED.get(outcome.stopped_because, outcome.stopped_because)} Study "
-        f"{study.name}: {counts.finished}{of} trials, {counts.complete} complete, "
+        f"{study.name}: {counts.finished}{of} {noun}, {counts.complete} complete, "
         f"{counts.pruned} pruned, {counts.failed} failed, {format_duration(outcome.duration_s)}."
     )
     trials = outcome.trials
@@ -269,6 +270,10 @@ def summary_view(
     if not best:
         failed = next((row for row in reversed(trials) if row.state == "failed"), None)
         why = f" The last one failed: {failed.reason}." if failed else ""
+        if not failed and outcome.stopped_because == "timeout":
+            why = " The time was too short for one: give it more (--time)."
+        if n := outcome.n_first_look:
+            why += f" The model is the first one, from {n} of the images."
         return Group(head, Text(f"No trial is complete.{why}"))
     lines = [_ranking_words(best)]
     from reports.intervals import selection_bias

@@ -391,12 +391,16 @@ def _has_same_images(study: Study, now: dict[str, Any], allow_changes: bool) -> 
     is_same: bool = then["fingerprint"] == now["fingerprint"]
     if not is_same and not allow_changes:
         raise ConfigError(
-            f"the images of study {study.name} have changed since it began "
-            f"({then['n_train']} + {then['n_val']} then, {now['n_train']} + {now['n_val']} "
-            "training and validation images now, or other contents). Restore them, or use "
+            f"the images of study {study.name} have changed since it began: {_counts(then)} of "
+            f"{then['source']} then, {_counts(now)} of {now['source']} now (training + validation "
+            "+ test; where the numbers are equal, the contents are not). Restore them, or use "
             "another --name. (run and resume take --allow-changes to mix both.)"
         )
     return is_same
+
+
+def _counts(data: dict[str, Any]) -> str:
+    return f"{data['n_train']} + {data['n_val']} + {data['n_test']} images"
 
 
 def _described(data: ImageData) -> dict[str, Any]:

@@ -96,9 +96,9 @@ def _with_checkpoint(study: Study, trial: Trial) -> Trial:
     rule = f"trial {trial.number} of study {study.name} must have its checkpoint, but "
     if trial.checkpoint is None:
         raise ConfigError(
-            f"{rule}none was kept ({trial.state}). Choose a trial that has one "
-            f"(python -m study show {study.name}), or keep more of them: study.keep_checkpoints, "
-            "or ablation.keep_checkpoints for an ablation."
+            f"{rule}none was kept ({trial.state}). Choose a trial that has one, as the best ones "
+            "and the model's have, or keep more of them: study.keep_checkpoints, or "
+            "ablation.keep_checkpoints for an ablation."
         )
     if weights_hash(Path(trial.checkpoint)) != trial.weights_hash:
         raise ConfigError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from study.config.errors import ConfigError
 from study.config.search_space import ParamValue, fits
@@ -53,8 +53,12 @@ def read_plan(path: Path, config: StudyConfig) -> list[PlannedTrial]:
     """
     try:
         found = _PLAN.validate_json(path.read_bytes())
-    except (OSError, ValueError) as err:
-        reason = " ".join(str(err).split("\n")[:2])
+    except OSError as err:
+        raise ConfigError(f"--plan {path}: cannot be read: {err.strerror}.") from err
+    except ValidationError as err:
+        fault = err.errors(include_url=False)[0]
+        place = "".join(f" in {part}" for part in fault["loc"])
+        reason = f"{fault['msg'][0].lower()}{fault['msg'][1:]}{place}"
         raise ConfigError(f"--plan {path}: must be a study's {PLAN_FILE}, but {reason}.") from err
     for number, trial in enumerate(found):
         if not fits(config.space, trial.params):

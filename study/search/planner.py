@@ -33,7 +33,7 @@ _LARGEST_SHARE_OF_HEAD = 0.8
 _SHORT, _LARGEST_SHARE_OF_SHORT = 1 / 8, 1 / 2
 # Where nothing else fits but what promises less, a trial may take so much: time that is left over
 # is lost. Assumption.
-_LARGEST_SHARE_OF_LAST = 0.6
+LARGEST_SHARE_OF_LAST = 0.6
 # A step of the last layers costs so many passes of the frozen network, whose norms are folded. On
 # EfficientNet-Lite0 and 1, levels 3 and 4, it took 1.7 to 2.9 (254 and 384 images, two cores). A
 # step of all layers took 5.6 there; it is measured once more than the last layers are trained, by
@@ -129,6 +129,9 @@ class Planner:
         costs: By the values of the dimensions that make a network; see `networks`.
         run_id: The run that the costs were measured in. Its trials' seconds correct forecasts;
             those of earlier runs do not, since the machine may have been busier then.
+
+    Attributes:
+        left_out: What did not fit into the time, when `next` was asked last; the best first.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Planner:
         run_id: int = 0,
     ) -> None:
         self._space, self._base, self._run_id = space, base, run_id
+        self.left_out: list[Step] = []
         self._counts = n_train, n_val, n_classes
         self._costs = dict(sorted(costs.items(), key=lambda item: item[1].forward_s))
         self._depths = freeze_depths(space, base)
@@ -157,6 +161,7 @@ class Planner:
         rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
         pace, made = self._pace(rows)
         unfit: list[Step] = []
+        self.left_out = unfit
         for wanted in self._wanted(rows):
             if wanted is None:
                 if fitting := _first_fitting(unfit, left_s):
@@ -381,7 +386,7 @@ RATES = ("base_lr", "head_lr_mult", "weight_decay")
 def _first_fitting(unfit: Sequence[Step], left_s: float | None) -> Step | None:
     """Return the first trial that may run where nothing else fits."""
     return next(
-        (s for s in unfit if left_s and s.forecast_s <= _LARGEST_SHARE_OF_LAST * left_s), None
+        (s for s in unfit if left_s and s.forecast_s <= LARGEST_SHARE_OF_LAST * left_s), None
     )
 
 

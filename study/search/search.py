@@ -12,8 +12,9 @@ from optuna.trial import TrialState
 
 from core.config import MAX_FREEZE_DEPTH
 from core.metrics import EpochMetrics
+from core.model import described
 from study.config.errors import ConfigError
-from study.config.formatting import format_duration
+from study.config.formatting import describe_trial, format_duration
 from study.config.search_space import (
     ParamValue,
     apply_params,
@@ -27,14 +28,21 @@ from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
-from study.record.models import COPY, REASON_KILLED, Counts, Trial, best_of
+from study.record.models import (
+    COPY,
+    MODEL_FOLDER,
+    REASON_KILLED,
+    Counts,
+    Trial,
+    best_of,
+)
 from study.record.record import Record
 from study.search.choice import Choice
 from study.search.final_model import FinalModel
 from study.search.first_look import take_first_look
 from study.search.plan import make_planner
 from study.search.plan_file import PlannedTrial, read_plan, write_plan
-from study.search.planner import RATES, SAMPLED, Planner, Step
+from study.search.planner import LARGEST_SHARE_OF_LAST, RATES, SAMPLED, Planner, Step
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 from study.search.within_level import WithinLevel
 
@@ -49,6 +57,7 @@ _RESERVE_S = 3.0
 # A refit has all images but the test split, where its trial had four fifths. With a margin.
 _REFIT_COST = 1.35
 _LARGEST_SHARE_OF_REFITS = 0.35
+_START_S = 15.0  # until a continued run has begun its first trial. Assumption.
 # From half of its epochs on, a thawed trial below this share of the score of the head that it
 # starts from is stopped. Runs that ended above it had been at 0.98 to 1.03 by then; one that was
 # at 0.91 did not gain (flowers5 and textures10, EfficientNet-Lite0).
@@ -90,6 +99,11 @@ class SearchOutcome:
     def best(self) -> Trial | None:
         """The best complete trial, by `train.monitor`, if any."""
         return best_of(self.trials)
+
+    @property
+    def n_first_look(self) -> int:
+        """How many images the model of a first look has seen; 0 where trials gave one, or none."""
+        return int(described(self.output / MODEL_FOLDER).get("n_images", 0))
 
 
 def run_search(
@@ -241,7 +255,17 @@ class _Search:
                 self._note(f"It was not, so the model has it as it is: {why}.")
             else:
                 self.model.update()
+        if because == "no time" and self.planner and self.planner.left_out:
+            self._say_what_is_left_out(self.planner.left_out[0])
         return because
+
+    def _say_what_is_left_out(self, step: Step) -> None:
+        seconds = step.forecast_s / LARGEST_SHARE_OF_LAST + _START_S
+        minutes = math.ceil((seconds + sum(map(_refit_s, self.model.to_refit()))) / 60)
+        self._note(
+            f"Left out: {describe_trial(step.reason, step.params)}, of about "
+            f"{format_duration(step.forecast_s)}; resume --time {minutes}m has the time for it."
+        )
 
     def _show(self, rows: list[Trial]) -> None:
         settings = self.config.study

@@ -15,9 +15,9 @@ from core.metrics import Evaluation, Reference
 from core.model import load_model
 from core.training.checkpoint import write_predictions
 from study.cli.delete import delete_study
+from study.cli.views import summary_view
 from study.config.errors import ConfigError
 from study.execution.progress import QuietProgress
-from study.execution.session import StudyHalted
 from study.record.models import Trial
 from study.record.record import Record
 from study.search import first_look, search
@@ -225,17 +225,16 @@ def test_of_many_images_a_sample_gives_a_first_model_which_is_not_tested(
     settings = config_of(home, 1, *SETTINGS, **NETWORKS, **{"study.time": 300.0})
     model = home / "runs" / "photos" / "model"
     with monkeypatch.context() as patch:  # a run that ends before the first trial
-        patch.setattr(search, "open_session", _fail)
-        with pytest.raises(StudyHalted):
-            run(settings)
-    assert _model(home)["trials"] == [] and 15 < _model(home)["n_images"] <= 20
+        patch.setattr(search._Search, "_reason_to_stop", lambda _: "timeout")
+        found = run(settings)
+    n = _model(home)["n_images"]
+    assert _model(home)["trials"] == [] and found.n_first_look == n and 15 < n <= 20
+    assert (
+        f"from {n} of the images" in summary_view(found, settings.study, 0.0).renderables[1].plain
+    )
     assert load_model(model).classes == ("blue", "red")
     run(settings)
     assert _model(home)["trials"] == [0] and not (model.parent / "first-look").exists()
-
-
-def _fail(*_: object, **__: object) -> Any:
-    raise StudyHalted("no time")
 
 
 @pytest.mark.parametrize("n_second", [100, 99], ids=["equal", "on other images"])
