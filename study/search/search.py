@@ -262,8 +262,11 @@ class _Search:
     def _say_what_is_left_out(self, step: Step) -> None:
         seconds = step.forecast_s / LARGEST_SHARE_OF_LAST + _START_S
         minutes = math.ceil((seconds + sum(map(_refit_s, self.model.to_refit()))) / 60)
+        drawn = RATES if step.is_sampled else ()
+        params = {key: value for key, value in step.params.items() if key not in drawn}
+        what = describe_trial(f"plan: {step.reason}", params)
         self._note(
-            f"Left out: {describe_trial(step.reason, step.params)}, of about "
+            f"Left out: {what}, of about "
             f"{format_duration(step.forecast_s)}; resume --time {minutes}m has the time for it."
         )
 
