@@ -273,8 +273,7 @@ def _search(config: "StudyConfig", plan: Path | None = None) -> int:
     _print_outcome(config, outcome)
     if outcome.stopped_because == "interrupted":
         return _BY_SIGNAL + progress.stopped_by
-    is_first_look = outcome.n_first_look and not outcome.counts.failed
-    return 0 if outcome.best or is_first_look else 1
+    return 0 if outcome.best or (outcome.n_first_look and not outcome.counts.failed) else 1
 
 
 def _say_downloads(config: "StudyConfig", progress: "Progress") -> None:

@@ -160,11 +160,10 @@ class Planner:
         """
         rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
         pace, made = self._pace(rows)
-        unfit: list[Step] = []
-        self.left_out = unfit
+        self.left_out = []
         for wanted in self._wanted(rows):
             if wanted is None:
-                if fitting := _first_fitting(unfit, left_s):
+                if fitting := _first_fitting(self.left_out, left_s):
                     return fitting
                 continue
             params, reason, is_sampled = wanted
@@ -179,8 +178,9 @@ class Planner:
             share = _LARGEST_SHARE_OF_HEAD if is_head else share
             if left_s is None or not rows or forecast <= share * left_s:
                 return Step(params, forecast, reason, is_sampled)
-            unfit.append(Step(params, forecast, reason, is_sampled))
-        return _first_fitting(unfit, left_s) or ("no time" if unfit else "no gain")
+            self.left_out.append(Step(params, forecast, reason, is_sampled))
+        why = "no time" if self.left_out else "no gain"
+        return _first_fitting(self.left_out, left_s) or why
 
     def preview(self, total_s: float | None) -> list[Step]:
         """Return the trials of a study in which every thawed level gains: the longest course."""

@@ -28,14 +28,7 @@ from study.execution.progress import Note, Progress, StudyState
 from study.execution.recovery import MOST_RERUNS, RERUNS, recover
 from study.execution.session import Session, corner_configs, open_session
 from study.execution.trial_engine import TrialEngine, TrialRequest, identity, reported_step
-from study.record.models import (
-    COPY,
-    MODEL_FOLDER,
-    REASON_KILLED,
-    Counts,
-    Trial,
-    best_of,
-)
+from study.record.models import COPY, MODEL_FOLDER, REASON_KILLED, Counts, Trial, best_of
 from study.record.record import Record
 from study.search.choice import Choice
 from study.search.final_model import FinalModel
@@ -266,8 +259,8 @@ class _Search:
         params = {key: value for key, value in step.params.items() if key not in drawn}
         what = describe_trial(f"plan: {step.reason}", params)
         self._note(
-            f"Left out: {what}, of about "
-            f"{format_duration(step.forecast_s)}; resume --time {minutes}m has the time for it."
+            f"Left out: {what}, of about {format_duration(step.forecast_s)}; "
+            f"resume --time {minutes}m has the time for it."
         )
 
     def _show(self, rows: list[Trial]) -> None:

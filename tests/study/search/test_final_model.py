@@ -219,10 +219,10 @@ def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) ->
 def test_of_many_images_a_sample_gives_a_first_model_which_is_not_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_look, "_MANY", 30)
-    monkeypatch.setattr(first_look, "_SAMPLE", 20)
+    monkeypatch.setattr(first_look, "_MANY", 60)
+    monkeypatch.setattr(first_look, "_SAMPLE", 40)
     home = make_home(tmp_path, SPACE, n=40)
-    settings = config_of(home, 1, *SETTINGS, **NETWORKS, **{"study.time": 300.0})
+    settings = config_of(home, 1, *SETTINGS, **NETWORKS, **{"study.time": 30.0})  # half of both
     model = home / "runs" / "photos" / "model"
     with monkeypatch.context() as patch:  # a run that ends before the first trial
         patch.setattr(search._Search, "_reason_to_stop", lambda _: "timeout")
