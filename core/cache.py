@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PARTIAL = "partial-"
+PARTIAL = "frostline-partial-"
 """How the names of files and folders begin that are not whole yet."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

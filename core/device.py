@@ -17,6 +17,7 @@ from core.config import Amp
 
 # cuBLAS reads it when its handle is made; without it its sums may change their order.
 _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault(*_WORKSPACE)  # read once, when the first kernel runs
 # mallopt's names for them, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -92,7 +93,6 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault(*_WORKSPACE)
     cudnn = torch.backends.cudnn
     before = (cudnn.deterministic, cudnn.benchmark)
     cudnn.deterministic, cudnn.benchmark = True, False
@@ -115,7 +115,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory in use so far: of the GPU, or resident memory of this process."""
+    """Return the most memory in use so far: of the GPU, or what this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

@@ -33,8 +33,6 @@ from core.training.resume import Best, TrainingState
 from core.training.trainer import Trainer, check_batches
 
 _TAG_DROPOUT = 101
-# Kernels of these are named well enough to keep arrays for other runs.
-_SHARING_DEVICES = ("cpu", "cuda")
 
 
 def fit(
@@ -60,8 +58,8 @@ def fit(
         checkpoint_dir: Where the best epoch's weights, card and validation predictions go.
         state_file: Where the state of the run is kept, and continued from if it is this run's. It
             is the caller's to remove.
-        should_stop: Asked after each step and each chunk of images that goes through frozen
-            layers; True saves the state and ends the run.
+        should_stop: Asked after each step, of a head's solver too, and each chunk of images that
+            goes through frozen layers; True ends the run, and saves what has been trained.
         on_step: Called after each step with the epochs done, the unfinished one by its share.
 
     Raises:
@@ -147,6 +145,7 @@ def refit(
     data = data.with_share(config.train_fraction)
     device = choose_device(config.device)
     network = build(config, data.classes)
+    check_batches(config, network, len(data.development))
     network.model.to(device)
     run = Run(config, network, data, _shared_on(device, cache), should_stop)
     if config.head_init == "solved":
@@ -161,9 +160,14 @@ def refit(
     save_tensors(checkpoint / REFIT_FILE, {**network.model.state_dict(), **trainer.snapshot()})
 
 
+def shares_arrays(device: torch.device) -> bool:
+    """Say whether a device's kernels are named well enough to keep arrays for other runs."""
+    return device.type in ("cpu", "cuda")
+
+
 def _shared_on(device: torch.device, cache: ArrayCache | None) -> ArrayCache:
     """Return the cache where a device's arrays may be kept for other runs, else an empty one."""
-    if cache is None or device.type not in _SHARING_DEVICES:
+    if cache is None or not shares_arrays(device):
         return ArrayCache(Path(tempfile.gettempdir()), 0)
     return cache
 
@@ -171,7 +175,7 @@ def _shared_on(device: torch.device, cache: ArrayCache | None) -> ArrayCache:
 def _trainer(run: Run) -> Trainer:
     config, network, device = run.config, run.network, run.device
     freeze(network.model, network.stages, config.freeze_depth)
-    if is_kept(network.stages, config, device) and (parts := cut(network, config)):
+    if is_kept(network.stages, config) and (parts := cut(network, config)):
         make_prefix, suffix = parts
         return Trainer(run, suffix, Activations(run, make_prefix))
     views = Views(config, network.preprocessing, run.data, device)
@@ -197,6 +201,7 @@ def _save(folder: Path, run: Run, best: Best, out_of_fold: Evaluation | None = N
         data={"source": data.source, "fingerprint": data.fingerprint},
         versions=library_versions(),
     )
+    (folder / REFIT_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     save_checkpoint(folder, {**network.model.state_dict(), **best.weights}, card)
     write_predictions(folder, best.evaluation, data.val.paths, out_of_fold)
 

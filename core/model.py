@@ -86,9 +86,11 @@ def _view(image: Raw | str, shown: Preprocessing) -> UInt8Array:
     source = Path(image) if isinstance(image, str) else image
     try:
         return eval_view(source, shown)
-    except OSError as err:
+    except (OSError, ValueError) as err:
         name = source if isinstance(source, Path) else "an image"
-        raise OSError(f"{name} cannot be read as an image: {err}") from err
+        if isinstance(err, ValueError):
+            raise ValueError(f"{name}: {err}") from err
+        raise OSError(f"{name} cannot be read as an image: {err.strerror or err}") from err
 
 
 def model_hash(folder: Path) -> str | None:

@@ -30,6 +30,8 @@ _MAX_PIXELS = 500_000_000
 # Larger images are decoded one at a time, since each takes up to 9 bytes a pixel. Assumption.
 _LARGE_PIXELS = 32_000_000
 _ONE_LARGE_IMAGE = threading.Lock()
+_SETTINGS, _SETTINGS_LOCK = contextlib.ExitStack(), threading.Lock()
+_n_strict = 0
 # Longer sides, relative to the shorter one, are cut: resized they could fill the memory.
 _MAX_ASPECT = 20
 
@@ -72,8 +74,24 @@ def strict_and_quiet() -> Iterator[None]:
     """Let Pillow refuse files that are cut short, read large ones, and keep warnings to itself.
 
     It warns of odd metadata and of very large images; both decode all the same. These are
-    settings of the whole process: enter this around threads, not in each of them.
+    settings of the whole process, which the last thread that leaves restores.
     """
+    global _n_strict
+    with _SETTINGS_LOCK:
+        if _n_strict == 0:
+            _SETTINGS.enter_context(_settings())
+        _n_strict += 1
+    try:
+        yield
+    finally:
+        with _SETTINGS_LOCK:
+            _n_strict -= 1
+            if _n_strict == 0:
+                _SETTINGS.close()
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
     before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, _MAX_PIXELS
     try:
@@ -111,8 +129,13 @@ def eval_view(source: Raw, shown: Preprocessing) -> UInt8Array:
         OSError: Not an image, or a damaged one.
         ValueError: It has more than 8 bits, and no image of the network's data had.
     """
-    with strict_and_quiet():
-        decoded = decode(source, [View.of(shown)], shown.grey_range)
+    try:
+        with strict_and_quiet():
+            decoded = decode(source, [View.of(shown)], shown.grey_range)
+    except (OSError, MemoryError):
+        raise
+    except Exception as err:  # Pillow raises nearly anything for damaged files
+        raise OSError(str(err)) from err
     if decoded.grey is not None and shown.grey_range is None:
         raise ValueError("the image must have 8 bits, as those that the network was trained on.")
     return decoded.pixels[0]

@@ -1,7 +1,6 @@
 """Images decoded once: for training and as evaluation views, in memory-mapped files, shared."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import torchvision
 from filelock import FileLock
 
 from core.cache import FULL_DISK, prune, size_bytes
@@ -31,8 +32,6 @@ _PIXELS, _INDEX = "pixels.bin", "index.json"
 # Checking every image's checksum reads the whole file; above this size a sample stands for it.
 _CHECK_WHOLE_BYTES = 1 << 30
 _CHECK_SAMPLE = 64
-# These are faults of the machine, not of the image, and must not be kept as the image's.
-_MACHINE_ERRORS = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EMFILE, errno.ENFILE)
 # Stores may take this share of what the disk has free and what they take already. Assumption.
 _SHARE_OF_DISK = 0.5
 # A store that was used since then may be somebody's: it stays, whatever it takes. Assumption.
@@ -110,7 +109,8 @@ def build_stores(
     """
     unique = {image.content: image for image in images}
     ordered = [unique[content] for content in sorted(unique)]
-    name = _hashed([str(_DECODER), repr(grey_range), *sorted(unique)])
+    decoder = str(_DECODER), PIL.__version__, torchvision.__version__, repr(grey_range)
+    name = _hashed([*decoder, *sorted(unique)])
     folders = {kind: cache / "images" / _hashed([name, repr(kind)]) for kind in kinds}
     try:
         stores = {kind: _open_sound(folders[kind], unique.keys()) for kind in kinds}
@@ -142,19 +142,23 @@ class EvalViews:
     """
 
     def __init__(
-        self, images: Sequence[LabelledImage], cache: Path, grey_range: GreyRange
+        self, images: Sequence[LabelledImage], main: ImageStore, cache: Path, grey_range: GreyRange
     ) -> None:
         self.grey_range = grey_range
-        self._images, self._cache = images, cache
+        self._images, self._main, self._cache = images, main, cache
         self._stores: dict[View, ImageStore] = {}
 
     def store(self, shown: Preprocessing, progress: Progress = None) -> ImageStore:
         """Return the store of some views, made at the first call; it raises as `build_stores`."""
         view = View.of(shown)
         if view not in self._stores:
-            [self._stores[view]] = build_stores(
-                self._images, [view], self._cache, progress, self.grey_range
-            )
+            [found] = build_stores(self._images, [view], self._cache, progress, self.grey_range)
+            if found.contents != self._main.contents:  # a position would be another image
+                raise DataError(
+                    "images must be readable each time, but some were at one time only. Remove "
+                    f"{self._main.folder} and {found.folder}."
+                )
+            self._stores[view] = found
         return self._stores[view]
 
 
@@ -256,7 +260,7 @@ def _decoded(
         except (MemoryError, DataError):
             raise
         except Exception as err:  # a damaged file makes decoders raise nearly anything
-            if isinstance(err, OSError) and err.errno in _MACHINE_ERRORS:
+            if isinstance(err, OSError) and err.errno is not None:  # the machine's, not Pillow's
                 raise DataError(f"image {image.path} cannot be read: {err.strerror}.") from err
             return (str(err).splitlines() or [type(err).__name__])[0]
 

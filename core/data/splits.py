@@ -100,20 +100,22 @@ class ImageData:
     def with_share(self, fraction: float) -> "ImageData":
         """Return the images with this share of every class to learn from, two each at least.
 
-        A smaller share is part of a larger one. The images' order is that of their contents, so
+        A smaller share is part of a larger one. They are the first by their contents, so
         that the first ones are a random sample.
         """
         if fraction == 1:
             return self
-        labels = self.train.labels
-        rows = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+        # In a fold, images that were given as validation images come last.
+        order = np.argsort(np.array(self.train.contents), kind="stable")
+        labels = self.train.labels[order]
+        rows = [order[labels == k] for k in np.unique(labels)]
         kept = [of_class[: max(2, round(fraction * len(of_class)))] for of_class in rows]
         return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))
 
 
 def cache_folder(config: DataConfig) -> Path:
     """Return the folder of decoded images and of the arrays that runs share."""
-    return Path(config.cache_dir or platformdirs.user_cache_dir("frostline"))
+    return Path(config.cache_dir or platformdirs.user_cache_dir("frostline")).expanduser()
 
 
 def load_data(
@@ -177,7 +179,7 @@ def load_data(
         splits["train"],
         splits["val"],
         splits.get("test"),
-        EvalViews(found.images, cache, grey_range),
+        EvalViews(found.images, store, cache, grey_range),
         hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
         tuple(notes),
     )
@@ -243,8 +245,8 @@ def _split(
         values = " + ".join(f"{fraction:g}" for fraction in fractions.values())
         raise DataError(f"{keys} must be < 1, but got {values}. Make one smaller.")
     if not fractions:
-        return dict(parts)
-    given = parts.pop("all" if "all" in parts else "train")
+        return {"train": [], **parts}
+    given = parts.pop("all" if "all" in parts else "train", [])
     different: dict[tuple[str, str], LabelledImage] = {}
     for image in given:
         different.setdefault((image.content, image.label), image)

@@ -54,7 +54,7 @@ def mean_weights(labels: IntArray, log_probs: FloatArray) -> FloatArray:
         shares = weights[:, None] * given + 1e-12
         counts = (shares / shares.sum(axis=0)).sum(axis=1) + _PRIOR_IMAGES
         weights = counts / counts.sum()
-    kept = np.where(weights < _LEAST_WEIGHT, 0, weights)
+    kept = np.where(weights < min(_LEAST_WEIGHT, 0.99 / len(weights)), 0, weights)
     return np.asarray(kept / kept.sum(), dtype=np.float32)
 
 

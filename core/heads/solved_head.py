@@ -39,6 +39,7 @@ def solve(run: Run) -> tuple[SolvedHead, Tensor]:
         len(data.classes),
         torch.from_numpy(folds),
         None if decay == "auto" else [decay],
+        run.pulse,
     )
     return solved, features
 

@@ -11,7 +11,7 @@ share: a fit of n rows is penalised by 1 / (C * n).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ def solve_head(
     n_classes: int,
     fold_of: Tensor,
     decay: Sequence[float] | None = None,
+    pulse: Callable[[], None] = lambda: None,
 ) -> SolvedHead:
     """Choose the strength by out-of-fold log-loss and fit all rows with it.
 
@@ -64,6 +65,7 @@ def solve_head(
         n_classes: K, at least 2.
         fold_of: Fold number of each row, (N,).
         decay: Strengths to try. By default C from 1e-4 to 100 in half decades.
+        pulse: Called at every step; what it raises ends the work.
 
     Raises:
         ValueError: For features that are not finite, or folds that leave nothing to fit.
@@ -82,10 +84,12 @@ def solve_head(
 
     basis = _Basis(features, picked)
     hot = one_hot(labels, n_classes).to(basis.rows.dtype)
-    both = torch.stack([masks.new_ones(n), fold_of != 0], dim=1)
-    everything = _Fits(basis.scale, basis.rows, hot, both)
+    # Where some rows alone choose, the folds of all rows are fitted at the end.
+    n_last = 1 if len(picked) == n else n_folds
+    last = [masks.new_ones(n), *(fold_of != k for k in range(n_last))]
+    everything = _Fits(basis.scale, basis.rows, hot, torch.stack(last, dim=1), pulse)
     rows, hot = (basis.rows, hot) if len(picked) == n else (basis.rows[picked], hot[picked])
-    folds = _Fits(basis.scale, rows, hot, masks)
+    folds = _Fits(basis.scale, rows, hot, masks, pulse)
     path = [1 / (c * n) for c in _DEFAULT_C] if decay is None else decay
     found: dict[float, Tensor] = {}
     losses: dict[float, float] = {}
@@ -99,11 +103,11 @@ def solve_head(
     best = min(losses, key=lambda d: losses[d])
     c = 1 / (best * n)
     heads = folds.solve(c, found[best], _TIGHT)
-    start = torch.stack([heads.mean(dim=1), heads[:, 0]], dim=1)
+    start = torch.cat([heads.mean(dim=1, keepdim=True), heads[:, :n_last]], dim=1)
     final = everything.solve(c, start, _TIGHT)
     weight, bias = (part.to(device) for part in basis.back(final[:, 0]))
     apart = [part.to(device) for part in basis.back(final[:, 1])]
-    heads = torch.cat([final[:, 1:], heads[:, 1:]], dim=1)
+    heads = torch.cat([final[:, 1:], heads[:, n_last:]], dim=1)
     return SolvedHead(
         weight=weight,
         bias=bias,
@@ -201,12 +205,14 @@ class _Fits:
         rows: (N, D).
         hot: One-hot labels, (N, K).
         masks: The rows of each fit, (N, B).
+        pulse: Called at every step.
     """
 
     scale: Tensor
     rows: Tensor
     hot: Tensor
     masks: Tensor
+    pulse: Callable[[], None]
 
     def solve(self, c: float, start: Tensor | None, tolerance: float) -> Tensor:
         """Run L-BFGS on all fits at once; return the heads, (D, B, K).
@@ -244,6 +250,7 @@ class _Fits:
         gradient = _centred(back(probs * share) - target + decay * head)
         history: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(_MAX_STEPS):
+            self.pulse()
             if bool((_dot(gradient, gradient * inverse).sqrt() <= tolerance).all()):
                 break
             direction = _centred(_direction(gradient, inverse, history))

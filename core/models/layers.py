@@ -12,7 +12,7 @@ from core.models.fx_graph import trace_nodes
 
 # The ends of these freeze levels, at about a half, three quarters and nine tenths of the forward
 # pass. Measured against the last layer alone (four photo sets, five splits each, logistic
-# regression): EfficientNet-Lite0 +0.96 ± 0.28 points, with mirror images +1.29 ± 0.32; ends at
+# regression): EfficientNet-Lite0 +0.94 ± 0.28 points, with mirror images +1.28 ± 0.32; ends at
 # 0.63, 0.87 and 0.95 gave +0.69 and +0.79, five ends +1.09 with mirror images.
 _ENDS = (2, 3, 4)
 

@@ -96,8 +96,8 @@ def check_head(network: Network, config: TrainConfig) -> None:
         if config.head_init == "solved":
             remedy += " --set train.head_init=default"
         raise BackboneError(
-            "train.backbone must have a head of one linear layer where the head is solved, but "
-            f"got backbone={config.backbone!r}. Train it by steps (--set {remedy})."
+            "train.backbone must have a head of one linear layer with a bias where the head is "
+            f"solved, but got backbone={config.backbone!r}. Train it by steps (--set {remedy})."
         )
 
 
@@ -109,7 +109,8 @@ def _is_linear(suffix: Trainable, network: Network) -> bool:
     targets = [node.target for node in evaluated.graph.nodes if node.op not in own]
     # timm's own linear layers are traced as calls of the function.
     is_call = targets in ([head], [linear])
-    return is_call and isinstance(network.model.get_submodule(head), nn.Linear)
+    layer = network.model.get_submodule(head)
+    return is_call and isinstance(layer, nn.Linear) and layer.bias is not None
 
 
 def _plan(

@@ -180,12 +180,17 @@ class _Timm:
         if not timm.models.is_model_pretrained(tagged):
             return None
         place = _hub_file(f"{tagged}.safetensors")
-        repository = timm.models.get_pretrained_cfg(tagged).hf_hub_id
-        files = ("model.safetensors", "pytorch_model.bin")
-        found = [try_to_load_from_cache(repository, file) for file in files]
-        copies = [place, *(Path(file) for file in found if isinstance(file, str))]
-        cached = next((copy for copy in copies if copy.is_file()), None)
-        return WeightsEntry(place, f"model.safetensors of Hugging Face {repository}", cached)
+        settings = _settings(tagged)
+        if repository := settings.get("hf_hub_id"):
+            origin = f"model.safetensors of Hugging Face {repository}"
+            files = ("model.safetensors", "pytorch_model.bin")
+            found = [try_to_load_from_cache(repository, file) for file in files]
+            copies = [Path(file) for file in found if isinstance(file, str)]
+        else:
+            origin = settings["url"]
+            copies = [_hub_file(Path(origin).name)]
+        cached = next((copy for copy in [place, *copies] if copy.is_file()), None)
+        return WeightsEntry(place, origin, cached)
 
     def read_weights(self, name: str, tag: str, image_size: int) -> State:
         entry = self.weights(name, tag)
@@ -193,7 +198,7 @@ class _Timm:
         if entry.cached == entry.place:
             return dict(timm.models.load_state_dict(str(entry.place), weights_only=True))
         if entry.cached is None:
-            _resolve_host()
+            _resolve_host(entry.origin)
         tagged = _tagged(name, tag)
         # timm only converts older files, and interpolates positions, when it builds a model.
         model = timm.create_model(tagged, pretrained=True, **_sized(tagged, image_size))
@@ -279,8 +284,8 @@ def _hub_file(name: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def _resolve_host() -> None:
+def _resolve_host(origin: str) -> None:
     """Fail at once where there is no network: the hub's client would retry for 45 s (measured)."""
     if not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        socket.getaddrinfo(urlsplit(origin if "://" in origin else hub).hostname, 443)

@@ -35,18 +35,18 @@ _CHUNK_CPU, _CHUNK_GPU = 16, 256
 _FLOPS_PER_BYTE = 1000
 
 
-def is_kept(stages: Stages, config: TrainConfig, device: torch.device) -> bool:
+def is_kept(stages: Stages, config: TrainConfig) -> bool:
     """Return whether rows are worth keeping at the configuration's freeze level.
 
-    The rule is static, so that the way a run is computed depends on its settings alone.
+    The rule is static, so that the way a run is computed depends on its settings alone, and a run
+    can be continued on another device.
     """
     depth = config.freeze_depth
     if depth == 0 or config.mixup or config.cutmix:  # blends of images are a batch's own
         return False
     if depth == MAX_FREEZE_DEPTH:
         return True
-    row_bytes = (2 if amp_dtype(config.amp, device) else 4) * stages.numels[depth - 1]
-    return sum(stages.flops[:depth]) >= _FLOPS_PER_BYTE * row_bytes
+    return sum(stages.flops[:depth]) >= _FLOPS_PER_BYTE * 4 * stages.numels[depth - 1]
 
 
 @dataclass(frozen=True, slots=True)

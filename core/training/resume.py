@@ -18,6 +18,7 @@ from core.config import TrainConfig
 from core.keys import SOURCE
 from core.metrics import EpochMetrics, Evaluation
 from core.models.sources import library_versions
+from core.models.weights import resolve
 from core.training.activations import Run
 from core.training.trainer import Trainer
 
@@ -52,7 +53,8 @@ def _run_key(config: TrainConfig, classes: tuple[str, ...], fingerprint: str) ->
     """Return what a state must have been saved by to be continued."""
     settings = dataclasses.asdict(config)
     own = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
-    text = json.dumps([own, classes, fingerprint, library_versions(), SOURCE])
+    weights = resolve(config.backbone, config.weights)  # a package may have come since
+    text = json.dumps([own, weights, classes, fingerprint, library_versions(), SOURCE])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -98,7 +100,7 @@ class TrainingState:
         """Continue the random numbers of an unfinished epoch, once."""
         if self._random:
             torch.set_rng_state(self._random[0])
-            if self._device.type == "cuda":
+            if self._device.type == "cuda" and len(self._random) > 1:  # else it began elsewhere
                 torch.cuda.set_rng_state(self._random[1], self._device)
         self._random = []
 

@@ -200,7 +200,8 @@ class Trainer:
         if self._ema is not None:
             self._ema.module.load_state_dict(state["ema"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run began on a device that needs none
+            self._scaler.load_state_dict(state["scaler"])
         self.micro_batch_size = state["micro_batch_size"]
         self.position = Position(**state["position"])
         self.loss_sum = torch.tensor(state["loss_sum"], device=self._device)

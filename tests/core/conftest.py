@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from core.config import DataConfig
+from core.config import DataConfig, Preprocessing
 from core.data.splits import ImageData, load_data
 from core.models.sources import create
 from core.training import resume
@@ -37,6 +37,11 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network = create("timm:test_resnet", 32, 1000, is_pretrained=True)
     safetensors.torch.save_file(network.model.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def shown() -> Preprocessing:
+    return Preprocessing(24, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
 
 
 @pytest.fixture

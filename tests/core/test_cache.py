@@ -25,10 +25,6 @@ def get(cache: ArrayCache, key: str, rows: int = 6) -> Tensor:
     return found
 
 
-def fail() -> Iterator[Tensor]:
-    raise AssertionError("it was there")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_an_array_comes_back_to_the_bit_for_any_process(
     tmp_path: Path, dtype: torch.dtype
@@ -36,7 +32,7 @@ def test_an_array_comes_back_to_the_bit_for_any_process(
     rows = torch.randn(7, 3, 2).mul(100).to(dtype)
     made = ArrayCache(tmp_path, 1 << 20).get("a", 7, lambda: iter(rows.split(4)))
     later = ArrayCache(tmp_path, 1 << 20)
-    read = later.get("a", 7, fail)
+    read = later.get("a", 7, lambda: pytest.fail("it was there"))
     assert made is not None and read is not None and made.dtype == read.dtype == dtype
     assert torch.equal(made, rows) and torch.equal(read, rows)
     assert read.data_ptr() % 64 == 0
@@ -132,8 +128,8 @@ def test_prune_removes_files_and_folders_that_nobody_used_lately(
 
 
 def test_only_old_partial_files_are_removed(tmp_path: Path) -> None:
-    for name, days in (("partial-a", 2), ("partial-b", 0.5), ("photo", 2)):
+    for name, days in (("frostline-partial-a", 2), ("frostline-partial-b", 0.5), ("partial-c", 2)):
         (tmp_path / name).write_bytes(b"0")
         os.utime(tmp_path / name, (0, time.time() - days * DAY_S))
     ArrayCache(tmp_path, 0)
-    assert {path.name for path in tmp_path.iterdir()} == {"partial-b", "photo"}
+    assert {path.name for path in tmp_path.iterdir()} == {"frostline-partial-b", "partial-c"}

@@ -1,4 +1,3 @@
-import hashlib
 import re
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -23,7 +21,6 @@ from core.training.checkpoint import (
     load_checkpoint,
     read_card,
     remove_checkpoint,
-    weights_hash,
 )
 from support import TINY, figures
 from tests.core.runs import small_memory, train, weights_of
@@ -55,11 +52,6 @@ def test_of_a_share_of_the_training_images_others_are_never_used(
     assert found[: len(found) // 2] == found[len(found) // 2 :]
 
 
-def test_a_learnable_task_is_learned(data: ImageData) -> None:
-    last = list(fit(replace(TINY, epochs=12, base_lr=2e-3), data))[-1]
-    assert last.val_acc == 1.0 and last.train_loss < 0.3
-
-
 def test_accumulated_gradients_take_the_same_step(data: ImageData) -> None:
     # Without batch statistics, which see the batch's parts, parts add up to the whole.
     config = replace(TINY, epochs=1, base_lr=1e-3, batch_norm="frozen", freeze_depth=5)
@@ -86,12 +78,6 @@ def test_frozen_statistics_stay_the_sources_to_the_bit(
         trained = weights_of(tmp_path)
         assert torch.equal(trained["bn1.running_mean"], source["bn1.running_mean"]) is is_kept
         assert not torch.equal(trained["bn1.weight"], source["bn1.weight"])
-
-
-def test_divergence_ends_the_run_at_once(data: ImageData) -> None:
-    config = replace(TINY, base_lr=1e30, momentum=0, schedule="constant")
-    with pytest.raises(TrainingDiverged, match="no longer finite at epoch 1"):
-        train(config, data)
 
 
 def test_a_network_that_breaks_only_in_evaluation_has_diverged(
@@ -133,7 +119,7 @@ def test_memory_of_the_optimizer_ends_the_run_with_a_remedy(data: ImageData) -> 
     ("settings", "message"),
     [
         ({"batch_size": 500}, "batch_size must be <= the number of training images, 24"),
-        ({"micro_batch_size": 1}, "two images at a time"),
+        ({"micro_batch_size": 1}, "two images at a time .*batch_norm=frozen"),
         ({"batch_size": 7, "micro_batch_size": 2}, r"batches of \[3, 7\]"),
         ({"batch_size": 1, "batch_norm": "frozen"}, None),
         ({"batch_size": 1, "freeze_depth": 5}, None),
@@ -149,21 +135,19 @@ def test_batches_that_cannot_be_trained_on_are_refused(
         next(fit(replace(TINY, **settings), data))
 
 
-def test_checkpoint_is_the_best_epoch_and_loads_into_plain_timm(
+def test_the_card_of_a_checkpoint_is_that_of_the_best_epoch(
     data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data.views, "grey_range", (0.0, 4095.0))
+    (tmp_path / REFIT_FILE).write_bytes(b"of an earlier run")
     epochs = list(fit(replace(TINY, epochs=3), data, checkpoint_dir=tmp_path))
+    assert not (tmp_path / REFIT_FILE).exists()
     best = max(epochs, key=lambda m: (m.score or 0.0, -m.epoch))
     card = read_card(tmp_path)
     assert [m.epoch for m in epochs] == [1, 2, 3]
     assert (card.metrics.epoch, card.metrics.val_acc) == (best.epoch, best.val_acc)
     assert (card.classes, card.data["fingerprint"]) == (data.classes, data.fingerprint)
     assert card.preprocessing.grey_range == (0, 4095)
-    plain = timm.create_model("test_resnet", num_classes=2)
-    plain.load_state_dict(weights_of(tmp_path))
-    bits = (tmp_path / "model.safetensors").read_bytes()
-    assert weights_hash(tmp_path) == hashlib.sha256(bits).hexdigest()
 
 
 def test_the_lines_of_the_documentation_give_the_recorded_predictions(
@@ -211,8 +195,6 @@ def test_run_that_is_left_early_keeps_no_checkpoint(data: ImageData, tmp_path: P
 def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)
-    with pytest.raises(WeightsError, match="model.safetensors cannot be read"):
-        weights_hash(tmp_path)
     (tmp_path / "card.json").write_text("{}")
     with pytest.raises(WeightsError, match="no readable card.json"):
         load_checkpoint(tmp_path)

@@ -105,9 +105,9 @@ def test_views_are_made_with_the_images_or_when_they_are_needed(
 ) -> None:
     images, cache = _images(make_folder(tmp_path / "photos", {"a": 5})), tmp_path / "cache"
     larger = replace(shown, image_size=26)
-    build_stores(images, [30, View.of(shown)], cache)
+    main, _ = build_stores(images, [30, View.of(shown)], cache)
     made: list[int] = []
-    views = EvalViews(images, cache, None)
+    views = EvalViews(images, main, cache, None)
     for how in (shown, larger):
         expected = np.stack([eval_view(image.raw, how) for image in images])
         store = views.store(how, lambda done, _: made.append(done))
@@ -132,10 +132,7 @@ def test_warnings_and_bombs_do_not_stop_decoding_in_threads(
 
 @pytest.mark.parametrize(
     ("is_gone", "message"),
-    [
-        (False, "000.png must not change while it is used"),
-        (True, "000.png cannot be read: No"),
-    ],
+    [(False, "000.png must not change while it is used"), (True, "000.png cannot be read: No")],
 )
 def test_an_image_that_is_lost_while_it_is_used_is_refused_and_not_kept_as_broken(
     tmp_path: Path, is_gone: bool, message: str

@@ -20,7 +20,6 @@ def _find(root: Path) -> Found:
 
 
 def test_digits_are_all_there() -> None:
-    pytest.importorskip("sklearn", reason="the embedded digits come with scikit-learn")
     found = find_images(DataConfig())
     assert (len(found.images), found.classes) == (1797, tuple("0123456789"))
     assert decode(found.images[0].raw, [64]).pixels[0].shape == (64, 64, 3)
@@ -28,11 +27,7 @@ def test_digits_are_all_there() -> None:
 
 @pytest.mark.parametrize(
     ("train", "val", "test"),
-    [
-        ("train", "Valid", "test"),
-        ("Training", "validation", "TEST"),
-        ("train/train", "val", "test/test"),
-    ],
+    [("Training", "validation", "TEST"), ("train/train", "val", "test/test")],
 )
 def test_images_carry_class_split_and_name(
     tmp_path: Path, train: str, val: str, test: str
@@ -85,15 +80,12 @@ def test_a_missing_folder_names_the_nearest_and_a_file_is_none(tmp_path: Path) -
     ("folders", "message"),
     [
         ((), "must hold one folder per class"),
-        (("a",), r"must have at least two classes, but .* has one \(a\)"),
         (("val/a", "test/a"), "must have one train folder .* it has test, val"),
         (("train/a", "train/b", "test/a", "test/c"), r"test lacks b; .*train lacks c"),
-        (("fold0/a", "fold0/b", "fold1/a", "fold1/b"), "classes or splits, .*fold0, fold1"),
-        (("a/train", "a/test", "b/train", "b/test"), r"hold the same folders \(test, train\)"),
         (("train/a", "train/b", "training/a", "training/b"), "must have one train folder"),
-        (("seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b"), "to train, val, test"),
+        (("fold0/a", "fold0/b", "fold1/a", "fold1/b"), r"splits, .*fold0, fold1 .*\(a, b\).* val"),
         (("train", "test"), "train must hold one folder per class, but it has no folders"),
-        (("photos/a", "photos/b"), "give the folder that holds them"),
+        (("photos/a", "photos/b"), r"two classes, .* has one \(photos\).*give the folder that"),
         (("caf\u00e9", "cafe\u0301"), "must look different, but 2 look like caf\u00e9"),
     ],
 )
@@ -107,7 +99,6 @@ def test_folders_that_cannot_be_read_in_one_way_are_refused(
 @pytest.mark.parametrize(
     ("folders", "file", "message"),
     [
-        (("JPEGImages",), "Annotations/1.xml", r"segmentation \(Annotations/1.xml\)"),
         (("VOC2012/JPEGImages",), "VOC2012/Annotations/1.xml", "is for detection or segmentation"),
         (("train2017", "val2017"), "annotations/val.json", "is for detection or segmentation"),
         (("images/train", "images/val"), "labels/train/1.txt", "is for detection or segmentation"),
@@ -133,8 +124,7 @@ def test_data_of_other_tasks_are_refused_by_name(
     ("folders", "classes", "notes"),
     [
         (("train", "bus", "car"), "bus car train", "train is taken for a class, as bus, car"),
-        (("steam_train", "bullet_train"), "bullet_train steam_train", ""),
-        (("test_tube", "jar"), "jar test_tube", ""),
+        (("steam_train", "test_tube"), "steam_train test_tube", ""),
         (("train/a", "train/b", "test"), "a b", "test: no class folders .* not read"),
         (("a", "b", "__MACOSX/a", "a/@eaDir", ".ipynb_checkpoints"), "a b", ""),
         (("pets/cat", "pets/dog", "car"), "car pets", "pets: images lie in inner folders only"),
@@ -168,20 +158,14 @@ def test_links_to_images_are_read_and_links_to_folders_inside_a_class_are_not(
     assert "not read: 3 links to folders." in found.warnings[0]
 
 
-@pytest.mark.parametrize(
-    ("link", "target", "message"),
-    [
-        ("a/one.png", "nowhere", "one.png must be readable, but is not: No such file"),
-        ("c", "c", "c must be readable, but is not: Too many levels"),
-    ],
-)
-def test_links_that_lead_nowhere_are_refused(
-    tmp_path: Path, link: str, target: str, message: str
-) -> None:
+def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     root = make_folder(tmp_path, {"a": 1, "b": 1})
-    (root / link).symlink_to(root / target)
-    with pytest.raises(DataError, match=message):
-        _find(root)
+    link = root / "a" / "one.png"
+    for target, why in ((root / "nowhere", "No such file"), (link, "Too many levels")):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(DataError, match=f"one.png must be readable, but is not: {why}"):
+            _find(root)
 
 
 def test_names_are_shown_without_control_characters_and_stay_apart(tmp_path: Path) -> None:

@@ -121,9 +121,7 @@ def test_each_image_of_development_is_validated_on_once_and_none_of_the_test_spl
     assert len({part.fingerprint for part in (data, *parts, other)}) == 7
 
 
-def test_shares_of_the_training_images_are_nested_and_the_same_of_each_class(
-    photos: Path,
-) -> None:
+def test_shares_of_the_training_images_are_nested_and_the_same_of_each_class(photos: Path) -> None:
     data = _load(photos, test_fraction=0.1, val_fraction=0.1)
     assert data.with_share(1.0) is data
     whole, half, tenth = (data.with_share(share) for share in (1.0, 0.5, 0.01))
@@ -195,6 +193,10 @@ def test_a_class_without_a_readable_training_image_is_refused(tmp_path: Path) ->
     for path in (root / "train" / "b").iterdir():
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="must have images to train on .* none of b"):
+        _load(root, skip_unreadable=True)
+    for path in (root / "train" / "a").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of a, b"):
         _load(root, skip_unreadable=True)
 
 

@@ -28,6 +28,8 @@ def test_near_equal_members_are_averaged_and_a_hopeless_one_is_dropped() -> None
 def test_few_images_leave_the_weights_near_equal() -> None:
     labels, log_probs = _members(10, 0.9, 0.6)
     assert mean_weights(labels, log_probs).max() < 0.7
+    labels, log_probs = _members(10, *[0.9] * 25)  # none of which reaches the least weight
+    assert mean_weights(labels, log_probs) == pytest.approx(1 / 25, abs=0.01)
 
 
 def test_weights_are_as_good_as_the_best_of_a_fine_grid() -> None:

@@ -94,6 +94,11 @@ def test_solve_head_chooses_on_a_subset_and_keeps_c(monkeypatch: pytest.MonkeyPa
     expected = np.exp(fit_reference(x, y, torch.arange(300), 0.1))
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert head.oof_log_probs.shape == (300, 3)
+    # Every fold's head has seen all other rows, not the subset's alone.
+    for k in range(3):
+        rest = torch.nonzero(folds(y, 3) != k)[:, 0]
+        expected = fit_reference(x, y, rest, 0.1)[(folds(y, 3) == k).numpy()]
+        np.testing.assert_allclose(head.oof_log_probs[folds(y, 3) == k], expected, atol=3e-3)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,13 @@ import pytest
 import timm
 
 from core.models.builder import input_of
-from core.models.sources import BackboneError, backbone_names, create, find_source
+from core.models.sources import SOURCES, BackboneError, backbone_names, create
 
 
 def test_names_of_both_libraries_are_listed() -> None:
     names = backbone_names()
     assert {"resnet18", "timm:tf_efficientnet_lite0"} <= set(names)
     assert "fcn_resnet50" not in names  # it segments
-
-
-def test_unknown_backbone_names_the_nearest() -> None:
-    with pytest.raises(BackboneError, match="resnet_18.*Near: resnet18"):
-        find_source("resnet_18")
 
 
 @pytest.mark.parametrize(
@@ -30,9 +25,11 @@ def test_unknown_tag_lists_the_known_ones(name: str, known: str) -> None:
         input_of(name, "imagenet:V9", None)
 
 
-def test_every_tag_of_timm_has_its_own_preprocessing() -> None:
+def test_every_tag_of_timm_has_a_place_and_its_own_preprocessing() -> None:
     for tagged in timm.list_pretrained():
         name, _, tag = tagged.partition(".")
+        entry = SOURCES["timm:"].weights(name, tag or "DEFAULT")
+        assert entry is not None and entry.origin, tagged
         ours = input_of(f"timm:{name}", f"imagenet:{tag}" if tag else "imagenet", None)
         settings = timm.models.get_pretrained_cfg(tagged).to_dict()
         theirs = timm.data.resolve_data_config(pretrained_cfg=settings)

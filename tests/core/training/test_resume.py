@@ -22,14 +22,9 @@ pytestmark = pytest.mark.usefixtures("is_state_free")
     [
         {"optimizer": "adamw", "base_lr": 1e-3, "freeze_depth": 3},
         {"ema_decay": 0.9, "micro_batch_size": 3, "batch_norm": "frozen"},
-        {
-            "backbone": "timm:test_efficientnet",
-            "freeze_depth": 5,
-            "head_solver": "sgd",
-            "monitor": "val_acc",
-        },
+        {"backbone": "timm:test_efficientnet", "freeze_depth": 5, "head_solver": "sgd"},
         {"backbone": "squeezenet1_1", "image_size": 64, "base_lr": 1e-3},  # draws dropout
-        {"mixup": 0.3, "schedule": "one-cycle", "amp": "bf16"},
+        {"mixup": 0.3, "schedule": "one-cycle", "amp": "bf16", "monitor": "val_acc"},
     ],
     ids=str,
 )
