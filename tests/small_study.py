@@ -6,14 +6,13 @@ from typing import Any
 
 import optuna
 
-from core.metrics import MEASURED, EpochMetrics
 from study.config.load import load_config
 from study.config.study_config import StudyConfig
 from study.execution.progress import Event, Note, QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
 from study.search.search import SearchOutcome, run_search
-from support import classic_settings, make_folder
+from support import classic_settings, figures, make_folder
 
 SETTINGS = [
     'train.backbone="timm:test_resnet"',
@@ -111,8 +110,7 @@ def figures_of(home: Path, number: int, name: str = "photos") -> list[dict[str, 
     """Return the figures of a trial's epochs that do not depend on the clock."""
     with Record(str(home / "s.db")) as record:
         epochs = record.epochs(record.trial(record.study(name).id, number).id)
-    names = [key for key in EpochMetrics.__dataclass_fields__ if key not in MEASURED]
-    return [{key: getattr(metrics, key) for key in names} for metrics in epochs]
+    return [figures(metrics) for metrics in epochs]
 
 
 def optuna_trials(home: Path, name: str = "photos") -> list[optuna.trial.FrozenTrial]:

@@ -11,6 +11,7 @@ from core.config import DataConfig, TrainConfig
 from study.ablation.designs import DESIGNS
 from study.ablation.factors import Factor, Levels, make_factors, parse_factors
 from study.config.errors import ConfigError
+from study.config.formatting import study_command
 from study.config.load import load_config, parse_config
 from study.config.search_space import Space
 from study.config.study_config import StudyConfig
@@ -117,7 +118,8 @@ def _choose(store: Record, study: Study, which: str) -> Trial:
     if trial.state != "complete":
         given = f"trial {which} of {study.name} is {trial.state}"
         rule = f"a baseline must be a complete trial, but {given}."
-        raise ConfigError(f"{rule} Choose another: python -m study show {study.name}")
+        command = study_command("show", study.name, store.storage)
+        raise ConfigError(f"{rule} Choose another: {command}")
     return trial
 
 
@@ -135,6 +137,7 @@ def _from_trial(
     record |= {"train": dataclasses.asdict(train), "space": {}}
     record["data"] |= _judged(source.data)
     record["study"] |= {"name": study.name + _SUFFIX, "time": None}
+    record["search"] |= {"download": False}  # which is about backbones to search
     config = parse_config(record, f"study {study.name}", overrides, flags)
     if config.data.ablation_fraction != source.data.ablation_fraction:
         raise ConfigError(
@@ -150,7 +153,9 @@ def _from_file(config: StudyConfig, path: str, is_named: bool) -> Baseline:
     study = dataclasses.replace(config.study, name=name)
     space = {key: dim for key, dim in config.space.items() if key != "seed"}
     data = dataclasses.replace(config.data, **_judged(config.data))
-    made = config.model_copy(update={"study": study, "data": data, "space": {}})
+    changed = {"study": study, "data": data, "space": {}}
+    changed["search"] = dataclasses.replace(config.search, download=False)
+    made = config.model_copy(update=changed)
     return Baseline(made, f"the settings of {Path(path).name}", space)
 
 

@@ -14,6 +14,7 @@ from core.training.no_effect import without_effect
 from study.ablation.baseline import Baseline, factors_of
 from study.ablation.designs import BASELINE, DESIGNS, Cell, Decide, Design
 from study.config.errors import ConfigError
+from study.config.formatting import study_command
 from study.config.search_space import apply_params
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import Progress, StudyState
@@ -137,21 +138,22 @@ def settled_config(plan: Plan, store: Record | None = None) -> StudyConfig:
         raise ConfigError(
             f"ablation {row.name} is already in {config.study.storage} with another baseline:\n  "
             + "\n  ".join(changes)
-            + f"\nUse another --name, or continue that one: python -m study ablate {row.name}"
+            + "\nUse another --name, or continue that one: "
+            + study_command("ablate", row.name, config.study.storage)
         )
     return config
 
 
-def check_begun(plan: Plan) -> int:
+def check_begun(plan: Plan, n_folds: int) -> int:
     """Refuse, before a run, another study of the ablation's name, as `settled_config` does.
 
-    Return which analysis of the ablation the next one is, from 1.
+    Return which analysis of the ablation the plan's runs are for, from 1.
     """
     storage = plan.baseline.config.study.storage
     if "://" in storage or Path(storage).is_file():
         with Record(storage) as store:
             if study := store.find_study(settled_config(plan, store).study.name):
-                return _next_order(store, study.id)
+                return _order(store, study.id, plan, n_folds)
     return 1
 
 
@@ -200,11 +202,12 @@ def run_ablation(
             plan.configs(),
             progress=progress,
             command=command,
-            resume=f"python -m study ablate {name}",
+            resume=study_command("ablate", name, store.storage),
             take_over=take_over,
         ) as session:
             ablation = _Ablation(plan, session)
-            announce(session.data, ablation.n_folds, _next_order(store, session.study_id))
+            order = _order(store, session.study_id, plan, ablation.n_folds)
+            announce(session.data, ablation.n_folds, order)
             session.because = ablation.run(command, decide, begin)
             n_done, duration_s = len(ablation.done_rows()), time.monotonic() - begin
             return AblationOutcome(session.because, n_done, plan.n_runs, duration_s)
@@ -335,8 +338,7 @@ class _Ablation:
         if spec == self._recorded:
             return
         self._recorded = dict(spec)
-        parts = {name: spec[name] for name in ("kind", "factors", "coded", "n_folds")}
-        key = config_hash(parts)
+        key = _key(self.design, self.n_folds)
         spec["analyses"] = self._analyses(key)
         self.record.put_design(self.study_id, key, self.design.kind, spec, command)
 
@@ -356,6 +358,22 @@ class _Ablation:
         return known
 
 
+def _key(design: Design, n_folds: int) -> str:
+    """Return what makes a design the same one as in the record."""
+    spec = design.to_record() | {"n_folds": n_folds}
+    return config_hash({name: spec[name] for name in ("kind", "factors", "coded", "n_folds")})
+
+
+def _order(record: Record, study_id: int, plan: Plan, n_folds: int) -> int:
+    """Return which analysis of an ablation a plan's runs are for, from 1."""
+    key, looks = _key(plan.design, n_folds), list(plan.looks)
+    for design in record.designs(study_id):
+        for known in design.spec["analyses"] if design.key == key else ():
+            if known["split"] == "val" and known["replicates"] == looks:
+                return int(known["order"])
+    return _next_order(record, study_id)
+
+
 def _next_order(record: Record, study_id: int) -> int:
     """Return which analysis of an ablation the next one is, from 1."""
     return 1 + sum(len(design.spec["analyses"]) for design in record.designs(study_id))
@@ -363,15 +381,16 @@ def _next_order(record: Record, study_id: int) -> int:
 
 def record_test(record: Record, study_id: int) -> None:
     """Record an analysis of the test split for every design of which tested runs are new."""
-    tested = {row.trial_number for row in record.tests(study_id)}
-    hashes = {row.config_hash for row in record.trials(study_id) if row.number in tested}
+    numbers = {row.trial_number for row in record.tests(study_id)}
+    hashes = {row.config_hash for row in record.trials(study_id) if row.number in numbers}
     for design in record.designs(study_id):
         spec = dict(design.spec)
         n = sum(text in hashes for runs in spec["runs"] for text in runs)
-        replicates = max(sum(text in hashes for text in runs) for runs in spec["runs"])
+        tested = [sum(text in hashes for text in runs) for runs in spec["runs"]]
         if not n or any(a["split"] == "test" and a["n_runs"] == n for a in spec["analyses"]):
             continue
         order = _next_order(record, study_id)
-        analysis = {"split": "test", "order": order, "replicates": [replicates], "n_runs": n}
+        analysis = {"split": "test", "order": order, "replicates": [max(tested)], "n_runs": n}
+        analysis["cells"] = [k for k, n_tested in enumerate(tested) if n_tested]
         spec["analyses"] = [*spec["analyses"], analysis]
         record.put_design(study_id, design.key, design.kind, spec, design.command)

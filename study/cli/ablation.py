@@ -30,10 +30,9 @@ from study.cli.views import (
     print_json,
     print_next,
     print_view,
-    study_command,
 )
 from study.config.errors import ConfigError
-from study.config.formatting import format_duration
+from study.config.formatting import format_duration, study_command
 from study.config.load import check_inputs
 from study.execution.progress import Note, Progress
 from study.execution.session import load_images, preflight
@@ -115,8 +114,8 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
     """Print the runs of an ablation and what they would cost."""
     data = load_images(plan.baseline.config, progress)
     preflight(plan.configs(), data)
-    order, n_folds = check_begun(plan), choose_folds(plan.baseline, len(data.val))
-    announce(plan, progress, data, n_folds, order)
+    n_folds = choose_folds(plan.baseline, len(data.val))
+    announce(plan, progress, data, n_folds, check_begun(plan, n_folds))
     n_kept = plan.n_runs if plan.baseline.config.ablation.keep_checkpoints else 0
     found = estimate(plan.configs(), data, n_trials=plan.n_runs, n_kept=n_kept)
     progress.close()
@@ -132,8 +131,11 @@ def estimate_plan(plan: Plan, progress: Progress, *, as_json: bool) -> None:
 
 def run_plan(
     plan: Plan, progress: Progress, *, command: str, take_over: bool, as_json: bool
-) -> str:
-    """Run an ablation, print its results and write its report; return why it stopped."""
+) -> tuple[str, bool]:
+    """Run an ablation, print its results and write its report.
+
+    Return why it stopped, and whether any run is complete.
+    """
     study = plan.baseline.config.study
 
     def decide() -> set[int]:
@@ -157,12 +159,13 @@ def run_plan(
             paths = write_ablation(store, study.name, folder)
             section, report = paths.sections[0], paths.html
     findings = [f"{head} {text}" for head, text in section.findings]
+    ended = outcome.stopped_because, any(len(runs.done) for runs in section.ablation.runs)
     if as_json:
         facts = {key: getattr(outcome, key) for key in ("stopped_because", "n_done", "n_planned")}
         effects = [_effect_record(effect) for effect in section.effects]
         facts |= {"study": study.name, "findings": findings, "effects": effects, "report": report}
         print_json({"event": "ablation_ended"} | facts)
-        return outcome.stopped_because
+        return ended
     done = f"{outcome.n_done} of {outcome.n_planned} runs are done"
     print(f"\nAblation {study.name}: {done} ({format_duration(outcome.duration_s)})")
     print_view(grid_table(section.grids[0]))
@@ -173,7 +176,7 @@ def run_plan(
     is_done = outcome.stopped_because == "complete"
     then = ("test", *where, "--levels all") if is_done else ("ablate", *where)
     print_next([study_command(*then)])
-    return outcome.stopped_because
+    return ended
 
 
 def _effect_record(effect: Effect) -> dict[str, Any]:
@@ -223,6 +226,6 @@ def _numbers_of(store: Record, name: str, levels: Sequence[str]) -> list[int]:
             f"{'; '.join(runs)}."
         )
     wanted = runs if "all" in levels else (BASELINE, *levels)
-    hashes = {text for label in wanted for text in runs[label]}
+    hashes = {text for label in wanted for text in runs.get(label, ())}
     complete = (row for row in store.trials(study.id) if row.state == "complete")
     return list({r.config_hash: r.number for r in complete if r.config_hash in hashes}.values())

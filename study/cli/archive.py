@@ -1,6 +1,8 @@
 """One file with all that somebody else needs to render a study again, or to run it again."""
 
 import contextlib
+import dataclasses
+import shlex
 import sqlite3
 import zipfile
 from pathlib import Path
@@ -22,9 +24,9 @@ study.toml       its configuration
 {output}/{name}  its split file and reports
 
 The images are not in here. To write the report again, in this folder:
-  python -m study report {name}
+  python -m study report {quoted}
 To run it again, from the images of {source} (fingerprint {mark}):
-  python -m study {command} --data IMAGES
+  python -m study {command} --data IMAGES --name {again}
 """
 
 
@@ -48,11 +50,17 @@ def write_archive(store: Record, name: str, out: Path) -> Path:
     if store.designs(study.id):
         config = find_baseline(name, "best", (), {"study.storage": storage}).config
         command = "ablate study.toml"
+    own = StudyConfig().study  # where the archive is unpacked
+    section = dataclasses.replace(config.study, storage=own.storage, output=own.output)
+    data = dataclasses.replace(config.data, cache_dir=None, root=StudyConfig().data.root)
+    config = config.model_copy(update={"study": section, "data": data})
     with TemporaryDirectory() as temporary:
         database = Path(temporary) / "studies.db"
         _copy_database(storage, database, name)
         readme = _README.format(
             name=name,
+            quoted=shlex.quote(name),
+            again=shlex.quote(f"{name}-again"),
             output=_OUTPUT,
             source=study.data["source"],
             mark=study.data["fingerprint"][:8],

@@ -10,11 +10,13 @@ from core.model import described, remove_model
 from core.training.checkpoint import remove_checkpoint
 from core.training.resume import epochs_in_state
 from study.execution.files import is_checkpoint_of
-from study.record.models import ARTIFACTS_FOLDER, MODEL_FOLDER, trial_folder
+from study.record.models import ARTIFACTS_FOLDER, MODEL_FOLDER, is_model_of, trial_folder
 from study.record.record import Record
 
 
-def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path], list[Path]]:
+def delete_study(
+    store: Record, name: str, *, command: str, take_over: bool = False
+) -> tuple[list[Path], list[Path]]:
     """Delete a study for good, but for its report.
 
     Of its output only checkpoints and training states that are its own trials' go.
@@ -27,7 +29,7 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
     """
     study = store.study(name)
     # Entering as the process that works on it keeps others out until it is gone.
-    store.begin_run(study.id, command=command, device="none", versions={})
+    store.begin_run(study.id, command=command, device="none", versions={}, take_over=take_over)
     trials = store.trials(study.id)
     images = tuple(study.data["classes"]), study.data["fingerprint"]
     artifacts = study.output.parent / ARTIFACTS_FOLDER
@@ -49,9 +51,7 @@ def delete_study(store: Record, name: str, *, command: str) -> tuple[list[Path],
                 left.append(state)
             else:
                 state.unlink()
-    own = {"study": study.name, "created_at": study.created_at.isoformat()}
-    model = described(study.output / MODEL_FOLDER)
-    if all(model.get(key) == value for key, value in own.items()):
+    if is_model_of(study, described(study.output / MODEL_FOLDER)):
         remove_model(study.output / MODEL_FOLDER)
     for folder in (study.output / "state", study.output, artifacts):
         with contextlib.suppress(OSError):  # it is not empty, or missing

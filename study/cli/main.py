@@ -155,9 +155,12 @@ def _print(view: Any, record: object) -> None:
         print_view(view)
 
 
-def _no_best(name: str, command: str) -> click.ClickException:
+def _no_best(name: str, command: str, *flags: str) -> click.ClickException:
+    from study.config.formatting import study_command
+
+    line = study_command(command, name, _given("storage"), *flags)
     return click.ClickException(
-        f"study {name} is an ablation, of which no run is the best. Use: python -m study {command}"
+        f"study {name} is an ablation, of which no run is the best. Use: {line}"
     )
 
 
@@ -249,7 +252,7 @@ def resume(study: str, overrides: Sequence[str], **_: Any) -> int:
     with _open() as store:
         row = store.study(study)
         if store.designs(row.id):
-            raise _no_best(study, f"ablate {shlex.quote(study)}")
+            raise _no_best(study, "ablate")
     config = parse_config(row.config, f"study {study}", overrides, _flags())
     check_inputs(config)
     return _search(config)
@@ -301,6 +304,7 @@ def _process_begin() -> float:
 def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     """Print how a search ended and what to do next, and write its report."""
     from study.cli import views
+    from study.config.formatting import study_command
     from study.search.search import HALTED
 
     name, storage, report = config.study.name, config.study.storage, None
@@ -321,10 +325,11 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
         return
     if report:
         print(f"Report: {report}")
-    first = "resume" if outcome.stopped_because in HALTED else "show"
-    commands = [first, "test"] if outcome.best and outcome.n_test else [first]
-    lines = [views.study_command(command, name, storage) for command in commands]
-    views.print_next([*lines, views.study_command("dashboard", "", storage)])
+    commands = ["resume" if outcome.stopped_because in HALTED else "show"]
+    commands += ["report"] * (report is None)
+    commands += ["test"] * bool(outcome.best and outcome.n_test)
+    lines = [study_command(command, name, storage) for command in commands]
+    views.print_next([*lines, study_command("dashboard", "", storage)])
 
 
 def _estimate(config: "StudyConfig") -> int:
@@ -377,14 +382,14 @@ def ablate(
         if given["dry_run"]:
             ablation.estimate_plan(plan, progress, as_json=given["as_json"])
             return 0
-        because = ablation.run_plan(
+        because, is_done = ablation.run_plan(
             plan,
             progress,
             command=_command_line(),
             take_over=given["take_over"],
             as_json=given["as_json"],
         )
-    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else 0
+    return _BY_SIGNAL + progress.stopped_by if because == "interrupted" else int(not is_done)
 
 
 @cli.command()
@@ -502,8 +507,9 @@ def stop(study: str, **_: Any) -> None:
 @cli.command()
 @_study
 @_flag("--yes", help="Do not ask.")
+@_flag("--take-over", help="Also where a process on a lost machine has not signed off.")
 @_storage
-def delete(study: str, yes: bool, **_: Any) -> None:
+def delete(study: str, yes: bool, take_over: bool, **_: Any) -> None:
     """Delete a study and its checkpoints."""
     from study.cli.delete import delete_study
 
@@ -516,7 +522,8 @@ def delete(study: str, yes: bool, **_: Any) -> None:
         if not yes and not click.confirm(question):
             print("Nothing deleted.")
             return
-        gone, left = delete_study(store, study, command=_command_line())
+        line = _command_line()
+        gone, left = delete_study(store, study, command=line, take_over=take_over)
     print(f"Deleted study {study}: {n_trials} trials, {len(gone)} checkpoints.")
     if left:
         print("Not this study's, so they stay:", *left, sep="\n  ")
@@ -536,6 +543,8 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
     with _open() as store, _progress() as progress:
         found, line = store.study(study), _command_line()
         is_ablation = bool(store.designs(found.id))
+        if levels and trial is not None:
+            raise click.UsageError("--trial and --levels must not both be given.")
         if levels:
             from study.cli.ablation import test_levels
 
@@ -547,7 +556,7 @@ def test(study: str, trial: int | None, levels: Sequence[str], as_json: bool, **
             test_levels(store, study, levels, progress, command=line, as_json=as_json)
             return
         if is_ablation and trial is None:
-            raise _no_best(study, f"test {shlex.quote(study)} --levels all")
+            raise _no_best(study, "test", "--levels all")
         n_before = len(store.tests(found.id))
         if trial is None:
             store.best_trial(found)  # says so where no trial is complete

@@ -1,6 +1,5 @@
 """What the commands print: tables and sentences about studies, trials, tests and costs."""
 
-import shlex
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -177,6 +176,10 @@ def _ranking_words(trials: Sequence["Trial"]) -> str:
     """Say what trials are ranked by where that is not the accuracy that is shown."""
     if _are_ranked_by_accuracy(trials):
         return ""
+    if trials[0].config.get("monitor") == "val_acc":
+        return (
+            "Trials are ranked by accuracy, estimated for all images but the test split (score)."
+        )
     return (
         f"Trials are ranked by {trials[0].chosen_by} (score = exp(-loss)), since accuracy on "
         "few images is noisy."
@@ -316,14 +319,6 @@ def _model_words(outcome: "SearchOutcome", model: "Choice") -> str:
             "clear gain over the heads.)"
         )
     return text
-
-
-def study_command(command: str, name: str, storage: str, *flags: str) -> str:
-    """Return a command, about a study if named, ready to be pasted but for a password."""
-    words = ["python -m study", command, *([shlex.quote(name)] if name else [])]
-    if storage != "studies.db":
-        words += ["--storage", shlex.quote(hide_password(storage))]
-    return " ".join([*words, *flags])
 
 
 def print_next(commands: Iterable[str]) -> None:

@@ -43,7 +43,9 @@ class Fault:
 
 def near(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean ...?` for the known word nearest to a misspelt one, else nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    known = list(known)
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    found = found or [name for name in known if word in name.split("_")]  # lr: base_lr
     return f" Did you mean {found[0]}?" if found else ""
 
 

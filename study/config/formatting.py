@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 
 from pydantic_core import to_jsonable_python
@@ -79,3 +80,11 @@ def hide_password(text: str) -> str:
     """
     text = re.sub(r"""(\w://[^\s:@/]*):[^@\n"]*@([^\s"@]*@)*""", r"\1:***@", text)
     return re.sub(r"""(\w://[^\s?"]*)\?[^\s"]*""", r"\1?***", text)
+
+
+def study_command(command: str, name: str, storage: str, *flags: str) -> str:
+    """Return a command, about a study if named, ready to be pasted but for a password."""
+    words = ["python -m study", command, *([shlex.quote(name)] if name else [])]
+    if storage != "studies.db":
+        words += ["--storage", shlex.quote(hide_password(storage))]
+    return " ".join([*words, *flags])

@@ -23,6 +23,7 @@ _FLAGS = {
     "study.refit": "--no-refit",
 }
 """Flags that are not called as the key that they set."""
+_CLASSIC = ("sampler", "pruner", "recipes")  # which a plan has no use for
 # Tables within tables, of which [space] and [ablation.factors] need four. Assumption.
 _DEEPEST = 8
 _LONGEST_TEXT, _FIRST_TOO_LARGE = 4096, 2**63  # Linux's longest path; a database's integers
@@ -136,8 +137,10 @@ class _Merged:
         """Make the configuration, or refuse it with every fault."""
         self._settle()
         search = self.values["search"]
-        if search.keys() & {"sampler", "pruner", "recipes"}:  # which a plan has no use for
-            search.setdefault("strategy", "sampler")
+        given = [self._origins["search", key] for key in _CLASSIC if key in search]
+        chosen = self._origins["search", "strategy"] if "strategy" in search else (0, "")
+        if given and max(given)[0] > chosen[0]:
+            search["strategy"] = "sampler"
         if search.get("download") is True:
             self._add_modern()
         space, wrong = parse_space(self.values["space"])
@@ -183,7 +186,7 @@ class _Merged:
         A file that `study init` wrote gives every key its default; that contradicts no dimension.
         """
         train, space = self.values["train"], self.values["space"]
-        for key in [key for key in space if key in train]:
+        for key in [key for key in space if key in train and key in fields_of(TrainConfig)]:
             searched, given = self._origins["space", key], self._origins["train", key]
             if searched == given and train[key] != fields_of(TrainConfig)[key].default:
                 text = f"is given a value by train.{key} too; remove one of the two."
@@ -240,7 +243,7 @@ def check_inputs(config: StudyConfig) -> None:
     checks: list[tuple[str, Any, Any]] = [(f"{section}.backbone", find_source, n) for n in names]
     kind, _, path = config.data.source.partition(":")
     if kind == "folder":
-        checks.append(("data.source", check_folder, Path(path)))
+        checks.append(("data.source", check_folder, Path(path).expanduser()))
     faults = []
     for key, check, value in checks:
         try:

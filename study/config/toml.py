@@ -92,7 +92,7 @@ def _section(name: str, config: StudyConfig, with_help: bool) -> Iterator[str]:
         value = values.get(key)
         if name == "train" and key in config.space:
             yield f"# {key} is searched: see [space]."
-        elif value is None:
+        elif value is None and field.default is None:
             yield f"# {key} ="
         elif with_help and key == "name" and value == default_name(config.data.source):
             yield f"# {key} = {toml_value(value)}"  # left out, it follows the data

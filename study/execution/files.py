@@ -117,9 +117,8 @@ class TrialFiles:
         dropped = [row for row in self._kept if row not in kept and row not in members]
         for row in dropped:
             self._kept.remove(row)
-            if self._keep_best:
-                row.weights_hash = None
-                self._session.record.save(row)
+            row.weights_hash = None
+            self._session.record.save(row)
             remove_checkpoint(self.checkpoint(row.number))
 
     def _record_worst(

@@ -6,11 +6,11 @@ from core.config import TrainConfig
 from core.training.resume import epochs_in_state
 from study.execution.progress import Note
 from study.execution.trial_engine import FOLD, TrialEngine, TrialRequest, training_s
-from study.record.models import COMMIT, REASON_KILLED, Trial
+from study.record.models import COMMIT, LOST, REASON_KILLED, Trial
 from study.record.record import params_of
 
 MOST_RERUNS = 3
-"""Settings that took the process down with them this often are not run again."""
+"""Settings that took the process down with them are run again this often at most."""
 RERUNS = "reruns"
 """The user attribute that holds how often a trial's settings ran before."""
 
@@ -50,7 +50,7 @@ def _continuation(engine: TrialEngine, row: Trial, trial: FrozenTrial) -> TrialR
     """
     session = engine.session
     runs = session.record.runs(session.study_id)
-    was_killed = len(runs) > 1 and runs[-2].ended_at is None
+    was_killed = len(runs) > 1 and runs[-2].outcome == LOST
     reruns = int(trial.user_attrs.get(RERUNS, 0)) + was_killed
     request = TrialRequest(
         number=row.number,

@@ -37,6 +37,7 @@ from core.models.sources import library_versions
 from core.models.weights import resolve, weights_file
 from core.training.trainer import check_batches
 from study.config.errors import ConfigError
+from study.config.formatting import study_command
 from study.config.search_space import apply_params, distributions
 from study.config.study_config import StudyConfig, config_diff
 from study.execution.progress import DataProgress, Note, Progress
@@ -133,7 +134,11 @@ def open_session(
     if stored is not None:
         _check_config(stored, config, allow_changes)
         _check_space(record, stored, config)
-    data = load_images(config, progress, deadline)
+    try:
+        data = load_images(config, progress, deadline)
+    except KeyboardInterrupt:
+        progress.emit(Note("No trial has begun; the same command begins again."))
+        raise
     preflight(trains, data)
     settings, described = config.to_record(), _described(data)
     output = Path(record.usable_path(config.study.output)) / name
@@ -161,7 +166,7 @@ def open_session(
             progress=progress,
             stop=stop,
             cache=_cache(config),
-            resume=resume or f"python -m study resume {name}",
+            resume=resume or study_command("resume", name, record.storage),
             same_images=is_same,
             deadline=deadline,
         )
@@ -285,12 +290,14 @@ def write_splits(
         frame[folds_column(n_folds, seed)] = column
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SPLITS_FILE
-    if path.exists():
-        known = pd.read_csv(path, dtype={"path": str, "class": str})
+    with suppress(OSError, ValueError, KeyError):  # none yet, or a damaged one
+        known = pd.read_csv(path, dtype={"path": str, "class": str}, keep_default_na=False)
         if list(known["path"]) == list(frame["path"]):
             known[frame.columns] = frame.to_numpy()
             frame = known
-    frame.to_csv(path, index=False, lineterminator="\n")
+    partial = path.with_suffix(".partial")
+    frame.to_csv(partial, index=False, lineterminator="\n")
+    os.replace(partial, path)
 
 
 def preflight(trains: Sequence[TrainConfig], data: ImageData) -> None:
@@ -364,8 +371,11 @@ def _check_config(study: Study, config: StudyConfig, allow_changes: bool) -> Non
     if changes:
         raise ConfigError(
             f"study {study.name} is already in {config.study.storage} with another "
-            "configuration:\n  " + "\n  ".join(changes) + "\nContinue it as it was (python -m "
-            f"study resume {study.name}), use another --name, or mix both (--allow-changes)."
+            "configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nContinue it as it was ("
+            + study_command("resume", study.name, config.study.storage)
+            + "), use another --name, or mix both (--allow-changes)."
         )
 
 
@@ -413,9 +423,11 @@ def _described(data: ImageData) -> dict[str, Any]:
 def _stopped_by_signals(progress: Progress) -> Iterator[threading.Event]:
     """Turn the first Ctrl-C, TERM or HUP into a wish to stop; the second leaves at once."""
     stop, hang_up = threading.Event(), getattr(signal, "SIGHUP", None)
-    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+    terminals, owner = [fd for fd in (1, 2) if os.isatty(fd)], os.getpid()
 
     def wish(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that reads images
+            return
         if number == hang_up:
             for fd in terminals:  # gone: whatever is written there would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)

@@ -75,7 +75,8 @@ class PlainProgress(Progress):
 
     def _end(self, event: TrialEnded) -> None:
         what = describe_trial(self._trial.origin, self._trial.params)
-        state = "" if event.state == "complete" else f"{event.state}  "
+        is_said = event.state == "complete" or (event.reason or "").startswith(event.state)
+        state = "" if is_said else f"{event.state}  "
         reason = f"  ({event.reason})" if event.reason else ""
         figures = f"{format_accuracy(event.value):>7}  {format_duration(event.duration_s):>9}"
         style = "red" if event.state == "failed" else ""

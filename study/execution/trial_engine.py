@@ -214,8 +214,9 @@ class TrialEngine:
         session, number = self.session, request.number
         if known:
             trials = self._record.optuna_study(session.study_id).get_trials(deepcopy=False)
-            if len(known) not in trials[number].intermediate_values:
-                trial.report(known[-1].val_acc, len(known))
+            step = reported_step(request.config, known[-1])
+            if step not in trials[number].intermediate_values:
+                trial.report(known[-1].val_acc, step)
             yield known[-1]
         run = fit(
             request.config,

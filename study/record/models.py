@@ -34,6 +34,8 @@ PREFIX = "frostline_"
 Json = dict[str, Any]
 UNFINISHED = ("running", "interrupted")
 """States of a trial that has not ended."""
+LOST = "lost"
+"""Outcome of a process that never signed off, once another one has taken its place."""
 REASON_KILLED = "killed"
 """Reason of a trial whose process died: its settings run again, so it does not count."""
 COPY = "same as "
@@ -102,6 +104,12 @@ class Study(Base, kw_only=True):
         return Path(self.config["study"]["output"]) / self.name
 
 
+def is_model_of(study: Study, facts: Mapping[str, Any]) -> bool:
+    """Say whether a model's description is a study's own; a first look's has no time."""
+    created_at = study.created_at.isoformat()
+    return (facts.get("study"), facts.get("created_at", created_at)) == (study.name, created_at)
+
+
 OfStudy = Annotated[int, mapped_column(ForeignKey(Study.id, ondelete="CASCADE"), index=True)]
 
 
@@ -110,8 +118,8 @@ class Run(Base, kw_only=True):
 
     Attributes:
         pid_started: Seconds since 1970: distinguishes it from a later process of the same `pid`.
-        ended_at: When it signed off; None while it runs, or after a kill.
-        outcome: Why it ended.
+        ended_at: When it signed off; None while it runs, or after a kill until the next run.
+        outcome: Why it ended; `LOST` after a kill.
         versions: Of the libraries; the weights' hashes, and the working folder's commit.
     """
 

@@ -23,7 +23,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.metrics import EpochMetrics, IntArray
-from study.config.formatting import hide_password
+from study.config.formatting import hide_password, study_command
 from study.record.database import (
     RecordError,
     check_dead,
@@ -35,6 +35,7 @@ from study.record.database import (
 )
 from study.record.models import (
     EPOCHS,
+    LOST,
     Base,
     Design,
     Json,
@@ -215,6 +216,8 @@ class Record(AbstractContextManager["Record"]):
             session.execute(select(Study.id).where(Study.id == study_id).with_for_update())
             for other in session.scalars(select(Run).where(Run.study_id == study_id)):
                 check_dead(other, take_over)
+                if other.ended_at is None:
+                    other.ended_at, other.outcome = now(), LOST
             session.add(run)
         return run.id
 
@@ -308,7 +311,8 @@ class Record(AbstractContextManager["Record"]):
         best = best_of(self.trials(study.id))
         if best is None:
             rule = f"study {study.name} must have a complete trial, but has none."
-            raise RecordError(f"{rule} Continue it: python -m study resume {study.name}")
+            command = study_command("resume", study.name, self.storage)
+            raise RecordError(f"{rule} Continue it: {command}")
         return best
 
     def trials(self, study_id: int, *conditions: ColumnElement[bool]) -> list[Trial]:
@@ -383,6 +387,7 @@ class Record(AbstractContextManager["Record"]):
 
         An absolute one stays so, but inside that folder: a project may be moved.
         """
+        path = os.path.expanduser(path)
         if self._folder is None:
             return os.path.abspath(path)
         inside = os.path.relpath(path, self._folder)
@@ -390,7 +395,7 @@ class Record(AbstractContextManager["Record"]):
 
     def usable_path(self, path: str) -> str:
         """Return a stored path so that it can be used where one stands."""
-        return os.path.normpath((self._folder or Path()) / path)
+        return os.path.normpath((self._folder or Path()) / os.path.expanduser(path))
 
     # One transaction each
 
@@ -420,7 +425,9 @@ def _join(row: Trial, trial: FrozenTrial | None) -> None:
         return
     value = trial.value if trial.state is TrialState.COMPLETE else None
     if value is None and row.best_epoch is not None:
-        value = trial.intermediate_values.get(row.best_epoch)
+        steps = row.best_epoch, row.config.get("epochs")  # a solved head's only one is the last
+        known = trial.intermediate_values
+        value = next((known[step] for step in steps if step in known), None)
     row.state = _STATE_NAMES.get(trial.state, "interrupted")
     row.params, row.value = params_of(trial), value
 

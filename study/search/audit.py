@@ -6,6 +6,7 @@ import numpy as np
 
 from core.config import TrainConfig
 from study.config.errors import ConfigError
+from study.config.formatting import study_command
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig
 from study.execution.progress import Progress, StudyState
@@ -59,7 +60,7 @@ def audit_study(
         [TrainConfig(**row.config) for row in chosen],
         progress=progress,
         command=command,
-        resume=f"python -m study audit {name} --sample {n_trials}",
+        resume=study_command("audit", name, record.storage, f"--sample {n_trials}"),
         take_over=take_over,
     ) as session:
         session.because = _run(session, chosen)

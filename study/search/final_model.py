@@ -12,7 +12,7 @@ from core.config import TrainConfig
 from core.fit import refit
 from core.metrics import Interrupted, TrainingDiverged
 from core.model import described, save_model
-from core.training.checkpoint import REFIT_FILE
+from core.training.checkpoint import PREDICTIONS_FILE, REFIT_FILE
 from study.execution.session import Session
 from study.record.models import MODEL_FOLDER, Trial
 from study.search.choice import Choice, choose
@@ -40,7 +40,8 @@ class FinalModel:
         """
         # Which checkpoints are kept stands in the record alone.
         rows = self._session.record.trials(self._session.study_id)
-        kept = [row for row in rows if row.state == "complete" and row.weights_hash]
+        complete = (row for row in rows if row.state == "complete" and row.weights_hash)
+        kept = [row for row in complete if (Path(str(row.checkpoint)) / PREDICTIONS_FILE).exists()]
         if not kept:
             return
         self.choice = self.choice or self._saved(kept)

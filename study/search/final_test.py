@@ -11,15 +11,16 @@ from core.config import Amp, TrainConfig
 from core.device import amp_dtype, choose_device
 from core.heads.ensemble import Mean
 from core.metrics import Evaluation
-from core.model import described, load_model, model_hash
+from core.model import Model, described, load_model, model_hash
 from core.training.batches import Normalizer, eval_batches
 from core.training.checkpoint import weights_hash
 from core.training.trainer import evaluate
 from study.config.errors import ConfigError
+from study.config.formatting import study_command
 from study.config.study_config import StudyConfig
 from study.execution.progress import Progress
 from study.execution.session import load_images
-from study.record.models import MODEL_FOLDER, Study, Test, Trial
+from study.record.models import MODEL_FOLDER, Study, Test, Trial, is_model_of
 from study.record.record import Record
 
 
@@ -37,7 +38,10 @@ def test_trials(
     new = [number for number in dict.fromkeys(numbers) if number not in known]
     trials = [_with_checkpoint(study, record.trial(study.id, number)) for number in new]
     if trials:
-        models = [(Path(str(row.checkpoint)), TrainConfig(**row.config).amp) for row in trials]
+        models = (
+            (load_model(Path(str(row.checkpoint))), TrainConfig(**row.config).amp)
+            for row in trials
+        )
         for trial, found in zip(trials, _evaluate(study, models, progress), strict=True):
             record.add_predictions(trial.id, "test", found.labels, found.predicted)
             facts = {"trial_number": trial.number, "val_acc": trial.value}
@@ -54,24 +58,39 @@ def test_model(record: Record, name: str, *, progress: Progress, command: str) -
     """
     study = record.study(name)
     folder = study.output / MODEL_FOLDER
-    own = model_hash(folder)
-    if own is None:
+    own, facts, model = _read(folder)
+    if own is None or model is None:
         raise ConfigError(
             f"study {name} must have its model, but there is none in {folder}. Run it, or test a "
             "trial: --trial NUMBER."
         )
-    if not described(folder).get("trials"):
+    if not facts.get("trials"):
         raise ConfigError(
             f"study {name} must have a model of its trials, but that in {folder} is a first one "
-            f"from a few images. Continue the study (python -m study resume {name})."
+            "from a few images. Continue the study: "
+            + study_command("resume", name, record.storage)
+        )
+    if not is_model_of(study, facts):
+        raise ConfigError(
+            f"study {name} must have its own model, but that in {folder} is of another study of "
+            "this name, which ran here too. Give one of them another study.output, and run it."
         )
     for row in record.tests(study.id):
         if row.model_hash == own:
             return row
     amp = StudyConfig.from_record(study.config).train.amp
-    (found,) = _evaluate(study, [(folder, amp)], progress)
-    facts = {"trial_number": None, "model_hash": own, "val_acc": described(folder).get("val_acc")}
-    return _add(record, study, found, command, facts)
+    (found,) = _evaluate(study, [(model, amp)], progress)
+    own_facts = {"trial_number": None, "model_hash": own, "val_acc": facts.get("val_acc")}
+    return _add(record, study, found, command, own_facts)
+
+
+def _read(folder: Path) -> tuple[str | None, dict[str, Any], Model | None]:
+    """Read a model with its hash and description; a running study may replace it meanwhile."""
+    while (own := model_hash(folder)) is not None:
+        facts, model = described(folder), load_model(folder)
+        if model_hash(folder) == own:
+            return own, facts, model
+    return None, {}, None
 
 
 def _add(
@@ -109,9 +128,9 @@ def _with_checkpoint(study: Study, trial: Trial) -> Trial:
 
 
 def _evaluate(
-    study: Study, models: Iterable[tuple[Path, Amp]], progress: Progress
+    study: Study, models: Iterable[tuple[Model, Amp]], progress: Progress
 ) -> Iterator[Evaluation]:
-    """Evaluate models, each a folder and its precision, on the test split of a study."""
+    """Evaluate models, each with its precision, on the test split of a study."""
     config = StudyConfig.from_record(study.config)
     data = load_images(config, progress)
     if data.fingerprint != study.data["fingerprint"]:
@@ -125,8 +144,8 @@ def _evaluate(
             f"study {study.name} must have a test split, but {data.source} has none."
         )
     device = choose_device(config.train.device)
-    for folder, amp in models:
-        members = load_model(folder).members
+    for model, amp in models:
+        members = model.members
         dtype, found = amp_dtype(amp, device), []
         for member in members:
             shown = member.preprocessing

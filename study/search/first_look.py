@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import MAX_FREEZE_DEPTH
-from core.data.sources import find_images
+from core.data.sources import DataError, find_images
 from core.data.splits import load_data
 from core.fit import fit
 from core.metrics import Interrupted
@@ -38,23 +38,33 @@ def take_first_look(
         params["freeze_depth"] = depth.nearest(MAX_FREEZE_DEPTH)
     train = apply_params(config.train, params)
     minutes = min(1.0, (config.study.seconds or 60.0) / 60)
-    if not train.is_solved or len(find_images(config.data).images) <= minutes * _MANY:
+    if not train.is_solved:
         return
+    found, most = find_images(config.data), int(minutes * _SAMPLE)
+    # A sample has two images of each class at least, to train on and to judge by.
+    if len(found.images) <= minutes * _MANY or 4 * len(found.classes) > most:
+        return
+
+    def look(done: int, total: int) -> None:
+        if should_stop():
+            raise Interrupted
+
     shown = input_of(train.backbone, train.weights, train.image_size)
-    data = load_data(config.data, stored_side([train]), None, [shown], most=int(minutes * _SAMPLE))
     checkpoint = output / "first-look"
     try:
-        (found,) = fit(train, data, checkpoint_dir=checkpoint, should_stop=should_stop)
-    except Interrupted:
+        data = load_data(config.data, stored_side([train]), look, [shown], most=most)
+        (metrics,) = fit(train, data, checkpoint_dir=checkpoint, should_stop=should_stop)
+        n = len(data.train) + len(data.val)
+        facts: dict[str, Any] = {
+            "study": config.study.name,
+            "trials": [],
+            "score": metrics.score,
+            "val_acc": metrics.val_acc,
+            "n_images": n,
+        }
+        save_model(output / MODEL_FOLDER, [(checkpoint, 1.0, 1.0)], facts)
+    except (Interrupted, DataError):  # what is wrong with all images is said of all
         return
-    n = len(data.train) + len(data.val)
-    facts: dict[str, Any] = {
-        "study": config.study.name,
-        "trials": [],
-        "score": found.score,
-        "val_acc": found.val_acc,
-        "n_images": n,
-    }
-    save_model(output / MODEL_FOLDER, [(checkpoint, 1.0, 1.0)], facts)
-    remove_checkpoint(checkpoint)
+    finally:
+        remove_checkpoint(checkpoint)
     progress.emit(Note(f"A first model, from {n} of the images, is in {output / MODEL_FOLDER}."))

@@ -13,6 +13,7 @@ from torch import Tensor
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from core.data.splits import ImageData
 from core.device import amp_dtype, choose_device, synchronize
+from core.fit import shares_arrays
 from core.models.builder import Network, build, input_of
 from core.models.freeze_stages import freeze, train_mode
 from core.models.fx_graph import fold_norms
@@ -62,6 +63,7 @@ def make_planner(config: StudyConfig, data: ImageData, run_id: int = 0) -> Plann
         shown = input_of(first.backbone, first.weights, first.image_size)
         if train.image_size != first.image_size and np.median(sides) <= shown.resize_size:
             del costs[point]  # a larger view of such images shows nothing more
+    device = choose_device(config.train.device)
     return Planner(
         config.space,
         config.train,
@@ -70,6 +72,7 @@ def make_planner(config: StudyConfig, data: ImageData, run_id: int = 0) -> Plann
         len(data.val),
         len(data.classes),
         run_id,
+        has_shared=config.study.cache != 0 and shares_arrays(device),
     )
 
 
@@ -153,8 +156,7 @@ def _measured(train: TrainConfig, data: ImageData) -> NetworkCost:
         forward_s=forward_s,
         frozen=tuple(network.stages.frozen_flops_share(level) for level in levels),
         kept=tuple(
-            is_kept(network.stages, replace(train, freeze_depth=level), images.device)
-            for level in levels
+            is_kept(network.stages, replace(train, freeze_depth=level)) for level in levels
         ),
         n_features=2 * getattr(head, "in_features", 0),
         weights_bytes=sum(t.nbytes for t in network.model.state_dict().values()),

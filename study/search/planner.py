@@ -16,7 +16,7 @@ from typing import Any
 
 from core.config import MAX_FREEZE_DEPTH, TrainConfig
 from study.config.search_space import ParamValue, Space, apply_params, default_params
-from study.record.models import Trial
+from study.record.models import COPY, Trial
 
 Params = dict[str, ParamValue]
 _Network = tuple[ParamValue, ...]
@@ -84,10 +84,10 @@ class NetworkCost:
     ) -> float:
         """Forecast a trial's seconds; with `has_arrays` its frozen layers' outputs are kept."""
         n = n_train + n_val
+        is_several = train.is_solved and train.features == "several"
+        solver_s = _SOLVER_S * n * n_classes * self.n_features / (1 if is_several else 2)
         if train.is_solved:
-            n_features = self.n_features if train.features == "several" else self.n_features / 2
-            passes_s = 0.0 if has_arrays else n * self.forward_s
-            return passes_s + _SOLVER_S * n * n_features * n_classes + _OVERHEAD_S
+            return (0.0 if has_arrays else n * self.forward_s) + solver_s + _OVERHEAD_S
         frozen = self.frozen[train.freeze_depth]
         trained = 1 - frozen
         step = _PASSES_OF_LAST_STEP
@@ -101,7 +101,8 @@ class NetworkCost:
             passes = train.epochs * (frozen + step * trained)
             evaluations = float(train.epochs)
         images = passes * n_train + evaluations * n_val
-        return images * self.forward_s + _OVERHEAD_S * (1 + train.epochs / 10)
+        start_s = solver_s if train.head_init == "solved" else 0.0
+        return images * self.forward_s + start_s + _OVERHEAD_S * (1 + train.epochs / 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class Planner:
         costs: By the values of the dimensions that make a network; see `networks`.
         run_id: The run that the costs were measured in. Its trials' seconds correct forecasts;
             those of earlier runs do not, since the machine may have been busier then.
+        has_shared: Whether trials find the arrays that others made.
 
     Attributes:
         left_out: What did not fit into the time, when `next` was asked last; the best first.
@@ -143,8 +145,11 @@ class Planner:
         n_val: int,
         n_classes: int,
         run_id: int = 0,
+        *,
+        has_shared: bool = True,
     ) -> None:
         self._space, self._base, self._run_id = space, base, run_id
+        self._has_shared = has_shared
         self.left_out: list[Step] = []
         self._counts = n_train, n_val, n_classes
         self._costs = dict(sorted(costs.items(), key=lambda item: item[1].forward_s))
@@ -158,7 +163,6 @@ class Planner:
         That is `no time` where those that may gain do not fit into it, else `no gain`. The time
         is what trials may still take, and that of the whole run; None for no limit.
         """
-        rows = [row for row in rows if row.state in ("complete", "pruned", "failed")]
         pace, made = self._pace(rows)
         self.left_out = []
         for wanted in self._wanted(rows):
@@ -192,16 +196,8 @@ class Planner:
         ):
             found.append(step)
             config = apply_params(self._base, step.params)
-            row = Trial(
-                study_id=0,
-                number=len(rows),
-                run_id=0,
-                origin=SAMPLED if step.is_sampled else "",
-                config=asdict(config),
-                config_hash="",
-                device="",
-            )
-            row.params, row.state, row.duration_s = step.params, "complete", step.forecast_s
+            row = stand_in(len(rows), config, step.params, "complete")
+            row.origin, row.duration_s = SAMPLED if step.is_sampled else "", step.forecast_s
             row.score = 0.5 if config.is_solved else 0.9 - config.freeze_depth / 100
             rows.append(row)
             left = left and left - step.forecast_s
@@ -242,7 +238,7 @@ class Planner:
             if row.state == "complete" and known and row.duration_s:
                 ratio = row.duration_s / self._seconds(train, made)
                 ratios.setdefault(train.is_solved, []).append(ratio)
-            if row.state != "failed":
+            if row.state != "failed" and self._has_shared:
                 made.add(self._arrays_of(train))
         slow = {kind: statistics.median(sorted(r)[len(r) // 2 :]) for kind, r in ratios.items()}
         return {kind: max(_LEAST_PACE, pace) for kind, pace in slow.items()}, made
@@ -276,7 +272,8 @@ class Planner:
         ):
             if key in self._space and self._space[key].nearest(value) == value:
                 yield from self._heads(rows, [*small, *better], reason, {key: value})
-        sampled = [row for row in rows if row.origin == SAMPLED][-_MOST_SAMPLED:]
+        drawn = itertools.dropwhile(lambda row: row.origin != SAMPLED, rows)
+        sampled = [row for row in drawn if row.origin.startswith((SAMPLED, COPY))][-_MOST_SAMPLED:]
         before = max((self._score(row) for row in rows if row not in sampled), default=-math.inf)
         is_stale = len(sampled) == _MOST_SAMPLED and all(
             self._score(row) <= before for row in sampled
@@ -331,9 +328,9 @@ class Planner:
             row = None
             for rate in (_RATES.get(level, _RATE_BELOW), _RATES.get(level, _RATE_BELOW) / 3):
                 params = self._params(network, level, rate)
-                if "features" in self._space:  # what it starts from, to be compared with
-                    last = self._params(network, MAX_FREEZE_DEPTH) | {"features": "last"}
-                    yield last, "solved head to thaw from", False
+                last = self._params(network, MAX_FREEZE_DEPTH) | {"features": "last"}
+                if "features" in self._space and apply_params(self._base, last).is_solved:
+                    yield last, "solved head to thaw from", False  # to be compared with
                 share = 1 - self._costs[network].frozen[level]
                 yield params, f"last {share:.0%} thawed" if level else "all thawed", False
                 row = self._find(rows, params)
@@ -388,6 +385,23 @@ def _first_fitting(unfit: Sequence[Step], left_s: float | None) -> Step | None:
     return next(
         (s for s in unfit if left_s and s.forecast_s <= LARGEST_SHARE_OF_LAST * left_s), None
     )
+
+
+def stand_in(
+    number: int, config: TrainConfig, params: Mapping[str, ParamValue], state: str
+) -> Trial:
+    """Return the row of a trial that is in no record."""
+    row = Trial(
+        study_id=0,
+        number=number,
+        run_id=0,
+        origin="",
+        config=asdict(config),
+        config_hash="",
+        device="",
+    )
+    row.params, row.state = dict(params), state
+    return row
 
 
 def freeze_depths(space: Space, base: TrainConfig) -> set[int]:

@@ -35,13 +35,13 @@ from study.search.final_model import FinalModel
 from study.search.first_look import take_first_look
 from study.search.plan import make_planner
 from study.search.plan_file import PlannedTrial, read_plan, write_plan
-from study.search.planner import LARGEST_SHARE_OF_LAST, RATES, SAMPLED, Planner, Step
+from study.search.planner import LARGEST_SHARE_OF_LAST, RATES, SAMPLED, Planner, Step, stand_in
 from study.search.samplers import make_pruner, make_sampler, quiet_experiments
 from study.search.within_level import WithinLevel
 
 _DROPPED = "Dropped are the settings of trial"
 _OUTSIDE = "they lie outside the space, which has changed since"
-_ORIGIN, _QUEUED, _RECIPE = "origin", "queued", "recipe"
+_ORIGIN, _QUEUED, _RECIPE, _REPLAY = "origin", "queued", "recipe", "replay"
 # A sampler that proposes so many settings in a row that were tried will hardly propose another.
 # Assumption.
 _MOST_COPIES = 100
@@ -171,6 +171,7 @@ class _Search:
         self.replayed = replayed
         self.distributions = distributions(self.config.space)
         self.study = self.record.optuna_study(self.study_id)
+        self.is_replay = replayed is not None or _REPLAY in self.study.user_attrs
         pruner = "none" if self.is_planned else self.config.search.pruner
         made = make_pruner(pruner, self.config.train.epochs)
         self.study.pruner = WithinLevel(made, self.record.optuna_storage)
@@ -179,6 +180,7 @@ class _Search:
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
         self.forecasts: dict[int, float] = {}
         self.rows: list[Trial] = []  # those that ended by themselves, in their order
+        self.dropped: list[Trial] = []  # those that ended the process too often
 
     def run(self) -> str:
         """Run trials until something says stop; return what did."""
@@ -216,7 +218,7 @@ class _Search:
         """Return what is planned next, or why nothing is; None where a trial waits or is drawn."""
         if self._waiting():
             return None
-        if self.replayed is not None:
+        if self.is_replay:
             return "plan"
         if not self.is_planned:
             return None
@@ -225,8 +227,7 @@ class _Search:
         left = self._left_s()
         refits_s = sum(map(_refit_s, self.model.to_refit()))
         left -= min(refits_s, _LARGEST_SHARE_OF_REFITS * left)
-        rows = [row for row in self.rows if not _is_copy(row)]
-        return self.planner.next(rows, left, self.config.study.seconds)
+        return self.planner.next([*self.rows, *self.dropped], left, self.config.study.seconds)
 
     def images_per_s(self) -> float | None:
         """Return how many images the model classifies per second; None where nothing is known."""
@@ -250,7 +251,7 @@ class _Search:
                 self.model.update()
         if because == "no time" and self.planner and self.planner.left_out:
             self._say_what_is_left_out(self.planner.left_out[0])
-        return because
+        return "interrupted" if self.session.stop.is_set() else because
 
     def _say_what_is_left_out(self, step: Step) -> None:
         seconds = step.forecast_s / LARGEST_SHARE_OF_LAST + _START_S
@@ -271,11 +272,12 @@ class _Search:
     def _queue_again(self) -> None:
         """Queue the settings of trials that were killed, unless that was done before."""
         trials = self.study.get_trials(deepcopy=False)
-        reasons = {row.number: row.reason for row in self.record.trials(self.study_id)}
+        rows = {row.number: row for row in self.record.trials(self.study_id)}
         queued = {trial.user_attrs.get(_ORIGIN) for trial in trials}
         for trial in trials:
             # One that is not in the record was asked for, but never begun.
-            is_cut = reasons.get(trial.number, REASON_KILLED) == REASON_KILLED
+            row = rows.get(trial.number)
+            is_cut = row is None or row.reason == REASON_KILLED
             if trial.state is not TrialState.FAIL or not is_cut:
                 continue
             # The queued ones, since its process may have died before Optuna had taken them over.
@@ -286,6 +288,8 @@ class _Search:
                 continue
             if reruns > MOST_RERUNS:
                 self._note(f"{_DROPPED} {trial.number}: they ended the process {reruns} times.")
+                config = apply_params(self.config.train, params)
+                self.dropped.append(row or stand_in(trial.number, config, params, "failed"))
             elif not fits(self.config.space, params):
                 self._note(f"{_DROPPED} {trial.number}: {_OUTSIDE}.")
             else:
@@ -304,6 +308,9 @@ class _Search:
 
     def _enqueue_plan(self, planned: list[PlannedTrial]) -> None:
         """Queue the trials of a plan; refuse a study that has begun with other ones."""
+        trials = self.study.get_trials(deepcopy=False)
+        if not trials:  # before the first one: a kill must not make a plan of a replay
+            self.study.set_user_attr(_REPLAY, True)
         self._enqueue_all({f"{t.origin} ({k})": t.params for k, t in enumerate(planned)})
         trials = self.study.get_trials(deepcopy=False)
         known = [trial.user_attrs.get(_QUEUED, trial.params) for trial in trials]

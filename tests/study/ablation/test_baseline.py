@@ -81,13 +81,17 @@ def test_the_best_trial_is_the_first_complete_one_of_the_highest_accuracy(here: 
     other = _find(which="4")
     assert other.origin == "trial 4 of study bees"
     assert (other.config.train.base_lr, other.config.train.seed) == (0.005, 21)
+    with Record("studies.db") as store:  # whose backbones were to be downloaded
+        study = store.study("bees")
+        study.config["search"]["download"] = True
+        store.update_study(study, study.config, study.data)
+    assert not _find().config.search.download
 
 
 @pytest.mark.parametrize(
     ("base", "given", "shown"),
     [
         ("bees", {"which": "3"}, "trial 3 of bees is pruned"),
-        ("bees", {"which": "5"}, "trial 5 of bees is interrupted"),
         ("bees", {"which": "7"}, "there is no trial 7 .*; they go from 0 to 5"),
         ("bees", {"which": "last"}, "--from must be best or a trial's number, but got 'last'"),
         ("empty", {}, "study empty must have a complete trial, but has"),

@@ -32,10 +32,6 @@ def _factors(raw: dict[str, object]) -> list[Factor]:
     return factors
 
 
-def _two(n: int) -> list[Factor]:
-    return _factors(dict(list(TWO.items())[:n]))
-
-
 @given(
     st.sampled_from(list(DESIGNS)),
     st.lists(st.sampled_from(list(TWO)), unique=True, min_size=3, max_size=5),
@@ -67,12 +63,6 @@ def test_designs_refuse_to_vary_nothing_and_never_combine_levels_of_one_key(kind
         DESIGNS[kind](factors)
 
 
-def test_a_design_counts_its_runs_and_tests() -> None:
-    designs = {kind: DESIGNS[kind](_two(3)) for kind in DESIGNS}
-    counts = {kind: (design.n_runs(2), design.n_tests) for kind, design in designs.items()}
-    assert counts == {"ofat": (8, 3), "loco": (8, 3), "factorial": (16, 6), "path": (14, 6)}
-
-
 def _run(
     design: Design, looks: Sequence[int], score: object = 0.5, decide: object = None
 ) -> list[tuple[str, int]]:
@@ -84,15 +74,6 @@ def _run(
         done.setdefault(cell.label, {})[replicate] = value
         order.append((cell.label, replicate))
     return order
-
-
-def test_one_whole_replicate_is_run_after_the_other_and_none_twice() -> None:
-    design = OneFactorAtATime(_factors({"freeze_depth": [0, 3], "augment": "none"}))
-    labels = ["baseline", "freeze_depth = 3", "augment = none"]
-    assert _run(design, [2]) == list(zip(labels * 2, [0] * 3 + [1] * 3, strict=True))
-    known = {label: {0: None, 1: 0.5} for label in labels[:2]}
-    left = design.missing([2], lambda cell: known.get(cell.label, {}), None)
-    assert [(cell.label, r) for cell, r in left] == [(labels[2], 0), (labels[2], 1)]
 
 
 def test_an_adaptive_design_adds_replicates_to_the_open_cells_and_the_baseline() -> None:
@@ -124,7 +105,7 @@ def test_a_full_factorial_has_every_combination_once_and_the_baseline_first() ->
 
 def test_factors_that_do_not_suit_a_design_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"ablation.max_cells = 100 .*have 128.*--design ofat"):
-        Factorial(_two(7), max_cells=100)
+        Factorial(_factors(TWO), max_cells=100)
     with pytest.raises(ConfigError, match="but got more for freeze_depth"):
         Path(_factors({"freeze_depth": [3, 5], "augment": "none"}))
 

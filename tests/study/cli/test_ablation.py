@@ -140,14 +140,14 @@ def test_levels_are_tested_once_with_the_baseline_and_that_is_an_analysis(
         assert store.tests(study) == tests
         answered(*line, "all", "--json")
         (design,) = store.designs(study)
-    found = [(each["split"], each["order"]) for each in design.spec["analyses"]]
-    assert found == [("val", 1), ("test", 2), ("test", 3)]
+    found = [(each["split"], each["order"], each.get("cells")) for each in design.spec["analyses"]]
+    assert found == [("val", 1, None), ("test", 2, [0, 1]), ("test", 3, [0, 1, 2])]
 
 
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["test", "bees-ablation"], ["python -m study test bees-ablation --levels all"]),
+        (["test", "bees-ablation"], ["python -m study test bees-ablation", "--levels all"]),
         (["resume", "bees-ablation"], ["python -m study ablate bees-ablation"]),
         (["test", "bees", "--levels", "all"], ["--levels", "bees is a search"]),
         (
@@ -156,7 +156,6 @@ def test_levels_are_tested_once_with_the_baseline_and_that_is_an_analysis(
         ),
         (["report", "bees-ablation", "--beside", "bees"], ["bees is no ablation"]),
         (["ablate", "bees", "--design", "ofatt"], ["--design", "'ofatt'", "'ofat'"]),
-        (["ablate", "bees", "--factor", "augment"], ["--factor: must be KEY=VALUE"]),
         (["ablate", "bees", "--adaptive", "--design", "path"], ["--design ofat or loco"]),
         (["ablate", "bees", "--name", "bees"], ["study bees is a search"]),
     ],

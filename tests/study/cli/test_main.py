@@ -15,9 +15,8 @@ from study.cli.dashboard import publish
 from study.cli.main import DEFAULT_STORAGE, cli, main
 from study.config.load import load_config
 from study.record.record import Record
-from support import make_folder
+from support import ROOT, make_folder
 
-ROOT = Path(__file__).parents[3]
 COMMANDS = (
     *("run", "resume", "ablate", "audit", "list", "show", "status", "stop", "delete", "test"),
     *("report", "archive", "dashboard", "init", "backbones"),
@@ -26,13 +25,6 @@ HEAVY = (
     *("torch", "torchvision", "timm", "optuna", "sqlalchemy", "pandas", "scipy", "matplotlib"),
     *("sklearn", "pydantic", "numpy", "rich", "plotly"),
 )
-
-
-class Terminal(io.StringIO):
-    """A standard input at which somebody types."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_waiting_threads_are_passive_unless_the_user_says_otherwise(
@@ -69,7 +61,6 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
         ("rum", ["'rum'", "'run'"]),
         ("run --trails 3", ["'--trails'", "'--trials'", "python -m study run --help"]),
         ("run --config no.toml", ["no.toml: there is no such file", "python -m study init"]),
-        ("run --trials 0", ["--trials: study.trials"]),
         ("run --timeout soon", ["--time: study.time"]),
         ("run --data nowhere", ["data.source", "nowhere"]),
         ("list", ["no database studies.db"]),
@@ -115,11 +106,7 @@ def test_a_report_into_no_folder_and_an_unconfirmed_deletion_are_refused(
         ("python -m study backbones no-such >&-", 2, "error: "),
         ("python -m study --help >/dev/full", 2, "error: the working folder or standard output"),
         ('mkdir x && cd x && rmdir "$OLDPWD/x"; python -m study list', 2, "error: the working fo"),
-        (
-            "touch \u00fc.db; PYTHONIOENCODING=ascii python -m study list --storage \u00fc.db",
-            2,
-            "\\xfc",
-        ),
+        (">\u00fc; PYTHONIOENCODING=ascii python -m study list --storage \u00fc", 2, "\\xfc"),
         ("unset HOME; COLUMNS=1 TMPDIR=/no python -m study backbones timm:test_vit", 0, ""),
     ],
 )
@@ -250,7 +237,9 @@ def test_json_has_the_documented_fields(recorded: Path, answered: Callable[..., 
 def test_delete_does_what_is_answered(
     answer: str, is_gone: bool, recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    typed = io.StringIO(f"{answer}\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", typed)
     assert main(["delete", "ants"]) == 0
     with Record(DEFAULT_STORAGE) as store:
         assert (store.find_study("ants") is None) == is_gone
@@ -290,9 +279,7 @@ def test_test_refuses_weights_that_are_not_the_trials(
 
 SECRET = "hunter2"
 SECRET_URLS = (
-    f"nonsense://me:{SECRET}@db/x",
     f"nonsense://me:a {SECRET}@db/x",
-    f"nonsense://me@db/x?password={SECRET}&sslmode=require",
     f"nonsense://db/x?p%61ssword=a@{SECRET}",
     f"nonsense://me:a?b@db:5/x?sslkey={SECRET}",
 )

@@ -8,6 +8,7 @@ from small_study import rows_of
 
 from core.metrics import EpochMetrics
 from study.cli import views
+from study.config.formatting import study_command
 from study.config.study_config import StudySection
 from study.record.models import Test, Trial
 from study.search.search import SearchOutcome
@@ -62,9 +63,9 @@ def test_a_test_has_its_interval_and_says_whether_it_is_the_only_one() -> None:
 
 
 def test_the_next_commands_can_be_pasted() -> None:
-    assert views.study_command("show", "ants", "studies.db") == "python -m study show ants"
-    assert views.study_command("test", "my ants", "sub dir/a.db", "--levels all") == (
+    assert study_command("show", "ants", "studies.db") == "python -m study show ants"
+    assert study_command("test", "my ants", "sub dir/a.db", "--levels all") == (
         "python -m study test 'my ants' --storage 'sub dir/a.db' --levels all"
     )
-    secret = views.study_command("show", "a", "postgresql://me:hunter2@db/x")
+    secret = study_command("show", "a", "postgresql://me:hunter2@db/x")
     assert "hunter2" not in secret and "me:***@db/x" in secret

@@ -15,6 +15,7 @@ OVERRIDES = [
     "space.epochs={low=20, high=30}",
     "train.warmup_epochs=15",  # too many for the default number of epochs
     "train.clip_norm=1.0",
+    "train.views=none",
     "cache=1GB",
     "recipes=false",
     "study.time=90m",

@@ -131,6 +131,16 @@ def test_a_trial_killed_between_its_last_two_commits_is_reported_and_counted_onc
     _assert_equal_studies(home, whole)
 
 
+def test_a_solved_head_killed_between_its_last_two_commits_is_reported(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(home, 1, EPOCHS, 'train.head_solver="logistic"')
+    _dies_here(config, monkeypatch, "tell")
+    assert run(config, take_over=True).counts.complete == 1
+    (trial,), (row,) = optuna_trials(home), rows_of(home)
+    assert trial.value == row.value is not None
+
+
 @pytest.mark.parametrize(
     ("owner", "method"),
     [(trial_engine.TrialEngine, "_enter"), (Record, "add_epoch"), (Record, "end_trial")],
@@ -175,10 +185,12 @@ def test_settings_that_a_changed_space_lacks_are_dropped_and_named(
     assert any(text.startswith(dropped) for text in listener.notes)
 
 
+@pytest.mark.parametrize("strategy", ["sampler", "plan"])
 def test_settings_that_kill_the_process_run_three_more_times_at_most(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    config = config_of(home, 1)
+    space = ["space.freeze_depth={low=4, high=5}"] if strategy == "plan" else []
+    config = config_of(home, 1, *space, **{"search.strategy": strategy})
     for _ in range(6):
         _dies_here(config, monkeypatch, "add_epoch")
     params = [str(row.params) for row in rows_of(home)]

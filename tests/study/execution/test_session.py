@@ -18,12 +18,7 @@ from study.config.errors import ConfigError
 from study.config.load import load_config
 from study.config.search_space import distributions
 from study.config.study_config import StudyConfig, config_diff
-from study.execution.session import (
-    StudyHalted,
-    corner_configs,
-    made_with,
-    open_session,
-)
+from study.execution.session import StudyHalted, corner_configs, made_with, open_session
 from study.record.database import RecordError
 from study.record.record import Record
 from support import make_folder
@@ -180,7 +175,6 @@ def test_changed_images_are_refused_with_counts(home: Path, record: Record) -> N
     ("settings", "error", "shown"),
     [
         (["train.batch_size=13"], ConfigError, r"training images, 12, but got batch_size=13"),
-        (["train.batch_size=1"], ConfigError, "two images at a time .*batch_norm=frozen"),
         (["train.weights=nowhere.pth"], WeightsError, "there is no file"),
         ([*NO_LINEAR_HEAD, "space.freeze_depth=[3, 5]"], BackboneError, "train.head_solver=sgd"),
         (

@@ -106,21 +106,6 @@ def test_a_solved_head_is_one_epoch_that_cannot_be_pruned(home: Path) -> None:
     assert "base_lr" in row.without_effect
 
 
-@pytest.mark.parametrize(("keep_best", "kept"), [(None, 3), (1, 1), (0, 0)])
-def test_checkpoints_of_the_best_trials_are_kept(
-    home: Path, keep_best: int | None, kept: int
-) -> None:
-    with opened(home) as session:
-        engine = TrialEngine(session, keep_best)
-        for rate in (1e-4, 1e-2, 1e-3):
-            engine.run(_request(session, base_lr=rate))
-    rows = rows_of(home)
-    best = {row.number for row in sorted(rows, key=lambda row: row.rank)[:kept]}
-    folders = (home / "runs" / "photos").glob("trial-*")
-    assert {row.number for row in rows if row.checkpoint} == best
-    assert {int(folder.name[-4:]) for folder in folders} == best
-
-
 def test_the_same_failure_three_times_in_a_row_halts_the_study_and_is_named(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,19 +124,9 @@ def test_the_same_failure_three_times_in_a_row_halts_the_study_and_is_named(
     assert "python -m study resume photos" in capsys.readouterr().err
 
 
-def test_trials_that_diverge_do_not_halt_a_study(home: Path) -> None:
-    with opened(home) as session:
-        engine = TrialEngine(session)
-        results = [engine.run(_request(session, base_lr=1e30)) for _ in range(4)]
-    assert all(str(result.reason).startswith("diverged: ") for result in results)
-
-
 @pytest.mark.parametrize("size", [1 << 12, 1 << 20])  # of the record, of a checkpoint
 def test_a_full_disk_ends_the_run_with_what_to_do_and_resume_continues(
-    home: Path,
-    size: int,
-    limit_files: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
+    home: Path, size: int, limit_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         monkeypatch.context() as patch,

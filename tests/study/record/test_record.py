@@ -173,6 +173,8 @@ def test_trial_of_a_dead_process_is_interrupted_and_its_study_is_free(store: Rec
     assert (summary.counts.running, summary.counts.interrupted) == (0, 1)
     store.begin_run(study, command="y", device="cpu", versions={})
     assert [row.state for row in store.trials(study)] == ["running"]
+    dead, alive = store.runs(study)
+    assert (dead.outcome, dead.ended_at is None, alive.ended_at) == ("lost", False, None)
 
 
 def test_begin_run_takes_over_another_machine_only_when_asked(store: Record) -> None:
@@ -181,7 +183,9 @@ def test_begin_run_takes_over_another_machine_only_when_asked(store: Record) -> 
         connection.execute(sqlalchemy.text("UPDATE frostline_runs SET host = 'elsewhere'"))
     with pytest.raises(RecordError, match="If that machine is gone, add --take-over"):
         store.begin_run(study, command="x", device="cpu", versions={})
-    assert store.begin_run(study, command="x", device="cpu", versions={}, take_over=True) > run
+    second = store.begin_run(study, command="x", device="cpu", versions={}, take_over=True)
+    store.end_run(second, "trials")
+    assert store.begin_run(study, command="x", device="cpu", versions={}) > second > run  # once
 
 
 def test_opening_a_database_again_leaves_the_locks_of_this_process(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_study import Listener, config_of, make_home, optuna_trials, run
+from small_study import Listener, config_of, make_home, optuna_trials, rows_of, run
 
 from reports.pruning import audit_of
 from reports.record import read_record
@@ -36,8 +36,7 @@ def _audit(store: Record, n: int) -> object:
 
 def test_an_audit_trains_pruned_trials_to_the_end_and_goes_on_where_it_was(home: Path) -> None:
     with Record(str(home / "s.db")) as store:
-        pruned = {t.number: t for t in store.trials(store.study("photos").id)}
-        pruned = {k: t for k, t in pruned.items() if t.state == "pruned"}
+        pruned = {trial.number: trial for trial in rows_of(home) if trial.state == "pruned"}
         assert len(pruned) >= 3, "the pruner had nothing to do: the test shows nothing"
         _audit(store, 1)
         first = store.trials(store.study("photos-audit").id)

@@ -1,6 +1,8 @@
 """What a planned search leaves: the model, its refits, its deadline and its resumption."""
 
 import json
+import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from small_study import bare_trial, config_of, make_home, rows_of, run
+from small_study import Reacts, bare_trial, config_of, make_home, rows_of, run
 
 from core.config import TrainConfig
 from core.metrics import Evaluation, Reference
@@ -17,7 +19,7 @@ from core.training.checkpoint import write_predictions
 from study.cli.delete import delete_study
 from study.cli.views import summary_view
 from study.config.errors import ConfigError
-from study.execution.progress import QuietProgress
+from study.execution.progress import Note, QuietProgress
 from study.record.models import Trial
 from study.record.record import Record
 from study.search import first_look, search
@@ -82,6 +84,11 @@ def test_the_model_is_tested_once_and_only_its_own_files_go_with_the_study(tmp_p
         first = read_test_split(record, "photos", **options)
         assert read_test_split(record, "photos", **options).id == first.id
         assert first.of == "the model" and first.val_acc == _model(home)["val_acc"]
+        facts = (own / "model.json").read_text()
+        (own / "model.json").write_text(json.dumps(_model(home) | {"created_at": "2020"}))
+        with pytest.raises(ConfigError, match="must have its own model"):
+            read_test_split(record, "photos", **options)
+        (own / "model.json").write_text(facts)
         delete_study(record, "photos", command="delete")
     assert [path.name for path in own.iterdir()] == ["notes.txt"]
 
@@ -182,6 +189,7 @@ def test_a_plan_that_a_study_left_is_run_again_and_gives_the_same(
         [(row.params, row.score, row.state) for row in rows_of(place)] for place in (done, home)
     )
     assert first == again
+    assert run(config_of(home, 30, *SETTINGS, **NETWORKS)).stopped_because == "plan"  # resumed
     untried = first[0][0] | {"freeze_depth": 3, "features": "last"}
     plan.write_text(json.dumps([{"params": untried}]))
     with pytest.raises(ConfigError, match="has other trials"):
@@ -197,6 +205,19 @@ def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None
     assert not (home / "s.db").exists()
 
 
+def test_ctrl_c_in_a_refit_ends_a_study_that_resume_refits(tmp_path: Path) -> None:
+    home = make_home(tmp_path, SPACE, n=40)
+    config = config_of(home, 3, *SETTINGS, "space.freeze_depth=4", "train.epochs=40")
+    in_a_refit = Reacts(
+        lambda event: isinstance(event, Note) and "fitted again" in event.text,
+        lambda: signal.raise_signal(signal.SIGINT),
+    )
+    assert run(config, progress=in_a_refit).stopped_because == "interrupted"
+    assert _model(home)["refitted"] == [False]
+    assert run(config).stopped_because != "interrupted"
+    assert _model(home)["refitted"] == [True]
+
+
 def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) -> None:
     home = make_home(tmp_path, SPACE, n=40)
     config = {**NETWORKS, "study.refit": False, "study.finish": "single"}
@@ -210,10 +231,14 @@ def test_without_refit_the_model_has_seen_no_validation_image(tmp_path: Path) ->
     assert model.read_bytes() == trial.read_bytes() and own.is_dir()
     # A later process knows what is there, and a refit makes it another.
     before = _model(home)
+    (folder / "splits.csv").write_text("split,pa")  # the disk was full
     run(config_of(home, 2, *SETTINGS, **config))
     assert _model(home) == before
     run(config_of(home, 2, *SETTINGS, **config | {"study.refit": True}))
     assert _model(home)["refitted"] == [True]
+    shutil.rmtree(trial.parent)  # then another trial's checkpoint gives the model
+    run(config_of(home, 2, *SETTINGS, **config))
+    assert _model(home)["trials"] != [number]
 
 
 def test_of_many_images_a_sample_gives_a_first_model_which_is_not_tested(

@@ -8,7 +8,7 @@ from small_study import bare_trial
 
 from core.config import TrainConfig
 from study.config.search_space import DEFAULT_SPACE, Choices, Range, apply_params, parse_space
-from study.record.models import Trial
+from study.record.models import COPY, Trial
 from study.search.planner import SAMPLED, NetworkCost, Planner, Step
 
 SIZES = parse_space(DEFAULT_SPACE)[0]
@@ -188,6 +188,20 @@ def test_a_space_without_levels_or_networks_is_planned_too() -> None:
     own = {"space": {"base_lr": Range(3e-5, 3e-3, log=True)}, "costs": {(): COSTS[LITE0,]}}
     steps, _ = _play(_planner(**own, base=replace(PLAIN, freeze_depth=4)), lambda _: 0.8)
     assert [step.is_sampled for step in steps] == [False] + [True] * 4
+    # No head to start from is proposed where the space has none, or trains it.
+    space = {key: dim for key, dim in SPACE.items() if key != "freeze_depth"}
+    steps, _ = _play(_planner(space=space, base=replace(PLAIN, freeze_depth=2)), lambda _: 0.8)
+    assert all(step.params["features"] == "several" for step in steps)
+    trained = _planner(base=replace(PLAIN, head_solver="sgd"))
+    assert all(step.reason != "solved head to thaw from" for step in trained.preview(None))
+
+
+def test_what_copies_another_trial_is_not_proposed_again() -> None:
+    step = _planner().next([], None, None)
+    assert isinstance(step, Step)
+    copy = _row(step, apply_params(PLAIN, step.params), 0.7, origin=f"{COPY}3")
+    following = _planner().next([copy], None, None)
+    assert isinstance(following, Step) and following.params != step.params
 
 
 def test_a_step_of_all_layers_takes_the_measured_passes_and_one_of_fewer_fewer() -> None:
@@ -195,4 +209,5 @@ def test_a_step_of_all_layers_takes_the_measured_passes_and_one_of_fewer_fewer()
     seconds = [cost.seconds(TrainConfig(freeze_depth=k, epochs=1), 1000, 0, 5) for k in (0, 2, 4)]
     # 6 ms a pass; at level 4 nine tenths are passed through, and 2.5 steps' worth of the rest.
     passes = [5.5, 0.5 + 0.5 * 4, 0.9 + 0.1 * 2.5]
-    assert seconds == pytest.approx([1.1 + 6 * n for n in passes])
+    solver_s = 1.1e-7 * 1000 * 1280 * 5  # of the head that it starts from
+    assert seconds == pytest.approx([1.1 + solver_s + 6 * n for n in passes])
