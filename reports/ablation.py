@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from study.config.formatting import study_command
 from study.record.database import RecordError
 from study.record.frames import read_predictions
 from study.record.models import UNFINISHED, Design, Study, Trial, chosen_by
@@ -23,10 +24,15 @@ Correct = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """An analysis of the first n replicates, which may spend this share of alpha."""
+    """An analysis of the first n replicates, which may spend this share of alpha.
+
+    Attributes:
+        cells: Those that it saw; None for all.
+    """
 
     n: int
     share: float
+    cells: frozenset[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +155,15 @@ class Ablation:
 
     @property
     def n_images(self) -> int:
-        """Count the images that the runs are judged by: of one split, or of all folds."""
+        """Count the images that the runs are judged by: of one split, or of the folds so far."""
+        n = self.n_images_planned
+        return n if self.n_folds == 1 else round(n * min(1.0, self.replicates / self.n_folds))
+
+    @property
+    def n_images_planned(self) -> int:
+        """Count the images of the validation split, or of all folds."""
         data = self.study.data
-        if self.n_folds > 1:
-            whole = int(data["n_train"]) + int(data["n_val"])
-            return round(whole * min(1.0, self.replicates / self.n_folds))
-        return int(data["n_val"])
+        return int(data["n_val"]) + int(data["n_train"]) * (self.n_folds > 1)
 
     @property
     def chosen_by(self) -> str:
@@ -187,8 +196,9 @@ class Ablation:
             if analysis["split"] == split:
                 replicates = analysis["replicates"]
                 steps = np.diff([0.0, *((n / replicates[-1]) ** 2 for n in replicates)])
-                shares = steps / 2 ** analysis["order"]
-                looks += map(Look, replicates, shares.tolist())
+                shares = (steps / 2 ** analysis["order"]).tolist()
+                seen = frozenset(analysis["cells"]) if "cells" in analysis else None
+                looks += [Look(*each, seen) for each in zip(replicates, shares, strict=True)]
         return looks
 
     def position(self, levels: Mapping[str, str]) -> int:
@@ -215,7 +225,8 @@ def read_ablations(store: Record, name: str) -> list[Ablation]:
     designs = store.designs(study.id)
     if not designs:
         raise RecordError(
-            f"study {name} is no ablation. Make one of it: python -m study ablate {name}"
+            f"study {name} is no ablation. Make one of it: "
+            + study_command("ablate", name, store.storage)
         )
     rows = store.trials(study.id)
     trials = _by_identity(rows)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Plot:
         paths = []
         for suffix, width in WIDTHS.items():
             for kind in _UNSTABLE:
-                paths.append(folder / f"{self.name}{suffix}.{kind}")
+                name = re.sub(r"[^\w.-]+", "-", self.name)  # factors may be called anything
+                paths.append(folder / f"{name}{suffix}.{kind}")
                 paths[-1].write_bytes(self.render(kind, width))
         return paths
 
@@ -168,10 +170,10 @@ def _name_rows(labels: Sequence[str], ax: Axes) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Axes:
+def plot_replicates(runs: Sequence[Runs], names: Sequence[str], ax: Axes) -> Axes:
     """Draw every run's accuracy; a line joins the runs of one replicate over the settings.
 
-    `name` is what a replicate is, seed or fold; they are counted from `first`.
+    `names` are those of the replicates.
     """
     entries = []
     for r, row in enumerate(np.stack([each.accuracies["val"] for each in runs], axis=1)):
@@ -183,7 +185,7 @@ def plot_replicates(runs: Sequence[Runs], name: str, first: int, ax: Axes) -> Ax
             "lw": 0.8,
         }
         ax.plot(row, range(len(runs)), ms=3.5, alpha=0.85, mew=0, **look)
-        entries.append(Line2D([], [], ms=4, label=f"{name} {first + r}", **look))
+        entries.append(Line2D([], [], ms=4, label=names[r], **look))
     for y, each in enumerate(runs):
         if math.isfinite(each.mean):
             ax.plot([each.mean, each.mean], [y - 0.32, y + 0.32], color=INK, lw=1.8)
@@ -268,7 +270,7 @@ def drawable(name: Any, limit: int) -> str:
 
 def accuracy_axis(axis: Any) -> None:
     """Write an axis of fractions as per cent, with a decimal where the span is narrow."""
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     low, high = axis.get_view_interval()
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.05 else 1))
 

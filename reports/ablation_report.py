@@ -170,7 +170,9 @@ def _cards(ablation: Ablation) -> Iterator[tuple[str, str, str]]:
     n_failed = sum(runs.n_failed for runs in ablation.runs)
     missing = f", {ablation.n_missing} missing" if ablation.n_missing else ""
     yield "Runs", str(sum(runs.n_run() for runs in ablation.runs)), f"{n_failed} failed{missing}"
-    parts = f"{ablation.n_folds} folds, each judges one replicate" if ablation.n_folds > 1 else ""
+    parts = (
+        f"{ablation.n_folds} folds, one for each replicate in turn" if ablation.n_folds > 1 else ""
+    )
     yield "Images", count(ablation.n_images), parts or "by which all runs are judged"
     n_test = int(ablation.study.data["n_test"])
     if ablation.n_tested:
@@ -303,11 +305,17 @@ def _fallen_findings(ablation: Ablation) -> Iterator[tuple[str, str]]:
 # Tables
 
 
+def _confidence_words(effects: Sequence[Effect]) -> str:
+    """Say of which confidence the intervals are; they may differ."""
+    low, high = (find((e.confidence for e in effects), default=0.95) for find in (min, max))
+    return f"{100 * low:.4g} %" if low == high else f"{100 * low:.4g} % or more"
+
+
 def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "val") -> Grid:
     """Show every comparison of a design in seven columns, the baseline first."""
     header = (
-        "Factor", "Level", "Accuracy, %", "Difference, points [95 %]", "p, corrected", "n",
-        "Verdict",
+        "Factor", "Level", "Accuracy, %", f"Difference, points [{_confidence_words(effects)}]",
+        "p, corrected", "n", "Verdict",
     )  # fmt: skip
     rows, group = [], ""
     own = ablation.own_levels
@@ -337,7 +345,7 @@ def effects_grid(ablation: Ablation, effects: Sequence[Effect], split: Split = "
         group = contrast.factor
     title = f"Ablation of {ablation.spec['origin']}"
     scope = scope_words(ablation, split)
-    is_wider = ablation.kind == "path" or len(ablation.looks(split)) > 1
+    is_wider = any(effect.confidence > 0.95 for effect in effects)
     wider = " (wider than 95 %, for repeated analyses or selected steps)" if is_wider else ""
     how = "for the candidates of all steps" if ablation.kind == "path" else "by Holm's method"
     note = (
@@ -413,20 +421,23 @@ def _plots(ablation: Ablation, effects: Sequence[Effect]) -> Iterator[Plot]:
     margin = ablation.margin
     yield Plot(
         "forest", "Differences",
-        "Each difference with its 95 % interval, not corrected for the others; the shape is the "
-        f"verdict after correction; differences within the band, ±{100 * margin:g} points, do not "
-        "matter.",
+        f"Each difference with its interval ({_confidence_words(effects)}), not corrected for the "
+        "others; the shape is the verdict after correction; differences within the band, "
+        f"±{100 * margin:g} points, do not matter.",
         lambda ax: plot_forest(effects, margin, ax), max(4, len(effects)),
     )  # fmt: skip
     runs = sorted(ablation.runs, key=lambda each: bool(each.levels))
-    replicate, first = "seed", ablation.first_seed
-    if ablation.n_folds > 1:
-        replicate, first = "fold", 1
+    numbers, k = range(len(runs[0].numbers)), ablation.n_folds
+    replicates = [f"seed {ablation.first_seed + r}" for r in numbers]
+    if k > 1:
+        replicates = [f"fold {r % k + 1}" for r in numbers]
+        if len(numbers) > k:
+            replicates = [f"{replicates[r]}, division {r // k + 1}" for r in numbers]
     yield Plot(
         "replicates", "Replicate by replicate",
         "Every run. A line joins the runs of one replicate: where lines run parallel, the "
         "replicates agree about the differences.",
-        lambda ax: plot_replicates(runs, replicate, first, ax), max(4, len(runs)),
+        lambda ax: plot_replicates(runs, replicates, ax), max(4, len(runs)),
     )  # fmt: skip
     if ablation.kind == "path":
         cells = [ablation.runs[k] for k in ablation.path_cells()]
@@ -472,17 +483,18 @@ def cell_means(ablation: Ablation, a: str, b: str) -> pd.DataFrame:
 
 def _size_plot(ablation: Ablation) -> Iterator[Plot]:
     """Draw accuracy over training images where their share is a factor of its own."""
-    sized = [runs for runs in ablation.runs if "train_fraction" in runs.levels]
+    cells = zip(ablation.spec["cells"], ablation.runs, strict=True)
+    sized = [
+        (c["overrides"], runs) for c, runs in cells if [*c["overrides"]] == ["train_fraction"]
+    ]
     if ablation.kind != "ofat" or not sized:
         return
     n_train = int(ablation.study.data["n_train"])
     if ablation.n_folds > 1:
-        n_train = round(ablation.n_images * (1 - 1 / ablation.n_folds))
+        n_train = round(ablation.n_images_planned * (1 - 1 / ablation.n_folds))
     own = ablation.study.config["train"].get("train_fraction", 1.0)
-    found = {
-        round(float(runs.levels.get("train_fraction", own)) * n_train): runs
-        for runs in (*sized, ablation.runs[ablation.position({})])
-    }
+    sized.append(({"train_fraction": own}, ablation.runs[ablation.position({})]))
+    found = {round(float(each["train_fraction"]) * n_train): runs for each, runs in sized}
     done = {size: runs for size, runs in sorted(found.items()) if math.isfinite(runs.mean)}
     yield Plot(
         "training-size", "Training images",
@@ -517,12 +529,13 @@ def effects_csv(section: Section) -> str:
 
 
 def runs_csv(ablation: Ablation) -> str:
-    """Write every run as CSV: setting, seed, fold, accuracies, why it failed."""
+    """Write every run as CSV: setting, seed, fold and division, accuracies, why it failed."""
     rows = [
         {
             "setting": runs.label,
             "seed": ablation.first_seed + k,
             "fold": k % ablation.n_folds,
+            "division": k // ablation.n_folds,
             "val_acc": runs.accuracies["val"][k],
             "test_acc": runs.accuracies["test"][k],
             "failure": runs.failures[k],

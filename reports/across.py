@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import PurePath
 
 import pandas as pd
 from scipy.stats import friedmanchisquare
 
 from reports.ablation import Ablation, Runs
+from reports.methods import dataset_name
 from reports.publish import Grid, mean_words, p_words
 from reports.words import plural
 
@@ -28,8 +28,7 @@ def score_frame(ablations: Sequence[Ablation]) -> pd.DataFrame:
 
 def dataset_names(ablations: Sequence[Ablation]) -> list[str]:
     """Name each ablation's dataset; the study's name where two would be equal."""
-    sources = [str(a.study.data.get("source", "")).removeprefix("folder:") for a in ablations]
-    names = [PurePath(source).name or source for source in sources]
+    names = [dataset_name(ablation) for ablation in ablations]
     return names if len(set(names)) == len(names) else [a.study.name for a in ablations]
 
 

@@ -63,7 +63,9 @@ def disagreements(
     alone.sort(key=lambda effect: -abs(effect.difference.estimate))
     try:
         splits = pd.read_csv(
-            ablation.study.output / SPLITS_FILE, dtype={"path": str, "class": str}
+            ablation.study.output / SPLITS_FILE,
+            dtype={"path": str, "class": str},
+            keep_default_na=False,  # a class may be called None
         )
     except (OSError, ValueError):
         return None
@@ -106,7 +108,10 @@ def _by_image(ablation: Ablation, runs: Runs, splits: pd.DataFrame) -> pd.DataFr
         if ablation.n_folds > 1:
             repetition, fold = divmod(replicate, ablation.n_folds)
             seed = int(ablation.study.config["data"]["split_seed"]) + repetition
-            images = splits[splits[folds_column(ablation.n_folds, seed)] == fold]
+            column = folds_column(ablation.n_folds, seed)
+            if column not in splits:  # the images' names have changed since
+                continue
+            images = splits[splits[column] == fold]
         if len(images) == len(correct):
             parts.append(images[["path", "class"]].assign(right=correct))
     if not parts:

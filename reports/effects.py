@@ -76,7 +76,8 @@ class Effect:
 
     Attributes:
         n: Replicates that are complete in all of its cells.
-        difference: Mean with its 95 % interval, which is not corrected for other contrasts.
+        difference: Mean with its interval, which is not corrected for other contrasts.
+        confidence: Of the interval: 0.95, or more after several analyses and of a path's steps.
         sd: Standard deviation of the replicates' differences.
         median: Their median.
         p: Two-sided, over seeds and images, not corrected.
@@ -93,6 +94,7 @@ class Effect:
     contrast: Contrast
     n: int
     difference: Interval
+    confidence: float
     sd: float
     median: float
     p: float
@@ -217,13 +219,18 @@ def _estimated(ablation: Ablation, contrast: Contrast, split: Split) -> tuple[Ef
     """
     differences = _differences(ablation, contrast, split)
     n_run = min(ablation.runs[k].n_run(split) for k in contrast.weights)
-    looks = [look for look in ablation.looks(split) if look.n <= n_run]
+    looks = [
+        look
+        for look in ablation.looks(split)
+        if look.n <= n_run and (look.cells is None or look.cells >= contrast.weights.keys())
+    ]
     n = max((look.n for look in looks), default=len(differences))
     rows = [row for row in differences[:n] if row is not None]
     inference = _infer(ablation, contrast, rows, split)
     means = np.array([row.mean() for row in rows])
     # After several analyses, an interval that holds over all of them.
     share = looks[-1].share if len(looks) > 1 else 1.0
+    confidence = 1 - 0.05 * share / contrast.n_tests
     added = [ablation.runs[k] for k, weight in contrast.weights.items() if weight > 0]
     n_failed = sum(runs.n_failed for runs in added) if split == "val" else 0
     verdict: Verdict = "inconclusive"
@@ -243,7 +250,8 @@ def _estimated(ablation: Ablation, contrast: Contrast, split: Split) -> tuple[Ef
     effect = Effect(
         contrast=contrast,
         n=len(rows),
-        difference=inference.interval(1 - 0.05 * share / contrast.n_tests),
+        difference=inference.interval(confidence),
+        confidence=confidence,
         sd=float(means.std(ddof=1)) if len(means) > 1 else math.nan,
         median=float(np.median(means)) if len(means) else math.nan,
         p=inference.p,
@@ -265,7 +273,7 @@ def _p_values(
     equal = seeds = math.nan
     if any(row.any() for row in rows):  # a few equal runs do not show how much others scatter
         equal = inference.equivalence_p(ablation.margin)
-    if rows and (split == "test" or ablation.n_folds == 1):
+    if rows and _has_seed(ablation, contrast) and (split == "test" or ablation.n_folds == 1):
         seeds = seeds_only_p(np.array([row.mean() for row in rows]), 1 / len(rows[0]))
     return np.array([inference.p, equal, seeds])
 
@@ -288,8 +296,12 @@ def _infer(
         return Inference(0, 0, math.nan)
     if split == "val" and ablation.n_folds > 1:
         return resampled(rows, ablation.n_folds)
-    has_seed = not all(ablation.runs[k].is_solved for k in contrast.weights)
-    return crossed(np.stack(rows), has_seed=has_seed)
+    return crossed(np.stack(rows), has_seed=_has_seed(ablation, contrast))
+
+
+def _has_seed(ablation: Ablation, contrast: Contrast) -> bool:
+    """Return whether replicates differ; solved heads of the same training images do not."""
+    return ablation.n_folds > 1 or not all(ablation.runs[k].is_solved for k in contrast.weights)
 
 
 def _judged(ablation: Ablation, effect: Effect, inference: Inference) -> Effect:

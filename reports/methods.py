@@ -1,5 +1,7 @@
 """What an ablation did, in words: below its tables, and as a paragraph for a paper."""
 
+from pathlib import PurePath
+
 from reports.ablation import Ablation, Split
 from reports.intervals import selection_bias
 from reports.words import plural
@@ -7,15 +9,21 @@ from reports.words import plural
 _SPLITS: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
+def dataset_name(ablation: Ablation) -> str:
+    """Name the images by the last part of their folder, or by their source."""
+    source = str(ablation.study.data["source"]).removeprefix("folder:")
+    return PurePath(source).name or source
+
+
 def data_words(ablation: Ablation) -> str:
     """Say which images, how many, and how to recognise them."""
     data = ablation.study.data
-    source = data["source"].removeprefix("folder:").rstrip("/").rpartition("/")[2]
     counts = f"{data['n_train']} training, {data['n_val']} validation"
     if data["n_test"]:
         counts += f", {data['n_test']} test"
     classes = plural(len(data["classes"]), "class", "classes")
-    return f"{source}: {counts} images, {classes}, fingerprint {data['fingerprint'][:8]}"
+    counts = f"{dataset_name(ablation)}: {counts} images, {classes}"
+    return f"{counts}, fingerprint {data['fingerprint'][:8]}"
 
 
 def seeds_words(ablation: Ablation) -> str:
@@ -55,17 +63,21 @@ def bias_words(ablation: Ablation) -> str:
     chosen = ablation.spec["chosen"]
     if not chosen:
         return ""
-    if ablation.study.config["data"].get("judged_by") == "ablation":
+    is_apart = ablation.study.config["data"].get("judged_by") == "ablation"
+    if is_apart and ablation.n_folds == 1:
         return "The search that found the baseline saw none of these images."
     bias = selection_bias(chosen["value"], int(chosen["n_val"]), int(chosen["epochs"]))
-    scale = 100 * min(1.0, chosen["n_val"] / ablation.n_images)
+    scale = 100 * min(1.0, chosen["n_val"] / ablation.n_images_planned)
     part = "some" if ablation.n_folds > 1 else "all"
+    remedy = "data.ablation_fraction keeps images apart against that."
+    if is_apart:
+        remedy = "ablation.folds = 1 judges by images that were kept apart."
     return (
         f"A search chose the baseline by {part} of these images, so that levels look worse than "
         f"they are: by about {scale * chosen['bias']:.1f} points (simulated from its trials' "
         f"predictions, as if all were equally good), by {scale * bias:.1f} at most (the best of "
         f"{int(chosen['epochs'])} epochs on {int(chosen['n_val'])} images); "
-        "data.ablation_fraction keeps images apart against that."
+        f"{remedy}"
     )
 
 

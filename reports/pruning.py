@@ -56,6 +56,8 @@ class Audit:
                 f"{percent_range(share.low, share.high, 0)})."
             )
             top = max(self.trials, key=lambda t: -1 if math.isnan(t.full_score) else t.full_score)
+            if math.isnan(top.full_value):
+                return sentences  # all of them diverged
             sentences.append(
                 f"The best of them by that, trial {top.number}, ends at {percent(top.full_value)}"
                 f", {signed(100 * (top.full_value - self.best), 1)} points from the best."

@@ -32,6 +32,7 @@ from study.record.models import (
     Test,
     Trial,
     best_of,
+    is_model_of,
 )
 from study.record.record import Record
 
@@ -144,9 +145,10 @@ def read_record(store: Record, name: str) -> SearchRecord:
         RecordError: There is no such study.
     """
     study = store.study(name)
-    model = {}
+    model: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        model = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
+        found = json.loads((study.output / MODEL_FOLDER / "model.json").read_text("utf-8"))
+        model = found if isinstance(found, dict) and is_model_of(study, found) else {}
     # Of columns that hold no value yet pandas would make objects.
     figures = dict.fromkeys(("value", "score", "duration_s"), float)
     trials, rows = read_trials(store, name).astype(figures), store.trials(study.id)

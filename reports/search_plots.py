@@ -210,13 +210,14 @@ def confusion(record: SearchRecord) -> Figure:
     ticks: dict[str, Any] = {"tickvals": list(range(len(names))), "ticktext": names}
     if len(classes) > _MOST_NAMED:
         ticks = {}
-    text = [
+    # Of many classes the texts alone would be megabytes.
+    text = None if len(classes) > _MOST_NAMED else [
         [f"true {names[i]}<br>predicted {names[j]}<br>{plural(int(n), 'image')}"
          for j, n in enumerate(row)] for i, row in enumerate(counts)
     ]  # fmt: skip
     data = go.Heatmap(
-        z=np.round(shares, 4).tolist(), hovertext=text, hoverinfo="text", colorscale="Blues",
-        zmin=0, zmax=1, showscale=False, xgap=1, ygap=1,
+        z=np.round(shares, 4).tolist(), hovertext=text, hoverinfo="text" if text else "all",
+        colorscale="Blues", zmin=0, zmax=1, showscale=False, xgap=1, ygap=1,
         text=counts.tolist() if len(classes) <= _MOST_COUNTED else None,
         texttemplate="%{text}" if len(classes) <= _MOST_COUNTED else None,
     )  # fmt: skip
@@ -266,7 +267,7 @@ def _progress(
         data.append(_steps([*x[is_new], x.iloc[-1]], [*best, best[-1]], "best so far"))
     if y.equals(trials["value"]):
         return _figure(data, x_title, "validation accuracy", yaxis_tickformat=_PERCENT)
-    return _figure(data, x_title, "score, exp(−validation loss)")
+    return _figure(data, x_title, "score, by which trials are ranked")
 
 
 @plot(
@@ -308,14 +309,20 @@ def slices(record: SearchRecord) -> dict[str, Figure]:
         x = own[f"params_{name}"]
         axis: dict[str, Any] = {}
         if isinstance(dim, CategoricalDistribution):
-            x = x.map(_short)
-            choices = [_short(choice) for choice in dim.choices]
-            axis = {"type": "category", "categoryorder": "array", "categoryarray": choices}
+            shorts = [_short(choice) for choice in dim.choices]
+            labels = {  # two choices may be alike when they are cut short
+                choice: text if shorts.count(text) == 1 else f"{text} ({k})"
+                for k, (choice, text) in enumerate(zip(dim.choices, shorts, strict=True), start=1)
+            }
+            x = x.map(lambda choice, own=labels: own.get(choice, _short(choice)))
+            axis = {"type": "category", "categoryorder": "array"}
+            axis |= {"categoryarray": [*labels.values()]}
         elif vars(dim)["log"]:
             axis = {"type": "log", "minor": {"showgrid": False}}
             axis |= {"exponentformat": "power", "nticks": 5}
         data = _by_state(own, x, own["value"])
-        figures[name] = _why_empty(record)
+        why = "It had no effect in any trial that has an accuracy."
+        figures[name] = why if len(trials) else _why_empty(record)
         if data:
             figures[name] = _figure(
                 data, yaxis_tickformat=_PERCENT, showlegend=False, xaxis=axis, height=240

@@ -31,7 +31,7 @@ from reports.words import (
     points,
     setting,
 )
-from study.config.formatting import hide_password, short_backbone
+from study.config.formatting import hide_password, short_backbone, study_command
 from study.record.models import COMMIT, MODEL_FOLDER, UNFINISHED, WEIGHTS_OF, Test, Trial
 from study.record.record import Record
 
@@ -111,6 +111,7 @@ def _contents(record: SearchRecord) -> dict[str, Any]:
         "n_wrong": _n_wrong(record),
         "tests": tests_grid(record),
         "trials": trials_rows(record),
+        "score": "accuracy" if config.get("monitor") == "val_acc" else "exp(−loss)",
         "thinned": thinned,
         "data": _data_facts(record),
         "runs": _runs_grid(record),
@@ -161,6 +162,8 @@ def cards(record: SearchRecord) -> list[tuple[str, str, str]]:
     if record.model:
         members = ", ".join(map(str, record.model.get("trials", [])))
         what = f"mean of trials {members}" if "," in members else f"trial {members}"
+        if not members:
+            what = f"a first look at {record.model.get('n_images')} images"
         found.insert(0, ("Model, validation", percent(record.model.get("val_acc")), what))
     if record.tests:
         first = record.tests[0]
@@ -215,8 +218,8 @@ def _best_finding(record: SearchRecord) -> str:
     if top_value > value:
         first = trials.loc[trials["value"] == top_value, "number"].iloc[0]
         text += (
-            f" It has the lowest {best.chosen_by}, by which trials are ranked; the highest "
-            f"accuracy has trial {first}, {percent(top_value)}."
+            " It has the highest score, by which trials are ranked; the highest accuracy has "
+            f"trial {first}, {percent(top_value)}."
         )
     is_recipe = trials["origin"].astype(str).str.startswith("recipe:")
     recipes = trials[is_recipe & (trials["state"] == "complete") & trials["value"].notna()]
@@ -340,10 +343,9 @@ def _next_finding(record: SearchRecord) -> str | None:
     outcome = record.runs[-1].outcome if record.runs else None
     if outcome not in ("no time", "timeout", "interrupted"):
         return None
-    return (
-        f"The last run ended before all was tried ({outcome}); python -m study resume "
-        f"{record.study.name} --time 30m continues it."
-    )
+    # The page may lie elsewhere by now, so it names no database.
+    command = study_command("resume", record.study.name, "studies.db", "--time 30m")
+    return f"The last run ended before all was tried ({outcome}); {command} continues it."
 
 
 def _test_line(record: SearchRecord) -> str:

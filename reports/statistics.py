@@ -157,7 +157,7 @@ def resampled(folds: Sequence[Array], n_folds: int) -> Inference:
     if n >= ENOUGH_FOLDS:
         of_images = float(np.mean([fold.var(ddof=1) for fold in folds])) / size
     beyond = max(0.0, float(means.var(ddof=1)) - of_images)
-    images = Part(of_images, of_images / (n_folds - 1), n_images - n_folds)
+    images = Part(of_images, of_images / (n_folds - 1), n_images - min(n, n_folds))
     return Inference(n, n_images, mean, (Part(beyond, beyond / (n_folds - 1)), images))
 
 

@@ -191,6 +191,8 @@ def design_of(kind: str, *switches: str, **levels: Sequence[str]) -> Design:
     factors = []
     for name, (own, *labels) in (dict.fromkeys(switches, ("off", "on")) | levels).items():
         others = [Level(label, {f"{name}_key": n}) for n, label in enumerate(labels)]
+        if name == "train_fraction":
+            others = [Level(label, {name: float(label)}) for label in labels]
         factors.append(Factor(name, own, tuple(others)))
     return DESIGNS[kind](factors)
 

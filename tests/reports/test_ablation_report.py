@@ -189,7 +189,7 @@ STATES: dict[str, tuple[Design, Simulator, list[dict[str, Any]], dict[str, Any]]
     "path": (PATH, COSTLY, [], {}),
     "factorial-failed": (FACTORIAL, only(is_whole, PLANTED, "diverged: nan"), [], {}),
     "path-begun": (design_of("path", "a", "b"), only(is_whole, PLANTED), [], {}),
-    "ofat-empty": (design_of("ofat", "a", "b"), lambda cell, replicate: None, [], {}),
+    "ofat-empty": (design_of("ofat", "a", "b"), lambda cell, r: None, [], {"n_folds": 5}),
     "path-empty": (design_of("path", "a", "b"), lambda cell, replicate: None, [], {}),
 }
 

@@ -173,6 +173,13 @@ def test_a_solved_head_needs_one_replicate_and_others_two() -> None:
     results = [planted(0.8), planted(0.9)]
     (solved,) = judge(in_memory(ONE, results, is_solved=True))
     assert (solved.n, solved.verdict) == (1, "improves")
+    # Copies for all replicates are no seeds, unless they are of other folds.
+    copies = in_memory(ONE, [planted(*[0.8] * 5), planted(*[0.81] * 5)], is_solved=True)
+    assert math.isnan(judge(copies)[0].p_seeds)
+    rows = scattered([0.8, 0.86], 3)
+    looks = analysis(1, 5), analysis(2, 3, split="test")
+    of_folds = in_memory(ONE, [STEADY] * 2, *looks, test=rows, is_solved=True, n_folds=5)
+    assert judge(of_folds, "test")[0].p == crossed(difference(*rows)).p
     (effect,) = judge(in_memory(ONE, results))
     assert effect.difference.estimate == pytest.approx(0.1)
     assert np.isnan((effect.p, effect.p_family, effect.p_equivalence, effect.difference.low)).all()
@@ -195,6 +202,17 @@ def test_the_kth_analysis_spends_the_kth_half_and_holm_comes_after_the_minimum()
     assert (early.n, early.p) == (3, crossed(pairs[0][:3]).p)
     (late,) = judge(in_memory(ONE, results[:2], analysis(1, 3), analysis(2, 9)))
     assert (late.n, late.p_family) == (3, min(1, 2 * early.p))
+
+
+def test_a_level_that_an_analysis_did_not_see_has_none_of_its_error() -> None:
+    design = design_of("ofat", a=["0", "1", "2"])
+    tested = scattered([0.8, 0.82, 0.9], 3)
+    first = analysis(2, 3, split="test") | {"cells": [0, 1]}
+    both = analysis(1, 5), first, analysis(3, 3, split="test") | {"cells": [0, 1, 2]}
+    effects = judge(in_memory(design, [STEADY] * 3, *both, test=tested), "test")
+    found = [crossed(difference(tested[0], own)).p for own in tested[1:]]
+    assert [e.p_family for e in effects] == holm([min(1, 4 * found[0]), min(1, 8 * found[1])])
+    assert [e.confidence for e in effects] == [1 - 0.05 / 8, 0.95]
 
 
 def test_interim_analyses_share_the_error_of_theirs() -> None:

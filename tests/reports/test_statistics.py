@@ -121,6 +121,8 @@ def test_few_folds_have_the_corrected_resampled_t_test() -> None:
     assert found.scatter() == pytest.approx((error, 2))
     assert found.p == pytest.approx(2 * stats.t.sf(0.25 / error, 2))
     assert math.isnan(resampled(folds[:1], 3).p)
+    few = resampled([*folds, 1 - folds[0]], 20)  # four folds of twenty
+    assert (few.n_images, few.parts[1].df) == (16, 12) and 0 < few.p < 1
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
@@ -215,3 +217,6 @@ def test_the_best_of_equal_trials_is_too_high_by_what_is_said(
     assert true - 0.002 <= most < true + (0.06 if alike else 0.03)
     assert simulated_bias(correct[:1]) == pytest.approx(simulated_bias(correct[[0, 0]])) == 0
     assert selection_bias(0.9, n, 1) == selection_bias(0.0, n, 5) == 0
+    poor = np.concatenate([correct[:3], rng.random((20, n)) < 0.5])  # they scatter more
+    best = float(poor.mean(axis=1).max())
+    assert simulated_bias(poor.astype(np.float64)) < selection_bias(best, n, len(poor)) + 0.005

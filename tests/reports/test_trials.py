@@ -100,6 +100,8 @@ def test_pruned_trials_are_drawn_at_an_estimate_that_keeps_their_order_at_the_ru
         ([], [[0.7]], [0.7]),
         # At epoch 1 it is 0.3 below the finished one; at epoch 0 the next is 0.1 below that.
         ([[0.6, 0.8, 0.9]], [[0.3, 0.5], [0.2]], [0.6, 0.5]),
+        # A solved head, of one epoch, did not go further.
+        ([[0.7], [0.4, 0.8], [0.6, 0.9]], [[0.5]], [0.85]),
     ],
 )
 def test_a_pruned_trial_is_read_off_the_trials_that_went_further(
