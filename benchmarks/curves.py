@@ -2,9 +2,11 @@
 
 Each photo set's fold of `minutes.py` is searched by `study run`, no trial stopped: the solved head
 that networks start from, then settings drawn at random. Every trial's curve, seconds and test
-accuracy go into one table; stopping rules are replayed over it, on random orders of the trials.
+accuracy go into one table; stopping rules are replayed over its trials of levels 3 and 4, on
+random orders. With `--deep`, trials of levels 0 to 2 are added to the table.
 
     python benchmarks/curves.py --data photos/hotdog --folds 0 --trials 30 --work /tmp/curves
+    python benchmarks/curves.py --data photos/hotdog --folds 0 --trials 6 --deep --work /tmp/curves
     python benchmarks/curves.py --work /tmp/curves --report --table benchmarks/tables/curves.csv.gz
 """
 
@@ -27,11 +29,12 @@ from study.record.frames import read_epochs, read_trials
 from study.record.record import Record
 
 N_REPLAYED, N_REPLAYS = 8, 2000  # trials of a replayed search; replays of each set and fold
+DEEP = 100  # what is added to the numbers of trials of levels 0 to 2
 CONFIG = """
 study = {finish = "single", refit = false, keep_checkpoints = 1000}
 search = {strategy = "sampler", sampler = "random", pruner = "none", recipes = false}
 [space]
-freeze_depth = {low = 3, high = 5}
+freeze_depth = {low = 0, high = 5}
 base_lr = {low = 1e-4, high = 5e-3, log = true}
 head_lr_mult = {low = 0.1, high = 10.0, log = true}
 weight_decay = {low = 1e-3, high = 0.3, log = true}
@@ -45,23 +48,26 @@ Rule = Callable[[dict[str, Any]], int]
 """Gives the epoch after which a trial ends, its last one or an earlier one."""
 
 
-def settings(n: int) -> list[dict[str, Any]]:
+def settings(n: int, is_deep: bool) -> list[dict[str, Any]]:
     """Draw settings, the same for all sets; the head that they start from comes first."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng([SEED, 1] if is_deep else SEED)
     own = {"freeze_depth": 5, "base_lr": 1e-3, "head_lr_mult": 1.0, "weight_decay": 0.05}
     found = [own | {"epochs": 8, "features": "last"}]
-    for _ in range(n):
-        rate, factor, decay = np.exp(rng.uniform(*np.log([(1e-4, 0.1, 1e-3), (5e-3, 10, 0.3)])))
+    for k in range(n):
+        ends = (1e-4, 0.1, 1e-3), (1e-3 if is_deep else 5e-3, 10, 0.3)
+        rate, factor, decay = np.exp(rng.uniform(*np.log(ends)))
         own = {"base_lr": rate, "head_lr_mult": factor, "weight_decay": decay}
         own |= {"freeze_depth": int(rng.integers(3, 5)), "epochs": int(rng.choice([4, 8]))}
+        if is_deep:
+            own["freeze_depth"] = k % 3
         found.append(own | {"features": "several"})
     return [{"params": params} for params in found]
 
 
-def search(case: Case, n: int) -> pd.DataFrame:
+def search(case: Case, n: int, is_deep: bool) -> pd.DataFrame:
     """Run or continue a fold's search; return a row per epoch."""
-    name, work = f"{case.photos.name}-{case.fold}", case.work.resolve()
-    (work / "plan.json").write_text(json.dumps(settings(n)))
+    name, work = f"{case.photos.name}-{case.fold}{'-deep' * is_deep}", case.work.resolve()
+    (work / "plan.json").write_text(json.dumps(settings(n, is_deep)))
     (work / "curves.toml").write_text(CONFIG)
     database = str(work / "curves.db")
     with Record(database, create=True) as record:
@@ -80,6 +86,8 @@ def search(case: Case, n: int) -> pd.DataFrame:
         trials.loc[number, "test"] = model_entry(case, 0.0, Path(folder))[1]
     kept = [*(column for column in trials if column.startswith("params_")), "duration_s", "test"]
     found = epochs.join(trials.loc[done.index, kept], on="number", how="inner")
+    found = found[found["number"] > 0] if is_deep else found  # its head is in the table
+    found["number"] += DEEP * is_deep
     return found.assign(set=case.photos.name, fold=case.fold)
 
 
@@ -161,11 +169,19 @@ def report(table: pd.DataFrame) -> None:
     names = ["winners stopped, %", "points lost", "time saved, %"]
     rows = []
     for (photos, fold), part in table.groupby(["set", "fold"]):
-        curves = read_curves(part)
-        gains = [100 * (t["test"] - curves[0]["test"]) for t in curves[1:]]
-        best = 100 * (max(curves, key=_score)["test"] - curves[0]["test"])
-        print(f"{photos} {fold}: {len(gains)} trials, test points to the head: mean "
-              f"{np.mean(gains):+.1f}, of the best score {best:+.1f}")  # fmt: skip
+        if part["number"].min() > 0:
+            print(f"{photos} {fold}: there is no head; run it without --deep, too")
+            continue
+        head, *thawed = read_curves(part)
+        curves = [head, *(trial for trial in thawed if trial["level"] > 2)]
+        deep = [trial for trial in thawed if trial["level"] <= 2]
+        for words, some in (("3 and 4", curves[1:]), ("0 to 2", deep)):
+            if some:
+                gains = [100 * (t["test"] - head["test"]) for t in some]
+                best = 100 * (max([head, *some], key=_score)["test"] - head["test"])
+                print(f"{photos} {fold}, levels {words}: {len(gains)} trials, test points to the "
+                      f"head: mean {np.mean(gains):+.1f}, of the best score {best:+.1f}; best "
+                      f"scores {_score(head):.3f} and {max(map(_score, some)):.3f}")  # fmt: skip
         for name, make in RULES.items():
             rows.append((name, photos, fold, *replay(curves, make, N_REPLAYS)))
     frame = pd.DataFrame(rows, columns=["rule", "set", "fold", *names])
@@ -187,20 +203,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", default=[])
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--deep", action="store_true", help="of levels 0 to 2")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--table", type=Path, help="the table (WORK/curves.csv.gz)")
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.table or args.work / "curves.csv.gz"
-    table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["set", "fold"])
+    table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["set", "fold", "number"])
     for photos in [] if args.report else map(PhotoSet.read, args.data):
         fold_of = partition(photos.labels.tolist(), photos.contents, N_FOLDS, SEED)
         for fold in args.folds:
             train, test = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-            found = search(Case(photos, fold, args.work, train, test), args.trials)
-            other = (table["set"] != photos.name) | (table["fold"] != fold)
-            table = pd.concat([table[other], found])
+            found = search(Case(photos, fold, args.work, train, test), args.trials, args.deep)
+            is_same = (table["set"] == photos.name) & (table["fold"] == fold)
+            is_same &= (table["number"] > DEEP) == args.deep
+            table = pd.concat([table[~is_same], found])
+            table = table.sort_values(["set", "fold", "number", "epoch"])
             table.to_csv(file, index=False, float_format="%.6g")
     if len(table):
         report(table)

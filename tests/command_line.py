@@ -116,7 +116,6 @@ class Run:
 
     Attributes:
         reported: What was reported to Optuna, by epochs done.
-        level: An ablation's level, or the trial that an audit trained.
     """
 
     number: int
@@ -127,7 +126,6 @@ class Run:
     reported: dict[int, float]
     epochs: list[dict[str, float]]
     checkpoint: Path | None
-    level: str | None
 
 
 def read_runs(home: Path, name: str) -> list[Run]:
@@ -143,7 +141,7 @@ def read_runs(home: Path, name: str) -> list[Run]:
         found = shown(home, name, "--trial", str(row["number"]))
         runs.append(
             Run(
-                **{key: row[key] for key in ("number", "state", "params", "value", "level")},
+                **{key: row[key] for key in ("number", "state", "params", "value")},
                 config=found["config"],
                 reported=known[row["number"]].intermediate_values,
                 epochs=[{key: epoch[key] for key in FIGURES} for epoch in found["epochs"]],

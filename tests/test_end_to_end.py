@@ -22,7 +22,6 @@ from command_line import (
     PRETRAINED,
     VIT,
     ablation,
-    best,
     effects,
     figures,
     kill_after_epoch,
@@ -41,24 +40,6 @@ pytestmark = pytest.mark.slow
 EVERY_SETTING = {"search.sampler": "grid", "search.pruner": "none"}
 DEPTHS = "freeze_depth = {low = 0, high = 5}\n"
 PHOTOS = {"data.source": "folder:photos"}
-
-
-def test_run_leaves_database_checkpoint_and_report(tmp_path: Path) -> None:
-    chosen = PRETRAINED | {"train.image_size": 64}
-    assert "report.html" in study(tmp_path, *search(tmp_path, "s", DEPTHS, 3, chosen))
-    runs = read_runs(tmp_path, "s")
-    # The linear probe is solved, in one epoch.
-    assert [(run.state, len(run.epochs)) for run in runs] == [("complete", n) for n in (1, 2, 2)]
-    assert [run.config["freeze_depth"] for run in runs] == [5, 3, 0]  # the recipes
-    number, value = best(tmp_path, "s")
-    found = runs[number]
-    assert found.value == value
-    assert min(run.epochs[-1]["val_loss"] for run in runs) == found.epochs[-1]["val_loss"]
-    assert found.checkpoint is not None
-    assert {p.name for p in found.checkpoint.iterdir()} >= {"model.safetensors", "card.json"}
-    page = Page(tmp_path / "frostline-runs/s/report/report.html")  # which loads nothing
-    assert f"{100 * value:.1f} %" in page.text
-    assert any(source.startswith("data:image/") for source in page.sources)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -80,13 +61,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert len(resumed) == trials and resumed == whole
 
 
-@pytest.mark.parametrize(("network", "levels"), [(PRETRAINED, [3, 5]), (VIT, [0, 3, 5])])
-def test_shared_work_changes_no_figure(
-    tmp_path: Path, network: dict[str, object], levels: list[int]
-) -> None:
-    space = f"freeze_depth = {levels}\naugment = ['none', 'standard']\n"
-    n = 2 * len(levels)
-    chosen = network | EVERY_SETTING | {"train.label_smoothing": 0.1, "data.limit": 32}
+def test_shared_work_changes_no_figure(tmp_path: Path) -> None:
+    space, n = "freeze_depth = [3, 5]\naugment = ['none', 'standard']\n", 4
+    chosen = PRETRAINED | EVERY_SETTING | {"train.label_smoothing": 0.1, "data.limit": 32}
 
     def cached() -> int:
         return sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*") if p.is_file())

@@ -20,18 +20,8 @@ RECORD = (
 ABOVE = [ROOT / f"study/cli/{name}.py" for name in ("main", "ablation", "dashboard", "views")]
 MODULES = sorted({path for name in OURS for path in (ROOT / name).rglob("*.py")} - {*ABOVE})
 HEAVY = ("torch", "torchvision", "timm")
-# These answer before torch is loaded, or run where it is not needed.
-LIGHT = (
-    "core.config",
-    "core.metrics",
-    "study.cli.main",
-    "study.cli.views",
-    "study.config.formatting",
-    "study.config.load",
-    "study.config.toml",
-    "study.execution.progress",
-    "study.execution.terminal",
-)
+# These, and what they import, answer before torch is loaded, or run where it is not needed.
+LIGHT = ("study.cli.main", "study.cli.views", "study.config.load", "study.execution.terminal")
 TOO_HEAVY = {module: (*HEAVY, "pandas") for module in RECORD} | {
     module: (*HEAVY, "pandas", "optuna", "matplotlib") for module in LIGHT
 }
