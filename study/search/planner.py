@@ -156,18 +156,25 @@ class Planner:
         self._depths = freeze_depths(space, base)
 
     def next(
-        self, rows: Sequence[Trial], left_s: float | None, total_s: float | None
+        self,
+        rows: Sequence[Trial],
+        left_s: float | None,
+        total_s: float | None,
+        refits_s: float = 0.0,
     ) -> Step | str:
         """Return the next trial, or why there is none.
 
         That is `no time` where those that may gain do not fit into it, else `no gain`. The time
-        is what trials may still take, and that of the whole run; None for no limit.
+        is what is left, and that of the whole run; None for no limit. Of what is left, so much is
+        for refits, unless a trial that promises more would not fit.
         """
+        whole_s = left_s
+        left_s = None if left_s is None else left_s - refits_s
         pace, made = self._pace(rows)
         self.left_out = []
         for wanted in self._wanted(rows):
             if wanted is None:
-                if fitting := _first_fitting(self.left_out, left_s):
+                if fitting := _first_fitting(self.left_out, whole_s):
                     return fitting
                 continue
             params, reason, is_sampled = wanted
@@ -270,6 +277,8 @@ class Planner:
             ("mirrored", True, "solved head, mirrored"),
             ("features", "last", "solved head, last layer"),
         ):
+            if gained and key == "mirrored":  # the time is better spent on refits
+                continue
             if key in self._space and self._space[key].nearest(value) == value:
                 yield from self._heads(rows, [*small, *better], reason, {key: value})
         drawn = itertools.dropwhile(lambda row: row.origin != SAMPLED, rows)

@@ -226,8 +226,9 @@ class _Search:
             self.planner = make_planner(self.config, self.session.data, self.session.run_id)
         left = self._left_s()
         refits_s = sum(map(_refit_s, self.model.to_refit()))
-        left -= min(refits_s, _LARGEST_SHARE_OF_REFITS * left)
-        return self.planner.next([*self.rows, *self.dropped], left, self.config.study.seconds)
+        refits_s = min(refits_s, _LARGEST_SHARE_OF_REFITS * left)
+        rows = [*self.rows, *self.dropped]
+        return self.planner.next(rows, left, self.config.study.seconds, refits_s)
 
     def images_per_s(self) -> float | None:
         """Return how many images the model classifies per second; None where nothing is known."""
