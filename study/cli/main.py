@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
 import os
 import re
 import shlex
@@ -328,7 +329,11 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     commands = ["resume" if outcome.stopped_because in HALTED else "show"]
     commands += ["report"] * (report is None)
     commands += ["test"] * bool(outcome.best and outcome.n_test)
+    again = outcome.next_time
+    if outcome.stopped_because == "timeout" and outcome.best is None:  # too short for one trial
+        again = f"{2 * math.ceil((config.study.seconds or 60) / 60)}m"
     lines = [study_command(command, name, storage) for command in commands]
+    lines[0] += f" --time {again}" if again else ""
     views.print_next([*lines, study_command("dashboard", "", storage)])
 
 

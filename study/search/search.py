@@ -72,6 +72,7 @@ class SearchOutcome:
         model: What the study's model is made of, if there is one.
         output: Folder of the study's model, checkpoints and report.
         images_per_s: What it classifies here, by a plan's measured forward passes.
+        next_time: With which `resume` has the time for what was left out, as `--time` takes it.
     """
 
     stopped_because: str
@@ -82,6 +83,7 @@ class SearchOutcome:
     model: Choice | None = None
     output: Path = Path()
     images_per_s: float | None = None
+    next_time: str | None = None
 
     @property
     def counts(self) -> Counts:
@@ -155,6 +157,7 @@ def run_search(
                 search.model.choice,
                 session.output,
                 search.images_per_s(),
+                search.next_time,
             )
 
 
@@ -179,6 +182,7 @@ class _Search:
         self.planner: Planner | None = None
         self.engine = TrialEngine(session, keep_best=self.config.study.keep_checkpoints)
         self.forecasts: dict[int, float] = {}
+        self.next_time: str | None = None
         self.rows: list[Trial] = []  # those that ended by themselves, in their order
         self.dropped: list[Trial] = []  # those that ended the process too often
 
@@ -260,9 +264,10 @@ class _Search:
         drawn = RATES if step.is_sampled else ()
         params = {key: value for key, value in step.params.items() if key not in drawn}
         what = describe_trial(f"plan: {step.reason}", params)
+        self.next_time = f"{minutes}m"
         self._note(
-            f"Left out: {what}, of about {format_duration(step.forecast_s)}; "
-            f"resume --time {minutes}m has the time for it."
+            f"Left out: {what}, of about {format_duration(step.forecast_s)}; resume with "
+            f"--time {self.next_time} has the time for it."
         )
 
     def _show(self, rows: list[Trial]) -> None:
