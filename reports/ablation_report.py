@@ -535,7 +535,7 @@ def runs_csv(ablation: Ablation) -> str:
             "setting": runs.label,
             "seed": ablation.first_seed + k,
             "fold": k % ablation.n_folds,
-            "division": k // ablation.n_folds,
+            "division": k // ablation.n_folds if ablation.n_folds > 1 else 0,
             "val_acc": runs.accuracies["val"][k],
             "test_acc": runs.accuracies["test"][k],
             "failure": runs.failures[k],

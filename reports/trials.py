@@ -158,7 +158,7 @@ def importances(
     The variance of each setting's main effect over the whole space (functional analysis of
     variance), as a forest of extremely randomised trees predicts it from all trials, the pruned
     ones included, whose settings a sampler drew: those whose settings a plan chose are left out,
-    by their numbers in `planned`. The interval is a percentile bootstrap over trials (estimated
+    by their numbers in `planned`. The interval is a bootstrap over trials (estimated
     accuracies are kept).
 
     References:

@@ -99,10 +99,10 @@ def build_stores(
 ) -> list[ImageStore]:
     """Open the stores of images, one for each kind, decoding them first where that was not done.
 
-    A store is keyed by contents, kind and grey range, so folders may move and files be renamed;
-    equal contents are kept once. One process builds it while others wait; a damaged one is built
-    again. Stores that were not used for a day are pruned where all together take more than half of
-    what they take and what is free.
+    A store is keyed by contents, kind, grey range and libraries, so folders may move and files be
+    renamed; equal contents are kept once. One process builds it while others wait; a damaged one
+    is built again. Stores that were not used for a day are pruned where all together take more
+    than half of what they take and what is free.
 
     Raises:
         DataError: The disk is full, the cache folder cannot be written, or an image has changed.

@@ -12,7 +12,7 @@ share: a fit of n rows is penalised by 1 / (C * n).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,10 +84,8 @@ def solve_head(
 
     basis = _Basis(features, picked)
     hot = one_hot(labels, n_classes).to(basis.rows.dtype)
-    # Where some rows alone choose, the folds of all rows are fitted at the end.
-    n_last = 1 if len(picked) == n else n_folds
-    last = [masks.new_ones(n), *(fold_of != k for k in range(n_last))]
-    everything = _Fits(basis.scale, basis.rows, hot, torch.stack(last, dim=1), pulse)
+    both = torch.stack([masks.new_ones(n), fold_of != 0], dim=1)
+    everything = _Fits(basis.scale, basis.rows, hot, both, pulse)
     rows, hot = (basis.rows, hot) if len(picked) == n else (basis.rows[picked], hot[picked])
     folds = _Fits(basis.scale, rows, hot, masks, pulse)
     path = [1 / (c * n) for c in _DEFAULT_C] if decay is None else decay
@@ -103,11 +101,16 @@ def solve_head(
     best = min(losses, key=lambda d: losses[d])
     c = 1 / (best * n)
     heads = folds.solve(c, found[best], _TIGHT)
-    start = torch.cat([heads.mean(dim=1, keepdim=True), heads[:, :n_last]], dim=1)
+    start = torch.stack([heads.mean(dim=1), heads[:, 0]], dim=1)
     final = everything.solve(c, start, _TIGHT)
     weight, bias = (part.to(device) for part in basis.back(final[:, 0]))
     apart = [part.to(device) for part in basis.back(final[:, 1])]
-    heads = torch.cat([final[:, 1:], heads[:, n_last:]], dim=1)
+    others = [heads[:, k : k + 1] for k in range(1, n_folds)]
+    if len(picked) < n:  # some rows alone chose; one fold after the other, which takes less memory
+        for k, start in enumerate(others, start=1):
+            fold = replace(everything, masks=(fold_of != k)[:, None])
+            others[k - 1] = fold.solve(c, start, _TIGHT)
+    heads = torch.cat([final[:, 1:], *others], dim=1)
     return SolvedHead(
         weight=weight,
         bias=bias,

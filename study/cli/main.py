@@ -330,7 +330,8 @@ def _print_outcome(config: "StudyConfig", outcome: "SearchOutcome") -> None:
     commands += ["report"] * (report is None)
     commands += ["test"] * bool(outcome.best and outcome.n_test)
     again = outcome.next_time
-    if outcome.stopped_because == "timeout" and outcome.best is None:  # too short for one trial
+    is_short = outcome.stopped_because == "timeout" and not outcome.counts.failed
+    if is_short and outcome.best is None:  # too short for one trial
         again = f"{2 * math.ceil((config.study.seconds or 60) / 60)}m"
     lines = [study_command(command, name, storage) for command in commands]
     lines[0] += f" --time {again}" if again else ""

@@ -23,7 +23,7 @@ _FLAGS = {
     "study.refit": "--no-refit",
 }
 """Flags that are not called as the key that they set."""
-_CLASSIC = ("sampler", "pruner", "recipes")  # which a plan has no use for
+_CLASSIC = ("sampler", "pruner", "recipes")  # of a search that is no plan
 # Tables within tables, of which [space] and [ablation.factors] need four. Assumption.
 _DEEPEST = 8
 _LONGEST_TEXT, _FIRST_TOO_LARGE = 4096, 2**63  # Linux's longest path; a database's integers
@@ -139,7 +139,7 @@ class _Merged:
         search = self.values["search"]
         given = [self._origins["search", key] for key in _CLASSIC if key in search]
         chosen = self._origins["search", "strategy"] if "strategy" in search else (0, "")
-        if given and max(given)[0] > chosen[0]:
+        if given and max(given)[0] > chosen[0] and not chosen[1].startswith("study "):
             search["strategy"] = "sampler"
         if search.get("download") is True:
             self._add_modern()

@@ -166,7 +166,7 @@ class Planner:
 
         That is `no time` where those that may gain do not fit into it, else `no gain`. The time
         is what is left, and that of the whole run; None for no limit. Of what is left, so much is
-        for refits, unless a trial that promises more would not fit.
+        for refits, unless a trial other than variants of the heads and the sampler's needs it.
         """
         whole_s = left_s
         left_s = None if left_s is None else left_s - refits_s
