@@ -267,7 +267,7 @@ def _progress(
         data.append(_steps([*x[is_new], x.iloc[-1]], [*best, best[-1]], "best so far"))
     if y.equals(trials["value"]):
         return _figure(data, x_title, "validation accuracy", yaxis_tickformat=_PERCENT)
-    return _figure(data, x_title, "score, by which trials are ranked")
+    return _figure(data, x_title, "score")
 
 
 @plot(
