@@ -115,7 +115,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory in use so far: of the GPU, or what this process holds now."""
+    """Return the most memory of the GPU in use so far, or what this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

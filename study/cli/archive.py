@@ -50,9 +50,10 @@ def write_archive(store: Record, name: str, out: Path) -> Path:
     if store.designs(study.id):
         config = find_baseline(name, "best", (), {"study.storage": storage}).config
         command = "ablate study.toml"
-    own = StudyConfig().study  # where the archive is unpacked
+    plain = StudyConfig()  # paths are to be those of the place where it is unpacked
+    own = plain.study
     section = dataclasses.replace(config.study, storage=own.storage, output=own.output)
-    data = dataclasses.replace(config.data, cache_dir=None, root=StudyConfig().data.root)
+    data = dataclasses.replace(config.data, cache_dir=None, root=plain.data.root)
     config = config.model_copy(update={"study": section, "data": data})
     with TemporaryDirectory() as temporary:
         database = Path(temporary) / "studies.db"

@@ -139,7 +139,7 @@ class _Merged:
         search = self.values["search"]
         given = [self._origins["search", key] for key in _CLASSIC if key in search]
         chosen = self._origins["search", "strategy"] if "strategy" in search else (0, "")
-        if given and max(given)[0] > chosen[0] and not chosen[1].startswith("study "):
+        if given and max(given)[0] > chosen[0]:
             search["strategy"] = "sampler"
         if search.get("download") is True:
             self._add_modern()

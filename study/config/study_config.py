@@ -104,8 +104,8 @@ class SearchSection:
 
     strategy: Literal["plan", "sampler"] = "plan"
     """plan: solved heads of every backbone, then thawed layers where that helps, then the sampler,
-    each trial as long as the time allows. sampler: recipes, then the sampler, with a pruner; this
-    is the default where one of the three keys below is given."""
+    each trial as long as the time allows. sampler: recipes, then the sampler, with a pruner; so it
+    is where sampler, pruner or recipes are given, and this key is not, or in a layer below."""
     download: bool = False
     """Search modern backbones, too, where [space] names none (`python -m study backbones --modern`
     lists them); weights that are not in the cache are downloaded."""

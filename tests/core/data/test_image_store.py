@@ -115,6 +115,25 @@ def test_views_are_made_with_the_images_or_when_they_are_needed(
     assert made == [1, 2, 3, 4, 5]
 
 
+def test_views_of_other_images_than_those_decoded_are_refused(
+    tmp_path: Path, shown: Preprocessing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, cache = _images(make_folder(tmp_path / "photos", {"a": 5})), tmp_path / "cache"
+    second = images[1].raw.read_bytes()
+
+    def broken(raw: bytes, *rest: object) -> object:  # as one read over a network may be
+        if raw == second:
+            raise SyntaxError("broken PNG file")
+        return decode(raw, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("core.data.image_store.decode", broken)
+        main = _store(images, 30, cache)
+    assert len(main) == 4
+    with pytest.raises(DataError, match="must be readable each time"):
+        EvalViews(images, main, cache, None).store(shown)
+
+
 def test_warnings_and_bombs_do_not_stop_decoding_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

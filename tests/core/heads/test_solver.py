@@ -5,6 +5,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from core.heads.solver import solve_head
+from core.metrics import Interrupted
 
 
 def make_data(n: int, n_features: int, n_classes: int, distance: float) -> tuple[Tensor, Tensor]:
@@ -99,6 +100,15 @@ def test_solve_head_chooses_on_a_subset_and_keeps_c(monkeypatch: pytest.MonkeyPa
         rest = torch.nonzero(folds(y, 3) != k)[:, 0]
         expected = fit_reference(x, y, rest, 0.1)[(folds(y, 3) == k).numpy()]
         np.testing.assert_allclose(head.oof_log_probs[folds(y, 3) == k], expected, atol=3e-3)
+
+
+def test_solve_head_ends_where_its_pulse_says_so() -> None:
+    def stop() -> None:
+        raise Interrupted
+
+    x, y = make_data(60, 10, 3, 0.4)
+    with pytest.raises(Interrupted):
+        solve_head(x, y, 3, folds(y, 3), pulse=stop)
 
 
 @pytest.mark.parametrize(

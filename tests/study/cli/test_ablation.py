@@ -150,6 +150,7 @@ def test_levels_are_tested_once_with_the_baseline_and_that_is_an_analysis(
         (["test", "bees-ablation"], ["python -m study test bees-ablation", "--levels all"]),
         (["resume", "bees-ablation"], ["python -m study ablate bees-ablation"]),
         (["test", "bees", "--levels", "all"], ["--levels", "bees is a search"]),
+        (["test", "bees-ablation", "--trial", "0", "--levels", "all"], ["must not both be given"]),
         (
             ["test", "bees-ablation", "--levels", "augment=none", "--levels", "flip = 1"],
             ["augment=none, flip = 1", "baseline; augment = none; head_lr_mult = 1."],
@@ -222,6 +223,7 @@ def test_an_archive_renders_the_same_tables_elsewhere(
         assert [study.name for study in store.studies()] == ["bees-ablation"]
     csv = Path("frostline-runs/bees-ablation/ablation/ofat-effects.csv")
     csv.unlink()
+    assert 'storage = "studies.db"' in Path("study.toml").read_text()
     assert main(["report", "bees-ablation"]) == 0
     assert csv.read_bytes() == (bees.home / "runs" / Path(*csv.parts[1:])).read_bytes()
     assert main(["ablate", "study.toml", "--data", str(bees.home / "photos"), "--dry-run"]) == 0

@@ -8,6 +8,7 @@ from study.config.backbones import MODERN
 from study.config.errors import ConfigError
 from study.config.load import check_inputs, load_config, parse_config
 from study.config.search_space import Choices, Range
+from study.config.toml import config_text
 
 
 def write(folder: Path, text: str) -> Path:
@@ -120,6 +121,7 @@ def test_load_refuses_a_wrong_dimension(line: str, message: str, tmp_path: Path)
         ("[space]\nepochs = {low = 1, high = 9}\n[train]\nwarmup_epochs = 2", "space.epochs: may"),
         ("[train]\nbase_lr = 1\n[space]\nbase_lr = [2, 3]", "space.base_lr: is given a value by"),
         ("[data]\nepochs = 3", "data.epochs: is in the wrong section or in none; say train.e"),
+        ("[train]\nlr = 0.1", "train.lr: is no known key. Did you mean base_lr?"),
         ("[sarch]\nsampler = 'tpe'", "sarch: is no section or key. Did you mean search?"),
         ("train = 3", "train: must be a table, [train], but got 3."),
         ("[train\nepochs = 3", "must be TOML, but expected ']'"),
@@ -146,6 +148,17 @@ def test_an_override_changes_fixes_or_empties_dimensions() -> None:
     config = load_config(overrides=["space={epochs={low=20,high=30}}", "train.warmup_epochs=15"])
     assert config.train.epochs == 20
     assert load_config(overrides=["space.seed=[0,1]", "train.seed=0"]).space["seed"].n_points == 2
+
+
+def test_a_sampler_or_pruner_given_later_than_the_plan_makes_a_classic_search(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(config_text(load_config(), with_help=True))  # as `study init` writes it
+    assert load_config(path).search.strategy == "plan"
+    assert load_config(path, ["search.pruner=median"]).search.strategy == "sampler"
+    both = ["search.strategy=plan", "search.sampler=random"]
+    assert load_config(path, both).search.strategy == "plan"
 
 
 def test_wrong_overrides_are_reported_as_such() -> None:
